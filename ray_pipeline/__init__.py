@@ -1,0 +1,3 @@
+"""From raw text to a served R1-like model: a durable Ray DAG of training stages. Importing this package is cheap."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,202 @@
+"""Every setting of a run, with its meaning. No torch, no Ray: a dry run must be cheap.
+
+This file is the schema alone; `config_load` reads YAML, environment and flags into it and explains what is wrong.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt
+
+from model.config import ModelConfig
+
+STAGES = ("data_prep", "pretrain", "sft", "grpo", "distillation", "export")
+TRAINING_STAGES = ("pretrain", "sft", "grpo", "distillation")
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class Section(BaseModel):
+    """A group of settings. Unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", validate_default=True, protected_namespaces=())
+
+
+class LayoutConfig(Section):
+    """How ranks are arranged. Never changes a result, so it is not part of a stage's identity."""
+
+    gpus: PositiveInt | None = Field(None, description="ranks; default: every GPU there is, or one CPU rank")
+    pp_size: PositiveInt = 1
+    dp_size: PositiveInt | None = Field(None, description="default: what is left of gpus")
+    tp_size: PositiveInt = 1
+    ep_size: PositiveInt = 1
+    sp_size: PositiveInt = 1
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    micro_batch: PositiveInt = Field(8, description="rows per rank and forward pass")
+    timeout_seconds: PositiveFloat = Field(600.0, description="a collective that waits longer is an error")
+    max_restarts: NonNegativeInt = Field(2, description="times Ray Train restarts a stage's workers after one died")
+
+
+class SourceConfig(Section):
+    """One source of documents in a mixture."""
+
+    name: str = Field(description='"builtin", a local .txt/.jsonl/.parquet path, or a datasets name "org/name[:split[:column]]"')
+    weight: PositiveFloat = 1.0
+    licence: str = Field("unknown", description="recorded in the shard manifest")
+
+
+class DataConfig(Section):
+    """What the model reads. `pretrain` may mix sources; SFT and prompts take one each."""
+
+    pretrain: list[SourceConfig] = Field(default_factory=lambda: [SourceConfig(name="builtin", licence="Apache-2.0")])
+    sft: str = Field("builtin", description="conversations: builtin, jsonl/parquet path or datasets name")
+    prompts: str = Field("builtin", description="questions with answers for GRPO and evaluation, same forms")
+    seq_len: PositiveInt = Field(256, description="tokens per packed row")
+    builtin_documents: PositiveInt = Field(20000, description="documents the built-in text generator writes")
+    builtin_conversations: PositiveInt = 20000
+    builtin_prompts: PositiveInt = 4000
+    validation_fraction: Fraction = Field(0.02, description="share of documents held out, chosen by document hash")
+    heldout_questions: PositiveInt = Field(400, description="questions kept for evaluation alone")
+    decontaminate_ngram: PositiveInt = Field(12, description="a document sharing this many words in a row with an evaluation question is dropped")
+    max_documents: PositiveInt | None = Field(None, description="read at most this many documents of each source")
+    tokens_per_shard: PositiveInt = 16_000_000
+
+
+class TokenizerConfig(Section):
+    """`train` makes a byte-level BPE of `vocab_size` from the pretraining text; otherwise a folder or hub name is loaded."""
+
+    name: str = "train"
+    vocab_size: PositiveInt = 512
+
+
+class OptimizerConfig(Section):
+    """AdamW (arXiv:1711.05101) with a warm-up and a cosine or warm-up-stable-decay schedule (arXiv:2404.06395)."""
+
+    lr: PositiveFloat = 1e-3
+    min_lr_ratio: Fraction = 0.1
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    warmup_steps: NonNegativeInt = 20
+    decay_fraction: Fraction = Field(0.2, description="wsd: the last share of steps in which the rate falls")
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: PositiveFloat = 1e-8
+    weight_decay: float = Field(0.1, ge=0.0)
+    grad_clip: PositiveFloat = 1.0
+
+
+class TrainingConfig(Section):
+    """What every training stage has."""
+
+    steps: PositiveInt = 100
+    batch_size: PositiveInt = Field(32, description="rows of seq_len tokens per optimizer step, over all ranks")
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+    precision: Literal["fp32", "bf16"] = "fp32"
+    eval_every: PositiveInt = 100
+    checkpoint_every: PositiveInt = 50
+    keep_checkpoints: PositiveInt = 2
+    log_every: PositiveInt = 5
+
+
+class PretrainConfig(TrainingConfig):
+    """Next-token cross-entropy plus multi-token prediction."""
+
+    mtp_loss_weight: float = Field(0.3, ge=0.0)
+
+
+class SftConfig(TrainingConfig):
+    """Cross-entropy on the assistant's tokens and their stop token."""
+
+    mtp_loss_weight: float = Field(0.1, ge=0.0)
+
+
+class GrpoConfig(TrainingConfig):
+    """Group-relative policy optimisation (arXiv:2402.03300). `batch_size` is not used: rollouts decide the rows."""
+
+    prompts_per_step: PositiveInt = 32
+    group_size: Annotated[int, Field(ge=2)] = 8
+    updates_per_rollout: PositiveInt = Field(1, description="optimizer steps per batch of rollouts")
+    beta: float = Field(0.01, ge=0.0, description="weight of the KL to the frozen SFT model; 0 drops the reference")
+    clip_low: PositiveFloat = 0.2
+    clip_high: PositiveFloat = 0.2
+    max_new_tokens: PositiveInt = 96
+    temperature: PositiveFloat = 1.0
+    answer_reward: float = 1.0
+    format_reward: float = 0.1
+
+
+class StudentConfig(Section):
+    """What of the teacher's architecture is smaller in the student; the rest is copied from `model`."""
+
+    num_hidden_layers: PositiveInt = 3
+    num_nextn_predict_layers: NonNegativeInt = 0
+    hidden_size: PositiveInt | None = None
+    intermediate_size: PositiveInt | None = None
+    moe_intermediate_size: PositiveInt | None = None
+    n_routed_experts: PositiveInt | None = None
+    num_experts_per_tok: PositiveInt | None = None
+
+
+class DistillationConfig(TrainingConfig):
+    """Forward KL from the teacher's logits (arXiv:1503.02531) on conversations and the teacher's own answers."""
+
+    student: StudentConfig = Field(default_factory=StudentConfig)
+    temperature: PositiveFloat = 1.0
+    init: Literal["teacher_layers", "random"] = Field("teacher_layers", description="where the student's weights start")
+    teacher_answers: NonNegativeInt = Field(2000, description="answers the teacher writes to training prompts, added to the data")
+
+
+class EvaluationConfig(Section):
+    """Held-out questions, answered greedily."""
+
+    questions: PositiveInt = Field(300, description="of data.heldout_questions, how many each evaluation asks")
+    max_new_tokens: PositiveInt = 96
+    min_gain: Fraction = Field(0.01, description="a stage that gains less over its input LEARNED NOTHING")
+
+
+class ExportConfig(Section):
+    """What is written at the end and how it is checked."""
+
+    source: Literal["grpo", "distillation"] = Field("grpo", description="the stage whose weights are exported as the model; the student is exported beside it")
+    gguf: list[Literal["f32", "f16", "q8_0"]] = Field(default_factory=lambda: ["f32", "f16", "q8_0"])
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+class TrackingConfig(Section):
+    """Weights & Biases. Offline where there is no API key; the JSONL file in the run folder is always written."""
+
+    wandb: bool = True
+    project: str = "deepseek-from-scratch"
+    entity: str | None = None
+
+
+class ModalConfig(Section):
+    """Where `--backend modal` runs."""
+
+    gpu_type: str = "H100"
+    timeout_seconds: PositiveInt = 86400
+    volume: str = "deepseek-runs"
+    hf_cache_volume: str = "huggingface-cache"
+    wandb_secret: str = "wandb"
+
+
+class PipelineFields(Section):
+    """One run, whole. `PipelineConfig` in `config_load` adds the sources it is read from."""
+
+    recipe: str = "tiny"
+    run_name: str | None = Field(None, description="default: the recipe's name and a hash of what decides the result")
+    output_dir: Path = Path("runs")
+    seed: NonNegativeInt = 0
+    backend: Literal["auto", "cpu", "cuda", "modal"] = "auto"
+    model_size: Literal["tiny", "small", "medium", "large"] | None = Field(None, description="a preset for `model`; keys given there win")
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    layout: LayoutConfig = Field(default_factory=LayoutConfig)
+    data: DataConfig = Field(default_factory=DataConfig)
+    tokenizer: TokenizerConfig = Field(default_factory=TokenizerConfig)
+    pretrain: PretrainConfig = Field(default_factory=PretrainConfig)
+    sft: SftConfig = Field(default_factory=SftConfig)
+    grpo: GrpoConfig = Field(default_factory=GrpoConfig)
+    distillation: DistillationConfig = Field(default_factory=DistillationConfig)
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+    export: ExportConfig = Field(default_factory=ExportConfig)
+    tracking: TrackingConfig = Field(default_factory=TrackingConfig)
+    modal: ModalConfig = Field(default_factory=ModalConfig)

@@ -1,0 +1,40 @@
+"""What the engine trains on: rows of packed documents as tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+IGNORE = -100  # a label that is not trained on; the value torch's cross_entropy ignores
+
+
+@dataclass
+class Batch:
+    """Rows of packed documents.
+
+    Attributes:
+        tokens: [rows, seq_len] int64.
+        labels: [rows, seq_len] int64; the next token of the same document, or IGNORE.
+        doc_ids: [rows, seq_len] int64; document index within the row, non-decreasing; attention never crosses it.
+        extras: per-token values an objective needs (advantages, logprobs), each [rows, seq_len] or [rows, seq_len, k].
+    """
+
+    tokens: Tensor
+    labels: Tensor
+    doc_ids: Tensor
+    extras: dict[str, Tensor] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return self.tokens.shape[0]
+
+    def rows(self, start: int, stop: int) -> Batch:
+        """Rows [start, stop) of every tensor."""
+        extras = {k: v[start:stop] for k, v in self.extras.items()}
+        return Batch(self.tokens[start:stop], self.labels[start:stop], self.doc_ids[start:stop], extras)
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on `device`."""
+        extras = {k: v.to(device) for k, v in self.extras.items()}
+        return Batch(self.tokens.to(device), self.labels.to(device), self.doc_ids.to(device), extras)
