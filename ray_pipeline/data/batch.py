@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-IGNORE = -100  # a label that is not trained on; the value torch's cross_entropy ignores
+from model.loss import IGNORE
+
+__all__ = ["IGNORE", "Batch"]
 
 
 @dataclass

@@ -1,0 +1,56 @@
+"""Rotary positions (arXiv:2104.09864) with YaRN (arXiv:2309.00071). Pairs are interleaved: features 2i and 2i+1 turn together."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from model.config import ModelConfig, RopeScaling
+
+
+def yarn_mscale(factor: float, mscale: float) -> float:
+    """Attention temperature of YaRN: 0.1 * mscale * ln(factor) + 1 (arXiv:2309.00071, eq. 22)."""
+    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def softmax_scale(config: ModelConfig) -> float:
+    """1/sqrt(qk_head_dim), times YaRN's temperature squared: both query and key would carry it."""
+    scale = config.qk_head_dim**-0.5
+    if config.rope_scaling is not None:
+        scale *= yarn_mscale(config.rope_scaling.factor, config.rope_scaling.mscale_all_dim) ** 2
+    return scale
+
+
+def _yarn_frequencies(freq: Tensor, theta: float, scaling: RopeScaling) -> Tensor:
+    """Keep fast dimensions, stretch slow ones by `factor`, blend between (eqs. 17-19)."""
+    dim = 2 * freq.numel()
+
+    def dimension_with(rotations: float) -> float:
+        length = scaling.original_max_position_embeddings
+        return dim * math.log(length / (rotations * 2 * math.pi)) / (2 * math.log(theta))
+
+    low = max(math.floor(dimension_with(scaling.beta_fast)), 0)
+    high = min(math.ceil(dimension_with(scaling.beta_slow)), dim - 1)
+    stretch = ((torch.arange(dim // 2).float() - low) / max(high - low, 1e-3)).clamp(0, 1)
+    return freq * (1 - stretch) + freq / scaling.factor * stretch
+
+
+def rotary_table(config: ModelConfig) -> Tensor:
+    """exp(i * position * frequency): complex64 [max_position_embeddings, qk_rope_head_dim / 2]."""
+    exponent = torch.arange(0, config.qk_rope_head_dim, 2).float() / config.qk_rope_head_dim
+    freq = config.rope_theta**-exponent
+    magnitude = 1.0
+    if config.rope_scaling is not None:
+        scaling = config.rope_scaling
+        freq = _yarn_frequencies(freq, config.rope_theta, scaling)
+        magnitude = yarn_mscale(scaling.factor, scaling.mscale) / yarn_mscale(scaling.factor, scaling.mscale_all_dim)
+    angle = torch.outer(torch.arange(config.max_position_embeddings).float(), freq)
+    return torch.polar(torch.full_like(angle, magnitude), angle)
+
+
+def apply_rotary(x: Tensor, rotation: Tensor) -> Tensor:
+    """Turn the pairs of x [batch, seq, heads, dim] by rotation [batch or 1, seq, dim / 2]."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * rotation.unsqueeze(2)).flatten(-2).to(x.dtype)

@@ -1,0 +1,97 @@
+"""DeepSeekMoE feed-forward (arXiv:2401.06066): shared experts see every token, routed experts the tokens sent to them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.config import ModelConfig
+from model.layers.feed_forward import FeedForward
+from model.moe.router import Router
+
+
+class _GroupedLinear(torch.autograd.Function):
+    """y[rows of expert e] = x[rows of expert e] @ weight[e].T, rows sorted by expert.
+
+    One node instead of one per expert: autograd's bookkeeping would otherwise cost more than small experts' matmuls,
+    and each expert's weight gradient is written straight into its place.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, counts: list[int]) -> Tensor:
+        y = x.new_empty(x.shape[0], weight.shape[1])
+        for rows, out, w in zip(x.split(counts), y.split(counts), weight.unbind(0), strict=True):
+            torch.mm(rows, w.t(), out=out)
+        ctx.save_for_backward(x, weight)
+        ctx.counts = counts
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight = ctx.saved_tensors
+        grad = grads[0].contiguous()
+        dx, dweight = torch.empty_like(x), torch.empty_like(weight)
+        for e, (rows, g, out) in enumerate(
+            zip(x.split(ctx.counts), grad.split(ctx.counts), dx.split(ctx.counts), strict=True)
+        ):
+            torch.mm(g, weight[e], out=out)
+            torch.mm(g.t(), rows, out=dweight[e])
+        return dx, dweight, None
+
+
+def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    """Apply expert e's weight to its rows.
+
+    Args:
+        x: [rows, in], sorted by expert. weight: [experts, out, in]. counts: [experts] rows of each expert.
+    """
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight = x.to(dtype), weight.to(dtype)
+    if x.device.type == "cuda" and x.dtype == torch.bfloat16:
+        return F.grouped_mm(x, weight.transpose(1, 2), offs=counts.cumsum(0).to(torch.int32))
+    return _GroupedLinear.apply(x, weight, counts.tolist())
+
+
+class RoutedExperts(nn.Module):
+    """The routed experts' weights, stacked as Hugging Face stacks them (gate rows first)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        experts, hidden, inner = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
+        self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * inner, hidden))
+        self.down_proj = nn.Parameter(torch.empty(experts, hidden, inner))
+
+    def forward(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+        """Weighted sum of the chosen experts' outputs. x [tokens, hidden]; indices, weights [tokens, k]; nothing is dropped."""
+        k = indices.shape[1]
+        chosen = indices.flatten()
+        order = chosen.argsort(stable=True)
+        counts = torch.bincount(chosen, minlength=self.gate_up_proj.shape[0])
+        gate, up = grouped_linear(x[order // k], self.gate_up_proj, counts).chunk(2, -1)
+        # The routing weight multiplies the narrow inner activation, not the wide output: same product, less work.
+        inner = F.silu(gate) * up * weights.flatten()[order].unsqueeze(1).to(gate.dtype)
+        out = grouped_linear(inner, self.down_proj, counts)
+        slot = torch.empty_like(order)
+        slot[order] = torch.arange(order.numel(), device=order.device)
+        return out[slot].unflatten(0, (-1, k)).sum(1).to(x.dtype)
+
+
+class MixtureOfExperts(nn.Module):
+    """[batch, seq, hidden_size] -> same: routed experts plus shared experts (eq. 12)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.gate = Router(config)
+        self.experts = RoutedExperts(config)
+        width = config.n_shared_experts * config.moe_intermediate_size
+        self.shared_experts = FeedForward(config.hidden_size, width) if width else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(0, -2)
+        indices, weights = self.gate(tokens)
+        out = self.experts(tokens, indices, weights).view_as(x)
+        return out if self.shared_experts is None else out + self.shared_experts(x)

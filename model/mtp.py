@@ -1,0 +1,26 @@
+"""Multi-token prediction (DeepSeek-V3, arXiv:2412.19437, §2.2): one more block per depth, sharing embedding and head."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from model.config import ModelConfig
+from model.layers.norm import RMSNorm
+
+
+class MultiTokenPredictor(nn.Module):
+    """h'_t = norm(block(M [RMSNorm(emb(token_{t+k})); RMSNorm(h_t)])) (eqs. 21-23)."""
+
+    def __init__(self, config: ModelConfig, block: nn.Module):
+        super().__init__()
+        self.enorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.hnorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.eh_proj = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
+        self.block = block
+        self.shared_head_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, hidden: Tensor, embeddings: Tensor, rotation: Tensor, mask: Tensor | None) -> Tensor:
+        """hidden and embeddings (already shifted), both [batch, seq, hidden_size] -> [batch, seq, hidden_size]."""
+        joined = self.eh_proj(torch.cat([self.enorm(embeddings), self.hnorm(hidden)], -1))
+        return self.shared_head_norm(self.block(joined, rotation, mask))
