@@ -1,0 +1,33 @@
+"""What a training stage minimises. Objectives return sums and weights, never averages: token weighting then stays right
+across ranks, micro-batches and packed documents."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+from model.transformer import Transformer
+from ray_pipeline.data.batch import Batch
+
+
+class Objective(Protocol):
+    """A loss on the last pipeline stage.
+
+    Attributes:
+        metric_names: names of the sums that `__call__` returns besides the loss.
+    """
+
+    metric_names: tuple[str, ...]
+
+    def weight(self, batch: Batch) -> float:
+        """What the loss sum is divided by, summed over all ranks and micro-batches first (usually trained tokens)."""
+        ...
+
+    def __call__(self, model: Transformer, hidden: Tensor, embeddings: Tensor | None, batch: Batch) -> Tensor:
+        """Stack [loss sum, *metric sums] as a vector; gradients flow through element 0 alone.
+
+        Args:
+            hidden: [rows, seq, hidden_size] after the final norm. embeddings: the same shape, when MTP modules exist.
+        """
+        ...

@@ -1,0 +1,31 @@
+"""Run a function on several gloo ranks from a test."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def _rank(rank: int, function: Callable, world: int, folder: str, args: tuple) -> None:
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world), DS_ACCELERATOR="cpu"
+    )
+    os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = "127.0.0.1", "29500"
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    torch.save(function(rank, *args), f"{folder}/{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def run_ranks(function: Callable, world: int, *args: Any) -> list:
+    """`function(rank, *args)` on `world` spawned processes; their return values in rank order."""
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(_rank, (function, world, folder, args), nprocs=world)
+        return [torch.load(f"{folder}/{rank}.pt", weights_only=False) for rank in range(world)]
