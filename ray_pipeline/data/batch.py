@@ -36,6 +36,19 @@ class Batch:
         extras = {k: v[start:stop] for k, v in self.extras.items()}
         return Batch(self.tokens[start:stop], self.labels[start:stop], self.doc_ids[start:stop], extras)
 
+    def pad_rows(self, count: int) -> Batch:
+        """At least `count` rows: added ones repeat the last row with no label and zero extras, so they train nothing."""
+        missing = count - len(self)
+        if missing <= 0:
+            return self
+
+        def grow(tensor: Tensor, fill: float | None) -> Tensor:
+            last = tensor[-1:].expand(missing, *tensor.shape[1:])
+            return torch.cat([tensor, last if fill is None else torch.full_like(last, fill)])
+
+        extras = {k: grow(v, 0.0) for k, v in self.extras.items()}
+        return Batch(grow(self.tokens, None), grow(self.labels, IGNORE), grow(self.doc_ids, None), extras)
+
     def to(self, device: torch.device) -> Batch:
         """The same batch on `device`."""
         extras = {k: v.to(device) for k, v in self.extras.items()}

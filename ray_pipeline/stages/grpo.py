@@ -1,0 +1,50 @@
+"""GRPO: sample groups of answers, score them, raise the likelihood of those better than their group."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ray_pipeline.objectives.grpo import Grpo
+from ray_pipeline.stages.base import StageContext, StageResult
+from ray_pipeline.training.finish import read_upstream, save_trained_model
+from ray_pipeline.training.heldout import HeldOut, WholeModel
+from ray_pipeline.training.rank import rank_arguments, start_rank
+from ray_pipeline.training.rollout_source import RolloutSource
+from ray_pipeline.training.trainer import Trainer
+
+STAGE = "grpo"
+
+
+def train(arguments: dict[str, Any]) -> dict[str, Any]:
+    """On every rank: measure the input, alternate rollouts and updates, measure the result."""
+    rank = start_rank(arguments)
+    settings = rank.config.grpo
+    config, initial = read_upstream(rank, "sft")
+    whole = WholeModel(rank, config).load(initial)
+    heldout = HeldOut(rank, whole)
+    input_accuracy = heldout.baseline("input")
+    engine = rank.trainer_engine(config, initial)
+    reference = rank.engine(config, initial=initial) if settings.beta else None
+    objective = Grpo(
+        beta=settings.beta,
+        clip_low=settings.clip_low,
+        clip_high=settings.clip_high,
+        temperature=settings.temperature,
+    )
+    source = RolloutSource(rank, engine, reference, whole)
+
+    def evaluate() -> dict[str, float]:
+        whole.sync(engine)
+        return heldout.figures()
+
+    figures = Trainer(rank, engine, objective).fit(source, evaluate)
+    save_trained_model(rank, engine)
+    return figures | {"input_accuracy": input_accuracy}
+
+
+def run(context: StageContext) -> StageResult:
+    """Launch the ranks; learning means answering more held-out questions than the SFT model."""
+    figures = context.launcher.run(STAGE, train, rank_arguments(context, STAGE))
+    baselines = {"input_accuracy": figures.pop("input_accuracy")}
+    learned = figures["accuracy"] >= baselines["input_accuracy"] + context.config.evaluation.min_gain
+    return StageResult(context.folder, figures, baselines, learned)

@@ -1,0 +1,46 @@
+"""PRETRAIN: next-token prediction on packed text. Beats ln V and the unigram entropy, or says that it learned nothing."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from ray_pipeline.data.loader import PackedRows
+from ray_pipeline.objectives.cross_entropy import CrossEntropy
+from ray_pipeline.stages.base import StageContext, StageResult
+from ray_pipeline.training.finish import save_trained_model
+from ray_pipeline.training.rank import Rank, rank_arguments, start_rank
+from ray_pipeline.training.sources import PackedSource
+from ray_pipeline.training.trainer import Trainer
+from ray_pipeline.training.validation import validation_loss
+
+STAGE = "pretrain"
+
+
+def train(arguments: dict[str, Any]) -> dict[str, Any]:
+    """On every rank: train from random weights; rank 0 leaves the model in `folder/model`."""
+    rank: Rank = start_rank(arguments)
+    settings = rank.config.pretrain
+    engine = rank.trainer_engine(rank.config.model, None)
+    objective = CrossEntropy(settings.mtp_loss_weight)
+    source = PackedSource(PackedRows(rank.data / STAGE / "train"), rank.config.seed, settings.batch_size)
+    validation = PackedRows(rank.data / STAGE / "validation")
+    figures = Trainer(rank, engine, objective).fit(source, lambda: validation_loss(engine, validation, objective))
+    save_trained_model(rank, engine)
+    return figures
+
+
+def baselines(data: Path, vocab_size: int) -> dict[str, float]:
+    """Loss in nats of guessing uniformly, and of knowing only how often each token occurs."""
+    manifest = json.loads((data / "manifest.json").read_text())
+    return {"ln_vocab": math.log(vocab_size), "unigram_entropy": float(manifest["unigram_entropy"])}
+
+
+def run(context: StageContext) -> StageResult:
+    """Launch the ranks and hold the result against the baselines."""
+    figures = context.launcher.run(STAGE, train, rank_arguments(context, STAGE))
+    held_against = baselines(context.inputs["data_prep"].folder, context.config.model.vocab_size)
+    learned = figures["validation_loss"] < min(held_against.values())
+    return StageResult(context.folder, figures, held_against, learned)

@@ -1,0 +1,47 @@
+"""SFT: cross-entropy on the assistant's tokens and their stop token, from the pretrained weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ray_pipeline.data.loader import PackedRows
+from ray_pipeline.objectives.cross_entropy import CrossEntropy
+from ray_pipeline.stages.base import StageContext, StageResult
+from ray_pipeline.training.finish import read_upstream, save_trained_model
+from ray_pipeline.training.heldout import HeldOut, WholeModel
+from ray_pipeline.training.rank import rank_arguments, start_rank
+from ray_pipeline.training.sources import PackedSource
+from ray_pipeline.training.trainer import Trainer
+from ray_pipeline.training.validation import validation_loss
+
+STAGE = "sft"
+
+
+def train(arguments: dict[str, Any]) -> dict[str, Any]:
+    """On every rank: measure the input, train, measure the result."""
+    rank = start_rank(arguments)
+    settings = rank.config.sft
+    config, initial = read_upstream(rank, "pretrain")
+    whole = WholeModel(rank, config).load(initial)
+    heldout = HeldOut(rank, whole)
+    input_accuracy = heldout.baseline("input")
+    engine = rank.trainer_engine(config, initial)
+    objective = CrossEntropy(settings.mtp_loss_weight)
+    validation = PackedRows(rank.data / STAGE / "validation")
+
+    def evaluate() -> dict[str, float]:
+        whole.sync(engine)
+        return validation_loss(engine, validation, objective) | heldout.figures()
+
+    source = PackedSource(PackedRows(rank.data / STAGE / "train"), rank.config.seed, settings.batch_size)
+    figures = Trainer(rank, engine, objective).fit(source, evaluate)
+    save_trained_model(rank, engine)
+    return figures | {"input_accuracy": input_accuracy}
+
+
+def run(context: StageContext) -> StageResult:
+    """Launch the ranks; learning means answering more held-out questions than the pretrained model."""
+    figures = context.launcher.run(STAGE, train, rank_arguments(context, STAGE))
+    baselines = {"input_accuracy": figures.pop("input_accuracy")}
+    learned = figures["accuracy"] >= baselines["input_accuracy"] + context.config.evaluation.min_gain
+    return StageResult(context.folder, figures, baselines, learned)

@@ -1,0 +1,91 @@
+"""Held-out accuracy of a model that is being trained: every rank answers its share of the questions with the whole model."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from model.config import ModelConfig
+from model.generate.decode import Decoder
+from model.transformer import Transformer
+from ray_pipeline.artifacts import write_json
+from ray_pipeline.data.tokenizer import load_tokenizer
+from ray_pipeline.engine.engine import Engine, all_ranks_gather
+from ray_pipeline.evaluation.accuracy import EvalResult, evaluate_questions
+from ray_pipeline.training.rank import Rank
+
+SHOWN_SAMPLES = 12
+
+
+def read_questions(path: Path, limit: int | None = None) -> list[dict[str, Any]]:
+    """Questions written by DATA_PREP: prompt, answer, category, difficulty."""
+    with path.open(encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines][:limit]
+
+
+class WholeModel:
+    """A copy of the sharded model on every rank, for sampling and evaluation; refreshed after weights change."""
+
+    def __init__(self, rank: Rank, config: ModelConfig):
+        self.rank = rank
+        self.model = Transformer(config).to(rank.device).eval().requires_grad_(False)
+        self.decoder = Decoder(self.model)
+        self.tokenizer = load_tokenizer(rank.data / "tokenizer")
+
+    def load(self, state: dict[str, Tensor]) -> WholeModel:
+        """Take these weights."""
+        self.model.load_state_dict(state)
+        self.decoder.refresh()
+        return self
+
+    def sync(self, engine: Engine) -> WholeModel:
+        """Take the engine's current weights."""
+        return self.load(engine.full_state())
+
+
+class HeldOut:
+    """The evaluation questions of a run."""
+
+    def __init__(self, rank: Rank, whole: WholeModel):
+        self.rank, self.whole = rank, whole
+        settings = rank.config.evaluation
+        self.questions = read_questions(rank.data / "prompts" / "heldout.jsonl", settings.questions)
+        self.max_new_tokens = settings.max_new_tokens
+
+    def evaluate(self) -> EvalResult:
+        """Greedy answers of the whole model as it stands; the same result on every rank."""
+        rank = self.rank
+        rank.phase("evaluating")
+        mine = self.questions[rank.mesh.rank :: rank.mesh.world]
+        part = evaluate_questions(
+            self.whole.decoder, self.whole.tokenizer, mine, max_new_tokens=self.max_new_tokens
+        )
+        return EvalResult.merge(all_ranks_gather(rank.mesh, part))
+
+    def figures(self, *, save_samples: bool = True) -> dict[str, float]:
+        """Accuracy, format rate and mean answer length; readable samples go to `folder/samples.json`."""
+        result = self.evaluate()
+        if self.rank.is_main and save_samples:
+            write_json(self.rank.folder / "samples.json", result.samples[:SHOWN_SAMPLES])
+        return {
+            "accuracy": result.accuracy,
+            "format_rate": result.format_rate,
+            "answer_tokens": result.mean_tokens,
+            "questions": float(len(result.correct)),
+        }
+
+    def baseline(self, name: str) -> float:
+        """Accuracy of the model as it stands, measured once per stage and kept in `folder/NAME.json` over resumes."""
+        path = self.rank.folder / f"{name}.json"
+        known = all_ranks_gather(self.rank.mesh, path.exists())
+        if not all(known):
+            result = self.evaluate()
+            if self.rank.is_main:
+                summary = {k: v for k, v in asdict(result).items() if k not in ("samples", "correct")}
+                write_json(path, summary)
+            return result.accuracy
+        return float(json.loads(path.read_text())["accuracy"])

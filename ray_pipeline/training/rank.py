@@ -1,0 +1,103 @@
+"""What every rank of a training stage sets up first: its device, its place in the mesh, where it reports to."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from model.config import ModelConfig
+from model.parallel.mesh import Mesh, MeshSizes
+from ray_pipeline.config import OptimizerConfig, PipelineFields, TrainingConfig
+from ray_pipeline.engine.engine import Engine
+from ray_pipeline.progress import Progress
+from ray_pipeline.stages.base import StageContext
+
+
+@dataclass
+class Rank:
+    """One rank of one stage.
+
+    Attributes:
+        folder: the stage's folder. data: DATA_PREP's folder. upstream: folders of finished stages by name.
+    """
+
+    config: PipelineFields
+    stage: str
+    folder: Path
+    data: Path
+    upstream: dict[str, Path]
+    mesh: Mesh
+    device: torch.device
+    progress: Progress | None
+    wandb_id: str
+    run_name: str
+
+    @property
+    def settings(self) -> TrainingConfig:
+        """This stage's section of the config."""
+        return getattr(self.config, self.stage)
+
+    @property
+    def is_main(self) -> bool:
+        """Rank 0, which writes files and reports."""
+        return self.mesh.rank == 0
+
+    def phase(self, name: str, done: int = 0, total: int = 0) -> None:
+        """Tell the progress line what goes on besides training steps."""
+        if self.progress is not None:
+            self.progress.phase(name, done, total)
+
+    def engine(self, model: ModelConfig, **options: Any) -> Engine:
+        """An engine for `model` in this run's layout."""
+        layout = self.config.layout
+        if options.get("optimizer") is not None:
+            options["zero_stage"] = layout.zero_stage
+        return Engine(
+            model, self.mesh, precision=self.settings.precision, micro_batch=layout.micro_batch, device=self.device,
+            seed=self.config.seed, **options,
+        )  # fmt: skip
+
+    def trainer_engine(self, model: ModelConfig, initial: dict[str, torch.Tensor] | None) -> Engine:
+        """An engine with this stage's optimizer."""
+        optimizer: OptimizerConfig = self.settings.optimizer
+        return self.engine(model, optimizer=optimizer, initial=initial)
+
+
+def rank_arguments(context: StageContext, stage: str) -> dict[str, Any]:
+    """What `start_rank` needs, picklable."""
+    return {
+        "config": context.config.model_dump(mode="json"),
+        "stage": stage,
+        "folder": str(context.folder),
+        "upstream": {name: str(result.folder) for name, result in context.inputs.items()},
+        "wandb_id": context.wandb_id,
+        "run_name": context.run_name,
+    }
+
+
+def start_rank(arguments: dict[str, Any]) -> Rank:
+    """This process's Rank; torch.distributed is already initialised by the launcher when there are several ranks."""
+    config = PipelineFields.model_validate(arguments["config"])
+    layout = config.layout
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    use_cuda = torch.cuda.is_available() and config.backend != "cpu"
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if use_cuda else torch.device("cpu")
+    if use_cuda:
+        torch.cuda.set_device(device)
+    elif world > 1:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // world))
+    sizes = MeshSizes(pp=layout.pp_size, dp=world // layout.pp_size)
+    mesh = Mesh(sizes, timeout=timedelta(seconds=layout.timeout_seconds))
+    folder, stage = Path(arguments["folder"]), arguments["stage"]
+    upstream = {name: Path(path) for name, path in arguments["upstream"].items()}
+    progress = Progress(folder, stage, getattr(config, stage).steps) if mesh.rank == 0 else None
+    return Rank(
+        config, stage, folder, upstream["data_prep"], upstream, mesh, device, progress,
+        arguments["wandb_id"], arguments["run_name"],
+    )  # fmt: skip

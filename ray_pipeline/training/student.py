@@ -1,0 +1,51 @@
+"""The student's architecture and where its weights start."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from model.config import ModelConfig
+from model.init import init_weights
+from model.transformer import Transformer
+from ray_pipeline.config import StudentConfig
+
+
+def student_config(teacher: ModelConfig, student: StudentConfig) -> ModelConfig:
+    """The teacher's config with the student's own keys."""
+    changes = {name: value for name, value in student.model_dump().items() if value is not None}
+    return replace(teacher, **changes)
+
+
+def teacher_layer(layer: int, student_layers: int, teacher_layers: int) -> int:
+    """Which teacher layer a student layer starts from: evenly spaced, first to first and last to last."""
+    if student_layers == 1:
+        return teacher_layers - 1
+    return round(layer * (teacher_layers - 1) / (student_layers - 1))
+
+
+@torch.no_grad()
+def initial_student(
+    config: ModelConfig, teacher: ModelConfig, teacher_state: dict[str, Tensor], init: str, seed: int
+) -> dict[str, Tensor]:
+    """State dict of the untrained student.
+
+    With `init="teacher_layers"` (as in DistilBERT, arXiv:1910.01108) every tensor whose shape the student shares is
+    copied from the corresponding teacher layer; the rest, and everything with `random`, is drawn from the seed.
+    """
+    model = Transformer(config)
+    init_weights(model, config, seed)
+    state = model.state_dict()
+    if init == "random":
+        return state
+    for name, tensor in state.items():
+        source = name
+        if name.startswith("layers."):
+            _, layer, rest = name.split(".", 2)
+            index = teacher_layer(int(layer), config.num_hidden_layers, teacher.num_hidden_layers)
+            source = f"layers.{index}.{rest}"
+        if source in teacher_state and teacher_state[source].shape == tensor.shape:
+            tensor.copy_(teacher_state[source])
+    return state
