@@ -113,6 +113,12 @@ class ModelConfig:
         """Weights of one block; with `active`, only those one token passes through."""
         return self.attention_params() + self._ffn_params(layer, active=active) + 2 * self.hidden_size
 
+    def tail_params(self) -> int:
+        """Active weights that follow the last layer: the head, once more per MTP module, and those modules' blocks."""
+        block = self.layer_params(self.num_hidden_layers, active=True) + 2 * self.hidden_size**2
+        depths = self.num_nextn_predict_layers
+        return depths * block + (1 + depths) * self.vocab_size * self.hidden_size
+
     def num_params(self, *, active: bool = False, mtp: bool = True) -> int:
         """Trained weights: embedding and head counted once each, MTP modules if asked (they share both)."""
         total = sum(self.layer_params(layer, active=active) for layer in range(self.num_hidden_layers))

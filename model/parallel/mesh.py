@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import accumulate
 from math import prod
 
 import torch
@@ -55,15 +56,20 @@ class MeshSizes:
         return list(out.values())
 
 
-def split_layers(num_layers: int, stages: int) -> list[range]:
-    """Consecutive layers per pipeline stage, as even as can be; earlier stages take the remainder.
+def split_layers(num_layers: int, stages: int, tail: float = 0.0) -> list[range]:
+    """Consecutive layers per pipeline stage so that the costliest stage costs least.
 
-    The last stage holds the head (and MTP), the first only a look-up: so the extra layer goes to the front.
+    Args:
+        tail: what the last stage computes besides its layers (head, MTP modules), in layers.
     """
     assert 1 <= stages <= num_layers
-    size, extra = divmod(num_layers, stages)
-    stops = [size * (i + 1) + min(i + 1, extra) for i in range(stages)]
-    return [range(stop - size - (i < extra), stop) for i, stop in enumerate(stops)]
+    if stages == 1:
+        return [range(num_layers)]
+    last = min(max(1, round((num_layers + tail) / stages - tail)), num_layers - stages + 1)
+    size, extra = divmod(num_layers - last, stages - 1)
+    counts = [size + (i < extra) for i in range(stages - 1)] + [last]
+    stops = list(accumulate(counts))
+    return [range(stop - count, stop) for stop, count in zip(stops, counts, strict=True)]
 
 
 class Mesh:

@@ -94,6 +94,11 @@ class PlainUpdater:
             self.optimizer.state[parameter] = {"step": state["step"].clone().to(parameter.device), **moments}
 
 
+def pipeline_layers(config: ModelConfig, stages: int) -> list[range]:
+    """Layers of each pipeline stage, balanced by active weights; the head and the MTP modules weigh on the last one."""
+    return split_layers(config.num_hidden_layers, stages, config.tail_params() / config.layer_params(1, active=True))
+
+
 class Engine:
     """A model laid out over a mesh, with its optimizer.
 
@@ -117,7 +122,7 @@ class Engine:
     ):
         self.config, self.mesh, self.micro_batch = config, mesh, micro_batch
         self.device = device or torch.device("cpu")
-        self.model = Transformer(config, split_layers(config.num_hidden_layers, mesh.sizes.pp)[mesh.pp_rank])
+        self.model = Transformer(config, pipeline_layers(config, mesh.sizes.pp)[mesh.pp_rank])
         if initial is None:
             init_weights(self.model, config, seed)
         else:
