@@ -1,0 +1,276 @@
+"""Starts the ranks of a stage: as a Ray Train job, as local processes, or inside this process. Knows nothing of stages.
+
+A rank's error is written into `<stage folder>/errors`, so that the launcher can tell the cause from its echoes on the
+other ranks, and a user's mistake from a bug, whichever way the ranks were started.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import pickle
+import shutil
+import tempfile
+import time
+import traceback
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TextIO, cast
+
+from ray_pipeline.artifacts import write_json, writing
+from ray_pipeline.errors import StageFailed, UserError
+from ray_pipeline.stages.base import RankFunction
+
+WORKERS_LOCK = ".workers.lock"
+LOCK_WAIT = 60.0  # seconds a new attempt waits for the workers of a killed one to go
+ERRORS = "errors"
+# glibc returns large buffers to the kernel at once; keeping them saves 2-3x on big fresh outputs (page faults).
+MALLOC = {
+    "MALLOC_MMAP_THRESHOLD_": "4294967296",
+    "MALLOC_TRIM_THRESHOLD_": "17179869184",
+    "MALLOC_TOP_PAD_": "67108864",
+}
+
+
+def worker_environment(ranks: int, cores: int, device: str) -> dict[str, str]:
+    """Environment variables of every rank; they must be set before torch and DeepSpeed are imported."""
+    threads = {"OMP_NUM_THREADS": str(max(1, cores // ranks)), "TOKENIZERS_PARALLELISM": "false"}
+    cpu = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
+    return MALLOC | threads | cpu | {"GLOG_minloglevel": "2"}
+
+
+def cpus_per_rank(node_cpus: Sequence[float], ranks: int) -> float:
+    """The largest share of a CPU, at most one, at which `ranks` ranks fit on the nodes. Zero when there is no CPU."""
+    for parts in range(1, ranks + 1):
+        # Ray counts resources in steps of 1/10000; rounding down keeps the last share from missing by one step.
+        share = int(10000 / parts) / 10000
+        if sum(int(cpus / share + 1e-9) for cpus in node_cpus) >= ranks:
+            return share
+    return 0.0
+
+
+class RankScope:
+    """What surrounds a rank's work: the shared workers' lock, and a record of the error it may end in."""
+
+    def __init__(self, folder: Path, rank: int):
+        self.folder, self.rank = folder, rank
+        self._lock: TextIO | None = None
+
+    def __enter__(self) -> RankScope:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = (self.folder / WORKERS_LOCK).open("a")
+        fcntl.flock(self._lock, fcntl.LOCK_SH)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None:
+            text = "".join(traceback.format_exception(kind, error, trace))
+            place = traceback.extract_tb(trace)[-1] if trace is not None else None
+            write_json(
+                self.folder / ERRORS / f"rank-{self.rank}.json",
+                {
+                    "rank": self.rank,
+                    "user_error": isinstance(error, UserError),
+                    "cause": str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}",
+                    "place": f"{place.filename}:{place.lineno}" if place else "",
+                    "traceback": text,
+                    "time": time.time(),
+                },
+            )
+        assert self._lock is not None
+        self._lock.close()
+
+
+def rank_errors(folder: Path) -> list[dict[str, Any]]:
+    """What ranks recorded since the launch, earliest first: the first is the cause, the others mostly its echoes."""
+    files = sorted((folder / ERRORS).glob("rank-*.json"))
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in files]
+    return sorted(found, key=lambda entry: entry["time"])
+
+
+def _raise_user_error(folder: Path) -> None:
+    for entry in rank_errors(folder):
+        if entry["user_error"]:
+            raise UserError(entry["cause"])
+
+
+def explain_failure(folder: Path, fallback: str, details: str) -> StageFailed:
+    """The error a stage ended in, from what its ranks recorded; a rank that was killed recorded nothing."""
+    _raise_user_error(folder)
+    errors = rank_errors(folder)
+    if not errors:
+        return StageFailed(fallback, details)
+    first = errors[0]
+    text = "\n\n".join(f"rank {entry['rank']}:\n{entry['traceback']}" for entry in errors)
+    return StageFailed(f"rank {first['rank']}: {first['cause']} ({first['place']})", f"{text}\n\n{details}")
+
+
+def prepare_folder(folder: Path, *, wait: float = LOCK_WAIT) -> None:
+    """Wait until the workers of an earlier, killed attempt are gone; forget the errors they recorded.
+
+    Raises:
+        UserError: they still live after `wait` seconds.
+    """
+    with writing(folder), ExitStack() as stack:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = stack.enter_context((folder / WORKERS_LOCK).open("a"))
+        deadline = time.monotonic() + wait
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise UserError(
+                        f"{folder / WORKERS_LOCK}: held for {wait:.0f} s by workers of an earlier run, which still "
+                        f"write to this folder. Find them with `fuser {folder / WORKERS_LOCK}`, end them, then resume."
+                    ) from None
+                time.sleep(0.1)
+        shutil.rmtree(folder / ERRORS, ignore_errors=True)
+
+
+class InlineLauncher:
+    """One rank in this process, for debuggers and tests. Leaves a process group that was there alone."""
+
+    def run(self, name: str, function: RankFunction, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Call `function` with torch.distributed set up for one rank."""
+        import torch.distributed as dist
+
+        folder = Path(arguments["folder"])
+        prepare_folder(folder)
+        ours = not dist.is_initialized()
+        if ours:
+            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        try:
+            with RankScope(folder, 0):
+                return function(arguments)
+        finally:
+            if ours:
+                dist.destroy_process_group()
+
+
+def _process_rank(rank: int, world: int, store: str, function: RankFunction, arguments: dict[str, Any]) -> None:
+    """Body of one spawned process."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
+    os.environ.update(worker_environment(world, os.cpu_count() or 1, "cpu"))
+    with RankScope(Path(arguments["folder"]), rank):
+        import torch.distributed as dist
+
+        dist.init_process_group("gloo", init_method=f"file://{store}/rendezvous", rank=rank, world_size=world)
+        value = function(arguments)
+        if rank == 0:
+            Path(store, "value").write_bytes(pickle.dumps(value))
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+class ProcessLauncher:
+    """CPU ranks as processes of this machine over gloo, without Ray: for tests and debugging."""
+
+    def __init__(self, ranks: int):
+        self.ranks = ranks
+
+    def run(self, name: str, function: RankFunction, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Spawn the ranks, wait, and return rank 0's value; no restarts."""
+        import torch.multiprocessing as mp
+
+        folder = Path(arguments["folder"])
+        prepare_folder(folder)
+        with tempfile.TemporaryDirectory() as store:
+            try:
+                mp.spawn(_process_rank, (self.ranks, store, function, arguments), nprocs=self.ranks)
+            except (mp.ProcessRaisedException, mp.ProcessExitedException) as error:
+                raise explain_failure(folder, f"{name}: a rank's process ended: {error}", str(error)) from None
+            return pickle.loads(Path(store, "value").read_bytes())
+
+
+def _ray_rank(job: dict[str, Any]) -> dict[str, Any] | None:
+    """What every Ray Train worker runs."""
+    import ray.train
+
+    folder = Path(job["arguments"]["folder"])
+    if any(entry["user_error"] for entry in rank_errors(folder)):
+        # Ray Train restarts after any error, but a user's mistake stays one: end at once, the launcher tells it.
+        return None
+    with RankScope(folder, ray.train.get_context().get_world_rank()):
+        return job["function"](job["arguments"])
+
+
+class RayLauncher:
+    """Ranks as a Ray Train job, restarted after a worker died; the function itself goes on from its newest checkpoint.
+
+    Args:
+        ranks: number of workers. device: "cpu" (gloo) or "cuda" (one GPU per worker, nccl with gloo for CPU tensors).
+        max_restarts: deaths that are survived. timeout_seconds: limit of every collective.
+    """
+
+    def __init__(self, ranks: int, device: str, *, max_restarts: int = 2, timeout_seconds: float = 600.0):
+        self.ranks, self.device = ranks, device
+        self.max_restarts, self.timeout_seconds = max_restarts, timeout_seconds
+
+    def run(self, name: str, function: RankFunction, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Run `function` on every rank and return rank 0's value."""
+        # Read by Ray Train's controller: it looks at its workers ten times a second, not once in two.
+        os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.1"
+        from ray.train import FailureConfig, RunConfig
+        from ray.train.torch import TorchConfig, TorchTrainer
+        from ray.train.v2.api.exceptions import TrainingFailedError
+
+        folder = Path(arguments["folder"])
+        prepare_folder(folder)
+        scaling, cores = self._scaling()
+        run_options: dict[str, Any] = {
+            # A fresh name each time: our own checkpoints decide where to go on, not Ray's.
+            "name": f"{name}-{time.time_ns()}",
+            "storage_path": str(folder / "ray"),
+            "failure_config": FailureConfig(max_failures=self.max_restarts),
+            "worker_runtime_env": {"env_vars": worker_environment(self.ranks, cores, self.device)},
+        }
+        trainer: Any = TorchTrainer(
+            cast(Any, _ray_rank),
+            train_loop_config={"function": function, "arguments": arguments},
+            torch_config=TorchConfig(
+                backend="gloo" if self.device == "cpu" else "cpu:gloo,cuda:nccl", timeout_s=int(self.timeout_seconds)
+            ),
+            scaling_config=scaling,
+            run_config=RunConfig(**run_options),
+        )
+        try:
+            value = trainer.fit().return_value
+        except TrainingFailedError as error:
+            fallback = f"{name}: its workers died more often than layout.max_restarts={self.max_restarts}"
+            raise explain_failure(folder, fallback, str(error)) from None
+        finally:
+            shutil.rmtree(folder / "ray", ignore_errors=True)
+        _raise_user_error(folder)
+        assert value is not None, "every rank gave up without telling why"
+        return value
+
+    def _scaling(self) -> tuple[Any, int]:
+        """Ray's ScalingConfig, and CPU cores per node.
+
+        Raises:
+            UserError: the cluster can never hold the ranks.
+        """
+        import ray
+        from ray.train import ScalingConfig
+
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        cpus, gpus = ([node.get(kind, 0.0) for node in nodes] for kind in ("CPU", "GPU"))
+        there = f"the Ray cluster has {sum(gpus):g} GPUs and {sum(cpus):g} CPUs on {len(nodes)} node(s)"
+        if self.device == "cuda" and sum(int(count) for count in gpus) < self.ranks:
+            raise UserError(
+                f"{self.ranks} ranks with a GPU each: {there}. Use fewer --gpus, --backend cpu, or a larger cluster."
+            )
+        share = cpus_per_rank(cpus, self.ranks)
+        if share == 0.0:
+            raise UserError(f"{self.ranks} ranks: {there}. Start Ray with CPUs (`ray start --num-cpus`).")
+        # With GPUs the CPU share may not decide the placement: a rank goes where its GPU is.
+        resources = {"CPU": min(share, 0.01)} | {"GPU": 1.0} if self.device == "cuda" else {"CPU": share}
+        scaling = ScalingConfig(num_workers=self.ranks, use_gpu=self.device == "cuda", resources_per_worker=resources)
+        return scaling, os.cpu_count() or 1
