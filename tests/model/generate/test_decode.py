@@ -105,7 +105,9 @@ def test_stops_at_the_first_end_token_and_keeps_it():
 def test_logprobs_are_the_models_at_the_temperature_before_top_k():
     model = build(TINY)
     prompt = [1, 2, 3]
-    [c] = generate(Decoder(model), [prompt], max_new_tokens=12, eos_ids=set(), temperature=0.7, top_k=5, top_p=0.9, seeds=[4])
+    [c] = generate(
+        Decoder(model), [prompt], max_new_tokens=12, eos_ids=set(), temperature=0.7, top_k=5, top_p=0.9, seeds=[4]
+    )
     with torch.no_grad():
         logits = model(torch.tensor([prompt + c.tokens]))[0, len(prompt) - 1 : -1] / 0.7
     expected = logits.log_softmax(-1).gather(1, torch.tensor(c.tokens)[:, None])[:, 0]
@@ -167,7 +169,7 @@ def test_no_prompts_give_no_completions():
 
 def test_a_pipeline_stage_cannot_decode():
     with pytest.raises(ValueError, match="whole model"):
-        Decoder(Transformer(TINY, range(0, 2)))
+        Decoder(Transformer(TINY, range(2)))
 
 
 def test_weights_in_bfloat16_decode_close_to_fp32():

@@ -1,0 +1,123 @@
+"""Held-out questions answered greedily: how many are right, with the uncertainty of the figure.
+
+Each rank may take a slice of the questions; `EvalResult.merge` joins the parts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from model.generate.decode import Completion, Decoder, generate
+from ray_pipeline.evaluation.chat import PromptTokenizer, completion_text
+from ray_pipeline.rewards.answer import answer
+from ray_pipeline.rewards.think_format import think_format
+
+
+def wilson_interval(correct: int, total: int, z: float = 1.96) -> tuple[float, float]:
+    """Bounds of a proportion, 95% by default (Wilson 1927): sound near 0 and 1, where the normal one is not.
+
+    Raises:
+        ValueError: unless 0 <= correct <= total.
+    """
+    if not 0 <= correct <= total:
+        raise ValueError(f"correct={correct} of total={total}: must be between 0 and the total")
+    if total == 0:
+        return 0.0, 1.0
+    p, shrink = correct / total, 1 + z * z / total
+    centre = (p + z * z / (2 * total)) / shrink
+    half = z / shrink * math.sqrt(p * (1 - p) / total + z * z / (4 * total * total))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else 0.0
+
+
+@dataclass
+class EvalResult:
+    """Figures of a list of marked answers; all but `samples` follow from it.
+
+    Attributes:
+        samples: per question: prompt, completion, answer, correct, well_formed, tokens (length of the completion, end
+            token included), finished (ended by itself), fits (the prompt left room in the context; else it counts as
+            wrong), category, difficulty.
+        interval: 95% bounds of the accuracy.
+    """
+
+    samples: list[dict[str, Any]]
+    correct: list[bool] = field(init=False)
+    accuracy: float = field(init=False)
+    interval: tuple[float, float] = field(init=False)
+    format_rate: float = field(init=False)
+    finished_rate: float = field(init=False)
+    mean_tokens: float = field(init=False)
+    too_long: int = field(init=False)
+    by_category: dict[str, float] = field(init=False)
+    by_difficulty: dict[int, float] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.correct = [s["correct"] for s in self.samples]
+        self.accuracy = _mean(self.correct)
+        self.interval = wilson_interval(sum(self.correct), len(self.correct))
+        self.format_rate = _mean([s["well_formed"] for s in self.samples])
+        self.finished_rate = _mean([s["finished"] for s in self.samples])
+        self.mean_tokens = _mean([s["tokens"] for s in self.samples])
+        self.too_long = sum(not s["fits"] for s in self.samples)
+        self.by_category = self._accuracy_by("category")
+        self.by_difficulty = self._accuracy_by("difficulty")
+
+    def _accuracy_by(self, key: str) -> dict[Any, float]:
+        values = sorted({s[key] for s in self.samples})
+        return {value: _mean([s["correct"] for s in self.samples if s[key] == value]) for value in values}
+
+    @classmethod
+    def merge(cls, parts: Iterable[EvalResult]) -> EvalResult:
+        """The results of several slices as one, in the order given."""
+        return cls([sample for part in parts for sample in part.samples])
+
+
+def evaluate_questions(
+    decoder: Decoder,
+    tokenizer: PromptTokenizer,
+    questions: Sequence[dict[str, Any]],
+    *,
+    max_new_tokens: int,
+    max_batch: int = 256,
+) -> EvalResult:
+    """Answer each question greedily and mark it.
+
+    Args:
+        questions: {"prompt", "answer"} and optionally "category" and "difficulty"; a slice of them for one rank.
+    """
+    prompts = [tokenizer.encode_prompt(q["prompt"]) for q in questions]
+    fits = [i for i, p in enumerate(prompts) if len(p) < decoder.config.max_position_embeddings]
+    completions = generate(
+        decoder, [prompts[i] for i in fits], max_new_tokens=max_new_tokens, eos_ids={tokenizer.eos_id}, temperature=0,
+        max_batch=max_batch,
+    )  # fmt: skip
+    by_question = dict(zip(fits, completions, strict=True))
+    nothing = Completion([], [], finished=False)
+    samples = []
+    for i, question in enumerate(questions):
+        completion = by_question.get(i, nothing)
+        samples.append(_marked(question, completion_text(tokenizer, completion.tokens), completion, i in by_question))
+    return EvalResult(samples)
+
+
+def _marked(question: dict[str, Any], text: str, completion: Completion, fits: bool) -> dict[str, Any]:
+    reference = str(question["answer"])
+    return {
+        "prompt": question["prompt"],
+        "completion": text,
+        "answer": reference,
+        "correct": answer(question["prompt"], text, reference) == 1.0,
+        "well_formed": think_format(question["prompt"], text, reference) == 1.0,
+        "tokens": len(completion.tokens),
+        "finished": completion.finished,
+        "fits": fits,
+        "category": str(question.get("category", "")),
+        "difficulty": int(question.get("difficulty", 0)),
+    }

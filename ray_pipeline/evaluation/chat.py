@@ -1,0 +1,27 @@
+"""What evaluation and rollouts need of a tokenizer."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+
+class PromptTokenizer(Protocol):
+    """Turns a question into a prompt and tokens into text; `ray_pipeline.data.tokenizer.ChatTokenizer` is one."""
+
+    @property
+    def eos_id(self) -> int:
+        """The token that ends an answer."""
+        ...
+
+    def encode_prompt(self, question: str, /) -> list[int]:
+        """Chat template up to and including the assistant's turn token."""
+        ...
+
+    def decode(self, ids: list[int], /) -> str:
+        """Text of the tokens; `<think>` and `</think>` stay."""
+        ...
+
+
+def completion_text(tokenizer: PromptTokenizer, tokens: list[int]) -> str:
+    """Text of a completion without its end token."""
+    return tokenizer.decode(tokens[:-1] if tokens and tokens[-1] == tokenizer.eos_id else tokens)

@@ -1,0 +1,174 @@
+"""EXPORT: the trained model as Hugging Face folder and GGUF files, the student beside it; each is loaded and compared.
+
+Every artifact is whole or absent, so a stage that is killed goes on behind the last one it finished.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from model.convert.card import model_card
+from model.convert.gguf import check_gguf as check_gguf_config
+from model.convert.gguf import save_gguf
+from model.convert.gguf_tokenizer import read_tokenizer
+from model.convert.hf import save_hf
+from model.transformer import Transformer
+from ray_pipeline.artifacts import atomic_folder, atomic_path, load_model, verify_folder, write_json
+from ray_pipeline.data.tokenizer import load_tokenizer
+from ray_pipeline.errors import StageFailed, UserError
+from ray_pipeline.evaluation.export_checks import Check, check_gguf, check_hf
+from ray_pipeline.progress import Progress
+from ray_pipeline.stages.base import StageContext, StageResult
+
+STAGE = "export"
+CHECKED_QUESTIONS = 8
+LICENCE = "apache-2.0"
+
+
+def exported_models(context: StageContext) -> dict[str, str]:
+    """Folder name -> stage whose weights it holds."""
+    source = context.config.export.source
+    return {"hf": source} if source == "distillation" else {"hf": source, "hf-student": "distillation"}
+
+
+def run(context: StageContext) -> StageResult:
+    """Write, reload and compare.
+
+    Raises:
+        UserError: an upstream model that is damaged, or one GGUF cannot hold.
+        StageFailed: an exported file that does not give what the model gives, with the figures.
+    """
+    models = exported_models(context)
+    kinds = context.config.export.gguf
+    progress = Progress(context.folder, STAGE, 2 * (len(models) + len(kinds)))
+    done = 0
+    checks: list[Check] = []
+    tokenizer_folder = context.inputs["data_prep"].folder / "tokenizer"
+    tokenizer, questions = load_tokenizer(tokenizer_folder), _questions(context)
+    for name, stage in models.items():
+        model = load_model(context.inputs[stage].folder / "model").eval()
+        if name == "hf" and kinds:
+            _check_convertible(model, tokenizer_folder)
+        progress.phase(f"writing {name}")
+        _write_hf(context, name, stage, model, tokenizer_folder)
+        progress.update(done := done + 1)
+        if name == "hf":
+            for kind in kinds:
+                progress.phase(f"writing {kind} GGUF")
+                _write_gguf(context, kind, model, tokenizer_folder)
+                progress.update(done := done + 1)
+                progress.phase(f"checking {kind} GGUF")
+                checks.append(check_gguf(_gguf_path(context, kind), kind, model, tokenizer, questions))
+                progress.update(done := done + 1)
+        progress.phase(f"checking {name}")
+        checks.append(check_hf(context.folder / name, _rounded(context, model), tokenizer, questions))
+        progress.update(done := done + 1)
+    write_json(context.folder / "checks.json", [check.as_json() for check in checks])
+    _raise_failures(checks)
+    metrics = {f"{check.name}/{figure}": value for check in checks for figure, value in check.figures.items()}
+    metrics["checks_passed"] = float(sum(check.status == "passed" for check in checks))
+    metrics["checks_not_run"] = float(sum(check.status == "not run" for check in checks))
+    return StageResult(context.folder, metrics)
+
+
+def _questions(context: StageContext) -> list[str]:
+    path = context.inputs["data_prep"].folder / "prompts" / "heldout.jsonl"
+    with path.open(encoding="utf-8") as lines:
+        return [json.loads(line)["prompt"] for _, line in zip(range(CHECKED_QUESTIONS), lines, strict=False)]
+
+
+def _check_convertible(model: Transformer, tokenizer_folder: Path) -> None:
+    """Before anything is written: the reason why llama.cpp could not run this model, as the user's mistake."""
+    try:
+        check_gguf_config(model.config)
+        read_tokenizer(tokenizer_folder, model.config.vocab_size)
+    except ValueError as error:
+        raise UserError(f"GGUF: {error}") from None
+
+
+def _dtype(context: StageContext) -> torch.dtype:
+    return getattr(torch, context.config.export.dtype)
+
+
+def _rounded(context: StageContext, model: Transformer) -> Transformer:
+    """The model with weights rounded as they are stored, computing in fp32. The balancing bias is stored in fp32."""
+    state = model.state_dict()
+    for name, tensor in state.items():
+        if not name.endswith("e_score_correction_bias"):
+            tensor.copy_(tensor.to(_dtype(context)).float())
+    return model
+
+
+def _write_hf(context: StageContext, name: str, stage: str, model: Transformer, tokenizer_folder: Path) -> None:
+    folder = context.folder / name
+    if folder.exists():
+        try:
+            verify_folder(folder)
+        except UserError:
+            pass  # damaged since: written again below
+        else:
+            return
+    with atomic_folder(folder) as aside:
+        save_hf(
+            aside,
+            model.config,
+            model.state_dict(),
+            tokenizer_folder=tokenizer_folder,
+            dtype=_dtype(context),
+            model_card=_card(context, stage, model),
+            generation={"do_sample": True, "temperature": context.config.grpo.temperature},
+        )
+
+
+def _gguf_path(context: StageContext, kind: str) -> Path:
+    return context.folder / f"model-{kind}.gguf"
+
+
+def _write_gguf(context: StageContext, kind: Any, model: Transformer, tokenizer_folder: Path) -> None:
+    path = _gguf_path(context, kind)
+    if path.exists():
+        return  # renamed into place only when whole; the stage's identity covers the weights
+    with atomic_path(path) as aside:
+        save_gguf(
+            aside,
+            model.config,
+            model.state_dict(),
+            kind=kind,
+            tokenizer_folder=tokenizer_folder,
+            name=context.run_name,
+            licence=LICENCE,
+        )
+
+
+def _card(context: StageContext, stage: str, model: Transformer) -> str:
+    config, result = context.config, context.inputs[stage]
+    data = {source.name: source.licence for source in config.data.pretrain}
+    data |= {f"conversations: {config.data.sft}": "see source", f"questions: {config.data.prompts}": "see source"}
+    recipe: dict[str, float | str] = {"recipe": config.recipe, "seed": str(config.seed), "weights of stage": stage}
+    for name in ("pretrain", "sft", "grpo", "distillation"):
+        settings = getattr(config, name)
+        recipe[f"{name} steps"] = str(settings.steps)
+        recipe[f"{name} learning rate"] = settings.optimizer.lr
+        if name == stage:
+            break
+    return model_card(
+        f"{context.run_name} ({stage})",
+        model.config,
+        licence=LICENCE,
+        data=data,
+        recipe=recipe,
+        figures=result.metrics,
+        baselines=result.baselines,
+    )
+
+
+def _raise_failures(checks: list[Check]) -> None:
+    failed = [check for check in checks if check.status == "failed"]
+    if failed:
+        lines = [f"{check.name}: {check.detail}" for check in failed]
+        figures = [f"{check.name}: {json.dumps(check.figures)}" for check in failed]
+        raise StageFailed("EXPORT: what was written is not the model. " + " | ".join(lines), "\n".join(figures))

@@ -1,0 +1,72 @@
+"""Packing loses, doubles and leaks no token."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ray_pipeline.data.batch import IGNORE
+from ray_pipeline.rollouts.packing import assign_rows, pack_rollouts
+from ray_pipeline.rollouts.rollout import Rollout
+
+
+def rollout(prompt: list[int], completion: list[int]) -> Rollout:
+    return Rollout(prompt, completion, [-float(t) for t in completion], 0.0, {}, 0, True)
+
+
+ids = st.lists(st.integers(1, 50), min_size=1, max_size=8)
+
+
+@given(st.lists(st.tuples(ids, ids), min_size=1, max_size=10), st.integers(15, 40))
+def test_every_rollout_is_found_again_whole(pairs, seq_len):
+    rollouts = [rollout(p, c) for p, c in pairs]
+    advantages = torch.arange(len(rollouts)) + 1.0
+    batch = pack_rollouts(rollouts, advantages, seq_len, pad_id=0)
+    found = []
+    for row in range(len(batch)):
+        for document in batch.doc_ids[row].unique().tolist():
+            at = (batch.doc_ids[row] == document).nonzero().squeeze(1)
+            labels = batch.labels[row, at]
+            if bool((labels == IGNORE).all()):
+                assert bool((batch.tokens[row, at] == 0).all())
+                continue
+            assert at.tolist() == list(range(int(at[0]), int(at[-1]) + 1))
+            supervised = labels != IGNORE
+            completion = labels[supervised].tolist()
+            whole = [*batch.tokens[row, at].tolist(), completion[-1]]
+            start = int(supervised.nonzero()[0])
+            assert bool(supervised[start:].all())
+            assert whole[start + 1 :] == completion  # position t predicts token t + 1
+            assert batch.extras["old_logprobs"][row, at][supervised].tolist() == [-float(t) for t in completion]
+            advantage = batch.extras["advantages"][row, at][supervised].unique()
+            assert advantage.numel() == 1
+            found.append((int(advantage), whole[: start + 1], completion))
+    assert sorted(found) == [(i + 1, p, c) for i, (p, c) in enumerate(pairs)]
+    assert bool((batch.extras["advantages"][batch.labels == IGNORE] == 0).all())
+    assert bool((batch.doc_ids[:, 1:] >= batch.doc_ids[:, :-1]).all())
+
+
+@given(st.lists(st.integers(1, 30), max_size=30))
+def test_rows_hold_every_document_once_and_do_not_overflow(lengths):
+    rows = assign_rows(lengths, 30)
+    assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
+    assert all(sum(lengths[i] for i in row) <= 30 for row in rows)
+    assert len(rows) <= -(-sum(lengths) * 2 // 30) + 1
+
+
+def test_packing_shares_rows():
+    batch = pack_rollouts([rollout([1, 2], [3, 4, 5])] * 4, torch.ones(4), seq_len=8, pad_id=0)
+    assert batch.tokens.tolist() == [[1, 2, 3, 4, 1, 2, 3, 4]] * 2
+    assert batch.labels.tolist() == [[IGNORE, 3, 4, 5] * 2] * 2
+
+
+def test_too_long_a_rollout_is_refused():
+    with pytest.raises(ValueError, match="takes 9 positions: longer than seq_len=8"):
+        pack_rollouts([rollout([1] * 5, [2] * 5)], torch.ones(1), seq_len=8, pad_id=0)
+
+
+def test_advantages_must_match():
+    with pytest.raises(ValueError, match="3 advantages for 1 rollouts"):
+        pack_rollouts([rollout([1], [2])], torch.ones(3), seq_len=8, pad_id=0)

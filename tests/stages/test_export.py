@@ -1,0 +1,199 @@
+"""EXPORT writes what each program reads, goes on where it was killed, and fails when a file is not the model."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from model.config import ModelConfig
+from model.init import init_weights
+from model.transformer import Transformer
+from ray_pipeline.artifacts import save_model
+from ray_pipeline.config import PipelineFields
+from ray_pipeline.data.tokenizer_files import save_trained, train_bpe
+from ray_pipeline.errors import StageFailed, UserError
+from ray_pipeline.evaluation.export_checks import Check
+from ray_pipeline.stages import export
+from ray_pipeline.stages.base import StageContext, StageResult
+
+CONFIG = ModelConfig(
+    vocab_size=320,
+    hidden_size=64,
+    intermediate_size=96,
+    moe_intermediate_size=32,
+    num_hidden_layers=3,
+    num_attention_heads=2,
+    q_lora_rank=32,
+    kv_lora_rank=32,
+    qk_nope_head_dim=24,
+    qk_rope_head_dim=8,
+    v_head_dim=32,
+    n_routed_experts=4,
+    max_position_embeddings=128,
+    initializer_range=0.1,
+)
+QUESTIONS = ["What is 12 + 34?", "Solve x + 5 = 9.", "Which is larger, 7 or 11?"]
+
+
+def save_stage(folder: Path, **changes) -> StageResult:
+    config = ModelConfig(**{**CONFIG.__dict__, **changes})
+    model = Transformer(config)
+    init_weights(model, config, seed=4)
+    save_model(folder / "model", config, model.state_dict())
+    return StageResult(folder, {"accuracy": 0.5}, {"input_accuracy": 0.25}, True)
+
+
+def make_context(run: Path, settings: dict | None = None, **changes) -> StageContext:
+    data = run / "data_prep"
+    if not data.exists():
+        save_trained(train_bpe(["What is the larger of 12 and 34? Solve this."] * 20, 320), data / "tokenizer")
+        (data / "prompts").mkdir()
+        lines = [json.dumps({"prompt": q, "answer": "1"}) for q in QUESTIONS]
+        (data / "prompts" / "heldout.jsonl").write_text("\n".join(lines) + "\n")
+        save_stage(run / "grpo", **changes)
+        save_stage(run / "distillation", num_hidden_layers=1, num_nextn_predict_layers=0)
+    figures = {"accuracy": 0.5}, {"input_accuracy": 0.25}
+    inputs = {name: StageResult(run / name, *figures, True) for name in ("grpo", "distillation")} | {
+        "data_prep": StageResult(data)
+    }
+    config = PipelineFields(model=CONFIG, **(settings or {}))
+    return StageContext(config, "toy", run, run / "export", inputs, launcher=None)
+
+
+def test_every_file_is_written_and_checked(tmp_path):
+    result = export.run(make_context(tmp_path))
+    folder = tmp_path / "export"
+    assert {p.name for p in folder.iterdir()} == {
+        "hf",
+        "hf-student",
+        "model-f32.gguf",
+        "model-f16.gguf",
+        "model-q8_0.gguf",
+        "checks.json",
+        "progress.json",
+    }
+    checks = {c["name"]: c["status"] for c in json.loads((folder / "checks.json").read_text())}
+    assert checks["hf"] == checks["hf-student"] == "passed"
+    assert result.metrics["hf/max_logit_difference"] < 1e-4
+    assert result.learned is None
+    card = (folder / "hf" / "README.md").read_text()
+    assert "| accuracy | 0.5 |" in card and "| input_accuracy | 0.25 |" in card
+    assert json.loads((folder / "hf-student" / "config.json").read_text())["num_hidden_layers"] == 1
+
+
+def test_bfloat16_is_compared_with_the_rounded_weights(tmp_path):
+    result = export.run(make_context(tmp_path, {"export": {"dtype": "bfloat16", "gguf": []}}))
+    assert result.metrics["hf/max_logit_difference"] < 1e-4
+    assert json.loads((tmp_path / "export/hf/config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_the_student_may_be_the_model(tmp_path):
+    export.run(make_context(tmp_path, {"export": {"source": "distillation", "gguf": []}}))
+    assert json.loads((tmp_path / "export/hf/config.json").read_text())["num_hidden_layers"] == 1
+    assert not (tmp_path / "export/hf-student").exists()
+
+
+def test_a_rerun_keeps_whole_files_and_rewrites_damaged_ones(tmp_path):
+    context = make_context(tmp_path)
+    export.run(context)
+    files = [
+        tmp_path / "export" / name
+        for name in ("hf/model.safetensors", "hf-student/model.safetensors", "model-f32.gguf")
+    ]
+    before = {path: (path.stat().st_ino, path.read_bytes()) for path in files}
+    with files[0].open("r+b") as damaged:
+        damaged.seek(-4, os.SEEK_END)
+        damaged.write(b"\x00\x01\x02\x03")
+    export.run(context)
+    assert {path: path.read_bytes() for path in files} == {path: content for path, (_, content) in before.items()}
+    assert [path.stat().st_ino == before[path][0] for path in files] == [False, True, True]
+
+
+def test_a_check_that_fails_fails_the_stage_with_the_figures(tmp_path, monkeypatch):
+    failed = Check("hf", "failed", {"max_logit_difference": 3.5}, "largest logit difference 3.5 is over 0.001")
+    monkeypatch.setattr(export, "check_hf", lambda *args: failed)
+    with pytest.raises(StageFailed, match=r"hf: largest logit difference 3\.5 is over 0\.001") as error:
+        export.run(make_context(tmp_path, {"export": {"gguf": []}}))
+    assert '"max_logit_difference": 3.5' in error.value.details
+    assert json.loads((tmp_path / "export/checks.json").read_text())[0]["status"] == "failed"
+
+
+def test_weights_that_differ_from_the_model_fail_for_real(tmp_path, monkeypatch):
+    real = export.save_hf
+
+    def wrong(folder, config, state, **options):
+        real(folder, config, {k: v * 1.01 if k == "lm_head.weight" else v for k, v in state.items()}, **options)
+
+    monkeypatch.setattr(export, "save_hf", wrong)
+    with pytest.raises(StageFailed, match="largest logit difference"):
+        export.run(make_context(tmp_path, {"export": {"gguf": []}}))
+
+
+def test_a_model_gguf_cannot_hold_is_refused_before_anything_is_written(tmp_path):
+    context = make_context(tmp_path, q_lora_rank=None)
+    with pytest.raises(UserError, match=r"GGUF: q_lora_rank=None.*export\.gguf=\[\]"):
+        export.run(context)
+    assert not (tmp_path / "export/hf").exists()
+
+
+def test_a_damaged_upstream_model_is_named(tmp_path):
+    context = make_context(tmp_path)
+    with (tmp_path / "grpo/model/model.safetensors").open("r+b") as file:
+        file.seek(-4, os.SEEK_END)
+        file.write(b"\x00\x01\x02\x03")
+    with pytest.raises(UserError, match=r"model\.safetensors: damaged"):
+        export.run(context)
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+sys.path.insert(0, sys.argv[1])
+from tests.stages import test_export
+from ray_pipeline.stages import export
+real = export.save_gguf if sys.argv[3] == "gguf" else export.save_hf
+def die(*args, **options):
+    real(*args, **options)  # written aside, not yet in place
+    os.kill(os.getpid(), signal.SIGKILL)
+setattr(export, "save_gguf" if sys.argv[3] == "gguf" else "save_hf", die)
+export.run(test_export.make_context(Path(sys.argv[2])))
+"""
+
+
+@pytest.mark.parametrize("where", ["hf", "gguf"])
+def test_killed_while_writing_it_resumes_to_the_same_files(where, tmp_path):
+    repository = Path(__file__).parents[2]
+    make_context(tmp_path / "killed")
+    command = [sys.executable, "-c", KILLED, str(repository), str(tmp_path / "killed"), where]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    left = tmp_path / "killed/export" / ("hf" if where == "hf" else "model-f32.gguf")
+    assert not left.exists()
+    export.run(make_context(tmp_path / "killed"))
+    export.run(make_context(tmp_path / "unbroken"))
+    for name in ("hf/model.safetensors", "hf-student/model.safetensors", "model-q8_0.gguf"):
+        assert (tmp_path / "killed/export" / name).read_bytes() == (tmp_path / "unbroken/export" / name).read_bytes(), (
+            name
+        )
+    assert not [p.name for p in (tmp_path / "killed/export").iterdir() if p.name.startswith(".")]
+
+
+def test_rounding_leaves_the_balancing_bias_alone(tmp_path):
+    context = make_context(tmp_path, {"export": {"dtype": "bfloat16", "gguf": []}})
+    model = Transformer(CONFIG)
+    init_weights(model, CONFIG, seed=0)
+    bias = model.layers["1"].mlp.gate.e_score_correction_bias
+    bias.fill_(0.1234567)
+    rounded = export._rounded(context, model)
+    assert bias[0] == pytest.approx(0.1234567, abs=1e-8)
+    weight = rounded.state_dict()["lm_head.weight"]
+    assert torch.equal(weight, weight.bfloat16().float())
