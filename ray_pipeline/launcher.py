@@ -223,7 +223,7 @@ class RayLauncher:
 
         folder = Path(arguments["folder"])
         prepare_folder(folder)
-        scaling, cores = self._scaling()
+        scaling, cores = self.scaling()
         run_options: dict[str, Any] = {
             # A fresh name each time: our own checkpoints decide where to go on, not Ray's.
             "name": f"{name}-{time.time_ns()}",
@@ -251,7 +251,7 @@ class RayLauncher:
         assert value is not None, "every rank gave up without telling why"
         return value
 
-    def _scaling(self) -> tuple[Any, int]:
+    def scaling(self) -> tuple[Any, int]:
         """Ray's ScalingConfig, and CPU cores per node.
 
         Raises:

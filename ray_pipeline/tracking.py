@@ -38,8 +38,8 @@ class Tracker:
     """Logs to `folder/metrics.jsonl` and to one W&B run whose id stays the same over resumes.
 
     On resume the lines past `resume_step` are dropped, because those steps are taken again. W&B is brought to the same
-    state: a process that is killed takes what W&B had not flushed with it (seen: everything, in a short offline run), so
-    the lines that are kept are sent again where W&B does not have them, and its `step` metric never goes back.
+    state: a process that is killed takes with it what W&B had not flushed (seen: all of a short offline run), so the
+    lines that are kept are sent again where W&B does not have them, and its `step` metric never goes back.
     """
 
     def __init__(

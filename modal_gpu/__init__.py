@@ -1,0 +1,1 @@
+"""The same pipeline on rented GPUs. The only package that imports modal."""

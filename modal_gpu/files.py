@@ -1,0 +1,82 @@
+"""Files to and from the volume: local inputs go up under their content's hash, a run's outputs come down."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from typing import IO, Protocol
+
+from ray_pipeline.artifacts import atomic_path
+from ray_pipeline.config import PipelineFields
+from ray_pipeline.identity import local_path, source_names
+
+INPUTS = "inputs"
+# Only a resume on Modal needs checkpoints, and it finds them on the volume.
+SKIPPED = ("checkpoints",)
+
+
+class VolumeFiles(Protocol):
+    """What `fetch` needs of a volume."""
+
+    def files(self, folder: str) -> list[tuple[str, int, int]]:
+        """(path, bytes, Unix seconds of the last change) of every file below `folder`."""
+        ...
+
+    def read(self, path: str, into: IO[bytes]) -> None:
+        """Download one file."""
+        ...
+
+
+def local_inputs(config: PipelineFields) -> dict[str, Path]:
+    """Sources that are files or folders on this machine: name as written in the settings -> path."""
+    paths = {name: local_path(name) for name in source_names(config).values()}
+    return {name: path for name, path in paths.items() if path is not None}
+
+
+def remote_name(path: Path) -> str:
+    """Place of an input on the volume: a hash of its content, so that it goes up once, then its name."""
+    digest = hashlib.sha256()
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        if file.is_file():
+            digest.update(file.name.encode())
+            with file.open("rb") as content:
+                digest.update(hashlib.file_digest(content, "sha256").digest())
+    return f"{INPUTS}/{digest.hexdigest()[:16]}/{path.name}"
+
+
+def with_remote_inputs(config: PipelineFields, places: dict[str, str]) -> PipelineFields:
+    """The settings with local sources replaced by where they lie in the container."""
+    data = config.data
+    pretrain = [source.model_copy(update={"name": places.get(source.name, source.name)}) for source in data.pretrain]
+    update = {
+        "pretrain": pretrain,
+        "sft": places.get(data.sft, data.sft),
+        "prompts": places.get(data.prompts, data.prompts),
+    }
+    name = config.tokenizer.name
+    tokenizer = config.tokenizer.model_copy(update={"name": places.get(name, name)})
+    return config.model_copy(update={"data": data.model_copy(update=update), "tokenizer": tokenizer})
+
+
+def fetch(volume: VolumeFiles, run_name: str, output_dir: Path) -> tuple[int, int]:
+    """Copy a run's files to `output_dir/run_name`, each written aside and renamed. A file that is here with the same
+    size and time is kept.
+
+    Returns:
+        (files copied, bytes copied).
+    """
+    files = size = 0
+    for path, length, changed in volume.files(f"/{run_name}"):
+        relative = Path(path.lstrip("/")).relative_to(run_name)
+        if any(part in SKIPPED for part in relative.parts):
+            continue
+        target = output_dir / run_name / relative
+        if target.is_file() and (os.path.getsize(target), int(os.path.getmtime(target))) == (length, changed):
+            continue
+        with atomic_path(target, durable=False) as aside:
+            with aside.open("wb") as file:
+                volume.read(path, file)
+            os.utime(aside, (changed, changed))
+        files, size = files + 1, size + length
+    return files, size

@@ -1,0 +1,114 @@
+"""Finds a verb by name, runs it, and turns what the user got wrong into one message and an exit code."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import click
+
+from ray_pipeline.errors import StageFailed, UserError, did_you_mean
+
+# verb -> (module, command). The order is the order of `--help`.
+VERBS = {
+    "run": ("run", "run"),
+    "resume": ("resume", "resume"),
+    "status": ("status", "status"),
+    "generate": ("generate", "generate"),
+    "inspect-batch": ("inspect_batch", "inspect_batch"),
+    "config-show": ("config_show", "config_show"),
+    "doctor": ("doctor", "doctor"),
+    "verify-cuda": ("doctor", "doctor"),
+    "version": ("version", "version"),
+    "run-rust": ("retired", "run_rust"),
+    "run-mlx": ("retired", "run_mlx"),
+}
+HIDDEN = ("verify-cuda", "run-rust", "run-mlx")
+EXIT_FAILED = 1
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+
+
+class Interrupted(Exception):
+    """Ctrl-C in a verb that can say how to go on."""
+
+
+class VerbGroup(click.Group):
+    """Verbs as modules, imported when asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """The verbs that `--help` shows."""
+        return [name for name in VERBS if name not in HIDDEN]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import the module of one verb."""
+        if cmd_name not in VERBS:
+            return None
+        module, attribute = VERBS[cmd_name]
+        return getattr(importlib.import_module(f"ray_pipeline.cli.{module}"), attribute)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """As click does, with a suggestion for an unknown verb."""
+        if args and not args[0].startswith("-") and args[0] not in VERBS:
+            hint = did_you_mean(args[0], VERBS)
+            verbs = ", ".join(self.list_commands(ctx))
+            raise UserError(f'"{args[0]}" is not a verb{hint}. The verbs are {verbs}.')
+        return super().resolve_command(ctx, args)
+
+
+@click.group(cls=VerbGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+def cli() -> None:
+    """Train a DeepSeek-style reasoning model: data, pretraining, SFT, GRPO, distillation, export.
+
+    Without options, `run` trains the tiny recipe on this machine.
+    """
+
+
+def program() -> str:
+    """How this program was called, for messages that say what to type."""
+    return "python -m ray_pipeline.cli" if os.path.basename(sys.argv[0]) == "__main__.py" else "ray-pipeline"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    try:
+        args = list(arguments) if arguments is not None else None
+        code = cli.main(args=args, prog_name=program(), standalone_mode=False)
+    except UserError as error:
+        return _fail(str(error))
+    except StageFailed as error:
+        print(f"Failed: {error}", file=sys.stderr)
+        return EXIT_FAILED
+    except click.exceptions.NoArgsIsHelpError as error:
+        print(error.format_message())
+        return 0
+    except click.UsageError as error:
+        where = f" See `{error.ctx.command_path} --help`." if error.ctx else ""
+        return _fail(f"{error.format_message()}{where}")
+    except click.ClickException as error:
+        return _fail(error.format_message())
+    except Interrupted as error:
+        print(f"\n{error}", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except (click.Abort, KeyboardInterrupt):
+        print("\nStopped.", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # The reader (head, less) has seen enough; what is still buffered must not raise again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return _exit_code(code)
+
+
+def _exit_code(value: Any) -> int:
+    return value if isinstance(value, int) else 0
+
+
+def _fail(message: str) -> int:
+    print(f"Error: {message}", file=sys.stderr)
+    return EXIT_USER_ERROR

@@ -1,0 +1,157 @@
+"""The flags that change settings, shared by the verbs that read them. A flag is a short name for a dotted key."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ray_pipeline.errors import UserError
+
+if TYPE_CHECKING:
+    from ray_pipeline.config import PipelineFields
+
+# option name -> dotted keys it sets
+FLAG_KEYS: dict[str, tuple[str, ...]] = {
+    "model_size": ("model_size",),
+    "gpus": ("layout.gpus",),
+    "pp_size": ("layout.pp_size",),
+    "dp_size": ("layout.dp_size",),
+    "tp_size": ("layout.tp_size",),
+    "ep_size": ("layout.ep_size",),
+    "sp_size": ("layout.sp_size",),
+    "zero_stage": ("layout.zero_stage",),
+    "batch_size": ("pretrain.batch_size", "sft.batch_size", "distillation.batch_size"),
+    "seq_len": ("data.seq_len",),
+    "seed": ("seed",),
+    "run_name": ("run_name",),
+    "output_dir": ("output_dir",),
+    "backend": ("backend",),
+    "wandb": ("tracking.wandb",),
+    "sft_data": ("data.sft",),
+    "prompt_data": ("data.prompts",),
+    "gpu_type": ("modal.gpu_type",),
+}
+_SIZE_DEFAULTS: dict[str, int | None] = {
+    "layout.gpus": None,
+    "layout.pp_size": 1,
+    "layout.dp_size": None,
+    "layout.tp_size": 1,
+    "layout.ep_size": 1,
+    "layout.sp_size": 1,
+}
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the command line asks of the settings.
+
+    Attributes:
+        overrides: dotted keys. max_steps: upper limit for every training stage.
+    """
+
+    config: Path | None
+    overrides: dict[str, Any]
+    max_steps: int | None
+
+    def load(self) -> PipelineFields:
+        """The settings of a new run."""
+        from ray_pipeline.config_load import load_config
+
+        return load_config(self.config, self.overrides, os.environ, max_steps=self.max_steps)
+
+    def load_stored(self, run_dir: Path) -> PipelineFields:
+        """The settings a run was started with, changed by what the command line gives.
+
+        A size of the layout given now replaces the stored layout whole: `--gpus 2 --dp-size 2` on a run that was
+        started with `--pp-size 3` means two ranks.
+        """
+        from ray_pipeline.config_load import load_config
+
+        overrides = dict(self.overrides)
+        if any(key in overrides for key in _SIZE_DEFAULTS):
+            overrides = _SIZE_DEFAULTS | overrides
+        overrides |= {"run_name": run_dir.name, "output_dir": str(run_dir.parent)}
+        return load_config(run_dir / "config.yaml", overrides, os.environ, max_steps=self.max_steps)
+
+
+def _options(*decorators: Callable) -> Callable:
+    def decorate(function: Callable) -> Callable:
+        for decorator in reversed(decorators):
+            function = decorator(function)
+        return function
+
+    return decorate
+
+
+layout_options = _options(
+    click.option("--gpus", type=click.IntRange(1), help="Ranks. Default: every GPU there is, or one CPU rank."),
+    click.option("--pp-size", type=click.IntRange(1), help="Pipeline stages the layers are split over."),
+    click.option("--dp-size", type=click.IntRange(1), help="Replicas that read different rows."),
+    click.option("--tp-size", type=click.IntRange(1), help="Ranks a matrix is split over."),
+    click.option("--ep-size", type=click.IntRange(1), help="Ranks the experts are split over."),
+    click.option("--sp-size", type=click.IntRange(1), help="Ranks a sequence is split over."),
+    click.option("--zero-stage", type=click.IntRange(0, 3), help="What replicas share (1: optimizer state)."),
+    click.option("--backend", metavar="[auto|cpu|cuda|modal]", help="Where to compute. auto: GPUs if there are any."),
+    click.option("--gpu-type", help="With --backend modal: the GPU to rent, for example H100."),
+    click.option("--wandb/--no-wandb", default=None, help="Weights & Biases (offline without an API key)."),
+    click.option("--time-sliced", is_flag=True, hidden=True),
+)
+recipe_options = _options(
+    click.option("--config", type=click.Path(path_type=Path), help="Recipe: YAML file or shipped name. Default: tiny."),
+    click.option("--model-size", metavar="[tiny|small|medium|large]", help="A preset for the architecture."),
+    click.option("--max-steps", type=click.IntRange(1), help="Upper limit for the steps of every training stage."),
+    click.option("--batch-size", type=click.IntRange(1), help="Rows per step of PRETRAIN, SFT and DISTILLATION."),
+    click.option("--seq-len", type=click.IntRange(2), help="Tokens per packed row."),
+    click.option("--seed", type=click.IntRange(0), help="Decides data order, initial weights and sampling."),
+    click.option("--data", multiple=True, help="Pretraining text: a file or a datasets name. Repeat to mix."),
+    click.option("--sft-data", help="Conversations for SFT: jsonl, parquet or a datasets name."),
+    click.option("--prompt-data", help="Questions with answers for GRPO and evaluation, the same forms."),
+    click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any setting: --set grpo.beta=0.02."),
+)
+place_options = _options(
+    click.option("--run-name", help="Name of the run and its folder. Default: recipe and a hash of the settings."),
+    click.option("--output-dir", help="Folder of all runs. Default: runs."),
+)
+stage_options = _options(
+    click.option("--stage", help="Only this stage; it runs again even where it is finished."),
+    click.option("--from", "from_", help="This stage and those after it."),
+    click.option("--until", help="The stages up to this one."),
+    click.option("--dry-run", is_flag=True, help="Print the plan and stop."),
+)
+
+
+def take_request(options: dict[str, Any]) -> Request:
+    """Collect the flags into a request. `--set` outranks the flags.
+
+    Raises:
+        UserError: for a `--set` without "=", and for --time-sliced.
+    """
+    if options.get("time_sliced"):
+        raise UserError(
+            "--time-sliced: ranks run side by side here, as CPU processes where there are no GPUs; "
+            "use --gpus 3 --pp-size 3 instead."
+        )
+    overrides: dict[str, Any] = {}
+    for option, keys in FLAG_KEYS.items():
+        if options.get(option) is not None:
+            overrides |= dict.fromkeys(keys, options[option])
+    if options.get("data"):
+        overrides["data.pretrain"] = [{"name": name} for name in options["data"]]
+    overrides |= parse_settings(options.get("settings") or ())
+    return Request(options.get("config"), overrides, options.get("max_steps"))
+
+
+def parse_settings(settings: tuple[str, ...]) -> dict[str, str]:
+    """`("grpo.beta=0.02",)` -> `{"grpo.beta": "0.02"}`."""
+    out = {}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals or not key.strip():
+            raise UserError(f"--set {setting}: write it as key=value, for example --set grpo.beta=0.02.")
+        out[key.strip()] = value
+    return out

@@ -1,0 +1,36 @@
+"""`resume`: go on with a run where it stopped."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from ray_pipeline.cli.options import layout_options, take_request
+from ray_pipeline.cli.run import can_resume, layout_here
+from ray_pipeline.cli.runs import find_run, output_dir
+
+
+@click.command()
+@click.argument("run")
+@layout_options
+@click.option("--output-dir", help="Folder of all runs. Default: runs.")
+@click.option("--max-steps", type=click.IntRange(1), help="Lower the steps of every training stage.")
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change it; what depends on it reruns.")
+@click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
+def resume(run: str, **options: Any) -> int:
+    """Go on with RUN from its last checkpoint, with the settings it was started with."""
+    request = take_request(options)
+    run_dir = find_run(run, output_dir(options["output_dir"]))
+    config = request.load_stored(run_dir)
+    with can_resume(run_dir.name):
+        from ray_pipeline.workflow_plan import StageSelection
+
+        if config.backend == "modal":
+            from modal_gpu.launch import run_on_modal
+
+            return run_on_modal(config, stages=StageSelection(), dry_run=options["dry_run"])
+        layout = layout_here(config)
+        from ray_pipeline.workflow import resume_pipeline  # after the layout is known to be legal: Ray takes seconds
+
+        return resume_pipeline(run_dir, config, layout=layout, stages=StageSelection(), dry_run=options["dry_run"])

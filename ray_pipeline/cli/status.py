@@ -1,0 +1,87 @@
+"""`status`: where a run stands, read from its folder. Starts no Ray."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ray_pipeline.cli.runs import find_run, latest_run, output_dir
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+STYLES = {
+    "done": "green",
+    "running": "cyan",
+    "interrupted": "yellow",
+    "learned_nothing": "red",
+    "failed": "red",
+    "pending": "dim",
+}
+
+
+@click.command()
+@click.argument("run", required=False)
+@click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
+@click.option("--output-dir", help="Folder of all runs. Default: runs.")
+def status(run: str | None, as_json: bool, **options: str | None) -> int:
+    """Show the stages of RUN (default: the latest): progress, figures, baselines, seconds, digests and outputs."""
+    from ray_pipeline.ledger import read_status
+
+    folder = output_dir(options["output_dir"])
+    facts = read_status(find_run(run, folder) if run else latest_run(folder))
+    if as_json:
+        click.echo(json.dumps(facts, indent=2))
+    else:
+        show(facts)
+    return 0
+
+
+def show(facts: dict[str, Any]) -> None:
+    """Print the run as a table with the outputs below it."""
+    from rich.console import Console
+
+    console = Console(width=None if Console().is_terminal else 150)
+    holder = facts["worked_on_by"]
+    at_work = f", process {holder['pid']} on {holder['host']} is working on it" if holder and "pid" in holder else ""
+    console.print(f"run {facts['run']}{at_work}", style="bold", highlight=False)
+    console.print(table(facts["stages"]))
+    # Paths and errors stand below the table: a table would cut or wrap them.
+    for stage in facts["stages"]:
+        if stage.get("error"):
+            log = f" (log: {stage['error_log']})" if stage.get("error_log") else ""
+            console.print(f"{stage['stage']} failed: {stage['error']}{log}", style="red", markup=False, soft_wrap=True)
+    for stage in facts["stages"]:
+        if "folder" in stage:
+            console.print(f"{stage['stage']:<13}{stage['folder']}", style="dim", highlight=False, soft_wrap=True)
+
+
+def table(stages: list[dict[str, Any]]) -> Table:
+    """One row a stage."""
+    from rich.table import Table
+
+    from ray_pipeline.progress import progress_text, seconds_text
+
+    out = Table(box=None, pad_edge=False)
+    for name in ("stage", "status", "progress", "figures", "baselines", "time", "weights"):
+        out.add_column(name, overflow="fold")
+    for stage in stages:
+        state, progress = stage["status"], stage.get("progress")
+        finished = state in ("done", "learned_nothing")
+        out.add_row(
+            stage["stage"],
+            f"[{STYLES.get(state, '')}]{state.replace('_', ' ')}[/]",
+            "" if finished or not progress else progress_text(progress),
+            figures(stage.get("metrics")),
+            figures(stage.get("baselines")),
+            seconds_text(stage["seconds"]) if stage.get("seconds") else "",
+            (stage.get("weights_digest") or "")[:12],
+        )
+    return out
+
+
+def figures(values: dict[str, float] | None) -> str:
+    """`accuracy 0.873` a line."""
+    return "\n".join(f"{name} {value:.4g}" for name, value in (values or {}).items())

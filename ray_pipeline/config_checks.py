@@ -1,0 +1,136 @@
+"""What only several settings together can get wrong. Returns every problem as a sentence; raises nothing."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from model.config import ModelConfig
+from ray_pipeline.config import TRAINING_STAGES, PipelineFields
+
+_FOLDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+def student_config(config: PipelineFields) -> ModelConfig:
+    """The student's architecture: the teacher's with what `distillation.student` states."""
+    smaller = {key: value for key, value in config.distillation.student if value is not None}
+    return replace(config.model, **smaller)
+
+
+def problems(config: PipelineFields) -> list[str]:
+    """Everything that cannot work, as `key=value: reason. Way out.`"""
+    return [
+        *_not_finite(config.model_dump(), ""),
+        *_architecture(config),
+        *_lengths(config),
+        *_data(config),
+        *_optimizers(config),
+    ]
+
+
+def warnings(config: PipelineFields) -> list[str]:
+    """What works but is probably not meant."""
+    out = []
+    teacher, student = config.model.num_params(mtp=False), student_config(config).num_params(mtp=False)
+    if 2 * student > teacher:
+        out.append(
+            f"the distillation student has {student / teacher:.0%} of its teacher's parameters, more than half: "
+            "lower distillation.student.num_hidden_layers or its widths."
+        )
+    return out
+
+
+def _not_finite(value: Any, key: str) -> Iterator[str]:
+    """YAML and float() know .inf and .nan; no setting does."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from _not_finite(inner, f"{key}.{name}" if key else name)
+    elif isinstance(value, list | tuple):
+        for index, inner in enumerate(value):
+            yield from _not_finite(inner, f"{key}.{index}")
+    elif isinstance(value, float) and not math.isfinite(value):
+        yield f"{key}={value}: must be a finite number"
+
+
+def _architecture(config: PipelineFields) -> Iterator[str]:
+    try:
+        config.model.validate()
+    except ValueError as error:
+        yield f"model.{error}"
+        return
+    try:
+        student_config(config).validate()
+    except ValueError as error:
+        yield f"distillation.student: {error}"
+    if config.tokenizer.name == "train" and config.model.vocab_size < config.tokenizer.vocab_size:
+        yield (
+            f"model.vocab_size={config.model.vocab_size}: smaller than tokenizer.vocab_size="
+            f"{config.tokenizer.vocab_size}, so some tokens would have no embedding. Set both to the same number."
+        )
+    if config.tokenizer.name == "train" and config.tokenizer.vocab_size < 300:
+        yield (
+            f"tokenizer.vocab_size={config.tokenizer.vocab_size}: a byte-level BPE has 256 bytes and the special "
+            "tokens before its first merge. Use at least 300."
+        )
+
+
+def _lengths(config: PipelineFields) -> Iterator[str]:
+    context = config.model.max_position_embeddings
+    if config.data.seq_len > context:
+        yield (
+            f"data.seq_len={config.data.seq_len}: longer than model.max_position_embeddings={context}. "
+            f"Use --seq-len {context} or less, or --set model.max_position_embeddings={config.data.seq_len}."
+        )
+    for key, tokens in (
+        ("grpo.max_new_tokens", config.grpo.max_new_tokens),
+        ("evaluation.max_new_tokens", config.evaluation.max_new_tokens),
+    ):
+        if tokens >= context:
+            yield (
+                f"{key}={tokens}: leaves no room for the question in model.max_position_embeddings={context}. "
+                f"Use at most {context // 2}, or a longer context."
+            )
+
+
+def _data(config: PipelineFields) -> Iterator[str]:
+    data = config.data
+    if not data.pretrain:
+        yield 'data.pretrain=[]: at least one source of text is needed, for example [{name: "builtin"}]'
+    names = {"data.sft": data.sft, "data.prompts": data.prompts, "tokenizer.name": config.tokenizer.name}
+    names |= {f"data.pretrain.{index}.name": source.name for index, source in enumerate(data.pretrain)}
+    for key, name in names.items():
+        if not name.strip():
+            yield f'{key}="": must name a source, for example "{"train" if key == "tokenizer.name" else "builtin"}"'
+    if not 0 < data.validation_fraction < 1:
+        yield (
+            f"data.validation_fraction={data.validation_fraction}: some documents must be held out to measure the "
+            "loss, and some kept to train on. Use for example 0.02."
+        )
+    if config.evaluation.questions > data.heldout_questions:
+        yield (
+            f"evaluation.questions={config.evaluation.questions}: only data.heldout_questions="
+            f"{data.heldout_questions} are held out. Ask fewer, or hold out more."
+        )
+    if config.run_name is not None and not _FOLDER_NAME.fullmatch(config.run_name):
+        yield (
+            f'run_name="{config.run_name}": names a folder; use letters, digits, ".", "_" and "-", starting with a '
+            "letter or digit, at most 100 characters."
+        )
+
+
+def _optimizers(config: PipelineFields) -> Iterator[str]:
+    for stage in TRAINING_STAGES:
+        betas = getattr(config, stage).optimizer.betas
+        if not all(0 <= beta < 1 for beta in betas):
+            yield f"{stage}.optimizer.betas={list(betas)}: each must be at least 0 and below 1"
+    if config.grpo.clip_low >= 1:
+        yield f"grpo.clip_low={config.grpo.clip_low}: the ratio is clipped below at 1 - clip_low; use a value below 1"
+    rollouts = config.grpo.prompts_per_step * config.grpo.group_size
+    if rollouts % config.grpo.updates_per_rollout:
+        yield (
+            f"grpo.updates_per_rollout={config.grpo.updates_per_rollout}: must divide the {rollouts} answers of a step "
+            f"(prompts_per_step={config.grpo.prompts_per_step} x group_size={config.grpo.group_size})"
+        )

@@ -1,0 +1,48 @@
+"""manifest.json of DATA_PREP's folder: what each dataset holds, where it came from, and a SHA-256 of every file."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ray_pipeline.artifacts import file_sha256, write_json
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+# Written while the stage runs, for people to watch; not part of the result.
+_LIVE = ("progress.json", "metrics.jsonl")
+
+
+def unigram_entropy(counts: NDArray[np.int64]) -> float:
+    """Nats per token of the best guess that knows only how often each token occurs.
+
+    Args:
+        counts: [vocabulary], how often each token is a target.
+    """
+    p = counts[counts > 0] / counts.sum()
+    return abs(float(-(p * np.log(p)).sum())) if counts.sum() else math.nan
+
+
+def folder_files(folder: Path) -> dict[str, dict[str, Any]]:
+    """SHA-256 and size of every file below `folder` that belongs to the result, by relative path."""
+    files = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        name = path.relative_to(folder).as_posix()
+        if name != MANIFEST and name not in _LIVE and not path.name.startswith("."):
+            files[name] = {"sha256": file_sha256(path), "bytes": path.stat().st_size}
+    return files
+
+
+def write_data_manifest(folder: Path, datasets: Mapping[str, dict[str, Any]], **facts: Any) -> None:
+    """Write manifest.json as the last file of the folder; each dataset lists its own files."""
+    files = folder_files(folder)
+    listed = {
+        name: entry | {"files": {path: sums for path, sums in files.items() if path.startswith(name)}}
+        for name, entry in datasets.items()
+    }
+    write_json(folder / MANIFEST, {"format": FORMAT, **facts, "datasets": listed, "files": files})

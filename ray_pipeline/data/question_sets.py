@@ -1,0 +1,119 @@
+"""Which questions are for evaluation, which for GRPO, and which conversations for SFT: disjoint by question."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from ray_pipeline.config import PipelineFields
+from ray_pipeline.data.cleaning import content_hash
+from ray_pipeline.data.decontaminate import Decontaminator, words
+from ray_pipeline.data.records import Conversation
+from ray_pipeline.data.sources import BUILTIN, parse_source, read_conversations, read_questions
+from ray_pipeline.data.tasks import PROMPT_MIX, SFT_MIX, Question, draw_unique
+from ray_pipeline.errors import UserError
+
+
+@dataclass
+class QuestionSets:
+    """Attributes:
+    heldout: for evaluation alone. train: GRPO's prompts.
+    duplicates: questions and conversations that appeared before.
+    contaminated: conversations that give held-out questions away.
+    """
+
+    heldout: list[Question]
+    train: list[Question]
+    conversations: list[Conversation]
+    duplicates: int = 0
+    contaminated: int = 0
+
+
+def same_question(text: str) -> str:
+    """What two questions have in common when they are the same one: their words."""
+    return " ".join(words(text)) or text.strip()
+
+
+def gather_questions(config: PipelineFields) -> QuestionSets:
+    """Questions and conversations of the config's sources.
+
+    Raises:
+        UserError: too few questions, or no conversation left.
+    """
+    sets = _prompts(config)
+    if config.data.sft == BUILTIN:
+        taken = {q.prompt for q in sets.heldout} | {q.prompt for q in sets.train}
+        drawn = draw_unique(SFT_MIX, config.seed, "conversations", config.data.builtin_conversations, taken)
+        sets.conversations = [_as_conversation(question) for question in drawn]
+    else:
+        _add_conversations(sets, config)
+    if len(sets.conversations) < 2:
+        raise UserError(
+            f"--sft-data {config.data.sft}: {len(sets.conversations)} conversations are left after removing duplicates "
+            "and held-out questions, but at least 2 are needed. Give a larger file."
+        )
+    return sets
+
+
+def _as_conversation(question: Question) -> Conversation:
+    answer = {"role": "assistant", "content": question.completion}
+    return Conversation(({"role": "user", "content": question.prompt}, answer))
+
+
+def _prompts(config: PipelineFields) -> QuestionSets:
+    data = config.data
+    if data.prompts == BUILTIN:
+        heldout = draw_unique(PROMPT_MIX, config.seed, "heldout", data.heldout_questions)
+        taken = {q.prompt for q in heldout}
+        return QuestionSets(heldout, draw_unique(PROMPT_MIX, config.seed, "prompts", data.builtin_prompts, taken), [])
+    questions, duplicates = _unique(read_questions(parse_source(data.prompts), data.max_documents))
+    if len(questions) < 2:
+        raise UserError(
+            f"--prompt-data {data.prompts}: holds {len(questions)} different questions, but at least 2 are needed, "
+            "one for training and one for evaluation. Give a larger file."
+        )
+    # By hash: the same questions are held out however the file is ordered. A fifth at most, so training keeps most.
+    count = min(data.heldout_questions, max(1, len(questions) // 5))
+    heldout = sorted(questions, key=lambda q: content_hash(same_question(q.prompt)))[:count]
+    chosen = {q.prompt for q in heldout}
+    return QuestionSets(heldout, [q for q in questions if q.prompt not in chosen], [], duplicates)
+
+
+def _unique(questions: Iterable[Question]) -> tuple[list[Question], int]:
+    kept: dict[str, Question] = {}
+    count = 0
+    for count, question in enumerate(questions, start=1):  # noqa: B007  the count is used after the loop
+        kept.setdefault(same_question(question.prompt), question)
+    return list(kept.values()), count - len(kept)
+
+
+def _add_conversations(sets: QuestionSets, config: PipelineFields) -> None:
+    """Conversations of a file or hub source; held-out questions go, and a question shared with GRPO goes to one side.
+
+    The hash of a shared question tells its side, so that one file can serve both `--sft-data` and `--prompt-data`.
+    """
+    heldout = Decontaminator((q.prompt for q in sets.heldout), config.data.decontaminate_ngram)
+    for_grpo = {same_question(q.prompt) for q in sets.train}
+    for_sft, seen = set(), set()
+    for conversation in read_conversations(parse_source(config.data.sft), config.data.max_documents):
+        text = "\n".join(m["content"] for m in conversation.messages)
+        if text in seen:
+            sets.duplicates += 1
+            continue
+        seen.add(text)
+        question = same_question(conversation.question)
+        if heldout.contaminated(text):
+            sets.contaminated += 1
+            continue
+        if question in for_grpo:
+            if int(content_hash(question)[-1], 16) % 2:
+                continue
+            for_sft.add(question)
+        sets.conversations.append(conversation)
+    left = [q for q in sets.train if same_question(q.prompt) not in for_sft]
+    if not left:
+        raise UserError(
+            f"--prompt-data {config.data.prompts}: every question also is in --sft-data, and too few are there to "
+            "share. Give different or larger files."
+        )
+    sets.train = left

@@ -1,0 +1,126 @@
+"""Packed rows on disk: plain binary files to memory-map, and rows.json that says what they hold, with SHA-256 sums."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ray_pipeline.artifacts import atomic_path, file_sha256, write_json
+from ray_pipeline.data.packing import Row, count_targets
+from ray_pipeline.errors import UserError
+
+MANIFEST = "rows.json"
+FORMAT = 1
+FIELDS = ("tokens", "segments", "mask")
+
+
+@dataclass(frozen=True)
+class ShardFile:
+    """One field of one shard: [rows, seq_len + 1] of `dtype`, row after row."""
+
+    name: str
+    field: str
+    dtype: str
+    rows: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class RowsManifest:
+    """rows.json.
+
+    Attributes:
+        targets: supervised next-token targets over all rows.
+        files: shard after shard, each with the fields tokens, segments, mask.
+    """
+
+    seq_len: int
+    rows: int
+    targets: int
+    files: tuple[ShardFile, ...]
+
+
+def write_rows(
+    folder: Path, rows: Iterable[Row], *, seq_len: int, vocab_size: int, tokens_per_shard: int
+) -> RowsManifest:
+    """Write rows as shards; the manifest comes last, so a folder with one is whole.
+
+    Token ids take two bytes where the vocabulary allows.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / MANIFEST).unlink(missing_ok=True)
+    dtypes = {"tokens": "uint16" if vocab_size <= 1 << 16 else "uint32", "segments": "uint16", "mask": "uint8"}
+    per_shard = max(1, tokens_per_shard // (seq_len + 1))
+    files: list[ShardFile] = []
+    total = targets = 0
+    source = iter(rows)
+    for number in itertools.count():
+        chunk = list(itertools.islice(source, per_shard))
+        if not chunk:
+            break
+        total += len(chunk)
+        targets += sum(count_targets(row) for row in chunk)
+        for name in FIELDS:
+            values = np.stack([getattr(row, name) for row in chunk]).astype(dtypes[name])
+            files.append(_write_file(folder, f"{number:05d}.{name}.bin", name, values))
+    manifest = RowsManifest(seq_len, total, targets, tuple(files))
+    write_json(folder / MANIFEST, {"format": FORMAT, **asdict(manifest)})
+    return manifest
+
+
+def _write_file(folder: Path, name: str, field: str, values: NDArray[Any]) -> ShardFile:
+    data = values.astype(values.dtype.newbyteorder("<"), copy=False).tobytes()
+    with atomic_path(folder / name) as aside:
+        aside.write_bytes(data)
+    return ShardFile(name, field, values.dtype.name, len(values), len(data), file_sha256(folder / name))
+
+
+def read_manifest(folder: Path) -> RowsManifest:
+    """Read rows.json and check that its files are there in their full size (a stat each, no reading).
+
+    Raises:
+        UserError: missing or damaged, naming the file.
+    """
+    way_out = "Run the data_prep stage again (--stage data_prep)."
+    path = folder / MANIFEST
+    try:
+        raw: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        found = raw.pop("format")
+        files = tuple(ShardFile(**entry) for entry in raw.pop("files"))
+        manifest = RowsManifest(files=files, **raw)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}). {way_out}") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{path}: is damaged. {way_out}") from None
+    if found != FORMAT:
+        raise UserError(f"{path}: format {found} is not the {FORMAT} this version reads. {way_out}")
+    for file in manifest.files:
+        shard = folder / file.name
+        size = shard.stat().st_size if shard.is_file() else None
+        if size != file.bytes:
+            state = "is missing" if size is None else f"has {size} bytes instead of {file.bytes}"
+            raise UserError(f"{shard}: {state}. {way_out}")
+    return manifest
+
+
+def verify_files(folder: Path, manifest: RowsManifest) -> None:
+    """Read every file and compare its SHA-256.
+
+    Raises:
+        UserError: naming the first damaged file.
+    """
+    for file in manifest.files:
+        found = file_sha256(folder / file.name)
+        if found != file.sha256:
+            raise UserError(
+                f"{folder / file.name}: the content changed since it was written (SHA-256 {found[:12]}, "
+                f"expected {file.sha256[:12]}). Run the data_prep stage again (--stage data_prep)."
+            )

@@ -1,0 +1,208 @@
+"""What has been done in a run folder, and under which identity. No torch, no Ray.
+
+    run_dir/
+      config.yaml          the settings the run was accepted with
+      run.json             uid, and per stage its present identity and the settings behind it
+      .lock                held by the one process that works on the run
+      <stage>-<identity>/  a stage's outputs, with record.json beside them
+
+A stage's folder and record carry its identity (`ray_pipeline.identity`), so outputs made under other settings are never
+taken for present ones, and come back into use when the settings do.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import socket
+import time
+import uuid
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TextIO
+
+from ray_pipeline.artifacts import read_json, write_json, writing
+from ray_pipeline.config import STAGES
+from ray_pipeline.errors import UserError
+from ray_pipeline.progress import read_progress
+from ray_pipeline.stages.base import StageResult
+
+RECORD, RUN_FILE, CONFIG_FILE, LOCK = "record.json", "run.json", "config.yaml", ".lock"
+Status = Literal["running", "done", "failed", "learned_nothing"]
+
+
+def stage_folder(run_dir: Path, stage: str, identity: str) -> Path:
+    """Where a stage with this identity keeps its outputs."""
+    return run_dir / f"{stage}-{identity[:10]}"
+
+
+@dataclass
+class Record:
+    """A stage's entry in the ledger. `seconds` counts all attempts; times are Unix seconds."""
+
+    stage: str
+    identity: str
+    status: Status
+    wandb_id: str = ""
+    attempt: int = 1
+    started: float = 0.0
+    finished: float | None = None
+    seconds: float = 0.0
+    metrics: dict[str, float] = field(default_factory=dict)
+    baselines: dict[str, float] = field(default_factory=dict)
+    learned: bool | None = None
+    weights_digest: str | None = None
+    upstream: dict[str, str] = field(default_factory=dict)
+    ranks: int = 1
+    error: str | None = None
+    error_log: str | None = None
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the outputs are whole. A stage that learned nothing is finished too: it would learn nothing again."""
+        return self.status in ("done", "learned_nothing")
+
+    def result(self, folder: Path) -> StageResult:
+        """What downstream stages are given."""
+        return StageResult(folder, dict(self.metrics), dict(self.baselines), self.learned)
+
+
+def read_record(folder: Path) -> Record | None:
+    """The record beside a stage's outputs, or None where nothing was started."""
+    if not (folder / RECORD).exists():
+        return None
+    values = read_json(folder / RECORD)
+    known = {name: value for name, value in values.items() if name in Record.__dataclass_fields__}
+    return Record(**known)
+
+
+def write_record(folder: Path, record: Record) -> None:
+    """Atomically, beside the outputs."""
+    write_json(folder / RECORD, asdict(record))
+
+
+def begin_record(folder: Path, record: Record) -> Record:
+    """Enter an attempt as running; time and number of earlier attempts are kept."""
+    before = read_record(folder)
+    if before is not None:
+        record.attempt = before.attempt + 1
+        record.seconds = before.seconds
+        if before.status == "running":  # killed: it lived until its last sign of life
+            seen = (read_progress(folder) or {}).get("time", before.started)
+            record.seconds += max(0.0, seen - before.started)
+    record.started = time.time()
+    write_record(folder, record)
+    return record
+
+
+def close_record(folder: Path, record: Record, status: Status, **values: Any) -> Record:
+    """Enter how an attempt ended."""
+    record.status, record.finished = status, time.time()
+    record.seconds = round(record.seconds + record.finished - record.started, 3)
+    for name, value in values.items():
+        setattr(record, name, value)
+    write_record(folder, record)
+    return record
+
+
+class RunFile:
+    """run.json: the run's uid and, per stage, its present identity and the settings behind it."""
+
+    def __init__(self, run_dir: Path):
+        self.path = run_dir / RUN_FILE
+        stored = read_json(self.path) if self.path.exists() else {}
+        self.exists = bool(stored)
+        self.uid: str = stored.get("uid") or uuid.uuid4().hex
+        self.created: float = stored.get("created") or time.time()
+        self.stages: dict[str, dict[str, Any]] = stored.get("stages", {})
+        self.sources: dict[str, str] = stored.get("sources", {})
+        self.reruns: dict[str, int] = stored.get("reruns", {})
+
+    def save(self) -> None:
+        """Atomically."""
+        keys = ("uid", "created", "stages", "sources", "reruns")
+        write_json(self.path, {key: getattr(self, key) for key in keys})
+
+    def wandb_id(self, stage: str, identity: str) -> str:
+        """The same over every resume; another one when the stage is started afresh."""
+        parts = [self.uid, stage, identity, str(self.reruns.get(identity, 0))]
+        return hashlib.sha256("/".join(parts).encode()).hexdigest()[:16]
+
+
+class RunLock:
+    """One process at a time works on a run folder. The kernel lets go when that process ends, however it ends."""
+
+    def __init__(self, run_dir: Path):
+        self.run_dir = run_dir
+        self._file: TextIO | None = None
+
+    def __enter__(self) -> RunLock:
+        with writing(self.run_dir):
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            self._file = (self.run_dir / LOCK).open("a+")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._file.close()
+            raise self._refusal() from None
+        self._file.truncate(0)
+        self._file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": time.time()}))
+        self._file.flush()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        assert self._file is not None
+        self._file.close()
+
+    def _refusal(self) -> UserError:
+        holder = lock_holder(self.run_dir) or {}
+        who = f"process {holder['pid']} on {holder['host']}" if "pid" in holder else "another process"
+        return UserError(
+            f"{self.run_dir}: {who} is working on this run. Wait for it or stop it, then resume; or start another run "
+            "with --run-name."
+        )
+
+
+def lock_holder(run_dir: Path) -> dict[str, Any] | None:
+    """Pid and host of the process that works on the run now; None when nobody does."""
+    path = run_dir / LOCK
+    if not path.exists():
+        return None
+    with path.open("r") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            text = file.read()
+            return json.loads(text) if text.startswith("{") else {}
+    return None
+
+
+def read_status(run_dir: Path) -> dict[str, Any]:
+    """The run as plain data for `status`: stages in order with progress, figures, seconds, digests and folders.
+
+    A stage's status is pending, running, interrupted, done, learned_nothing or failed.
+    """
+    run, holder = RunFile(run_dir), lock_holder(run_dir)
+    stages = []
+    for name in STAGES:
+        present = run.stages.get(name)
+        if present is None:
+            stages.append({"stage": name, "status": "pending"})
+            continue
+        folder = run_dir / present["folder"]
+        record = read_record(folder)
+        entry: dict[str, Any] = {"stage": name, "status": "pending", "identity": present["identity"]}
+        if record is not None:
+            entry |= asdict(record)
+            if record.status == "running" and holder is None:
+                entry["status"] = "interrupted"
+        stages.append(entry | {"folder": str(folder), "progress": read_progress(folder)})
+    return {
+        "run": run_dir.name,
+        "run_dir": str(run_dir),
+        "created": run.created,
+        "worked_on_by": holder,
+        "stages": stages,
+    }

@@ -1,0 +1,121 @@
+"""The table at the end of a run: each stage's figure beside what it has to beat. Plain data in, text out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from ray_pipeline.progress import seconds_text
+
+STATUS_NAMES = {
+    "done": "DONE",
+    "learned_nothing": "LEARNED NOTHING",
+    "failed": "FAILED",
+    "reused": "REUSED",
+    "running": "RUNNING",
+    "interrupted": "INTERRUPTED",
+    "pending": "NOT RUN",
+}
+_STYLES = {"DONE": "green", "REUSED": "cyan", "LEARNED NOTHING": "yellow", "FAILED": "red", "INTERRUPTED": "yellow"}
+
+
+@dataclass(frozen=True)
+class SummaryRow:
+    """One stage: `figure` is what it reached, `against` what that is held against."""
+
+    stage: str
+    status: str
+    figure: str
+    against: str
+    seconds: float | None
+    folder: str
+
+
+def summary_rows(stages: Sequence[Mapping[str, Any]], reused: frozenset[str] = frozenset()) -> list[SummaryRow]:
+    """Rows from the stages of `ledger.read_status`; a finished stage in `reused` was not run this time.
+
+    A reused stage that learned nothing keeps saying so.
+    """
+    rows = []
+    for entry in stages:
+        status = entry["status"]
+        if status == "done" and entry["stage"] in reused:
+            status = "reused"
+        metrics, baselines = entry.get("metrics") or {}, entry.get("baselines") or {}
+        seconds = entry.get("seconds") if "attempt" in entry else None
+        rows.append(
+            SummaryRow(
+                entry["stage"],
+                STATUS_NAMES[status],
+                figure_text(entry["stage"], metrics),
+                baseline_text(entry["stage"], baselines, metrics),
+                seconds,
+                entry.get("folder", ""),
+            )
+        )
+    return rows
+
+
+def percent(share: float) -> str:
+    """`61.3%`"""
+    return f"{100 * share:.1f}%"
+
+
+def count_text(number: float) -> str:
+    """`1.31M` parameters."""
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.3g}{unit}"
+    return f"{number:g}"
+
+
+def figure_text(stage: str, metrics: Mapping[str, float]) -> str:
+    """The stage's main figure."""
+    if stage == "pretrain" and "validation_loss" in metrics:
+        return f"validation loss {metrics['validation_loss']:.3f} nats"
+    if "accuracy" in metrics:
+        text = f"held-out accuracy {percent(metrics['accuracy'])}"
+        if "params" in metrics:
+            text += f", {count_text(metrics['params'])} parameters"
+        return text
+    return ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in list(metrics.items())[:3])
+
+
+def baseline_text(stage: str, baselines: Mapping[str, float], metrics: Mapping[str, float]) -> str:
+    """What the figure is held against, in the same unit."""
+    parts = []
+    if "ln_vocab" in baselines:
+        parts.append(f"ln V {baselines['ln_vocab']:.3f}")
+    if "unigram_entropy" in baselines:
+        parts.append(f"unigram entropy {baselines['unigram_entropy']:.3f}")
+    if "input_accuracy" in baselines:
+        gain = ""
+        if "accuracy" in metrics:
+            gain = f" ({100 * (metrics['accuracy'] - baselines['input_accuracy']):+.1f} points)"
+        parts.append(f"input {percent(baselines['input_accuracy'])}{gain}")
+    if "teacher_accuracy" in baselines:
+        size = f", {count_text(metrics['teacher_params'])} parameters" if "teacher_params" in metrics else ""
+        parts.append(f"teacher {percent(baselines['teacher_accuracy'])}{size}")
+    return "; ".join(parts)
+
+
+def print_summary(console: Console, rows: Sequence[SummaryRow], run_dir: Path) -> None:
+    """The table, then where the outputs are."""
+    table = Table(title=f"run {run_dir.name}", title_justify="left", title_style="bold", expand=False)
+    for name in ("stage", "status", "reached", "held against"):
+        table.add_column(name, overflow="fold")
+    table.add_column("time", justify="right", no_wrap=True)
+    table.add_column("outputs", overflow="fold")
+    for row in rows:
+        seconds = "" if row.seconds is None else seconds_text(row.seconds)
+        status = Text(row.status, style=_STYLES.get(row.status, "dim"))
+        where = Path(row.folder).name if row.folder and row.status != "NOT RUN" else ""
+        table.add_row(row.stage, status, row.figure, row.against, seconds, where)
+    console.print(table)
+    console.print(f"Outputs are in {run_dir}", highlight=False, markup=False, soft_wrap=True)

@@ -1,0 +1,68 @@
+"""One stage as a task of the workflow: looks in the ledger, runs the stage, enters what came of it. No Ray."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from ray_pipeline.artifacts import weights_digest
+from ray_pipeline.config import TRAINING_STAGES, PipelineFields
+from ray_pipeline.launcher import RayLauncher, prepare_folder, worker_environment
+from ray_pipeline.ledger import Record, begin_record, close_record, read_record
+from ray_pipeline.stages.base import StageContext, StageResult
+from ray_pipeline.workflow_plan import PlannedStage
+
+StageFunction = Callable[[StageContext], StageResult]
+
+
+@dataclass(frozen=True)
+class StageJob:
+    """What a stage task is given; picklable."""
+
+    row: PlannedStage
+    config: PipelineFields
+    run_name: str
+    run_dir: Path
+    inputs: tuple[str, ...]
+    wandb_id: str
+    device: str
+    function: StageFunction | None
+
+
+def execute_stage(job: StageJob, *upstream: StageResult) -> StageResult:
+    """Body of a stage's task: look in the ledger again, run the stage, enter what came of it."""
+    row = job.row
+    before = read_record(row.folder)
+    if before is not None and before.is_finished and not row.fresh:
+        return before.result(row.folder)
+    prepare_folder(row.folder)
+    if row.fresh:
+        shutil.rmtree(row.folder)
+        row.folder.mkdir()
+    os.environ.update(worker_environment(1, os.cpu_count() or 1, job.device))
+    inputs = dict(zip(job.inputs, upstream, strict=True))
+    record = begin_record(
+        row.folder,
+        Record(
+            row.stage, row.identity, "running", wandb_id=job.wandb_id, ranks=row.ranks,
+            upstream={name: result.folder.name for name, result in inputs.items()},
+        ),
+    )  # fmt: skip
+    layout = job.config.layout
+    launcher = RayLauncher(
+        row.ranks, job.device, max_restarts=layout.max_restarts, timeout_seconds=layout.timeout_seconds
+    )
+    function = job.function or importlib.import_module(f"ray_pipeline.stages.{row.stage}").run
+    context = StageContext(job.config, job.run_name, job.run_dir, row.folder, inputs, launcher, wandb_id=job.wandb_id)
+    result = function(context)
+    model = row.folder / "model"
+    digest = weights_digest(model) if row.stage in TRAINING_STAGES and model.is_dir() else None
+    close_record(
+        row.folder, record, "learned_nothing" if result.learned is False else "done",
+        metrics=dict(result.metrics), baselines=dict(result.baselines), learned=result.learned, weights_digest=digest,
+    )  # fmt: skip
+    return StageResult(row.folder, result.metrics, result.baselines, result.learned)

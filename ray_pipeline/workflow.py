@@ -1,0 +1,260 @@
+"""The durable DAG: one Ray task per stage, ObjectRefs as edges, atomic records beside the outputs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from ray_pipeline.artifacts import write_text
+from ray_pipeline.config import PipelineFields
+from ray_pipeline.config_load import config_yaml
+from ray_pipeline.errors import StageFailed, UserError
+from ray_pipeline.identity import UPSTREAM, default_run_name, local_path, source_digests, source_names
+from ray_pipeline.launcher import RayLauncher
+from ray_pipeline.layout_rules import Layout, with_layout
+from ray_pipeline.ledger import (
+    CONFIG_FILE,
+    Record,
+    RunFile,
+    RunLock,
+    close_record,
+    read_record,
+    read_status,
+)
+from ray_pipeline.progress import ProgressView
+from ray_pipeline.report.html import write_report
+from ray_pipeline.report.summary import print_summary, summary_rows
+from ray_pipeline.stage_task import StageFunction, StageJob, execute_stage
+from ray_pipeline.stages.base import StageResult
+from ray_pipeline.workflow_plan import (
+    PlannedStage,
+    StageSelection,
+    plan,
+    refuse_other_config,
+    run_identities,
+)
+from ray_pipeline.workflow_view import outcome_text, print_failure, print_plan
+
+if TYPE_CHECKING:
+    import ray
+
+ERROR_LOG = "error.log"
+POLL = 0.25  # seconds between looks at progress files
+
+
+def run_pipeline(
+    config: PipelineFields,
+    *,
+    layout: Layout,
+    stages: StageSelection | None = None,
+    dry_run: bool = False,
+    stage_functions: Mapping[str, StageFunction] | None = None,
+) -> int:
+    """Run what is not done yet. A run name in use is gone on with only under the settings it was started with.
+
+    Returns:
+        0, or 1 when a stage failed or learned nothing.
+    Raises:
+        UserError: another config in use under this name, the run is locked, or a stage found a mistake in its input.
+    """
+    name = config.run_name or default_run_name(config)
+    run_dir = (config.output_dir / name).absolute()
+    refuse_other_config(config, run_dir)
+    return _go(config, run_dir, layout, stages, dry_run, stage_functions)
+
+
+def resume_pipeline(
+    run_dir: Path,
+    config: PipelineFields,
+    *,
+    layout: Layout,
+    stages: StageSelection | None = None,
+    dry_run: bool = False,
+    stage_functions: Mapping[str, StageFunction] | None = None,
+) -> int:
+    """Go on with a run; what depends on settings that changed since is run again. Otherwise as `run_pipeline`."""
+    return _go(config, run_dir.absolute(), layout, stages, dry_run, stage_functions)
+
+
+def _go(
+    config: PipelineFields,
+    run_dir: Path,
+    layout: Layout,
+    stages: StageSelection | None,
+    dry_run: bool,
+    functions: Mapping[str, StageFunction] | None,
+) -> int:
+    console = Console(width=None if Console().is_terminal else 150)
+    selection = stages or StageSelection()
+    config = _with_absolute_paths(with_layout(config, layout)).model_copy(update={"run_name": run_dir.name})
+    if dry_run:
+        print_plan(console, plan(config, run_dir, selection), run_dir, layout)
+        return 0
+    selection.check()
+    with RunLock(run_dir):
+        rows = plan(config, run_dir, selection)
+        print_plan(console, rows, run_dir, layout)
+        run = _accept(config, run_dir, rows)
+        failed = False
+        if any(row.action in ("run", "resume") for row in rows):
+            failed = not _execute(config, run_dir, rows, run, layout, functions, console)
+        return _finish(run_dir, [row for row in rows if selection.selects(row.stage)], failed, console)
+
+
+def _with_absolute_paths(config: PipelineFields) -> PipelineFields:
+    """Local sources by absolute path: stages and later resumes may start in another folder."""
+    names = {name: name.replace(str(path), str(path.absolute()), 1) for name in source_names(config).values()
+             if (path := local_path(name)) is not None}  # fmt: skip
+    pretrain = [s.model_copy(update={"name": names.get(s.name, s.name)}) for s in config.data.pretrain]
+    data = {
+        "sft": names.get(config.data.sft, config.data.sft),
+        "prompts": names.get(config.data.prompts, config.data.prompts),
+    }
+    tokenizer = {"name": names.get(config.tokenizer.name, config.tokenizer.name)}
+    return config.model_copy(
+        update={
+            "data": config.data.model_copy(update={"pretrain": pretrain, **data}),
+            "tokenizer": config.tokenizer.model_copy(update=tokenizer),
+        }
+    )
+
+
+def _accept(config: PipelineFields, run_dir: Path, rows: Sequence[PlannedStage]) -> RunFile:
+    """Store the settings as the run's own, with the identities they give."""
+    run = RunFile(run_dir)
+    run.sources |= source_digests(config, run.sources)
+    found = run_identities(config, run)
+    run.stages = {
+        row.stage: {"identity": row.identity, "folder": row.folder.name, "decides": dict(found[row.stage].decides)}
+        for row in rows
+    }
+    for row in rows:
+        if row.fresh:
+            run.reruns[row.identity] = run.reruns.get(row.identity, 0) + 1
+    run.save()
+    write_text(run_dir / CONFIG_FILE, config_yaml(config))
+    return run
+
+
+def _finish(run_dir: Path, rows: Sequence[PlannedStage], failed: bool, console: Console) -> int:
+    status = read_status(run_dir)
+    reused = frozenset(row.stage for row in rows if row.action == "reuse")
+    write_report(run_dir)
+    print_summary(console, summary_rows(status["stages"], reused), run_dir)
+    ours = {row.stage for row in rows}
+    nothing = [e["stage"] for e in status["stages"] if e["status"] == "learned_nothing" and e["stage"] in ours]
+    if nothing:
+        console.print(f"LEARNED NOTHING: {', '.join(nothing)} did not beat the input.", style="yellow", markup=False)
+    return 1 if failed or nothing else 0
+
+
+@contextmanager
+def connected_ray(layout: Layout) -> Iterator[None]:
+    """A quiet local Ray, or the cluster that RAY_ADDRESS names; one this process already has is used and left alone.
+
+    Raises:
+        UserError: the cluster cannot be reached, or can never hold the ranks.
+    """
+    os.environ.update({"RAY_USAGE_STATS_ENABLED": "0", "GLOG_minloglevel": "2"})
+    import ray
+
+    ours = not ray.is_initialized()
+    try:
+        if ours:
+            _start_ray()
+        RayLauncher(layout.gpus, layout.device).scaling()
+        yield
+    finally:
+        if ours:
+            ray.shutdown()
+
+
+def _start_ray() -> None:
+    import ray
+
+    address = os.environ.get("RAY_ADDRESS")
+    options: dict[str, Any] = {} if address else {"num_cpus": os.cpu_count(), "include_dashboard": False}
+    try:
+        ray.init(address=address, configure_logging=False, log_to_driver=False, **options)
+    except ConnectionError as error:
+        raise UserError(
+            f"RAY_ADDRESS={address}: no Ray cluster answers there ({error}). Start one with `ray start --head`, or "
+            "unset RAY_ADDRESS to use a local one."
+        ) from None
+
+
+def _execute(
+    config: PipelineFields,
+    run_dir: Path,
+    rows: Sequence[PlannedStage],
+    run: RunFile,
+    layout: Layout,
+    functions: Mapping[str, StageFunction] | None,
+    console: Console,
+) -> bool:
+    """Run the planned stages on Ray; False when one failed."""
+    with connected_ray(layout):
+        import ray
+
+        # num_cpus=0: the task only waits for its workers; holding a CPU would starve them.
+        task: Any = ray.remote(num_cpus=0, max_retries=0)(execute_stage)
+        done: dict[str, StageResult | ray.ObjectRef] = {}
+        pending: dict[str, ray.ObjectRef] = {}
+        for row in rows:
+            if row.action in ("run", "resume"):
+                job = StageJob(
+                    row, config, run_dir.name, run_dir, UPSTREAM[row.stage], run.wandb_id(row.stage, row.identity),
+                    layout.device, (functions or {}).get(row.stage),
+                )  # fmt: skip
+                ref = task.options(name=row.stage).remote(job, *(done[name] for name in UPSTREAM[row.stage]))
+                done[row.stage] = pending[row.stage] = ref
+            elif row.action == "reuse":
+                record = read_record(row.folder)
+                assert record is not None
+                done[row.stage] = record.result(row.folder)
+        return _watch({row.stage: row for row in rows}, pending, console)
+
+
+def _watch(rows: Mapping[str, PlannedStage], pending: Mapping[str, Any], console: Console) -> bool:
+    """Show progress until every task has ended; False when a stage failed, after telling which and why."""
+    import ray
+    from ray.exceptions import RayError
+
+    with ProgressView(console, {stage: rows[stage].folder for stage in pending}) as view:
+        for stage, ref in pending.items():  # a chain: a stage starts when the one before it has ended
+            view.start(stage)
+            while not ray.wait([ref], timeout=POLL)[0]:
+                view.refresh()
+            try:
+                ray.get(ref)
+            except RayError as error:
+                failure = _record_failure(rows[stage], error)
+                view.finish(stage, "FAILED")
+                break
+            record = read_record(rows[stage].folder)
+            assert record is not None
+            view.finish(stage, outcome_text(record))
+        else:
+            return True
+    if isinstance(failure, UserError):
+        raise failure
+    print_failure(console, rows[stage], failure)
+    return False
+
+
+def _record_failure(row: PlannedStage, error: Exception) -> UserError | StageFailed:
+    """Enter the failure in the ledger, with the traceback in a file beside it."""
+    cause = getattr(error, "cause", None) or error
+    record = read_record(row.folder) or Record(row.stage, row.identity, "running")
+    if isinstance(cause, UserError):
+        close_record(row.folder, record, "failed", error=str(cause), error_log=None)
+        return cause
+    failure = cause if isinstance(cause, StageFailed) else StageFailed(f"{type(cause).__name__}: {cause}")
+    write_text(row.folder / ERROR_LOG, f"{failure}\n\n{failure.details}\n\n{error}\n")
+    close_record(row.folder, record, "failed", error=str(failure), error_log=str(row.folder / ERROR_LOG))
+    return failure

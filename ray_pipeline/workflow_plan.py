@@ -1,0 +1,238 @@
+"""Which stages will run, which are reused, and why: decided from settings and ledger. Starts nothing; no Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from model.config import ModelConfig
+from ray_pipeline.config import STAGES, TRAINING_STAGES, PipelineFields
+from ray_pipeline.errors import UserError, did_you_mean
+from ray_pipeline.identity import UPSTREAM, Identity, identities, source_digests
+from ray_pipeline.ledger import Record, RunFile, read_record, stage_folder
+from ray_pipeline.progress import seconds_text
+
+Action = Literal["run", "resume", "reuse", "skip"]
+FP32, PROCESS = 4, 600 << 20  # bytes: one number; a process that imported torch and Ray
+
+
+@dataclass(frozen=True)
+class StageSelection:
+    """`--stage` (one again), or `--from` and `--until` (a range)."""
+
+    only: str | None = None
+    from_: str | None = None
+    until: str | None = None
+
+    def check(self) -> None:
+        """Refuse names that do not exist and combinations that say nothing.
+
+        Raises:
+            UserError: with a suggestion.
+        """
+        for flag, name in (("--stage", self.only), ("--from", self.from_), ("--until", self.until)):
+            if name is not None and name not in STAGES:
+                known = ", ".join(STAGES)
+                raise UserError(f"{flag} {name}: no such stage{did_you_mean(name, STAGES)}. The stages are {known}.")
+        if self.only and (self.from_ or self.until):
+            raise UserError(f"--stage {self.only} runs one stage and --from/--until a range: give one or the other.")
+        if self.from_ and self.until and STAGES.index(self.from_) > STAGES.index(self.until):
+            raise UserError(f"--from {self.from_} --until {self.until}: {self.from_} comes after {self.until}.")
+
+    def selects(self, stage: str) -> bool:
+        """Whether the stage may run."""
+        if self.only:
+            return stage == self.only
+        index = STAGES.index(stage)
+        first = STAGES.index(self.from_) if self.from_ else 0
+        last = STAGES.index(self.until) if self.until else len(STAGES) - 1
+        return first <= index <= last
+
+    def forces(self, stage: str) -> str | None:
+        """The flag by which the stage runs again though it is finished."""
+        if not self.selects(stage):
+            return None
+        return "--stage" if self.only else "--from" if self.from_ else None
+
+
+@dataclass(frozen=True)
+class PlannedStage:
+    """One row of the plan.
+
+    Attributes:
+        fresh: the folder is emptied first.
+        estimated_memory_bytes: per rank.
+    """
+
+    stage: str
+    action: Action
+    reason: str
+    ranks: int
+    estimated_memory_bytes: int
+    identity: str
+    folder: Path
+    fresh: bool = False
+
+
+def run_identities(config: PipelineFields, run: RunFile) -> dict[str, Identity]:
+    """Every stage's identity; for local files that are gone, the digests the run was accepted with speak."""
+    return identities(config, source_digests(config, run.sources))
+
+
+def plan(config: PipelineFields, run_dir: Path, selection: StageSelection) -> list[PlannedStage]:
+    """What a run of `config` in `run_dir` would do, stage by stage.
+
+    Raises:
+        UserError: unknown stage names, or a selected stage whose inputs are not finished.
+    """
+    selection.check()
+    run = RunFile(run_dir)
+    rows: dict[str, PlannedStage] = {}
+    for stage, identity in run_identities(config, run).items():
+        folder = stage_folder(run_dir, stage, identity.key)
+        row = _decide(stage, identity, folder, run, selection, rows)
+        row = replace(row, ranks=num_ranks(config, stage), estimated_memory_bytes=estimate_memory(config, stage))
+        rows[stage] = row
+    return list(rows.values())
+
+
+def _decide(
+    stage: str, identity: Identity, folder: Path, run: RunFile, selection: StageSelection, rows: dict[str, PlannedStage]
+) -> PlannedStage:
+    record = _whole_record(folder)
+    finished = record is not None and record.is_finished
+    row = PlannedStage(stage, "run", "", 1, 0, identity.key, folder)
+    if not selection.selects(stage):
+        state = f"finished, {seconds_text(record.seconds)}" if record is not None and finished else "not finished"
+        return replace(row, action="reuse" if finished else "skip", reason=f"not asked for; {state}")
+    _need_inputs(stage, selection, rows)
+    flag = selection.forces(stage)
+    rerun = [name for name in UPSTREAM[stage] if rows[name].action in ("run", "resume")]
+    if record is not None and finished:
+        if flag is not None:
+            return replace(row, reason=f"asked for by {flag}", fresh=True)
+        learned = "" if record.status == "done" else " (learned nothing)"
+        return replace(row, action="reuse", reason=f"finished, {seconds_text(record.seconds)}, unchanged{learned}")
+    if record is not None:
+        return _unfinished(row, record, identity.decides.get(f"{stage}.steps"))
+    return replace(row, reason=_why_new(stage, identity, run, rerun))
+
+
+def _need_inputs(stage: str, selection: StageSelection, rows: dict[str, PlannedStage]) -> None:
+    """A stage left out by the selection must be finished before one that reads it."""
+    for name in UPSTREAM[stage]:
+        if rows[name].action == "skip":
+            flag = f"--stage {stage}" if selection.only else f"--from {selection.from_}"
+            raise UserError(
+                f"{flag}: {stage} reads the outputs of {name}, which is not finished with these settings. "
+                f"Use --from {name}, or --until {stage} to run all that it needs."
+            )
+
+
+def _whole_record(folder: Path) -> Record | None:
+    """The stage's record, unless it names a model that is no longer there."""
+    record = read_record(folder)
+    if record is not None and record.weights_digest and not (folder / "model").is_dir():
+        return None
+    return record
+
+
+def _unfinished(row: PlannedStage, record: Record, all_steps: int | None) -> PlannedStage:
+    """Go on from the newest checkpoint where there is one."""
+    what = "failed" if record.status == "failed" else "unfinished"
+    if record.status == "failed" and record.error:
+        what = f"failed ({record.error.splitlines()[0][:60]})"
+    steps = newest_checkpoint(row.folder)
+    if steps is None:
+        return replace(row, action="run", reason=f"{what}: no checkpoint yet")
+    return replace(row, action="resume", reason=f"{what}: checkpoint at step {steps} of {all_steps}")
+
+
+def newest_checkpoint(folder: Path) -> int | None:
+    """Optimizer steps of the newest whole checkpoint."""
+    found = sorted((folder / "checkpoints").glob("step_*"))
+    return int(found[-1].name.removeprefix("step_")) if found else None
+
+
+def _why_new(stage: str, identity: Identity, run: RunFile, rerun: list[str]) -> str:
+    before = run.stages.get(stage)
+    if before is None:
+        return "not run yet"
+    if before["identity"] == identity.key:
+        return "not run yet" if not rerun else f"upstream {', '.join(rerun)} runs"
+    changes = changed_settings(before["decides"], identity.decides)
+    if changes:
+        return "config changed: " + _shortened(changes, 2)
+    return f"upstream {', '.join(rerun)} reruns" if rerun else "upstream changed"
+
+
+def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """`grpo.beta 0.01 → 0.02` for every key that differs."""
+    absent = "(absent)"
+    keys = [key for key in {**before, **now} if before.get(key, absent) != now.get(key, absent)]
+    return [f"{key} {_value(before.get(key, absent))} → {_value(now.get(key, absent))}" for key in keys]
+
+
+def _value(value: Any) -> str:
+    text = str(value)
+    return f"contents {text[7:15]}" if text.startswith("sha256:") else text
+
+
+def _shortened(changes: list[str], most: int) -> str:
+    more = f" and {len(changes) - most} more" if len(changes) > most else ""
+    return ", ".join(changes[:most]) + more
+
+
+def refuse_other_config(config: PipelineFields, run_dir: Path) -> None:
+    """`run` on a name that is in use goes on only with the settings that decided its results.
+
+    Raises:
+        UserError: listing what differs, and the ways out.
+    """
+    run = RunFile(run_dir)
+    if not run.exists:
+        return
+    changes: list[str] = []
+    for stage, identity in run_identities(config, run).items():
+        if stage in run.stages:
+            changes += changed_settings(run.stages[stage]["decides"], identity.decides)
+    changes = list(dict.fromkeys(changes))  # the seed and the evaluation belong to several stages
+    if changes:
+        listing = "\n".join(f"  {change}" for change in changes[:12])
+        more = f"\n  and {len(changes) - 12} more" if len(changes) > 12 else ""
+        raise UserError(
+            f"run {run_dir.name} is in use with another config:\n{listing}{more}\n"
+            f"Use `resume {run_dir.name} --set KEY=VALUE` to apply a change there and rerun what depends on it, "
+            "or another --run-name."
+        )
+
+
+def num_ranks(config: PipelineFields, stage: str) -> int:
+    """Processes that train the stage; one for stages without training."""
+    layout = config.layout
+    given = layout.gpus or layout.pp_size * (layout.dp_size or 1) * layout.tp_size * layout.sp_size
+    return given if stage in TRAINING_STAGES else 1
+
+
+def estimate_memory(config: PipelineFields, stage: str) -> int:
+    """Bytes that a rank needs at its peak, to within a factor of two: weights, optimizer, activations, logits."""
+    if stage not in TRAINING_STAGES:
+        return PROCESS + FP32 * config.model.num_params()
+    layout = config.layout
+    ranks, pp = num_ranks(config, stage), layout.pp_size
+    teacher = config.model
+    student = config.distillation.student.model_dump(exclude_none=True)
+    model: ModelConfig = replace(teacher, **student) if stage == "distillation" else teacher
+    replicas = ranks // pp if layout.zero_stage else 1
+    # Weights, gradients and the reduced copy; two AdamW moments, which ZeRO 1 shards over replicas.
+    training = (2 + 2 / replicas) * FP32 * model.num_params() / pp
+    frozen = {"grpo": config.grpo.beta > 0, "distillation": True}.get(stage, False) * FP32 * teacher.num_params() / pp
+    whole = (stage != "pretrain") * 2 * FP32 * model.num_params()  # for evaluation and sampling, on every rank
+    tokens = min(layout.micro_batch, 1 << 16) * config.data.seq_len
+    width = 16 * model.hidden_size + 3 * model.num_experts_per_tok * model.moe_intermediate_size
+    in_flight = min(pp, 4)  # 1F1B keeps up to pp micro-batches on the first stage
+    activations = tokens * width * FP32 * model.num_hidden_layers / pp * in_flight
+    logits = 2 * tokens * model.vocab_size * FP32 * (1 + model.num_nextn_predict_layers)
+    return int(PROCESS + training + frozen + whole + activations + logits)

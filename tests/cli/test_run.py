@@ -1,0 +1,116 @@
+"""How `run` and `resume` choose settings and report, with the workflow replaced by a recorder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ray_pipeline import workflow
+from ray_pipeline.cli import main
+from ray_pipeline.config import PipelineFields
+from ray_pipeline.config_load import config_yaml, load_config
+from ray_pipeline.errors import StageFailed, UserError
+from ray_pipeline.layout_rules import Layout
+
+
+class Recorder:
+    """Stands for run_pipeline and resume_pipeline."""
+
+    def __init__(self) -> None:
+        self.config = PipelineFields()
+        self.arguments: dict[str, Any] = {}
+        self.run_dir: Path | None = None
+        self.answer: int | BaseException = 0
+
+    def run(self, config: PipelineFields, **arguments: Any) -> int:
+        self.config, self.arguments = config, arguments
+        if isinstance(self.answer, BaseException):
+            raise self.answer
+        return self.answer
+
+    def resume(self, run_dir: Path, config: PipelineFields, **arguments: Any) -> int:
+        self.run_dir = run_dir
+        return self.run(config, **arguments)
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> Recorder:
+    recorder = Recorder()
+    monkeypatch.setattr(workflow, "run_pipeline", recorder.run)
+    monkeypatch.setattr(workflow, "resume_pipeline", recorder.resume)
+    monkeypatch.setattr("ray_pipeline.hardware.count_gpus", lambda: 0)
+    return recorder
+
+
+@pytest.fixture
+def stored(tmp_path: Path) -> Path:
+    """A run started with other settings than the recipe's, on three ranks."""
+    run_dir = tmp_path / "mine"
+    run_dir.mkdir()
+    settings = {"grpo.beta": 0.5, "layout.gpus": 3, "layout.pp_size": 3, "run_name": "mine"}
+    (run_dir / "config.yaml").write_text(config_yaml(load_config(None, settings)), encoding="utf-8")
+    return run_dir
+
+
+def test_run_passes_layout_stages_and_name(seen: Recorder, capsys: pytest.CaptureFixture) -> None:
+    assert main(["run", "--gpus", "3", "--pp-size", "3", "--from", "sft", "--until", "grpo", "--dry-run"]) == 0
+    assert seen.arguments["layout"] == Layout(gpus=3, pp=3)
+    stages = seen.arguments["stages"]
+    assert (stages.only, stages.from_, stages.until, seen.arguments["dry_run"]) == (None, "sft", "grpo", True)
+    assert str(seen.config.run_name).startswith("tiny-")
+    assert "no GPU here: 3 CPU worker processes over gloo" in capsys.readouterr().out
+
+
+def test_a_run_name_in_use_keeps_its_settings(seen: Recorder, stored: Path, tmp_path: Path) -> None:
+    assert main(["run", "--run-name", "mine", "--output-dir", str(tmp_path), "--stage", "sft"]) == 0
+    assert (seen.config.grpo.beta, seen.arguments["layout"].pp) == (0.5, 3)
+    assert main(["run", "--run-name", "mine", "--output-dir", str(tmp_path), "--config", "tiny"]) == 0
+    assert seen.config.grpo.beta != 0.5, "a recipe that is given is taken; the workflow then compares"
+
+
+def test_resume_takes_the_stored_settings_and_changes(seen: Recorder, stored: Path, tmp_path: Path) -> None:
+    assert main(["resume", "mine", "--output-dir", str(tmp_path), "--set", "grpo.beta=0.25"]) == 0
+    assert seen.run_dir == stored
+    assert (seen.config.grpo.beta, seen.arguments["layout"]) == (0.25, Layout(gpus=3, pp=3))
+    assert main(["resume", str(stored), "--gpus", "1"]) == 0
+    assert seen.arguments["layout"] == Layout()
+
+
+def test_the_exit_code_is_the_workflows(seen: Recorder) -> None:
+    seen.answer = 1
+    assert main(["run"]) == 1
+
+
+def test_ctrl_c_says_how_to_go_on(seen: Recorder, stored: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    seen.answer = KeyboardInterrupt()
+    assert main(["run", "--run-name", "cats"]) == 130
+    assert capsys.readouterr().err.strip().endswith("resume cats")
+    assert main(["resume", "mine", "--output-dir", str(tmp_path)]) == 130
+    assert capsys.readouterr().err.strip().endswith("resume mine")
+
+
+def test_a_users_mistake_found_in_a_stage_has_no_traceback(seen: Recorder, capsys: pytest.CaptureFixture) -> None:
+    seen.answer = UserError("data.jsonl line 3: no field text")
+    assert main(["run"]) == 2
+    assert capsys.readouterr().err == "Error: data.jsonl line 3: no field text\n"
+    seen.answer = StageFailed("sft: worker died")
+    assert main(["run"]) == 1
+    assert capsys.readouterr().err == "Failed: sft: worker died\n"
+
+
+def test_a_bug_keeps_its_traceback(seen: Recorder) -> None:
+    seen.answer = AssertionError("ours")
+    with pytest.raises(AssertionError):
+        main(["run"])
+
+
+def test_an_odd_student_is_a_warning(seen: Recorder, capsys: pytest.CaptureFixture) -> None:
+    assert main(["run", "--set", "distillation.student.num_hidden_layers=6"]) == 0
+    assert "Warning: the distillation student has" in capsys.readouterr().err
+
+
+def test_three_ranks_of_a_stored_run_need_no_flag_again(seen: Recorder, stored: Path, tmp_path: Path) -> None:
+    assert main(["run", "--run-name", "mine", "--output-dir", str(tmp_path), "--zero-stage", "1"]) == 0
+    assert seen.arguments["layout"] == Layout(gpus=3, pp=3, zero_stage=1)

@@ -1,0 +1,143 @@
+"""The end table and report.html."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from html.parser import HTMLParser
+from pathlib import Path
+
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from ray_pipeline.ledger import Record, RunFile, begin_record, close_record, read_status
+from ray_pipeline.report.curves import LARGEST, chart, ticks
+from ray_pipeline.report.html import write_report
+from ray_pipeline.report.summary import print_summary, summary_rows
+
+FIGURES = {
+    "data_prep": ({"documents": 12.0}, {}, None),
+    "pretrain": ({"validation_loss": 1.931}, {"ln_vocab": 6.238, "unigram_entropy": 4.9}, True),
+    "sft": ({"accuracy": 0.613}, {"input_accuracy": 0.02}, True),
+    "grpo": ({"accuracy": 0.6}, {"input_accuracy": 0.613}, False),
+    "distillation": (
+        {"accuracy": 0.55, "params": 1.2e6, "teacher_params": 2.61e6},
+        {"input_accuracy": 0.1, "teacher_accuracy": 0.6},
+        True,
+    ),
+}
+
+
+def make_run(run_dir: Path) -> Path:
+    """Five finished stages; one learned nothing; export never ran."""
+    run = RunFile(run_dir)
+    for stage, (metrics, baselines, learned) in FIGURES.items():
+        folder = run_dir / f"{stage}-a"
+        run.stages[stage] = {"identity": "a", "folder": folder.name, "decides": {}}
+        record = begin_record(folder, Record(stage, "a", "running"))
+        status = "learned_nothing" if learned is False else "done"
+        close_record(folder, record, status, metrics=metrics, baselines=baselines, learned=learned)
+    run.save()
+    lines = [{"stage": "pretrain", "step": s, "time": 0, "train/loss": 6 / s} for s in range(1, 40)]
+    lines.append({"stage": "pretrain", "step": 40, "time": 0, "train/loss": math.nan, "eval/validation_loss": 1.931})
+    (run_dir / "pretrain-a" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    sample = {"prompt": "2 + 2 = <b>?</b>", "completion": "<think>2 + 2</think>4", "correct": True}
+    (run_dir / "sft-a" / "samples.json").write_text(json.dumps([sample]))
+    return run_dir
+
+
+def test_rows_hold_every_figure_against_its_baseline(tmp_path):
+    rows = {row.stage: row for row in summary_rows(read_status(make_run(tmp_path))["stages"], frozenset({"data_prep"}))}
+    assert [row.status for row in rows.values()] == ["REUSED", "DONE", "DONE", "LEARNED NOTHING", "DONE", "NOT RUN"]
+    assert rows["pretrain"].figure == "validation loss 1.931 nats"
+    assert rows["pretrain"].against == "ln V 6.238; unigram entropy 4.900"
+    assert rows["sft"].figure == "held-out accuracy 61.3%"
+    assert rows["sft"].against == "input 2.0% (+59.3 points)"
+    assert rows["grpo"].against == "input 61.3% (-1.3 points)"
+    assert rows["distillation"].figure == "held-out accuracy 55.0%, 1.2M parameters"
+    assert rows["distillation"].against == "input 10.0% (+45.0 points); teacher 60.0%, 2.61M parameters"
+
+
+def test_reused_stage_that_learned_nothing_still_says_so(tmp_path):
+    rows = summary_rows(read_status(make_run(tmp_path))["stages"], frozenset({"grpo"}))
+    assert rows[3].status == "LEARNED NOTHING"
+
+
+def test_printed_table_names_the_outputs(tmp_path):
+    out = io.StringIO()
+    rows = summary_rows(read_status(make_run(tmp_path))["stages"])
+    print_summary(Console(file=out, width=160), rows, tmp_path)
+    assert "sft-a" in out.getvalue()
+    assert f"Outputs are in {tmp_path}" in out.getvalue()
+
+
+class Page(HTMLParser):
+    """Every tag, and what each closes."""
+
+    VOID = frozenset({"meta", "line", "circle", "polyline", "i"})
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.tags: list[str] = []
+        self.open: list[str] = []
+        self.links: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list) -> None:
+        self.tags.append(tag)
+        self.links += [value for name, value in attrs if name in ("src", "href")]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list) -> None:
+        self.tags.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in self.VOID:
+            assert self.open.pop() == tag
+
+
+def test_page_is_whole_and_needs_nothing_from_outside(tmp_path):
+    text = write_report(make_run(tmp_path)).read_text()
+    page = Page(text)
+    assert page.open == []
+    assert page.links == []
+    assert "script" not in page.tags
+    assert "@import" not in text
+    assert "prefers-color-scheme:dark" in text
+    assert page.tags.count("polyline") == 1, "the training loss"
+    assert page.tags.count("circle") == 1, "the one validation loss"
+
+
+def test_page_shows_figures_curves_and_escaped_samples(tmp_path):
+    text = write_report(make_run(tmp_path)).read_text()
+    assert "LEARNED NOTHING" in text
+    assert "unigram entropy" in text
+    assert "&lt;think&gt;2 + 2&lt;/think&gt;4" in text
+    assert "<b>?</b>" not in text
+    assert "nan" not in text
+
+
+def test_failed_stage_shows_its_error(tmp_path):
+    make_run(tmp_path)
+    folder = tmp_path / "sft-a"
+    close_record(folder, begin_record(folder, Record("sft", "a", "running")), "failed", error="rank 1: a <bug>")
+    assert "rank 1: a &lt;bug&gt;" in write_report(tmp_path).read_text()
+
+
+@given(st.floats(-1e6, 1e6), st.floats(1e-6, 1e6))
+def test_ticks_are_few_increasing_and_inside(low, span):
+    found = ticks(low, low + span)
+    assert 1 <= len(found) <= 12 or low + span == low
+    assert found == sorted(found)
+    assert all(low - span * 1e-3 <= tick <= low + span * 1.001 for tick in found)
+
+
+@given(st.lists(st.tuples(st.integers(0, 1000), st.floats()), max_size=20))
+def test_chart_of_any_points_has_only_finite_coordinates(points):
+    text = chart("t", {"x": points})
+    assert "nan" not in text
+    assert "inf" not in text
+    assert bool(text) == any(abs(y) < LARGEST for _, y in points)

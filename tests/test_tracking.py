@@ -1,0 +1,111 @@
+"""metrics.jsonl and W&B over a resume."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from ray_pipeline.config import PipelineFields, TrackingConfig
+from ray_pipeline.tracking import Tracker, read_metrics
+
+QUIET = PipelineFields(tracking=TrackingConfig(wandb=False))
+
+
+def tracker(folder: Path, resume_step: int = 0, config: PipelineFields = QUIET) -> Tracker:
+    return Tracker(folder, "sft", config, wandb_id="abc123", group="run-1", resume_step=resume_step)
+
+
+def steps(folder: Path) -> list[int]:
+    return [line["step"] for line in read_metrics(folder)]
+
+
+def test_lines_name_stage_step_and_figures(tmp_path):
+    log = tracker(tmp_path)
+    log.log(5, {"train/loss": 1.5})
+    log.finish({})
+    (line,) = read_metrics(tmp_path)
+    assert (line["stage"], line["step"], line["train/loss"]) == ("sft", 5, 1.5)
+
+
+def test_resume_drops_lines_past_the_checkpoint(tmp_path):
+    first = tracker(tmp_path)
+    for step in range(1, 8):
+        first.log(step, {"x": float(step)})
+    second = tracker(tmp_path, resume_step=4)
+    assert steps(tmp_path) == [1, 2, 3, 4]
+    second.log(5, {"x": 5.0})
+    assert steps(tmp_path) == [1, 2, 3, 4, 5]
+
+
+def test_resume_without_a_checkpoint_starts_the_file_again(tmp_path):
+    tracker(tmp_path).log(3, {"x": 1.0})
+    tracker(tmp_path, resume_step=0)
+    assert steps(tmp_path) == []
+
+
+def test_line_torn_by_a_kill_is_dropped(tmp_path):
+    tracker(tmp_path).log(1, {"x": 1.0})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"stage": "sft", "st')
+    log = tracker(tmp_path, resume_step=1)
+    log.log(2, {"x": 2.0})
+    assert steps(tmp_path) == [1, 2]
+
+
+SESSION = """
+import os, sys
+from pathlib import Path
+from ray_pipeline.config import PipelineFields
+from ray_pipeline.tracking import Tracker
+folder, resume, first, last, kill = Path(sys.argv[1]), *map(int, sys.argv[2:])
+log = Tracker(folder, "sft", PipelineFields(), wandb_id="abc123", group="run-1", resume_step=resume)
+for step in range(first, last + 1):
+    log.log(step, {"train/loss": 1.0 / step})
+    log.log(step, {"eval/accuracy": step / 10})
+if kill:
+    os.kill(os.getpid(), 9)
+log.finish({"accuracy": 1.0})
+"""
+
+
+def session(folder: Path, resume: int, first: int, last: int, *, kill: bool = False, **env: str) -> str:
+    """One life of a rank-0 process that tracks; its stderr."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
+    done = subprocess.run(
+        [sys.executable, "-c", SESSION, str(folder), *map(str, (resume, first, last, int(kill)))],
+        env=clean | env, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == (-9 if kill else 0), done.stderr
+    return done.stderr
+
+
+def wandb_records(folder: Path) -> list[dict]:
+    """Every record of the offline run files below `folder`, oldest file first."""
+    out = []
+    for path in sorted(folder.glob("wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime):
+        command = [str(Path(sys.executable).with_name("wandb")), "leet", "inspect", "--json", str(path)]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        out += [json.loads(line) for line in text.splitlines() if line.strip()]
+    return out
+
+
+def test_wandb_keeps_id_and_monotone_steps_over_kill_and_resume(tmp_path):
+    session(tmp_path, 0, 1, 5, kill=True)
+    session(tmp_path, 3, 4, 7)  # the checkpoint was at step 3
+    records = wandb_records(tmp_path)
+    runs = [record["run"] for record in records if record["type"] == "run"]
+    assert {(run["run_id"], run["run_group"], run["job_type"]) for run in runs} == {("abc123", "run-1", "sft")}
+    history = [record["history"]["item"] for record in records if record["type"] == "history"]
+    logged = [row["step"] for row in history]
+    assert logged == sorted(logged)
+    assert [row["step"] for row in history if "train/loss" in row] == [1, 2, 3, 4, 5, 6, 7]
+    assert steps(tmp_path) == [step for step in range(1, 8) for _ in range(2)]
+
+
+def test_wandb_that_fails_is_told_once_and_training_goes_on(tmp_path):
+    said = session(tmp_path, 0, 1, 3, WANDB_API_KEY="not-a-key", WANDB_BASE_URL="http://127.0.0.1:9")
+    assert said.count("Weights & Biases stopped") == 1
+    assert steps(tmp_path) == [1, 1, 2, 2, 3, 3]

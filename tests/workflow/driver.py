@@ -1,0 +1,22 @@
+"""A driver in a process of its own, to be killed: `python -m tests.workflow.driver FOLDER RANKS run|resume`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from ray_pipeline.workflow import resume_pipeline, run_pipeline
+from ray_pipeline.workflow_plan import StageSelection
+from tests.workflow import toy_stages as toy
+
+
+def main(folder: Path, ranks: int, verb: str) -> int:
+    """Run or resume the toy run up to the stage with ranks."""
+    settings, until = toy.config(folder), StageSelection(until="pretrain")
+    if verb == "run":
+        return run_pipeline(settings, layout=toy.layout(ranks), stages=until, stage_functions=toy.RANKED)
+    return resume_pipeline(folder / "toy", settings, layout=toy.layout(ranks), stages=until, stage_functions=toy.RANKED)
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]))

@@ -1,0 +1,58 @@
+"""kill -9 of the driver while its ranks train: resume ends where a run without the kill would have."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from ray_pipeline.ledger import read_status
+from tests.workflow import toy_stages as toy
+
+ROOT = Path(__file__).parents[2]
+
+
+def start(folder: Path, verb: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "tests.workflow.driver", str(folder), "2", verb]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def pretrain(folder: Path) -> dict:
+    return read_status(folder / "toy")["stages"][1]
+
+
+def wait_for_checkpoint(folder: Path, driver: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 60
+    while not list((folder / "toy").glob("pretrain-*/checkpoints/step_00000004")):
+        assert driver.poll() is None, driver.communicate()[0]
+        assert time.monotonic() < deadline, "no checkpoint within a minute"
+        time.sleep(0.05)
+
+
+def test_driver_killed_in_pretrain_resumes_from_its_checkpoint_to_the_same_result(tmp_path):
+    (tmp_path / "toy").mkdir()
+    (tmp_path / "toy" / "slow").write_text("")
+    driver = start(tmp_path, "run")
+    wait_for_checkpoint(tmp_path, driver)
+    driver.send_signal(signal.SIGKILL)
+    driver.communicate()
+    before = pretrain(tmp_path)
+    assert before["status"] == "interrupted"
+
+    (tmp_path / "toy" / "slow").unlink()
+    driver = start(tmp_path, "resume")
+    said = driver.communicate(timeout=110)[0]
+    assert driver.returncode == 0, said
+    assert "unfinished: checkpoint at step" in said
+    after = pretrain(tmp_path)
+    value = 7
+    for step in range(toy.STEPS):
+        value = (value * 31 + step + 1) % 1_000_003
+    assert after["metrics"]["validation_loss"] == value / 1_000_003
+    assert 4.0 <= after["metrics"]["started_at"] < toy.STEPS, "it went on, and not from the end"
+    assert (after["status"], after["attempt"], after["wandb_id"]) == ("done", 2, before["wandb_id"])
+    assert toy.calls(tmp_path / "toy") == ["data_prep"], "a finished stage was not run again"
+    assert os.path.exists(tmp_path / "toy" / "report.html")
