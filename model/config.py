@@ -1,6 +1,6 @@
 """The architecture as data, under Hugging Face's `DeepseekV3Config` key names. Does not import torch.
 
-Paper: DeepSeek-V3 (arXiv:2412.19437). Counts are analytic; `tests/model/test_config.py` holds them against built models.
+Paper: DeepSeek-V3 (arXiv:2412.19437). Counts are analytic; tests hold them against built models.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class ModelConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
         if self.qk_rope_head_dim % 2:
-            raise ValueError(f"qk_rope_head_dim={self.qk_rope_head_dim}: rotary features come in pairs; use an even width")
+            raise ValueError(f"qk_rope_head_dim={self.qk_rope_head_dim}: rotary features come in pairs; make it even")
         if self.n_routed_experts % self.n_group:
             raise ValueError(f"n_group={self.n_group}: must divide n_routed_experts={self.n_routed_experts}")
         if not 1 <= self.topk_group <= self.n_group:
@@ -87,9 +87,9 @@ class ModelConfig:
                 f"n_routed_experts={self.n_routed_experts}, n_group={self.n_group}, topk_group={self.topk_group}"
             )
         if self.n_group > 1 and self.n_routed_experts // self.n_group < 2:
-            raise ValueError(f"n_group={self.n_group}: a group's score is the sum of its top 2 experts; use groups of 2 or more")
+            raise ValueError(f"n_group={self.n_group}: a group's score sums its top 2 experts; use groups of 2 or more")
         if self.first_k_dense_replace < 0 or self.num_nextn_predict_layers < 0 or self.n_shared_experts < 0:
-            raise ValueError("first_k_dense_replace, num_nextn_predict_layers and n_shared_experts must not be negative")
+            raise ValueError("first_k_dense_replace, num_nextn_predict_layers, n_shared_experts: must not be negative")
 
     def attention_params(self) -> int:
         """Weights of one MLA block (§2.1.1, eqs. 1-11), its two latent norms included."""
@@ -129,7 +129,7 @@ class ModelConfig:
         return total
 
     def flops_per_token(self, seq_len: int) -> int:
-        """Forward and backward floating-point operations per trained token: 6 per active weight plus causal attention."""
+        """Floating-point operations of forward and backward per token: 6 per active weight plus causal attention."""
         weights = self.num_params(active=True) - self.vocab_size * self.hidden_size
         weights += self.num_nextn_predict_layers * self.vocab_size * self.hidden_size
         layers = self.num_hidden_layers + self.num_nextn_predict_layers

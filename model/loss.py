@@ -1,4 +1,7 @@
-"""Log-probabilities and cross-entropy from hidden states and the head. Sums, never averages: the caller knows the weight."""
+"""Log-probabilities and cross-entropy from hidden states and the head.
+
+Sums, never averages: the caller knows the weight.
+"""
 
 from __future__ import annotations
 

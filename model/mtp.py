@@ -1,4 +1,4 @@
-"""Multi-token prediction (DeepSeek-V3, arXiv:2412.19437, §2.2): one more block per depth, sharing embedding and head."""
+"""Multi-token prediction (DeepSeek-V3, arXiv:2412.19437, §2.2): one more block per depth, embedding and head shared."""
 
 from __future__ import annotations
 

@@ -66,10 +66,9 @@ class Transformer(nn.Module):
         Raises:
             ValueError: if the sequence is longer than `max_position_embeddings`.
         """
-        if seq_len > self.config.max_position_embeddings:
-            raise ValueError(
-                f"sequence of {seq_len} tokens: longer than max_position_embeddings={self.config.max_position_embeddings}"
-            )
+        longest = self.config.max_position_embeddings
+        if seq_len > longest:
+            raise ValueError(f"sequence of {seq_len} tokens: longer than max_position_embeddings={longest}")
         if doc_ids is None:
             return self.rotary[None, :seq_len], None
         return self.rotary[document_positions(doc_ids)], document_mask(doc_ids)

@@ -5,6 +5,7 @@ This file is the schema alone; `config_load` reads YAML, environment and flags i
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -41,7 +42,7 @@ class LayoutConfig(Section):
 class SourceConfig(Section):
     """One source of documents in a mixture."""
 
-    name: str = Field(description='"builtin", a local .txt/.jsonl/.parquet path, or a datasets name "org/name[:split[:column]]"')
+    name: str = Field(description='builtin, .txt/.jsonl/.parquet path, or a datasets name "org/name[:split[:column]]"')
     weight: PositiveFloat = 1.0
     licence: str = Field("unknown", description="recorded in the shard manifest")
 
@@ -58,13 +59,15 @@ class DataConfig(Section):
     builtin_prompts: PositiveInt = 4000
     validation_fraction: Fraction = Field(0.02, description="share of documents held out, chosen by document hash")
     heldout_questions: PositiveInt = Field(400, description="questions kept for evaluation alone")
-    decontaminate_ngram: PositiveInt = Field(12, description="a document sharing this many words in a row with an evaluation question is dropped")
+    decontaminate_ngram: PositiveInt = Field(
+        12, description="a document sharing this many words in a row with an evaluation question is dropped"
+    )
     max_documents: PositiveInt | None = Field(None, description="read at most this many documents of each source")
     tokens_per_shard: PositiveInt = 16_000_000
 
 
 class TokenizerConfig(Section):
-    """`train` makes a byte-level BPE of `vocab_size` from the pretraining text; otherwise a folder or hub name is loaded."""
+    """`train` makes a byte-level BPE of `vocab_size` from the pretraining text; else a folder or hub name is loaded."""
 
     name: str = "train"
     vocab_size: PositiveInt = 512
@@ -135,6 +138,10 @@ class StudentConfig(Section):
     n_routed_experts: PositiveInt | None = None
     num_experts_per_tok: PositiveInt | None = None
 
+    def applied_to(self, teacher: ModelConfig) -> ModelConfig:
+        """The student's architecture: the teacher's with the keys given here."""
+        return replace(teacher, **{key: value for key, value in self.model_dump().items() if value is not None})
+
 
 class DistillationConfig(TrainingConfig):
     """Forward KL from the teacher's logits (arXiv:1503.02531) on conversations and the teacher's own answers."""
@@ -142,7 +149,9 @@ class DistillationConfig(TrainingConfig):
     student: StudentConfig = Field(default_factory=StudentConfig)
     temperature: PositiveFloat = 1.0
     init: Literal["teacher_layers", "random"] = Field("teacher_layers", description="where the student's weights start")
-    teacher_answers: NonNegativeInt = Field(2000, description="answers the teacher writes to training prompts, added to the data")
+    teacher_answers: NonNegativeInt = Field(
+        2000, description="answers the teacher writes to training prompts; the right ones are added to the data"
+    )
 
 
 class EvaluationConfig(Section):
@@ -156,8 +165,10 @@ class EvaluationConfig(Section):
 class ExportConfig(Section):
     """What is written at the end and how it is checked."""
 
-    source: Literal["grpo", "distillation"] = Field("grpo", description="the stage whose weights are exported as the model; the student is exported beside it")
-    gguf: list[Literal["f32", "f16", "q8_0"]] = Field(default_factory=lambda: ["f32", "f16", "q8_0"])
+    source: Literal["grpo", "distillation"] = Field(
+        "grpo", description="the stage whose weights are exported as the model; the student is exported beside it"
+    )
+    gguf: list[Literal["f32", "f16", "q8_0"]] = ["f32", "f16", "q8_0"]
     dtype: Literal["float32", "bfloat16"] = "float32"
 
 
@@ -187,7 +198,9 @@ class PipelineFields(Section):
     output_dir: Path = Path("runs")
     seed: NonNegativeInt = 0
     backend: Literal["auto", "cpu", "cuda", "modal"] = "auto"
-    model_size: Literal["tiny", "small", "medium", "large"] | None = Field(None, description="a preset for `model`; keys given there win")
+    model_size: Literal["tiny", "small", "medium", "large"] | None = Field(
+        None, description="a preset for `model`; keys given there win"
+    )
     model: ModelConfig = Field(default_factory=ModelConfig)
     layout: LayoutConfig = Field(default_factory=LayoutConfig)
     data: DataConfig = Field(default_factory=DataConfig)

@@ -5,19 +5,11 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
-from model.config import ModelConfig
 from ray_pipeline.config import TRAINING_STAGES, PipelineFields
 
 _FOLDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-
-
-def student_config(config: PipelineFields) -> ModelConfig:
-    """The student's architecture: the teacher's with what `distillation.student` states."""
-    smaller = {key: value for key, value in config.distillation.student if value is not None}
-    return replace(config.model, **smaller)
 
 
 def problems(config: PipelineFields) -> list[str]:
@@ -34,7 +26,8 @@ def problems(config: PipelineFields) -> list[str]:
 def warnings(config: PipelineFields) -> list[str]:
     """What works but is probably not meant."""
     out = []
-    teacher, student = config.model.num_params(mtp=False), student_config(config).num_params(mtp=False)
+    teacher = config.model.num_params(mtp=False)
+    student = config.distillation.student.applied_to(config.model).num_params(mtp=False)
     if 2 * student > teacher:
         out.append(
             f"the distillation student has {student / teacher:.0%} of its teacher's parameters, more than half: "
@@ -62,7 +55,7 @@ def _architecture(config: PipelineFields) -> Iterator[str]:
         yield f"model.{error}"
         return
     try:
-        student_config(config).validate()
+        config.distillation.student.applied_to(config.model).validate()
     except ValueError as error:
         yield f"distillation.student: {error}"
     if config.tokenizer.name == "train" and config.model.vocab_size < config.tokenizer.vocab_size:
@@ -128,9 +121,9 @@ def _optimizers(config: PipelineFields) -> Iterator[str]:
             yield f"{stage}.optimizer.betas={list(betas)}: each must be at least 0 and below 1"
     if config.grpo.clip_low >= 1:
         yield f"grpo.clip_low={config.grpo.clip_low}: the ratio is clipped below at 1 - clip_low; use a value below 1"
-    rollouts = config.grpo.prompts_per_step * config.grpo.group_size
-    if rollouts % config.grpo.updates_per_rollout:
+    grpo = config.grpo
+    if grpo.checkpoint_every % grpo.updates_per_rollout:
         yield (
-            f"grpo.updates_per_rollout={config.grpo.updates_per_rollout}: must divide the {rollouts} answers of a step "
-            f"(prompts_per_step={config.grpo.prompts_per_step} x group_size={config.grpo.group_size})"
+            f"grpo.checkpoint_every={grpo.checkpoint_every}: must be a multiple of updates_per_rollout="
+            f"{grpo.updates_per_rollout}, because rollouts are not part of a checkpoint"
         )

@@ -219,7 +219,7 @@ class RayLauncher:
         os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.1"
         from ray.train import FailureConfig, RunConfig
         from ray.train.torch import TorchConfig, TorchTrainer
-        from ray.train.v2.api.exceptions import TrainingFailedError
+        from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 
         folder = Path(arguments["folder"])
         prepare_folder(folder)
@@ -243,7 +243,9 @@ class RayLauncher:
         try:
             value = trainer.fit().return_value
         except TrainingFailedError as error:
-            fallback = f"{name}: its workers died more often than layout.max_restarts={self.max_restarts}"
+            fallback = f"{name}: its workers died more often than layout.max_restarts={self.max_restarts} times"
+            if not isinstance(error, WorkerGroupError):  # the job did not even start; the last line is the cause
+                fallback = f"{name}: its workers could not start: {str(error).strip().splitlines()[-1].strip()}"
             raise explain_failure(folder, fallback, str(error)) from None
         finally:
             shutil.rmtree(folder / "ray", ignore_errors=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -179,6 +180,8 @@ def _start_ray() -> None:
 
     address = os.environ.get("RAY_ADDRESS")
     options: dict[str, Any] = {} if address else {"num_cpus": os.cpu_count(), "include_dashboard": False}
+    # Ray tells on every start that its token authentication is on; nothing is to be done about that.
+    logging.getLogger("ray").setLevel(logging.ERROR)
     try:
         ray.init(address=address, configure_logging=False, log_to_driver=False, **options)
     except ConnectionError as error:

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from model.config import ModelConfig
 from ray_pipeline.config import STAGES, TRAINING_STAGES, PipelineFields
 from ray_pipeline.errors import UserError, did_you_mean
 from ray_pipeline.identity import UPSTREAM, Identity, identities, source_digests
@@ -223,8 +222,7 @@ def estimate_memory(config: PipelineFields, stage: str) -> int:
     layout = config.layout
     ranks, pp = num_ranks(config, stage), layout.pp_size
     teacher = config.model
-    student = config.distillation.student.model_dump(exclude_none=True)
-    model: ModelConfig = replace(teacher, **student) if stage == "distillation" else teacher
+    model = config.distillation.student.applied_to(teacher) if stage == "distillation" else teacher
     replicas = ranks // pp if layout.zero_stage else 1
     # Weights, gradients and the reduced copy; two AdamW moments, which ZeRO 1 shards over replicas.
     training = (2 + 2 / replicas) * FP32 * model.num_params() / pp

@@ -1,4 +1,7 @@
-"""Rotary positions (arXiv:2104.09864) with YaRN (arXiv:2309.00071). Pairs are interleaved: features 2i and 2i+1 turn together."""
+"""Rotary positions (arXiv:2104.09864) with YaRN (arXiv:2309.00071).
+
+Pairs are interleaved: features 2i and 2i+1 turn together.
+"""
 
 from __future__ import annotations
 

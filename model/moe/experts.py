@@ -1,4 +1,4 @@
-"""DeepSeekMoE feed-forward (arXiv:2401.06066): shared experts see every token, routed experts the tokens sent to them."""
+"""DeepSeekMoE (arXiv:2401.06066): shared experts see every token, routed experts the tokens sent to them."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class RoutedExperts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(experts, hidden, inner))
 
     def forward(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
-        """Weighted sum of the chosen experts' outputs. x [tokens, hidden]; indices, weights [tokens, k]; nothing is dropped."""
+        """Weighted sum of chosen experts; nothing is dropped. x [tokens, hidden]; others [tokens, k]."""
         k = indices.shape[1]
         chosen = indices.flatten()
         order = chosen.argsort(stable=True)

@@ -73,7 +73,7 @@ def split_layers(num_layers: int, stages: int, tail: float = 0.0) -> list[range]
 
 
 class Mesh:
-    """This process's place in the layout, and its process groups. Needs torch.distributed when there are several ranks."""
+    """This process's place in the layout, and its process groups. Several ranks need torch.distributed."""
 
     def __init__(self, sizes: MeshSizes, *, timeout: timedelta = timedelta(minutes=10)):
         distributed = dist.is_initialized()

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from ray_pipeline.cli.options import layout_options, take_request
-from ray_pipeline.cli.run import can_resume, layout_here
+from ray_pipeline.cli.run import can_resume, check_data, layout_here
 from ray_pipeline.cli.runs import find_run, output_dir
 
 
@@ -23,9 +23,10 @@ def resume(run: str, **options: Any) -> int:
     request = take_request(options)
     run_dir = find_run(run, output_dir(options["output_dir"]))
     config = request.load_stored(run_dir)
-    with can_resume(run_dir.name):
-        from ray_pipeline.workflow_plan import StageSelection
+    from ray_pipeline.workflow_plan import StageSelection
 
+    check_data(config, StageSelection())
+    with can_resume(run_dir.name):
         if config.backend == "modal":
             from modal_gpu.launch import run_on_modal
 

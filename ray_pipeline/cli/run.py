@@ -15,6 +15,7 @@ from ray_pipeline.cli.runs import CONFIG_FILE, output_dir
 if TYPE_CHECKING:
     from ray_pipeline.config import PipelineFields
     from ray_pipeline.layout_rules import Layout
+    from ray_pipeline.workflow_plan import StageSelection
 
 
 @click.command()
@@ -43,6 +44,7 @@ def launch(config: PipelineFields, options: dict[str, Any]) -> int:
     stages.check()
     notices(config)
     config = config.model_copy(update={"run_name": config.run_name or default_run_name(config)})
+    check_data(config, stages)
     with can_resume(str(config.run_name)):
         if config.backend == "modal":
             from modal_gpu.launch import run_on_modal
@@ -52,6 +54,20 @@ def launch(config: PipelineFields, options: dict[str, Any]) -> int:
         from ray_pipeline.workflow import run_pipeline  # after the layout is known to be legal: Ray takes seconds
 
         return run_pipeline(config, layout=layout, stages=stages, dry_run=options["dry_run"])
+
+
+def check_data(config: PipelineFields, stages: StageSelection) -> None:
+    """Look at the input files and names now, if DATA_PREP is going to read them.
+
+    Raises:
+        UserError: naming the file, and the line where there is one.
+    """
+    from ray_pipeline.data.sources import check_sources
+    from ray_pipeline.workflow_plan import plan
+
+    run_dir = (config.output_dir / str(config.run_name)).absolute()
+    if any(row.stage == "data_prep" and row.action in ("run", "resume") for row in plan(config, run_dir, stages)):
+        check_sources(config)
 
 
 @contextmanager

@@ -37,7 +37,7 @@ class Batch:
         return Batch(self.tokens[start:stop], self.labels[start:stop], self.doc_ids[start:stop], extras)
 
     def pad_rows(self, count: int) -> Batch:
-        """At least `count` rows: added ones repeat the last row with no label and zero extras, so they train nothing."""
+        """At least `count` rows: added ones repeat the last row without labels and extras, so they train nothing."""
         missing = count - len(self)
         if missing <= 0:
             return self

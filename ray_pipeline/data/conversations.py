@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ray_pipeline.config import PipelineFields
 from ray_pipeline.data.cleaning import content_hash, validation_members
 from ray_pipeline.data.packing import pack_conversations
-from ray_pipeline.data.ray_prepare import Progress
 from ray_pipeline.data.records import Conversation
 from ray_pipeline.data.shards import write_rows
 from ray_pipeline.data.sources import BUILTIN
 from ray_pipeline.data.tokenizer import ChatTokenizer
 from ray_pipeline.errors import UserError
+
+if TYPE_CHECKING:
+    from ray_pipeline.data.ray_prepare import Progress
 
 # Conversations encoded between two progress reports.
 CHUNK = 2000

@@ -1,8 +1,8 @@
-"""One training engine for every layout: micro-batches through the pipeline, gradients over replicas, one optimizer step."""
+"""One engine for every layout: micro-batches through the pipeline, gradients over replicas, one optimizer step."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -25,7 +25,7 @@ from ray_pipeline.objectives.base import Objective
 
 @dataclass(frozen=True)
 class StepStats:
-    """One optimizer step, the same on every rank: mean loss, gradient norm before clipping, sums of the objective's metrics."""
+    """One optimizer step as every rank knows it: mean loss, norm before clipping, sums of the objective's metrics."""
 
     loss: float
     grad_norm: float

@@ -1,4 +1,4 @@
-"""ZeRO through DeepSpeed (arXiv:1910.02054): optimizer state sharded over replicas. The only file that imports deepspeed."""
+"""ZeRO (arXiv:1910.02054): optimizer state sharded over replicas. The only file that imports deepspeed."""
 
 from __future__ import annotations
 

@@ -12,13 +12,12 @@ from ray_pipeline.data.batch import Batch
 
 
 class Objective(Protocol):
-    """A loss on the last pipeline stage.
+    """A loss on the last pipeline stage."""
 
-    Attributes:
-        metric_names: names of the sums that `__call__` returns besides the loss.
-    """
-
-    metric_names: tuple[str, ...]
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        """Names of the sums that `__call__` returns besides the loss."""
+        ...
 
     def weight(self, batch: Batch) -> float:
         """What the loss sum is divided by, summed over all ranks and micro-batches first (usually trained tokens)."""

@@ -15,7 +15,7 @@ from ray_pipeline.data.batch import Batch
 
 
 class Grpo:
-    """Loss on batches whose extras hold `advantages`, `old_logprobs` and, when beta > 0, `ref_logprobs`, all [rows, seq]."""
+    """For batches whose extras hold `advantages`, `old_logprobs` and, if beta > 0, `ref_logprobs`, all [rows, seq]."""
 
     metric_names = ("policy_loss", "kl", "clipped", "logprob_gap")
 

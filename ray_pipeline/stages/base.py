@@ -1,4 +1,7 @@
-"""What a stage is given and what it returns. Stages never import Ray: they take a launcher, so a debugger can run one inline."""
+"""What a stage is given and what it returns.
+
+Stages never import Ray: they take a launcher, so a debugger can run one inline.
+"""
 
 from __future__ import annotations
 

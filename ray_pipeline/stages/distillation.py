@@ -1,4 +1,4 @@
-"""DISTILLATION: a smaller student learns the GRPO model's distribution, on conversations and on the teacher's own answers."""
+"""DISTILLATION: a smaller student learns the GRPO model's distribution over conversations and over its own answers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ray_pipeline.stages.base import StageContext, StageResult
 from ray_pipeline.training.finish import read_upstream, save_trained_model
 from ray_pipeline.training.heldout import HeldOut, WholeModel
 from ray_pipeline.training.rank import Rank, rank_arguments, start_rank
-from ray_pipeline.training.student import initial_student, student_config
+from ray_pipeline.training.student import initial_student
 from ray_pipeline.training.teacher_answers import MixedRows, teacher_answer_rows
 from ray_pipeline.training.trainer import Trainer
 
@@ -55,7 +55,7 @@ def train(arguments: dict[str, Any]) -> dict[str, Any]:
     teacher_config, teacher_state = read_upstream(rank, "grpo")
     rows = PackedRows(rank.data / "sft" / "train")
     mixed = MixedRows(rows, teacher_answer_rows(rank, WholeModel(rank, teacher_config).load(teacher_state)))
-    config: ModelConfig = student_config(teacher_config, settings.student)
+    config: ModelConfig = settings.student.applied_to(teacher_config)
     initial = initial_student(config, teacher_config, teacher_state, settings.init, rank.config.seed)
     whole = WholeModel(rank, config).load(initial)
     heldout = HeldOut(rank, whole)

@@ -1,4 +1,4 @@
-"""PRETRAIN: next-token prediction on packed text. Beats ln V and the unigram entropy, or says that it learned nothing."""
+"""PRETRAIN: next-token prediction on packed text, held against ln V and the unigram entropy."""
 
 from __future__ import annotations
 

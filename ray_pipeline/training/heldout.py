@@ -1,4 +1,4 @@
-"""Held-out accuracy of a model that is being trained: every rank answers its share of the questions with the whole model."""
+"""Held-out accuracy of a model in training: every rank answers its share of the questions with the whole model."""
 
 from __future__ import annotations
 

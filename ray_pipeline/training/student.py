@@ -1,8 +1,6 @@
-"""The student's architecture and where its weights start."""
+"""Where the student's weights start."""
 
 from __future__ import annotations
-
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -10,13 +8,6 @@ from torch import Tensor
 from model.config import ModelConfig
 from model.init import init_weights
 from model.transformer import Transformer
-from ray_pipeline.config import StudentConfig
-
-
-def student_config(teacher: ModelConfig, student: StudentConfig) -> ModelConfig:
-    """The teacher's config with the student's own keys."""
-    changes = {name: value for name, value in student.model_dump().items() if value is not None}
-    return replace(teacher, **changes)
 
 
 def teacher_layer(layer: int, student_layers: int, teacher_layers: int) -> int:

@@ -1,4 +1,4 @@
-"""Answers the teacher writes to training prompts; those that score become rows for the student (arXiv:2501.12948, §2.4)."""
+"""Answers the teacher writes to training prompts; the right ones become the student's rows (arXiv:2501.12948, §2.4)."""
 
 from __future__ import annotations
 

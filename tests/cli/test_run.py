@@ -55,16 +55,16 @@ def stored(tmp_path: Path) -> Path:
 
 
 def test_run_passes_layout_stages_and_name(seen: Recorder, capsys: pytest.CaptureFixture) -> None:
-    assert main(["run", "--gpus", "3", "--pp-size", "3", "--from", "sft", "--until", "grpo", "--dry-run"]) == 0
+    assert main(["run", "--gpus", "3", "--pp-size", "3", "--from", "data_prep", "--until", "grpo", "--dry-run"]) == 0
     assert seen.arguments["layout"] == Layout(gpus=3, pp=3)
     stages = seen.arguments["stages"]
-    assert (stages.only, stages.from_, stages.until, seen.arguments["dry_run"]) == (None, "sft", "grpo", True)
+    assert (stages.only, stages.from_, stages.until, seen.arguments["dry_run"]) == (None, "data_prep", "grpo", True)
     assert str(seen.config.run_name).startswith("tiny-")
     assert "no GPU here: 3 CPU worker processes over gloo" in capsys.readouterr().out
 
 
 def test_a_run_name_in_use_keeps_its_settings(seen: Recorder, stored: Path, tmp_path: Path) -> None:
-    assert main(["run", "--run-name", "mine", "--output-dir", str(tmp_path), "--stage", "sft"]) == 0
+    assert main(["run", "--run-name", "mine", "--output-dir", str(tmp_path), "--stage", "data_prep"]) == 0
     assert (seen.config.grpo.beta, seen.arguments["layout"].pp) == (0.5, 3)
     assert main(["run", "--run-name", "mine", "--output-dir", str(tmp_path), "--config", "tiny"]) == 0
     assert seen.config.grpo.beta != 0.5, "a recipe that is given is taken; the workflow then compares"
@@ -114,3 +114,24 @@ def test_an_odd_student_is_a_warning(seen: Recorder, capsys: pytest.CaptureFixtu
 def test_three_ranks_of_a_stored_run_need_no_flag_again(seen: Recorder, stored: Path, tmp_path: Path) -> None:
     assert main(["run", "--run-name", "mine", "--output-dir", str(tmp_path), "--zero-stage", "1"]) == 0
     assert seen.arguments["layout"] == Layout(gpus=3, pp=3, zero_stage=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("none.txt", None, "none.txt"),
+        ("empty.txt", b"", "empty.txt"),
+        ("latin.txt", b"caf\xe9 au lait", "UTF-8"),
+        ("lines.jsonl", b'{"text": "good"}\n{"txet": "bad"}\n', "lines.jsonl:2"),
+    ],
+)
+def test_bad_data_is_refused_before_anything_starts(
+    name: str, content: bytes | None, expected: str, seen: Recorder, capsys: pytest.CaptureFixture, tmp_path: Path
+) -> None:
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content)
+    assert main(["run", "--data", str(path), "--output-dir", str(tmp_path / "runs")]) == 2
+    text = capsys.readouterr().err
+    assert expected in text and "Traceback" not in text
+    assert seen.arguments == {} and not (tmp_path / "runs").exists()

@@ -1,4 +1,4 @@
-"""Schedules, simulated: nothing waits forever, every backward follows its forward, activations stay within the bound."""
+"""Schedules, simulated: nothing waits forever, backwards follow their forwards, activations stay within bounds."""
 
 from __future__ import annotations
 

@@ -117,7 +117,7 @@ def test_packed_documents_equal_documents_alone(cuts):
 
 
 def test_packed_mtp_never_reads_the_next_document():
-    model, ids = build(), tokens(rows=1, seq_len=16)
+    ids = tokens(rows=1, seq_len=16)
     doc_ids = (torch.arange(16)[None] >= 8).long()
     labels = torch.cat([ids[:, 1:], torch.full((1, 1), IGNORE)], 1)
     labels[0, 7] = IGNORE

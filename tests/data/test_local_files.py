@@ -1,0 +1,132 @@
+"""Local files: whole, in order, with errors that name the line or the byte."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ray_pipeline.data import local_files
+from ray_pipeline.data.local_files import check_file, check_utf8, read_records, read_text_documents, read_utf8
+from ray_pipeline.errors import UserError
+
+text = st.text(alphabet=st.sampled_from("abé€😀 \n\r\t"), max_size=80)
+
+
+@given(text, st.integers(1, 9))
+def test_text_is_read_whole_however_the_chunks_fall(tmp_path_factory, content, chunk):
+    path = tmp_path_factory.mktemp("t") / "a.txt"
+    path.write_bytes(content.encode())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(local_files, "_CHUNK", chunk)
+        read = "".join(read_utf8(path))
+    assert read == content.replace("\r\n", "\n").replace("\r", "\n")
+
+
+@given(st.lists(st.text(alphabet="ab \n", min_size=1, max_size=50), min_size=1, max_size=40), st.integers(1, 64))
+def test_documents_hold_all_words_in_order(tmp_path_factory, paragraphs, chunk):
+    content = "\n\n".join(paragraphs)
+    path = tmp_path_factory.mktemp("t") / "a.txt"
+    path.write_text(content or " ")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(local_files, "_CHUNK", max(chunk, 30))
+        patch.setattr(local_files, "DOCUMENT_CHARACTERS", 30)
+        documents = list(read_text_documents(path))
+    assert all(document.strip() and len(document) <= 60 for document in documents)
+    assert "".join("".join(documents).split()) == "".join(content.split())
+
+
+def test_paragraphs_are_merged_up_to_a_sensible_size(tmp_path):
+    path = tmp_path / "play.txt"
+    path.write_text("\n\n".join(f"Speaker {i}:\n" + "word " * 20 for i in range(200)))
+    documents = list(read_text_documents(path))
+    assert all(document.startswith("Speaker") for document in documents)
+    assert 1500 < sum(map(len, documents)) / len(documents) <= local_files.DOCUMENT_CHARACTERS
+
+
+def test_text_without_blank_lines_is_cut_at_line_ends(tmp_path):
+    path = tmp_path / "log.txt"
+    path.write_text("".join(f"line {i} of the log\n" for i in range(2000)))
+    documents = list(read_text_documents(path))
+    assert len(documents) > 10
+    assert all(document.strip().startswith("line") for document in documents)
+
+
+@pytest.mark.parametrize("before", [0, 10, (1 << 22) - 1, (1 << 22) + 5])
+def test_the_first_byte_that_is_not_utf8_is_named(tmp_path, before):
+    path = tmp_path / "latin.txt"
+    path.write_bytes(b"a" * before + b"\xe9t\xe9" + b"b" * 10)
+    with pytest.raises(UserError, match=rf"byte {before} \(0xe9\) is not UTF-8.*iconv"):
+        check_utf8(path)
+
+
+def test_a_character_cut_off_at_the_end_is_named(tmp_path):
+    path = tmp_path / "cut.txt"
+    path.write_bytes(b"abc" + "€".encode()[:2])
+    with pytest.raises(UserError, match="byte 3 "):
+        check_utf8(path)
+
+
+def test_a_byte_order_mark_is_skipped(tmp_path):
+    path = tmp_path / "bom.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"text": "a"}\n')
+    assert [record for _, record in read_records(path)] == [{"text": "a"}]
+
+
+def test_a_file_of_white_space_is_refused(tmp_path):
+    path = tmp_path / "blank.txt"
+    path.write_text(" \n\n\t ")
+    with pytest.raises(UserError, match="only white space"):
+        check_utf8(path)
+
+
+def test_missing_and_unfit_files_say_what_to_do(tmp_path):
+    (tmp_path / "stories.txt").write_text("x")
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "data.json").write_text("[]")
+    cases = {
+        "storeis.txt": r'no such file \(did you mean "stories\.txt"\?\)',
+        "nowhere/stories.txt": r"no such file \(there is no folder .*nowhere\)",
+        "empty.txt": "the file is empty",
+        "data.json": r'not "\.json"\. One JSON object per line makes it \.jsonl',
+        "": "is a folder",
+    }
+    for name, message in cases.items():
+        with pytest.raises(UserError, match=message):
+            check_file(tmp_path / name)
+
+
+@given(st.lists(st.dictionaries(st.text(max_size=3), st.text(max_size=9), min_size=1), max_size=8), st.integers(1, 40))
+def test_jsonl_gives_every_record_with_its_line(tmp_path_factory, records, chunk):
+    path = tmp_path_factory.mktemp("j") / "a.jsonl"
+    # A blank line between any two counts as a line and holds nothing.
+    path.write_text("\n\n".join(json.dumps(r, ensure_ascii=False) for r in records) or "\n", encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(local_files, "_CHUNK", chunk)
+        read = list(read_records(path))
+    assert read == [(f"{path}:{2 * i + 1}", record) for i, record in enumerate(records)]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [('{"text": ', r"a\.jsonl:2: not valid JSON"), ("[1]", r"a\.jsonl:2: must be a JSON object, but is a list")],
+)
+def test_a_bad_line_is_named_with_its_number(tmp_path, line, message):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "good"}\n' + line + "\n")
+    with pytest.raises(UserError, match=message):
+        list(read_records(path))
+
+
+def test_parquet_gives_rows_and_damage_is_named(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a", "b"]}), path)
+    assert list(read_records(path)) == [(f"{path}:row 1", {"text": "a"}), (f"{path}:row 2", {"text": "b"})]
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(UserError, match="not a whole parquet file"):
+        list(read_records(path))

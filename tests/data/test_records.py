@@ -1,0 +1,102 @@
+"""Records as documents, conversations and questions."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ray_pipeline.data.records import BadRecord, as_conversation, as_document, as_question, split_answer
+
+GSM8K = {
+    "question": "Natalia sold 48 clips in April and half as many in May. How many together?",
+    "answer": "In May she sold 48/2 = <<48/2=24>>24 clips.\nTogether 48+24 = <<48+24=72>>72.\n#### 1,072",
+}
+STEPS = "In May she sold 48/2 = 24 clips.\nTogether 48+24 = 72."
+TURNS = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+)
+fields = ("text", "messages", "prompt", "response", "question", "answer", "role", "content", "difficulty")
+
+
+def test_gsm8k_steps_are_thought_and_the_last_line_is_the_answer():
+    assert split_answer(GSM8K["answer"]) == (STEPS, "1,072")
+    conversation = as_conversation(GSM8K)
+    assert conversation.question == GSM8K["question"]
+    assert conversation.messages[1]["content"] == f"<think>{STEPS}</think>1,072"
+    question = as_question(GSM8K, "gsm8k")
+    assert (question.answer, question.category, question.difficulty) == ("1,072", "gsm8k", 2)
+
+
+def test_an_answer_without_working_stands_alone():
+    assert split_answer(" 42 ") == ("", "42")
+    assert as_conversation({"question": "6*7?", "answer": "42"}).messages[1]["content"] == "42"
+    assert as_question({"question": "6*7?", "answer": 42}, "c").answer == "42"
+
+
+def test_own_question_lines_come_back():
+    line = {"prompt": "6*7?", "answer": "42", "category": "product", "difficulty": 3}
+    assert as_question(line, "other").record() == line
+
+
+@pytest.mark.parametrize(
+    ("record", "text"),
+    [
+        ({"text": "a"}, "a"),
+        ({"messages": TURNS}, "hi\nhello"),
+        ({"prompt": "a", "response": "b"}, "a\nb"),
+        ({"question": "a", "answer": "b"}, "a\nb"),
+    ],
+)
+def test_documents(record, text):
+    assert as_document(record) == text
+
+
+def test_a_column_may_be_named():
+    assert as_document({"story": "once", "text": "no"}, "story") == "once"
+    with pytest.raises(BadRecord, match='needs a field "story", but has "text"'):
+        as_document({"text": "no"}, "story")
+
+
+@pytest.mark.parametrize("record", [{"messages": TURNS}, {"prompt": "hi", "response": "hello"}])
+def test_conversations(record):
+    assert list(as_conversation(record).messages) == TURNS
+
+
+@pytest.mark.parametrize(
+    ("convert", "record", "message"),
+    [
+        (as_document, {"body": "x"}, 'needs a field "text".*but has "body"'),
+        (as_document, {}, "has no fields at all"),
+        (as_document, {"text": 3}, '"text" must be text, but is int'),
+        (as_conversation, {"text": "x"}, 'needs "messages", "prompt" and "response"'),
+        (as_conversation, {"messages": []}, "must be a list of turns"),
+        (as_conversation, {"messages": [{"role": "bot", "content": "x"}]}, 'needs a "role" of system, user, assistant'),
+        (as_conversation, {"messages": TURNS[:1]}, r"end with an assistant turn, but has \['user'\]"),
+        (as_conversation, {"messages": TURNS[1:]}, "must hold a user turn"),
+        (as_conversation, {"messages": [TURNS[0], {"role": "assistant", "content": " "}]}, "nothing to learn"),
+        (as_conversation, {"prompt": "", "response": "x"}, '"prompt" is empty'),
+        (as_question, {"question": "x"}, 'needs "question" and "answer", but has "question"'),
+        (as_question, {"question": "x", "answer": None}, '"answer" must be text, but is NoneType'),
+    ],
+)
+def test_what_is_missing_is_said(convert, record, message):
+    with pytest.raises(BadRecord, match=message):
+        convert(record, "c") if convert is as_question else convert(record)
+
+
+@given(st.dictionaries(st.sampled_from(fields), json_values, max_size=4))
+def test_any_record_is_converted_or_refused(record):
+    for convert in (as_document, as_conversation, lambda r: as_question(r, "c")):
+        try:
+            convert(record)
+        except BadRecord as error:
+            assert str(error)
+
+
+@given(st.text())
+def test_splitting_an_answer_never_fails(answer):
+    steps, final = split_answer(answer)
+    assert "\n" not in final or not steps

@@ -1,0 +1,123 @@
+"""Sources by name, and every check before anything starts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from ray_pipeline.config import DataConfig, PipelineFields, SourceConfig, TokenizerConfig
+from ray_pipeline.data.sources import (
+    check_sources,
+    parse_source,
+    read_conversations,
+    read_documents,
+    read_questions,
+)
+from ray_pipeline.errors import UserError
+
+SHARED = Path(__file__).parents[3] / "shared" / "data"
+
+
+def config(**data):
+    if "text" in data:
+        data["pretrain"] = [SourceConfig(name=str(data.pop("text")))]
+    return PipelineFields(data=DataConfig(**{k: v if isinstance(v, list) else str(v) for k, v in data.items()}))
+
+
+@pytest.mark.parametrize(
+    ("given", "kind", "location", "split", "column"),
+    [
+        ("builtin", "builtin", "", "train", None),
+        ("some/where.txt", "file", "some/where.txt", "train", None),
+        ("./org/name", "file", "./org/name", "train", None),
+        ("roneneldan/TinyStories", "hub", "roneneldan/TinyStories", "train", None),
+        ("roneneldan/TinyStories:validation", "hub", "roneneldan/TinyStories", "validation", None),
+        ("org/name-2.0:test:story", "hub", "org/name-2.0", "test", "story"),
+    ],
+)
+def test_names_are_told_apart(given, kind, location, split, column):
+    source = parse_source(given)
+    assert (source.kind, source.location, source.split, source.column) == (kind, location, split, column)
+
+
+@pytest.mark.parametrize("given", ["biultin", "gsm8k", "a/b/c", "org/name:a:b:c", ""])
+def test_what_is_neither_is_refused(given):
+    with pytest.raises(UserError, match='Give "builtin", a .txt, .jsonl, .parquet file, or a datasets name'):
+        parse_source(given)
+    with pytest.raises(UserError, match='did you mean "builtin"'):
+        parse_source("biultin")
+
+
+def test_the_builtin_sources_pass():
+    check_sources(config())
+
+
+@pytest.fixture
+def files(tmp_path):
+    (tmp_path / "text.txt").write_text("one\n\ntwo")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "empty.jsonl").write_text("\n\n")
+    questions = [{"question": f"{i}+1?", "answer": f"#### {i + 1}"} for i in range(5)]
+    (tmp_path / "good.jsonl").write_text("\n".join(map(json.dumps, questions)))
+    questions[3] = {"question": "no answer"}
+    (tmp_path / "bad.jsonl").write_text("\n".join(map(json.dumps, questions)))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"text": "txet.txt"}, r'^--data .*txet\.txt: no such file \(did you mean "text\.txt"\?\)'),
+        ({"text": "latin.txt"}, r"^--data .*latin\.txt: byte 3 \(0xe9\) is not UTF-8"),
+        ({"sft": "bad.jsonl"}, r'^--sft-data .*bad\.jsonl:4: needs .*but has "question"'),
+        ({"prompts": "bad.jsonl"}, r'^--prompt-data .*bad\.jsonl:4: needs "question" and "answer"'),
+        ({"sft": "text.txt"}, r"^--sft-data .*text\.txt: plain text has no questions"),
+        ({"prompts": "empty.jsonl"}, r"^--prompt-data .*empty\.jsonl: holds no records"),
+    ],
+)
+def test_a_fault_is_found_before_anything_starts(files, given, message):
+    given = {key: files / name for key, name in given.items()}
+    with pytest.raises(UserError, match=message):
+        check_sources(config(**given))
+
+
+def test_good_files_pass_and_are_read_in_order(files):
+    check_sources(config(text=files / "text.txt", sft=files / "good.jsonl", prompts=files / "good.jsonl"))
+    source = parse_source(str(files / "good.jsonl"))
+    assert [q.answer for q in read_questions(source)] == ["1", "2", "3", "4", "5"]
+    assert [q.category for q in read_questions(source, limit=1)] == ["good"]
+    assert [c.question for c in read_conversations(source, limit=2)] == ["0+1?", "1+1?"]
+    assert list(read_documents(source, limit=1)) == ["0+1?\n#### 1"]
+    assert list(read_documents(parse_source(str(files / "text.txt")))) == ["one\n\ntwo"]
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused():
+    too_large = PipelineFields(tokenizer=TokenizerConfig(vocab_size=9000))
+    with pytest.raises(UserError, match=r"9000 entries but model\.vocab_size=\d+.*--set model\.vocab_size=9000"):
+        check_sources(too_large)
+
+
+def test_a_tokenizer_folder_is_checked(tmp_path):
+    with pytest.raises(UserError, match=r"there is no tokenizer\.json"):
+        check_sources(PipelineFields(tokenizer=TokenizerConfig(name=str(tmp_path))))
+
+
+@pytest.mark.skipif(not (SHARED / "gsm8k").is_dir(), reason="the shared data is not here")
+def test_gsm8k_is_read_whole():
+    source = parse_source(str(SHARED / "gsm8k" / "test.jsonl"))
+    check_sources(config(prompts=source.given, sft=source.given))
+    questions = list(read_questions(source))
+    assert len(questions) == 1319
+    assert all(question.answer.replace(",", "").lstrip("-").isdigit() for question in questions)
+    assert not any("<<" in question.steps or "####" in question.steps for question in questions)
+
+
+@pytest.mark.skipif(not (SHARED / "tinyshakespeare").is_dir(), reason="the shared data is not here")
+def test_tinyshakespeare_becomes_hundreds_of_documents():
+    source = parse_source(str(SHARED / "tinyshakespeare" / "input.txt"))
+    documents = list(read_documents(source))
+    assert 400 < len(documents) < 1000
+    whole = Path(source.location).read_text()
+    assert "".join("".join(documents).split()) == "".join(whole.split())
