@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     import ray
 
 ERROR_LOG = "error.log"
+CONNECT_SECONDS = 5.0
 POLL = 0.25  # seconds between looks at progress files
 
 
@@ -183,8 +185,11 @@ def _start_ray() -> None:
     # Ray tells on every start that its token authentication is on; nothing is to be done about that.
     logging.getLogger("ray").setLevel(logging.ERROR)
     try:
+        if address and ":" in address.rpartition("/")[2]:  # Ray itself waits for two minutes
+            host, _, port = address.rpartition("/")[2].rpartition(":")
+            socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
         ray.init(address=address, configure_logging=False, log_to_driver=False, **options)
-    except ConnectionError as error:
+    except (OSError, ValueError) as error:  # a port that is no number; ConnectionError is an OSError
         raise UserError(
             f"RAY_ADDRESS={address}: no Ray cluster answers there ({error}). Start one with `ray start --head`, or "
             "unset RAY_ADDRESS to use a local one."

@@ -50,5 +50,6 @@ def print_failure(console: Console, row: PlannedStage, failure: StageFailed) -> 
     """The cause in a few lines, where the whole traceback is, and how to go on."""
     cause = "\n".join(str(failure).splitlines()[:4])
     log = row.folder / "error.log"
-    text = f"{row.stage} FAILED: {cause}\nWhole traceback: {log}\nGo on with: resume {row.folder.parent.name}"
+    resume = f"python -m ray_pipeline.cli resume {row.folder.parent}"
+    text = f"{row.stage} FAILED: {cause}\nWhole traceback: {log}\nGo on with: {resume}"
     console.print(text, style="red", markup=False, highlight=False, soft_wrap=True)

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Keep a local copy of TinyStories (arXiv:2305.07759), or of any dataset by name, for runs without a network.
 
-    python scripts/download_tinystories.py
-    python -m ray_pipeline.cli run --data data/TinyStories-train.jsonl
+Where there is a network: python scripts/download_tinystories.py
+Then, anywhere: python -m ray_pipeline.cli run --data data/TinyStories-train.jsonl
 """
 
 from __future__ import annotations

@@ -46,9 +46,7 @@ def check_reachable(name: str) -> bool:
     except GatedRepoError:
         raise UserError(f'"{name}": needs access to be granted. Ask on its hub page, then set HF_TOKEN.') from None
     except RepositoryNotFoundError:
-        raise UserError(
-            f'"{name}": no such file, nor such a dataset on the hub (a private one needs HF_TOKEN).'
-        ) from None
+        raise UserError(f'"{name}": no such file, nor a dataset on the hub (a private one needs HF_TOKEN).') from None
     except unreachable as error:
         if cached(name):
             return False

@@ -53,7 +53,7 @@ def parse_source(given: str) -> Source:
         return Source(given, "builtin")
     path = Path(given)
     looks_local = path.suffix in (*local_files.SUFFIXES, ".json", ".csv") or given.startswith((".", "/", "~"))
-    if looks_local or path.exists():
+    if looks_local or (given and path.exists()):
         return Source(given, "file", str(path.expanduser()))
     match = HUB_NAME.match(given)
     if match is None:

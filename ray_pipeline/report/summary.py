@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,7 +85,16 @@ def figure_text(stage: str, metrics: Mapping[str, float]) -> str:
         if "params" in metrics:
             text += f", {count_text(metrics['params'])} parameters"
         return text
-    return ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in list(metrics.items())[:3])
+    agreement = [value for name, value in metrics.items() if name.endswith("/greedy_agreement")]
+    if agreement:  # export: one per file
+        return f"{len(agreement)} exports checked, greedy agreement {percent(min(agreement))} or more"
+    return ", ".join(f"{name.replace('_', ' ')} {number_text(value)}" for name, value in list(metrics.items())[:3])
+
+
+def number_text(value: float) -> str:
+    """`67,290`, `0.1235`."""
+    whole = math.isfinite(value) and (value == round(value) or abs(value) >= 1e4)
+    return f"{value:,.0f}" if whole else f"{value:.4g}"
 
 
 def baseline_text(stage: str, baselines: Mapping[str, float], metrics: Mapping[str, float]) -> str:

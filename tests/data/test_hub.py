@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from unittest.mock import Mock
+
 import datasets
-import httpx
 import pytest
 
 from ray_pipeline.data import hub
@@ -110,7 +111,7 @@ def test_a_refused_connection_is_a_user_error(monkeypatch, tmp_path):
 def test_an_unknown_or_closed_dataset_is_told_apart(monkeypatch):
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
-    response = httpx.Response(404, request=httpx.Request("GET", "http://hub"))
+    response = Mock(headers={})
     for error, message in (
         (RepositoryNotFoundError("no", response=response), "nor a dataset on the hub"),
         (GatedRepoError("no", response=response), "needs access to be granted"),

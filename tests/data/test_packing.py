@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 
 import numpy as np
@@ -43,7 +44,7 @@ def trained_pairs(rows):
 def test_pretraining_rows_hold_each_target_of_each_document_once(sizes, seq_len):
     documents = unique_documents(sizes)
     rows = list(pack_documents(documents, seq_len, PAD))
-    expected = Counter(pair for d in documents for pair in zip(d, d[1:], strict=False))
+    expected = Counter(pair for d in documents for pair in itertools.pairwise(d))
     assert trained_pairs(rows) == expected
     assert sum(map(count_targets, rows)) == expected.total()
 

@@ -6,7 +6,7 @@ import json
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ray_pipeline.data.loader import PackedRows
@@ -22,6 +22,7 @@ def write(folder, *, documents=None, seq_len=7, vocab_size=512, tokens_per_shard
     return rows
 
 
+@settings(max_examples=20)  # each writes and syncs files
 @given(st.integers(1, 200))
 def test_rows_come_back_whatever_the_shard_size(tmp_path_factory, tokens_per_shard):
     folder = tmp_path_factory.mktemp("rows")

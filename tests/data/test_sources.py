@@ -31,7 +31,7 @@ def config(**data):
     [
         ("builtin", "builtin", "", "train", None),
         ("some/where.txt", "file", "some/where.txt", "train", None),
-        ("./org/name", "file", "./org/name", "train", None),
+        ("./org/name", "file", "org/name", "train", None),
         ("roneneldan/TinyStories", "hub", "roneneldan/TinyStories", "train", None),
         ("roneneldan/TinyStories:validation", "hub", "roneneldan/TinyStories", "validation", None),
         ("org/name-2.0:test:story", "hub", "org/name-2.0", "test", "story"),

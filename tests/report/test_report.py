@@ -15,7 +15,7 @@ from rich.console import Console
 from ray_pipeline.ledger import Record, RunFile, begin_record, close_record, read_status
 from ray_pipeline.report.curves import LARGEST, chart, ticks
 from ray_pipeline.report.html import write_report
-from ray_pipeline.report.summary import print_summary, summary_rows
+from ray_pipeline.report.summary import figure_text, print_summary, summary_rows
 
 FIGURES = {
     "data_prep": ({"documents": 12.0}, {}, None),
@@ -141,3 +141,11 @@ def test_chart_of_any_points_has_only_finite_coordinates(points):
     assert "nan" not in text
     assert "inf" not in text
     assert bool(text) == any(abs(y) < LARGEST for _, y in points)
+
+
+def test_counts_and_export_checks_read_well():
+    assert figure_text("data_prep", {"documents": 400.0, "tokens": 67290.0}) == "documents 400, tokens 67,290"
+    checks = {"hf/greedy_agreement": 1.0, "model-q8_0.gguf/greedy_agreement": 0.9}
+    assert figure_text("export", checks) == "2 exports checked, greedy agreement 90.0% or more"
+    assert figure_text("data_prep", {"tokens": float("nan")}) == "tokens nan"
+    assert figure_text("data_prep", {"unigram_entropy": 3.78123}) == "unigram entropy 3.781"

@@ -155,3 +155,15 @@ def test_more_pipeline_ranks_need_less_memory_each():
         return estimate_memory(CONFIG.model_copy(update={"layout": layout, "model": big}), "pretrain")
 
     assert memory(4) < memory(2) < memory(1)
+
+
+def test_ray_address_where_nothing_answers_is_told_at_once(tmp_path, monkeypatch):
+    from ray_pipeline.layout_rules import Layout
+    from ray_pipeline.workflow import connected_ray
+
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    with (
+        pytest.raises(UserError, match=r"RAY_ADDRESS=127\.0\.0\.1:1: no Ray cluster answers there"),
+        connected_ray(Layout()),
+    ):
+        pass
