@@ -57,7 +57,8 @@ def explain_write_error(error: OSError, path: Path) -> UserError | OSError:
     return error
 
 
-def _sync(path: Path) -> None:
+def sync_to_disk(path: Path) -> None:
+    """fsync a file, or a folder after a rename inside it."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -80,10 +81,10 @@ def atomic_path(path: Path, *, durable: bool = True) -> Iterator[Path]:
         try:
             yield aside
             if durable:
-                _sync(aside)
+                sync_to_disk(aside)
             os.replace(aside, path)
             if durable:
-                _sync(path.parent)
+                sync_to_disk(path.parent)
         finally:
             aside.unlink(missing_ok=True)
 
@@ -106,7 +107,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
             if folder.exists():
                 folder.rename(old)
             aside.rename(folder)
-            _sync(folder.parent)
+            sync_to_disk(folder.parent)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
             shutil.rmtree(old, ignore_errors=True)
@@ -151,7 +152,7 @@ def write_manifest(folder: Path) -> Path:
     """SHA-256 and size of every file below `folder`, into its manifest.json; the files are on disk when it returns."""
     files = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST):
-        _sync(path)
+        sync_to_disk(path)
         entry = {"sha256": file_sha256(path), "bytes": path.stat().st_size}
         files[path.relative_to(folder).as_posix()] = entry
     write_json(folder / MANIFEST, {"files": files})

@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("run")
 @click.argument("prompt")
-@click.option("--stage", help="pretrain, sft, grpo or distillation. Default: grpo, or the last finished before it.")
+@click.option("--stage", help="pretrain, sft, grpo or distillation. Default: pretrain, with --chat grpo or sft.")
 @click.option("--max-new-tokens", type=click.IntRange(1), default=200, show_default=True)
 @click.option("--temperature", type=click.FloatRange(0), help="0 is greedy. Default: 0.8 for raw text, 0 for chat.")
 @click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True)
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
-@click.option("--raw/--chat", default=None, help="Continue the text, or answer it. Default: raw for pretrain.")
+@click.option("--raw/--chat", default=None, help="Continue the text, or answer it. Default: by stage.")
 @click.option("--output-dir", help="Folder of all runs. Default: runs.")
 def generate(
     run: str,
@@ -35,14 +35,16 @@ def generate(
     raw: bool | None,
     **options: str | None,
 ) -> int:
-    """Continue or answer PROMPT with the model of RUN, token by token."""
+    """Continue PROMPT with the pretrained model of RUN, or answer it (--chat) with the post-trained one."""
     from ray_pipeline.cli.stage_folders import choose_stage, finished_stages
 
     if not prompt.strip():
         raise UserError('PROMPT is empty: give some text, for example "To be, or not to be".')
     run_dir = find_run(run, output_dir(options["output_dir"]))
-    # The student is asked for by name: the run's own model is the one before it.
-    candidates = ("pretrain", "sft", "grpo") if stage is None else ("pretrain", "sft", "grpo", "distillation")
+    # Post-trained models answer; the one that was only pretrained writes text. The student is asked for by name.
+    candidates = ("pretrain", "sft", "grpo", "distillation")
+    if stage is None:
+        candidates = ("sft", "grpo") if raw is False else ("pretrain",)
     name, folder = choose_stage(run_dir, stage, candidates)
     raw = name == "pretrain" if raw is None else raw
     data = finished_stages(run_dir)["data_prep"]

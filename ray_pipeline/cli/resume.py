@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from ray_pipeline.cli.options import layout_options, take_request
+from ray_pipeline.cli.options import layout_options, stage_options, take_request
 from ray_pipeline.cli.run import can_resume, check_data, layout_here
 from ray_pipeline.cli.runs import find_run, output_dir
 
@@ -14,10 +14,10 @@ from ray_pipeline.cli.runs import find_run, output_dir
 @click.command()
 @click.argument("run")
 @layout_options
+@stage_options
 @click.option("--output-dir", help="Folder of all runs. Default: runs.")
 @click.option("--max-steps", type=click.IntRange(1), help="Lower the steps of every training stage.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change it; what depends on it reruns.")
-@click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
 def resume(run: str, **options: Any) -> int:
     """Go on with RUN from its last checkpoint, with the settings it was started with."""
     request = take_request(options)
@@ -25,13 +25,15 @@ def resume(run: str, **options: Any) -> int:
     config = request.load_stored(run_dir)
     from ray_pipeline.workflow_plan import StageSelection
 
-    check_data(config, StageSelection())
+    stages = StageSelection(only=options["stage"], from_=options["from_"], until=options["until"])
+    stages.check()
+    check_data(config, stages)
     with can_resume(run_dir.name):
         if config.backend == "modal":
             from modal_gpu.launch import run_on_modal
 
-            return run_on_modal(config, stages=StageSelection(), dry_run=options["dry_run"])
+            return run_on_modal(config, stages=stages, dry_run=options["dry_run"])
         layout = layout_here(config)
         from ray_pipeline.workflow import resume_pipeline  # after the layout is known to be legal: Ray takes seconds
 
-        return resume_pipeline(run_dir, config, layout=layout, stages=StageSelection(), dry_run=options["dry_run"])
+        return resume_pipeline(run_dir, config, layout=layout, stages=stages, dry_run=options["dry_run"])

@@ -32,6 +32,6 @@ def choose_stage(run_dir: Path, wanted: str | None, candidates: tuple[str, ...])
         done = f"finished are {', '.join(folders)}" if folders else "none is finished"
         raise UserError(f"--stage {wanted}: run {run_dir.name} has not finished it ({done}). Go on with `resume`.")
     if not folders:
-        raise UserError(f"run {run_dir.name}: none of {', '.join(candidates)} is finished. Go on with `resume`.")
+        raise UserError(f"run {run_dir.name}: {' or '.join(candidates)} has to be finished first. Go on with `resume`.")
     name = wanted or list(folders)[-1]
     return name, folders[name]

@@ -2,46 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
-from rich.console import Group, RenderableType
 from rich.text import Text
 
 from ray_pipeline.data.batch import IGNORE, Batch
-from ray_pipeline.data.loader import PackedRows
-from ray_pipeline.data.tokenizer import ChatTokenizer, load_tokenizer
-from ray_pipeline.errors import UserError, did_you_mean
+from ray_pipeline.data.tokenizer import ChatTokenizer
 
 SUPERVISED, CONTEXT, BOUNDARY = "bold green", "dim", "bold magenta"
-FOLDERS = {"pretrain": "pretrain", "sft": "sft", "distillation": "sft"}
-
-
-def render_batch(folder: Path, stage: str, rows: int = 4) -> RenderableType:
-    """The first rows a stage trains on.
-
-    Args:
-        folder: DATA_PREP's folder. stage: pretrain, sft or distillation (which trains on SFT's rows).
-    Raises:
-        UserError: a stage without packed rows, or damaged files.
-    """
-    if stage not in FOLDERS:
-        raise UserError(
-            f"--stage {stage}: has no packed rows{did_you_mean(stage, FOLDERS)}. Choose one of {', '.join(FOLDERS)}; "
-            "GRPO makes its rows while it runs."
-        )
-    packed = PackedRows(folder / FOLDERS[stage] / "train")
-    tokenizer = load_tokenizer(folder / "tokenizer")
-    batch = packed.slice(0, max(1, rows))
-    legend = Text.assemble(
-        f"{len(packed)} rows of {packed.seq_len} tokens, {packed.manifest.targets} targets. ",
-        ("supervised", SUPERVISED),
-        "  ",
-        ("context", CONTEXT),
-        "  ",
-        ("│ document boundary", BOUNDARY),
-    )
-    return Group(legend, *render_rows(batch, tokenizer))
 
 
 def render_rows(batch: Batch, tokenizer: ChatTokenizer) -> list[Text]:

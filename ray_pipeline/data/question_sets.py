@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from random import Random
 
 from ray_pipeline.config import PipelineFields
 from ray_pipeline.data.cleaning import content_hash
@@ -11,6 +12,7 @@ from ray_pipeline.data.decontaminate import Decontaminator, words
 from ray_pipeline.data.records import Conversation
 from ray_pipeline.data.sources import BUILTIN, parse_source, read_conversations, read_questions
 from ray_pipeline.data.tasks import PROMPT_MIX, SFT_MIX, Question, draw_unique
+from ray_pipeline.data.tasks.mixes import GLANCE_SHARE
 from ray_pipeline.errors import UserError
 
 
@@ -44,7 +46,7 @@ def gather_questions(config: PipelineFields) -> QuestionSets:
     if config.data.sft == BUILTIN:
         taken = {q.prompt for q in sets.heldout} | {q.prompt for q in sets.train}
         drawn = draw_unique(SFT_MIX, config.seed, "conversations", config.data.builtin_conversations, taken)
-        sets.conversations = [_as_conversation(question) for question in drawn]
+        sets.conversations = [_demonstration(question, config.seed) for question in drawn]
     else:
         _add_conversations(sets, config)
     if len(sets.conversations) < 2:
@@ -55,8 +57,10 @@ def gather_questions(config: PipelineFields) -> QuestionSets:
     return sets
 
 
-def _as_conversation(question: Question) -> Conversation:
-    answer = {"role": "assistant", "content": question.completion}
+def _demonstration(question: Question, seed: int) -> Conversation:
+    """The question worked out or, for a share of them, answered at a glance."""
+    glance = Random(f"{seed}/glance/{question.prompt}").random() < GLANCE_SHARE
+    answer = {"role": "assistant", "content": question.at_a_glance if glance else question.completion}
     return Conversation(({"role": "user", "content": question.prompt}, answer))
 
 

@@ -150,14 +150,14 @@ def equations(rng: Random) -> str:
 
 # Weight of each kind of document.
 KINDS: tuple[tuple[Callable[[Random], str], float], ...] = (
-    (story, 4.0),
-    (facts, 2.0),
+    (story, 2.0),
+    (facts, 3.0),
     (columns, 3.0),
-    (worked_examples, 4.0),
-    (inventory, 1.0),
+    (worked_examples, 8.0),
+    (inventory, 0.5),
     (comparing, 1.0),
-    (counting, 1.0),
-    (equations, 1.5),
+    (counting, 0.5),
+    (equations, 1.0),
 )
 
 

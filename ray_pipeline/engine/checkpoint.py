@@ -17,7 +17,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
-from ray_pipeline.artifacts import verify_folder, write_manifest
+from ray_pipeline.artifacts import sync_to_disk, verify_folder, write_manifest
 from ray_pipeline.engine.engine import Engine
 
 STATE_FILE = "trainer.json"
@@ -57,6 +57,7 @@ def save_checkpoint(engine: Engine, folder: Path, step: int, extra: dict[str, An
         if final.exists():  # the same step again, after a resume from an older one
             shutil.rmtree(final)
         aside.rename(final)
+        sync_to_disk(folder)
         for old in list_checkpoints(folder)[:-keep]:
             shutil.rmtree(old)
     _barrier()

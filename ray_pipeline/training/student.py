@@ -23,8 +23,9 @@ def initial_student(
 ) -> dict[str, Tensor]:
     """State dict of the untrained student.
 
-    With `init="teacher_layers"` (as in DistilBERT, arXiv:1910.01108) every tensor whose shape the student shares is
-    copied from the corresponding teacher layer; the rest, and everything with `random`, is drawn from the seed.
+    With `init="teacher_layers"` every tensor starts from the corresponding teacher layer (as in DistilBERT,
+    arXiv:1910.01108); where the student is narrower, or has fewer experts, from the first of the teacher's units.
+    Where it is wider, and everywhere with `random`, weights are drawn from the seed.
     """
     model = Transformer(config)
     init_weights(model, config, seed)
@@ -37,6 +38,14 @@ def initial_student(
             _, layer, rest = name.split(".", 2)
             index = teacher_layer(int(layer), config.num_hidden_layers, teacher.num_hidden_layers)
             source = f"layers.{index}.{rest}"
-        if source in teacher_state and teacher_state[source].shape == tensor.shape:
-            tensor.copy_(teacher_state[source])
+        if source in teacher_state:
+            _copy_leading(tensor, teacher_state[source], stacked=name.endswith("gate_up_proj"))
     return state
+
+
+def _copy_leading(target: Tensor, source: Tensor, *, stacked: bool) -> None:
+    """Copy the leading part of `source` that fits; `stacked`: dimension 1 holds gate rows, then up rows."""
+    if stacked:
+        target, source = target.unflatten(1, (2, -1)), source.unflatten(1, (2, -1))
+    if target.dim() == source.dim() and all(t <= s for t, s in zip(target.shape, source.shape, strict=True)):
+        target.copy_(source[tuple(slice(size) for size in target.shape)])

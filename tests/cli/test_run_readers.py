@@ -67,7 +67,7 @@ def test_generate_is_deterministic_and_raw_text_starts_with_the_prompt(
 
 
 def test_generate_answers_by_chat_after_sft(capsys: pytest.CaptureFixture, output_dir: Path) -> None:
-    chat = ask(capsys, output_dir, "generate", "toy", "the cat", "--max-new-tokens", "5")
+    chat = ask(capsys, output_dir, "generate", "toy", "the cat", "--chat", "--max-new-tokens", "5")
     assert not chat.startswith("the cat")
     assert ask(capsys, output_dir, "generate", "toy", "the cat", "--raw", "--max-new-tokens", "5").startswith("the cat")
 
@@ -91,7 +91,7 @@ def test_what_cannot_be_read_is_told(
 
 def test_generate_needs_a_finished_stage(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
     make_run(tmp_path, models=())
-    assert "none of pretrain, sft, grpo is finished" in ask(capsys, tmp_path, "generate", "toy", "a", code=2)
+    assert "pretrain has to be finished first" in ask(capsys, tmp_path, "generate", "toy", "a", code=2)
 
 
 def test_damaged_weights_are_named(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:

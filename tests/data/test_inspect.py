@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from rich.console import Console
 
-from ray_pipeline.data.inspect import CONTEXT, SUPERVISED, render_batch, render_rows
+from ray_pipeline.data.inspect import CONTEXT, SUPERVISED, render_rows
 from ray_pipeline.data.loader import PackedRows
 from ray_pipeline.data.packing import pack_conversations, pack_documents
 from ray_pipeline.data.shards import write_rows
 from ray_pipeline.data.tokenizer_files import save_trained, train_bpe
-from ray_pipeline.errors import UserError
 
 SEQ_LEN = 60
 
@@ -54,15 +52,3 @@ def test_pretraining_rows_supervise_all_but_the_first_token(folder):
     assert f"{SEQ_LEN} of {SEQ_LEN} targets" in row.plain
     assert styled(row, CONTEXT) == "<｜begin▁of▁sentence｜>"
     assert "padding" not in row.plain
-
-
-def test_a_stage_is_printed_with_its_counts(folder):
-    console = Console(record=True, width=100, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(render_batch(folder, "distillation", rows=3))
-    assert f"1 rows of {SEQ_LEN} tokens" in console.export_text()
-
-
-@pytest.mark.parametrize(("stage", "hint"), [("pretrian", 'did you mean "pretrain"'), ("grpo", "GRPO makes its rows")])
-def test_a_stage_without_rows_is_refused(folder, stage, hint):
-    with pytest.raises(UserError, match=hint):
-        render_batch(folder, stage)

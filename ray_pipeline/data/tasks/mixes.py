@@ -1,7 +1,7 @@
 """How hard the built-in data is: the one place to tune. Weights need not sum to one.
 
-SFT shows mostly easy levels; prompts and held-out questions share one harder mix, so that SFT leaves GRPO room to
-improve (target: SFT about half of the held-out questions). Levels that SFT never shows would earn no reward at all.
+Prompts and held-out questions share one mix. SFT is to answer about half of them: a level that SFT never shows earns
+GRPO no reward at all, and one that SFT solves leaves it nothing to improve.
 """
 
 from __future__ import annotations
@@ -25,7 +25,10 @@ class Mix:
     difficulties: tuple[float, float, float, float, float]
 
 
-EVEN = dict.fromkeys(CATEGORIES, 1.0)
-SFT_MIX = Mix(EVEN, (3.0, 3.0, 2.0, 1.5, 0.5))
-PROMPT_MIX = Mix(EVEN, (1.0, 2.0, 3.0, 2.0, 1.0))
-TEXT_MIX = Mix(EVEN, (3.0, 3.0, 2.0, 1.0, 0.5))
+SHARES = {category: 0.5 if category == "word_problem" else 1.0 for category in CATEGORIES}
+SFT_MIX = Mix(SHARES, (3.0, 1.0, 0.2, 0.0, 0.0))
+PROMPT_MIX = Mix(SHARES, (3.0, 1.0, 0.2, 0.0, 0.0))
+TEXT_MIX = Mix(SHARES, (4.0, 2.0, 1.0, 0.3, 0.1))
+# Share of demonstrations that answer at a glance instead of working the question out, as some people's do. Such answers
+# are often wrong; that working pays is for GRPO to find out.
+GLANCE_SHARE = 0.35

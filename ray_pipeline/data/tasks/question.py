@@ -36,6 +36,11 @@ class Question:
         """What the assistant says: `<think>steps</think>answer`."""
         return think(self.steps, self.answer)
 
+    @property
+    def at_a_glance(self) -> str:
+        """The answer without working."""
+        return think("At a glance.", self.answer)
+
     def record(self) -> dict[str, Any]:
         """The line of prompts/*.jsonl."""
         return {
