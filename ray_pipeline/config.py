@@ -170,6 +170,7 @@ class ExportConfig(Section):
     )
     gguf: list[Literal["f32", "f16", "q8_0"]] = ["f32", "f16", "q8_0"]
     dtype: Literal["float32", "bfloat16"] = "float32"
+    licence: str = Field("apache-2.0", description="of the exported weights, written into the model card and GGUF")
 
 
 class TrackingConfig(Section):

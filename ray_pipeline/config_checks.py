@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from model.convert.gguf_rules import check_gguf
 from ray_pipeline.config import TRAINING_STAGES, PipelineFields
 
 _FOLDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -55,9 +56,17 @@ def _architecture(config: PipelineFields) -> Iterator[str]:
         yield f"model.{error}"
         return
     try:
-        config.distillation.student.applied_to(config.model).validate()
+        student = config.distillation.student.applied_to(config.model)
+        student.validate()
     except ValueError as error:
         yield f"distillation.student: {error}"
+        return
+    if config.export.gguf:
+        exported = config.model if config.export.source == "grpo" else student
+        try:
+            check_gguf(exported)
+        except ValueError as error:
+            yield f"export.gguf={config.export.gguf}: {error}"
     if config.tokenizer.name == "train" and config.model.vocab_size < config.tokenizer.vocab_size:
         yield (
             f"model.vocab_size={config.model.vocab_size}: smaller than tokenizer.vocab_size="

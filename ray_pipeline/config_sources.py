@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from ray_pipeline.errors import UserError, did_you_mean
-from ray_pipeline.presets import PRESETS
+from ray_pipeline.presets import PRESETS, preset
 
 ENV_PREFIX = "RAY_PIPELINE_"
 _HERE = Path(__file__).resolve().parent
@@ -156,7 +156,7 @@ def with_presets(layers: list[Layer]) -> list[Layer]:
     for index, layer in enumerate(layers):
         size = layer.values.get("model_size")
         if size is not None:
-            preset = PRESETS.get(size) if isinstance(size, str) else None
-            model = [Layer(f"preset {size}", {"model": dict(preset)}, {})] if preset else []
-            return layers[: index + 1] + model + layers[index + 1 :]
+            known = isinstance(size, str) and size in PRESETS
+            added = [Layer(f"preset {size}", preset(size), {})] if known else []
+            return layers[: index + 1] + added + layers[index + 1 :]
     return layers

@@ -136,7 +136,8 @@ def test_all_mistakes_are_listed_with_value_origin_and_suggestion(tmp_path: Path
         ({"run_name": "a/b"}, 'run_name="a/b": names a folder'),
         ({"run_name": ".."}, "names a folder"),
         ({"data.validation_fraction": "0"}, "held out"),
-        ({"grpo.updates_per_rollout": "7"}, "must divide"),
+        ({"model.q_lora_rank": "none"}, "set export.gguf=[]"),
+        ({"grpo.updates_per_rollout": "7"}, "must be a multiple of updates_per_rollout=7"),
         ({"grpo..beta": "7"}, "a key looks like grpo.beta"),
         ({"model.rope_scaling": "{factor: 4}"}, "model.rope_scaling.original_max_position_embeddings: must be given"),
     ],
@@ -180,7 +181,7 @@ def test_max_steps_only_lowers(tmp_path: Path) -> None:
 def test_numbers_stay_names_where_a_name_is_wanted() -> None:
     assert load_config(None, {"run_name": "007"}).run_name == "007"
     assert load_config(None, {"layout.gpus": "null"}).layout.gpus is None
-    assert load_config(None, {"model.q_lora_rank": "none"}).model.q_lora_rank is None
+    assert load_config(None, {"model.q_lora_rank": "none", "export.gguf": "[]"}).model.q_lora_rank is None
     assert load_config(None, {"pretrain.optimizer.lr": "1e-3"}).pretrain.optimizer.lr == 1e-3
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from model.config import ModelConfig
+from model.convert.gguf_rules import check_gguf
 from model.convert.gguf_tokenizer import GgufTokenizer, read_tokenizer
 
 if TYPE_CHECKING:
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 
 GgufType = Literal["f32", "f16", "q8_0"]
 Q8_BLOCK = 32  # features that share a scale; narrower rows cannot be quantised
-LITE_LAYERS = (26, 27)  # how llama.cpp's deepseek2 loader recognises models without q_lora_rank
 
 _ATTENTION = {
     "q_proj": "attn_q",
@@ -46,26 +46,6 @@ def gguf_tensors(config: ModelConfig, state: dict[str, Tensor]) -> dict[str, Ten
         own = {k.removeprefix(f"layers.{layer}."): v for k, v in state.items() if k.startswith(f"layers.{layer}.")}
         out |= {f"blk.{layer}.{name}": tensor for name, tensor in _layer_tensors(config, own).items()}
     return out
-
-
-def check_gguf(config: ModelConfig) -> None:
-    """Refuse what llama.cpp would not load or would compute differently.
-
-    Raises:
-        ValueError: with the way out.
-    """
-    scaling = config.rope_scaling
-    if scaling is not None and scaling.mscale != scaling.mscale_all_dim:
-        raise ValueError(
-            f"rope_scaling.mscale={scaling.mscale} differs from mscale_all_dim={scaling.mscale_all_dim}: "
-            "GGUF has one number for both. Make them equal, or set export.gguf=[]."
-        )
-    if (config.q_lora_rank is None) != (config.num_hidden_layers in LITE_LAYERS):
-        raise ValueError(
-            f"q_lora_rank={config.q_lora_rank} with num_hidden_layers={config.num_hidden_layers}: "
-            f"llama.cpp takes models of {' or '.join(map(str, LITE_LAYERS))} layers for DeepSeek-V2-Lite, "
-            "which alone has no q_lora_rank. Change one of the two, or set export.gguf=[]."
-        )
 
 
 def _layer_tensors(config: ModelConfig, own: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -42,7 +42,7 @@ def generate(
         raise UserError('PROMPT is empty: give some text, for example "To be, or not to be".')
     run_dir = find_run(run, output_dir(options["output_dir"]))
     # Post-trained models answer; the one that was only pretrained writes text. The student is asked for by name.
-    candidates = ("pretrain", "sft", "grpo", "distillation")
+    candidates: tuple[str, ...] = ("pretrain", "sft", "grpo", "distillation")
     if stage is None:
         candidates = ("sft", "grpo") if raw is False else ("pretrain",)
     name, folder = choose_stage(run_dir, stage, candidates)

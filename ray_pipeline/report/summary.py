@@ -87,7 +87,8 @@ def figure_text(stage: str, metrics: Mapping[str, float]) -> str:
         return text
     agreement = [value for name, value in metrics.items() if name.endswith("/greedy_agreement")]
     if agreement:  # export: one per file
-        return f"{len(agreement)} exports checked, greedy agreement {percent(min(agreement))} or more"
+        checked = metrics.get("checks_passed", len(agreement))
+        return f"{checked:.0f} exports checked, GGUF greedy agreement {percent(min(agreement))} or more"
     return ", ".join(f"{name.replace('_', ' ')} {number_text(value)}" for name, value in list(metrics.items())[:3])
 
 

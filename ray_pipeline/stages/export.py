@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from model.convert.card import model_card
-from model.convert.gguf import check_gguf as check_gguf_config
 from model.convert.gguf import save_gguf
+from model.convert.gguf_rules import check_gguf as check_gguf_config
 from model.convert.gguf_tokenizer import read_tokenizer
 from model.convert.hf import save_hf
 from model.transformer import Transformer
@@ -26,7 +26,6 @@ from ray_pipeline.stages.base import StageContext, StageResult
 
 STAGE = "export"
 CHECKED_QUESTIONS = 8
-LICENCE = "apache-2.0"
 
 
 def exported_models(context: StageContext) -> dict[str, str]:
@@ -140,7 +139,7 @@ def _write_gguf(context: StageContext, kind: Any, model: Transformer, tokenizer_
             kind=kind,
             tokenizer_folder=tokenizer_folder,
             name=context.run_name,
-            licence=LICENCE,
+            licence=context.config.export.licence,
         )
 
 
@@ -158,7 +157,7 @@ def _card(context: StageContext, stage: str, model: Transformer) -> str:
     return model_card(
         f"{context.run_name} ({stage})",
         model.config,
-        licence=LICENCE,
+        licence=context.config.export.licence,
         data=data,
         recipe=recipe,
         figures=result.metrics,

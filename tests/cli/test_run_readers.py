@@ -10,6 +10,7 @@ import pytest
 from ray_pipeline.cli import main
 from ray_pipeline.cli.generate import Printer
 from ray_pipeline.cli.runs import find_run, latest_run, list_runs
+from ray_pipeline.config_load import load_config
 from ray_pipeline.data.inspect import render_rows
 from ray_pipeline.data.loader import PackedRows
 from ray_pipeline.data.tokenizer import load_tokenizer
@@ -133,7 +134,8 @@ def test_inspect_batch_shows_what_is_trained_on(stage: str, capsys: pytest.Captu
 
 def test_inspect_batch_shows_the_rows_of_the_step(capsys: pytest.CaptureFixture, output_dir: Path) -> None:
     data = next(output_dir.glob("toy/data_prep-*"))
-    batch = PackedRows(data / "pretrain" / "train").batch(0, 3, 32).rows(0, 2)
+    rows = load_config().pretrain.batch_size
+    batch = PackedRows(data / "pretrain" / "train").batch(0, 3, rows).rows(0, 2)
     plain = [text.plain for text in render_rows(batch, load_tokenizer(data / "tokenizer"))]
     shown = ask(capsys, output_dir, "inspect-batch", "toy", "--stage", "pretrain", "--step", "3")
     assert shown.replace("«", "").replace("»", "").startswith("\n".join(plain))

@@ -65,3 +65,50 @@ def test_gradient_accumulation_1x8_equals_8x1(reference):
     losses, norms, _ = train(0, 1, 1, 0, 1)
     torch.testing.assert_close(losses, reference[0], rtol=2e-6, atol=0)
     torch.testing.assert_close(norms, reference[1], rtol=1e-4, atol=0)
+
+
+def test_bf16_follows_fp32_and_is_the_same_over_a_pipeline(reference):
+    losses, _, _ = train(0, 1, 1, 0, 2, 4, "bf16")
+    torch.testing.assert_close(losses, reference[0], rtol=2e-2, atol=0)
+    piped, _, _ = run_ranks(train, 3, 3, 1, 0, 2, 4, "bf16")[0]
+    torch.testing.assert_close(piped, losses, rtol=2e-3, atol=0)
+
+
+def evaluate_in(rank: int, pp: int, dp: int) -> float:
+    engine = Engine(CONFIG, Mesh(MeshSizes(pp=pp, dp=dp)), micro_batch=2)
+    return engine.evaluate(make_batch(3), CrossEntropy(0.3)).loss
+
+
+def test_evaluation_is_the_same_in_every_layout():
+    alone = evaluate_in(0, 1, 1)
+    for pp, dp in ((3, 1), (2, 2)):
+        results = run_ranks(evaluate_in, pp * dp, pp, dp)
+        assert len(set(results)) == 1
+        torch.testing.assert_close(results[0], alone, rtol=2e-6, atol=0)
+
+
+def test_rows_that_do_not_divide_over_replicas_are_refused():
+    mesh = Mesh(MeshSizes())
+    mesh._ranks["dp"] = [0, 1, 2]
+    with pytest.raises(ValueError, match="8 rows cannot be split over dp=3"):
+        Engine(CONFIG, mesh).my_rows(make_batch(0))
+
+
+def test_a_batch_without_labels_is_refused():
+    engine = Engine(CONFIG, Mesh(MeshSizes()), optimizer=OPTIMIZER)
+    batch = make_batch(0)
+    batch.labels.fill_(IGNORE)
+    with pytest.raises(ValueError, match="without a single trained token"):
+        engine.train_step(batch, CrossEntropy(), 1e-3)
+
+
+def test_padding_rows_train_nothing():
+    batch = make_batch(0)
+    padded = batch.pad_rows(12)
+    results = []
+    for rows in (batch, padded):
+        engine = Engine(CONFIG, Mesh(MeshSizes()), optimizer=OPTIMIZER)
+        results.append(engine.train_step(rows, CrossEntropy(0.3), 1e-2))
+    assert len(padded) == 12 and results[0].weight == results[1].weight
+    torch.testing.assert_close(results[1].loss, results[0].loss, rtol=2e-6, atol=0)
+    torch.testing.assert_close(results[1].grad_norm, results[0].grad_norm, rtol=1e-5, atol=0)

@@ -146,6 +146,6 @@ def test_chart_of_any_points_has_only_finite_coordinates(points):
 def test_counts_and_export_checks_read_well():
     assert figure_text("data_prep", {"documents": 400.0, "tokens": 67290.0}) == "documents 400, tokens 67,290"
     checks = {"hf/greedy_agreement": 1.0, "model-q8_0.gguf/greedy_agreement": 0.9}
-    assert figure_text("export", checks) == "2 exports checked, greedy agreement 90.0% or more"
+    assert figure_text("export", checks) == "2 exports checked, GGUF greedy agreement 90.0% or more"
     assert figure_text("data_prep", {"tokens": float("nan")}) == "tokens nan"
     assert figure_text("data_prep", {"unigram_entropy": 3.78123}) == "unigram entropy 3.781"

@@ -1,0 +1,27 @@
+"""Which architectures llama.cpp's `deepseek2` can hold. No torch: settings are checked before anything starts."""
+
+from __future__ import annotations
+
+from model.config import ModelConfig
+
+LITE_LAYERS = (26, 27)  # how llama.cpp's deepseek2 loader recognises models without q_lora_rank
+
+
+def check_gguf(config: ModelConfig) -> None:
+    """Refuse what llama.cpp would not load or would compute differently.
+
+    Raises:
+        ValueError: with the way out.
+    """
+    scaling = config.rope_scaling
+    if scaling is not None and scaling.mscale != scaling.mscale_all_dim:
+        raise ValueError(
+            f"rope_scaling.mscale={scaling.mscale} differs from mscale_all_dim={scaling.mscale_all_dim}: "
+            "GGUF has one number for both. Make them equal, or set export.gguf=[]."
+        )
+    if (config.q_lora_rank is None) != (config.num_hidden_layers in LITE_LAYERS):
+        raise ValueError(
+            f"q_lora_rank={config.q_lora_rank} with num_hidden_layers={config.num_hidden_layers}: "
+            f"llama.cpp takes models of {' or '.join(map(str, LITE_LAYERS))} layers for DeepSeek-V2-Lite, "
+            "which alone has no q_lora_rank. Change one of the two, or set export.gguf=[]."
+        )
