@@ -84,4 +84,6 @@ def table(stages: list[dict[str, Any]]) -> Table:
 
 def figures(values: dict[str, float] | None) -> str:
     """`accuracy 0.873` a line."""
-    return "\n".join(f"{name} {value:.4g}" for name, value in (values or {}).items())
+    from ray_pipeline.report.summary import number_text
+
+    return "\n".join(f"{name} {number_text(value)}" for name, value in (values or {}).items())
