@@ -68,7 +68,7 @@ def test_cpu_backend_ignores_gpus() -> None:
         ({"gpus": 4, "pp_size": 3}, "is 3 ranks, not 4"),
         ({"gpus": 9, "pp_size": 9}, "pp_size=9: more ranks than layers (model.num_hidden_layers=6)"),
         ({"gpus": 4, "pp_size": 4}, "(distillation.student.num_hidden_layers=3)"),
-        ({"gpus": 3}, "dp_size=3: pretrain.batch_size=32 rows cannot be shared evenly"),
+        ({"gpus": 3}, "dp_size=3: pretrain.batch_size=8 rows cannot be shared evenly"),
         ({"gpus": 2, "tp_size": 2}, "tensor parallelism is not in it"),
         ({"gpus": 2, "sp_size": 2}, "sequence parallelism is not in it"),
         ({"gpus": 2, "ep_size": 2}, "expert parallelism is not in it"),

@@ -65,11 +65,9 @@ class PlainUpdater:
                 parameter.grad = torch.zeros_like(parameter)
             gradients.append(parameter.grad)
         if self.mesh.dp > 1:
-            flat = self.mesh.all_reduce(torch._utils._flatten_dense_tensors(gradients), "dp")
-            for gradient, reduced in zip(
-                gradients, torch._utils._unflatten_dense_tensors(flat, gradients), strict=True
-            ):
-                gradient.copy_(reduced)
+            flat = self.mesh.all_reduce(torch.cat([gradient.flatten() for gradient in gradients]), "dp")
+            for gradient, reduced in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+                gradient.copy_(reduced.view_as(gradient))
         norm = clip_by_global_norm(gradients, self.grad_clip, self.mesh)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)

@@ -37,7 +37,6 @@ class ZeroUpdater:
             # Gradients of all micro-batches gather in `.grad`; `step` is the only boundary.
             "managed_gradient_accumulation": False,
             "gradient_clipping": config.grad_clip,
-            # ZeRO 1 with these gradients views needs contiguous_gradients (seen: stale gradients without).
             "zero_optimization": {"stage": zero_stage, "overlap_comm": False, "contiguous_gradients": True},
             "zero_allow_untested_optimizer": True,
         }

@@ -14,6 +14,7 @@ from ray_pipeline.data.loader import PackedRows
 from ray_pipeline.engine.engine import Engine
 from ray_pipeline.objectives.distillation import ForwardKl
 from ray_pipeline.stages.base import StageContext, StageResult
+from ray_pipeline.stages.judge import judge_accuracy
 from ray_pipeline.training.finish import read_upstream, save_trained_model
 from ray_pipeline.training.heldout import HeldOut, WholeModel
 from ray_pipeline.training.rank import Rank, rank_arguments, start_rank
@@ -78,7 +79,4 @@ def train(arguments: dict[str, Any]) -> dict[str, Any]:
 def run(context: StageContext) -> StageResult:
     """Launch the ranks; learning means answering more held-out questions than the student did at its start."""
     figures = context.launcher.run(STAGE, train, rank_arguments(context, STAGE))
-    teacher_accuracy = context.inputs["grpo"].metrics["accuracy"]
-    baselines = {"input_accuracy": figures.pop("input_accuracy"), "teacher_accuracy": teacher_accuracy}
-    learned = figures["accuracy"] >= baselines["input_accuracy"] + context.config.evaluation.min_gain
-    return StageResult(context.folder, figures, baselines, learned)
+    return judge_accuracy(context, figures, teacher_accuracy=context.inputs["grpo"].metrics["accuracy"])

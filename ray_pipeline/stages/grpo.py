@@ -6,6 +6,7 @@ from typing import Any
 
 from ray_pipeline.objectives.grpo import Grpo
 from ray_pipeline.stages.base import StageContext, StageResult
+from ray_pipeline.stages.judge import judge_accuracy
 from ray_pipeline.training.finish import read_upstream, save_trained_model
 from ray_pipeline.training.heldout import HeldOut, WholeModel
 from ray_pipeline.training.rank import rank_arguments, start_rank
@@ -44,7 +45,4 @@ def train(arguments: dict[str, Any]) -> dict[str, Any]:
 
 def run(context: StageContext) -> StageResult:
     """Launch the ranks; learning means answering more held-out questions than the SFT model."""
-    figures = context.launcher.run(STAGE, train, rank_arguments(context, STAGE))
-    baselines = {"input_accuracy": figures.pop("input_accuracy")}
-    learned = figures["accuracy"] >= baselines["input_accuracy"] + context.config.evaluation.min_gain
-    return StageResult(context.folder, figures, baselines, learned)
+    return judge_accuracy(context, context.launcher.run(STAGE, train, rank_arguments(context, STAGE)))

@@ -78,7 +78,7 @@ def test_without_credentials_it_says_how_to_get_them(capsys: pytest.CaptureFixtu
 
 def test_what_modal_cannot_place_is_refused(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
     assert 'no such GPU (did you mean "H100"?)' in refusal(capsys, tmp_path, "--gpu-type", "h10")
-    assert "at most 8 GPUs" in refusal(capsys, tmp_path, "--gpus", "16", "--dp-size", "16")
+    assert "at most 8 GPUs" in refusal(capsys, tmp_path, "--gpus", "16", "--dp-size", "16", "--batch-size", "16")
     assert "more ranks than layers" in refusal(capsys, tmp_path, "--gpus", "7", "--pp-size", "7")
 
 
