@@ -31,4 +31,4 @@ PROMPT_MIX = Mix(SHARES, (4.0, 1.0, 0.1, 0.0, 0.0))
 TEXT_MIX = Mix(SHARES, (4.0, 2.0, 1.0, 0.3, 0.1))
 # Share of demonstrations that answer at a glance instead of working the question out, as some people's do. Such answers
 # are often wrong; that working pays is for GRPO to find out.
-GLANCE_SHARE = 0.50
+GLANCE_SHARE = 0.48
