@@ -37,7 +37,7 @@ def execute(
     """
     from ray_pipeline.config_load import load_config
     from ray_pipeline.hardware import count_gpus
-    from ray_pipeline.layout_rules import resolve_layout
+    from ray_pipeline.layout_choice import resolve_layout
     from ray_pipeline.workflow import run_pipeline
     from ray_pipeline.workflow_plan import StageSelection
 

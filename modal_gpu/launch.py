@@ -13,7 +13,8 @@ from modal_gpu.files import fetch, local_inputs, remote_name, with_remote_inputs
 from ray_pipeline.config_load import config_yaml
 from ray_pipeline.errors import UserError, did_you_mean
 from ray_pipeline.identity import default_run_name
-from ray_pipeline.layout_rules import Layout, resolve_layout, with_layout
+from ray_pipeline.layout import Layout, with_layout
+from ray_pipeline.layout_choice import resolve_layout
 
 if TYPE_CHECKING:
     from ray_pipeline.config import PipelineFields

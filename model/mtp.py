@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from model.config import ModelConfig
+from model.layers.linear import Linear
 from model.layers.norm import RMSNorm
 
 
@@ -16,7 +17,7 @@ class MultiTokenPredictor(nn.Module):
         super().__init__()
         self.enorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.hnorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.eh_proj = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
+        self.eh_proj = Linear(2 * config.hidden_size, config.hidden_size)
         self.block = block
         self.shared_head_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 

@@ -5,8 +5,14 @@ A stage keeps global layer indices in its parameter names, so the stages' state 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Literal
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from model.attention.core import document_mask, document_positions
 from model.attention.mla import MultiHeadLatentAttention
@@ -14,12 +20,22 @@ from model.config import ModelConfig
 from model.layers.feed_forward import FeedForward
 from model.layers.norm import RMSNorm
 from model.layers.rope import rotary_table
+from model.layers.vocab import Embedding, Head
 from model.moe.experts import MixtureOfExperts
 from model.mtp import MultiTokenPredictor
+from model.parallel.collectives import LOCAL, Axis
+
+Recompute = Literal["none", "selective", "full"]
 
 
 class Block(nn.Module):
-    """Pre-norm attention and feed-forward with residuals; routed experts from layer `first_k_dense_replace` on."""
+    """Pre-norm attention and feed-forward with residuals; routed experts from layer `first_k_dense_replace` on.
+
+    `recompute` trades time for memory in the backward pass (arXiv:1604.06174): "selective" keeps no activations of
+    attention, "full" none of the block but its input.
+    """
+
+    recompute: Recompute = "none"
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
@@ -30,8 +46,42 @@ class Block(nn.Module):
         self.mlp: nn.Module = MixtureOfExperts(config) if config.is_moe_layer(layer) else dense
 
     def forward(self, x: Tensor, rotation: Tensor, mask: Tensor | None) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rotation, mask)
+        """x [batch, seq / sp, hidden_size] -> same."""
+        if self.recompute == "full" and torch.is_grad_enabled():
+            return self._checkpointed(self._run, x, rotation, mask)
+        return self._run(x, rotation, mask)
+
+    def _run(self, x: Tensor, rotation: Tensor, mask: Tensor | None) -> Tensor:
+        if self.recompute == "selective" and torch.is_grad_enabled():
+            x = x + self._checkpointed(self._attend, x, rotation, mask)
+        else:
+            x = x + self._attend(x, rotation, mask)
         return x + self.mlp(self.post_attention_layernorm(x))
+
+    def _attend(self, x: Tensor, rotation: Tensor, mask: Tensor | None) -> Tensor:
+        return self.self_attn(self.input_layernorm(x), rotation, mask)
+
+    def _checkpointed(self, function: Callable[..., Tensor], *args: Tensor | None) -> Tensor:
+        # The model draws no random numbers, so there is no state to keep; and a parameter that ZeRO 3 gathers for the
+        # recomputation differs in shape from its empty self at the check, not in value.
+        out = checkpoint(
+            function, *args, use_reentrant=False, preserve_rng_state=False, determinism_check="none",
+            context_fn=lambda: (nullcontext(), self._not_counting()),
+        )  # fmt: skip
+        assert isinstance(out, Tensor)
+        return out
+
+    @contextmanager
+    def _not_counting(self) -> Iterator[None]:
+        """Tokens that pass the router again were counted the first time."""
+        routers = [self.mlp.gate] if isinstance(self.mlp, MixtureOfExperts) else []
+        for router in routers:
+            router.counting = False
+        try:
+            yield
+        finally:
+            for router in routers:
+                router.counting = True
 
 
 class Transformer(nn.Module):
@@ -41,6 +91,7 @@ class Transformer(nn.Module):
     """
 
     rotary: Tensor
+    sp: Axis = LOCAL
 
     def __init__(self, config: ModelConfig, layers: range | None = None):
         super().__init__()
@@ -50,18 +101,31 @@ class Transformer(nn.Module):
         self.is_first = self.layer_range.start == 0
         self.is_last = self.layer_range.stop == config.num_hidden_layers
         if self.is_first:
-            self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+            self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleDict({str(i): Block(config, i) for i in self.layer_range})
         if self.is_last:
             self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.lm_head = Head(config.hidden_size, config.vocab_size)
             depths = config.num_nextn_predict_layers
             blocks = (Block(config, config.num_hidden_layers + k) for k in range(depths))
             self.mtp = nn.ModuleList(MultiTokenPredictor(config, block) for block in blocks)
         self.register_buffer("rotary", rotary_table(config), persistent=False)
 
+    def set_recompute(self, recompute: Recompute) -> None:
+        """What the backward pass computes again: activation checkpointing of every block."""
+        for module in self.modules():
+            if isinstance(module, Block):
+                module.recompute = recompute
+
+    def window(self, seq_len: int) -> slice:
+        """The part of every row of `seq_len` tokens that this rank computes under sequence parallelism."""
+        size = seq_len // self.sp.size
+        return slice(self.sp.index * size, (self.sp.index + 1) * size)
+
     def context(self, doc_ids: Tensor | None, seq_len: int) -> tuple[Tensor, Tensor | None]:
-        """Rotation [batch or 1, seq, rope/2] and mask [batch, 1, seq, seq] or None, shared by all layers of a batch.
+        """Rotation of this rank's positions [batch or 1, seq / sp, rope / 2] and mask [batch, 1, seq, seq] or None.
+
+        Both are shared by all layers of a batch.
 
         Raises:
             ValueError: if the sequence is longer than `max_position_embeddings`.
@@ -70,11 +134,25 @@ class Transformer(nn.Module):
         if seq_len > longest:
             raise ValueError(f"sequence of {seq_len} tokens: longer than max_position_embeddings={longest}")
         if doc_ids is None:
-            return self.rotary[None, :seq_len], None
-        return self.rotary[document_positions(doc_ids)], document_mask(doc_ids)
+            return self.rotary[None, self.window(seq_len)], None
+        return self.rotary[document_positions(doc_ids)[:, self.window(seq_len)]], document_mask(doc_ids)
+
+    def embed(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Embeddings of this rank's positions, and with MTP those of `num_nextn_predict_layers` places more.
+
+        Args:
+            tokens: whole rows [batch, seq].
+        Returns:
+            [batch, seq / sp, hidden_size] and [batch, seq / sp + depths, hidden_size], zero past the end of a row.
+        """
+        depths, mine = self.config.num_nextn_predict_layers, self.window(tokens.shape[1])
+        embedded = self.embed_tokens(tokens[:, mine.start : mine.stop + depths])
+        length = mine.stop - mine.start
+        ahead = F.pad(embedded, (0, 0, 0, length + depths - embedded.shape[1])) if depths else None
+        return embedded[:, :length], ahead
 
     def run_layers(self, hidden: Tensor, rotation: Tensor, mask: Tensor | None) -> Tensor:
-        """This stage's blocks: [batch, seq, hidden_size] -> same."""
+        """This stage's blocks: [batch, seq / sp, hidden_size] -> same."""
         for block in self.layers.values():
             hidden = block(hidden, rotation, mask)
         return hidden
@@ -89,16 +167,17 @@ class Transformer(nn.Module):
         """Hidden states of the MTP modules, depth 1 first.
 
         Args:
-            hidden: [batch, seq, hidden_size], after the final norm.
-            embeddings: [batch, seq, hidden_size] of the same tokens; depth k reads them k places ahead.
+            hidden: [batch, seq / sp, hidden_size], after the final norm.
+            embeddings: [batch, seq / sp + depths, hidden_size] from `embed`; depth k reads them k places ahead.
+            doc_ids: whole rows [batch, seq].
         Returns:
-            Per depth k, [batch, seq, hidden_size]: position t predicts token t + k + 1. The last k positions have no
-            token to read and must not be trained on.
+            Per depth k, [batch, seq / sp, hidden_size]: position t predicts token t + k + 1. The last k positions of a
+            row have no token to read and must not be trained on.
         """
-        rotation, mask = self.context(doc_ids, hidden.shape[1])
+        length = hidden.shape[1]
+        rotation, mask = self.context(doc_ids, length * self.sp.size)
         out = []
-        for module in self.mtp:
-            embeddings = torch.cat([embeddings[:, 1:], torch.zeros_like(embeddings[:, :1])], 1)
-            hidden = module(hidden, embeddings, rotation, mask)
+        for depth, module in enumerate(self.mtp, start=1):
+            hidden = module(hidden, embeddings[:, depth : depth + length], rotation, mask)
             out.append(hidden)
         return out

@@ -150,13 +150,19 @@ def file_sha256(path: Path) -> str:
 
 def write_manifest(folder: Path) -> Path:
     """SHA-256 and size of every file below `folder`, into its manifest.json; the files are on disk when it returns."""
+    paths = (path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
+    write_json(folder / MANIFEST, {"files": manifest_entries(folder, paths)})
+    return folder / MANIFEST
+
+
+def manifest_entries(folder: Path, paths: Iterable[Path]) -> dict[str, dict[str, Any]]:
+    """What a manifest says of some files of `folder`; they are on disk when it returns."""
     files = {}
-    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST):
+    for path in sorted(paths):
         sync_to_disk(path)
         entry = {"sha256": file_sha256(path), "bytes": path.stat().st_size}
         files[path.relative_to(folder).as_posix()] = entry
-    write_json(folder / MANIFEST, {"files": files})
-    return folder / MANIFEST
+    return files
 
 
 def verify_folder(folder: Path) -> None:
@@ -165,17 +171,28 @@ def verify_folder(folder: Path) -> None:
     Raises:
         UserError: naming the first file that is missing or damaged, or the manifest itself.
     """
-    way_out = f"Delete {folder} and resume: it is made again, or an older checkpoint is taken."
+    if found := damage(folder):
+        raise UserError(f"{found}. Delete {folder} and resume: it is made again, or an older checkpoint is taken.")
+
+
+def damage(folder: Path, *, share: tuple[int, int] = (0, 1)) -> str | None:
+    """What is wrong with the first file that is not as the manifest says; None where all is well.
+
+    Args:
+        share: (index, count): look at every count-th file alone, so that several ranks can share the work.
+    """
     if not (folder / MANIFEST).is_file():
-        raise UserError(f"{folder / MANIFEST}: missing, so {folder.name} was not written to its end. {way_out}")
-    for name, entry in read_json(folder / MANIFEST)["files"].items():
+        return f"{folder / MANIFEST}: missing, so {folder.name} was not written to its end"
+    index, count = share
+    for name, entry in sorted(read_json(folder / MANIFEST)["files"].items())[index::count]:
         path = folder / name
         if not path.is_file():
-            raise UserError(f"{path}: missing; the manifest lists it. {way_out}")
+            return f"{path}: missing; the manifest lists it"
         if path.stat().st_size != entry["bytes"]:
-            raise UserError(f"{path}: damaged: {path.stat().st_size} bytes, written were {entry['bytes']}. {way_out}")
+            return f"{path}: damaged: {path.stat().st_size} bytes, written were {entry['bytes']}"
         if file_sha256(path) != entry["sha256"]:
-            raise UserError(f"{path}: damaged: its SHA-256 is not the one in the manifest. {way_out}")
+            return f"{path}: damaged: its SHA-256 is not the one in the manifest"
+    return None
 
 
 def save_model(folder: Path, config: ModelConfig, state: Mapping[str, Tensor]) -> None:

@@ -34,6 +34,17 @@ class LayoutConfig(Section):
     ep_size: PositiveInt = 1
     sp_size: PositiveInt = 1
     zero_stage: Literal[0, 1, 2, 3] = 0
+    schedule: Literal["1f1b", "interleaved_1f1b", "zbv", "dualpipev"] = Field(
+        "1f1b", description="order of work in the pipeline; all but 1f1b give each rank two parts of the model"
+    )
+    pp_layout: str | None = Field(None, description='layers of each part, "E+4|4|4+H"; default: balanced by cost')
+    activation_checkpointing: Literal["none", "selective", "full"] = Field(
+        "none", description="what backward computes again instead of keeping it"
+    )
+    offload_optimizer: bool = Field(False, description="optimizer state in CPU memory, with zero_stage 2 or 3")
+    min_gpus: PositiveInt | None = Field(
+        None, description="elastic: go on with this many ranks when workers are lost; default: wait for all of them"
+    )
     micro_batch: PositiveInt = Field(8, description="rows per rank and forward pass")
     timeout_seconds: PositiveFloat = Field(600.0, description="a collective that waits longer is an error")
     max_restarts: NonNegativeInt = Field(2, description="times Ray Train restarts a stage's workers after one died")
@@ -76,6 +87,7 @@ class TokenizerConfig(Section):
 class OptimizerConfig(Section):
     """AdamW (arXiv:1711.05101) with a warm-up and a cosine or warm-up-stable-decay schedule (arXiv:2404.06395)."""
 
+    name: Literal["adamw", "sgd"] = Field("adamw", description="sgd: no moments, no decay; to check gradients with")
     lr: PositiveFloat = 1e-3
     min_lr_ratio: Fraction = 0.1
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"

@@ -18,7 +18,7 @@ from ray_pipeline.config_load import config_yaml
 from ray_pipeline.errors import StageFailed, UserError
 from ray_pipeline.identity import UPSTREAM, default_run_name, local_path, source_digests, source_names
 from ray_pipeline.launcher import RayLauncher
-from ray_pipeline.layout_rules import Layout, with_layout
+from ray_pipeline.layout import Layout, with_layout
 from ray_pipeline.ledger import (
     CONFIG_FILE,
     Record,

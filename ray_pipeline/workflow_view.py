@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ray_pipeline.errors import StageFailed
-from ray_pipeline.layout_rules import Layout
+from ray_pipeline.layout import Layout
 from ray_pipeline.ledger import Record
 from ray_pipeline.progress import seconds_text
 from ray_pipeline.report.summary import STATUS_NAMES, baseline_text, figure_text

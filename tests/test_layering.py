@@ -60,7 +60,10 @@ WITHOUT_TORCH = (
     "ray_pipeline.config_checks",
     "ray_pipeline.config_errors",
     "ray_pipeline.config_sources",
+    "ray_pipeline.layout",
     "ray_pipeline.layout_rules",
+    "ray_pipeline.layout_choice",
+    "model.parallel.placement",
     "ray_pipeline.presets",
     "ray_pipeline.errors",
 )

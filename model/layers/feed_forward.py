@@ -5,15 +5,24 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.layers.linear import Linear
+from model.parallel.collectives import LOCAL, Axis, copy_to, reduce_from
+
 
 class FeedForward(nn.Module):
-    """down(silu(gate(x)) * up(x)): [..., hidden_size] -> [..., hidden_size]."""
+    """down(silu(gate(x)) * up(x)): [..., hidden_size] -> [..., hidden_size]; inner features are cut over tp."""
+
+    tp: Axis = LOCAL
 
     def __init__(self, hidden_size: int, intermediate_size: int):
         super().__init__()
-        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+        self.gate_proj = Linear(hidden_size, intermediate_size)
+        self.up_proj = Linear(hidden_size, intermediate_size)
+        self.down_proj = Linear(intermediate_size, hidden_size)
+
+    def partial(self, x: Tensor) -> Tensor:
+        """This rank's share of the sum."""
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return reduce_from(self.partial(copy_to(x, self.tp)), self.tp)

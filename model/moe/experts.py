@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import ModelConfig
 from model.layers.feed_forward import FeedForward
 from model.moe.router import Router
+from model.parallel.collectives import LOCAL, Axis, all_to_all_rows, collective, copy_to, reduce_from
 
 
 class _GroupedLinear(torch.autograd.Function):
@@ -57,7 +59,12 @@ def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
 
 
 class RoutedExperts(nn.Module):
-    """The routed experts' weights, stacked as Hugging Face stacks them (gate rows first)."""
+    """The routed experts' weights, stacked as Hugging Face stacks them (gate rows first).
+
+    Experts are cut over ep, each one's inner features over tp.
+    """
+
+    ep: Axis = LOCAL
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -70,18 +77,45 @@ class RoutedExperts(nn.Module):
         k = indices.shape[1]
         chosen = indices.flatten()
         order = chosen.argsort(stable=True)
-        counts = torch.bincount(chosen, minlength=self.gate_up_proj.shape[0])
-        gate, up = grouped_linear(x[order // k], self.gate_up_proj, counts).chunk(2, -1)
-        # The routing weight multiplies the narrow inner activation, not the wide output: same product, less work.
-        inner = F.silu(gate) * up * weights.flatten()[order].unsqueeze(1).to(gate.dtype)
-        out = grouped_linear(inner, self.down_proj, counts)
+        counts = torch.bincount(chosen, minlength=self.gate_up_proj.shape[0] * self.ep.size)
+        rows, scales = x[order // k], weights.flatten()[order].unsqueeze(1)
+        if self.ep.size == 1:
+            out = self._compute(rows, scales, counts)
+        else:
+            out = self._elsewhere(rows, scales, counts)
         slot = torch.empty_like(order)
         slot[order] = torch.arange(order.numel(), device=order.device)
         return out[slot].unflatten(0, (-1, k)).sum(1).to(x.dtype)
 
+    def _compute(self, rows: Tensor, scales: Tensor, counts: Tensor) -> Tensor:
+        """My experts on rows [n, hidden] sorted by expert; scales [n, 1]: routing weights."""
+        gate, up = grouped_linear(rows, self.gate_up_proj, counts).chunk(2, -1)
+        # The routing weight multiplies the narrow inner activation, not the wide output: same product, less work.
+        return grouped_linear(F.silu(gate) * up * scales.to(gate.dtype), self.down_proj, counts)
+
+    def _elsewhere(self, rows: Tensor, scales: Tensor, counts: Tensor) -> Tensor:
+        """Send every row to the rank that holds its expert, compute there, and bring the results back in order."""
+        experts = self.gate_up_proj.shape[0]
+        arriving = torch.empty_like(counts)
+        with collective(self.ep, "all-to-all"):
+            dist.all_to_all_single(arriving, counts, group=self.ep.group)
+        by_rank = arriving.view(self.ep.size, experts)
+        sent, received = counts.view(self.ep.size, experts).sum(1).tolist(), by_rank.sum(1).tolist()
+        rows = all_to_all_rows(rows, received, sent, self.ep)
+        scales = all_to_all_rows(scales, received, sent, self.ep)
+        # What arrives is sorted by sender, then expert; experts want it sorted by expert.
+        expert = torch.arange(experts, device=rows.device).repeat(self.ep.size).repeat_interleave(arriving)
+        order = expert.argsort(stable=True)
+        out = self._compute(rows[order], scales[order], by_rank.sum(0))
+        back = torch.empty_like(order)
+        back[order] = torch.arange(order.numel(), device=order.device)
+        return all_to_all_rows(out[back], sent, received, self.ep)
+
 
 class MixtureOfExperts(nn.Module):
     """[batch, seq, hidden_size] -> same: routed experts plus shared experts (eq. 12)."""
+
+    tp: Axis = LOCAL
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -91,7 +125,9 @@ class MixtureOfExperts(nn.Module):
         self.shared_experts = FeedForward(config.hidden_size, width) if width else None
 
     def forward(self, x: Tensor) -> Tensor:
-        tokens = x.flatten(0, -2)
-        indices, weights = self.gate(tokens)
-        out = self.experts(tokens, indices, weights).view_as(x)
-        return out if self.shared_experts is None else out + self.shared_experts(x)
+        indices, weights = self.gate(x.flatten(0, -2))
+        x, weights = copy_to(x, self.tp), copy_to(weights, self.tp)
+        out = self.experts(x.flatten(0, -2), indices, weights).view_as(x)
+        if self.shared_experts is not None:
+            out = out + self.shared_experts.partial(x)
+        return reduce_from(out, self.tp)

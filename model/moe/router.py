@@ -18,6 +18,7 @@ class Router(nn.Module):
 
     e_score_correction_bias: Tensor
     load: Tensor
+    counting: bool = True  # off while a checkpointed block runs again
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -40,7 +41,7 @@ class Router(nn.Module):
         weights = scores.gather(1, indices)
         if config.norm_topk_prob:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-        if self.training and torch.is_grad_enabled():
+        if self.training and self.counting and torch.is_grad_enabled():
             self.load += torch.bincount(indices.flatten(), minlength=config.n_routed_experts)
         return indices, weights * config.routed_scaling_factor
 

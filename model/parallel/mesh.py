@@ -1,6 +1,7 @@
 """Ranks and process groups of a layout.
 
-Rank grid (pp, dp, sp, tp), tp fastest: tensor-parallel peers sit next to each other, where links are fastest.
+Rank grid (pp, dp, sp, tp), tp fastest: tensor-parallel peers sit next to each other, where links are fastest. EP is
+carved out of dp x sp: neighbours among the replicas hold different experts.
 A `Mesh` is also the `mpu` DeepSpeed asks for; to it "data parallel" means every dense replica, dp x sp.
 """
 
@@ -8,27 +9,43 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import timedelta
-from itertools import accumulate
-from math import prod
 
 import torch
 import torch.distributed as dist
 
+from model.parallel.collectives import Axis, collective
+
 AXES = ("pp", "dp", "sp", "tp")
+# Name of a process group -> the axes along which its ranks differ.
+GROUPS = {
+    "pp": ("pp",),  # messages from lower to higher pipeline ranks
+    "pp_back": ("pp",),  # and back: on one connection, messages that meet could block each other under NCCL
+    "dp": ("dp",),
+    "sp": ("sp",),
+    "tp": ("tp",),
+    "replica": ("dp", "sp"),
+    "model": ("pp", "tp"),
+}
 
 
 @dataclass(frozen=True)
 class MeshSizes:
-    """Number of ranks along each axis."""
+    """Number of ranks along each axis; ep divides dp * sp and adds no ranks."""
 
     pp: int = 1
     dp: int = 1
     sp: int = 1
     tp: int = 1
+    ep: int = 1
 
     @property
     def world(self) -> int:
         return self.pp * self.dp * self.sp * self.tp
+
+    @property
+    def replicas(self) -> int:
+        """Copies of a dense weight: every one of them sees other tokens."""
+        return self.dp * self.sp
 
     def _sizes(self) -> tuple[int, ...]:
         return tuple(getattr(self, axis) for axis in AXES)
@@ -55,21 +72,19 @@ class MeshSizes:
             out.setdefault(tuple(place[a] for a in AXES if a not in axes), []).append(rank)
         return list(out.values())
 
+    def expert_groups(self) -> list[list[int]]:
+        """Ranks that together hold all experts of a stage: consecutive replicas."""
+        replicas = self.groups("dp", "sp")
+        return [ranks[i : i + self.ep] for ranks in replicas for i in range(0, len(ranks), self.ep)]
 
-def split_layers(num_layers: int, stages: int, tail: float = 0.0) -> list[range]:
-    """Consecutive layers per pipeline stage so that the costliest stage costs least.
+    def expert_replica_groups(self) -> list[list[int]]:
+        """Ranks that hold the same experts."""
+        return [ranks[i :: self.ep] for ranks in self.groups("dp", "sp") for i in range(self.ep)]
 
-    Args:
-        tail: what the last stage computes besides its layers (head, MTP modules), in layers.
-    """
-    assert 1 <= stages <= num_layers
-    if stages == 1:
-        return [range(num_layers)]
-    last = min(max(1, round((num_layers + tail) / stages - tail)), num_layers - stages + 1)
-    size, extra = divmod(num_layers - last, stages - 1)
-    counts = [size + (i < extra) for i in range(stages - 1)] + [last]
-    stops = list(accumulate(counts))
-    return [range(stop - count, stop) for stop, count in zip(stops, counts, strict=True)]
+    def all_groups(self) -> dict[str, list[list[int]]]:
+        """Every kind of process group by name."""
+        named = {name: self.groups(*axes) for name, axes in GROUPS.items()}
+        return named | {"ep": self.expert_groups(), "expert_replica": self.expert_replica_groups()}
 
 
 class Mesh:
@@ -79,18 +94,25 @@ class Mesh:
         distributed = dist.is_initialized()
         self.sizes = sizes
         self.world = dist.get_world_size() if distributed else 1
-        if prod((sizes.pp, sizes.dp, sizes.sp, sizes.tp)) != self.world:
+        if sizes.world != self.world:
             raise ValueError(f"layout of {sizes.world} ranks ({sizes}) started with {self.world} processes")
+        if sizes.replicas % sizes.ep:
+            raise ValueError(f"ep={sizes.ep} does not divide dp x sp = {sizes.replicas}")
         self.rank = dist.get_rank() if distributed else 0
         self.place = sizes.coordinate(self.rank)
-        self._ranks: dict[str, list[int]] = {}
-        self._groups: dict[str, dist.ProcessGroup | None] = {}
-        for name, axes in {"pp": ("pp",), "dp": ("dp", "sp"), "tp": ("tp",), "model": ("pp", "tp")}.items():
-            for ranks in sizes.groups(*axes):
-                # Every rank must take part in making every group, its own or not.
-                group = dist.new_group(ranks, timeout=timeout) if distributed else None
+        self._axes: dict[str, Axis] = {}
+        # One-rank groups, for those who cannot take None.
+        alone = [dist.new_group([rank]) for rank in range(self.world)] if distributed else []
+        self._alone = alone[self.rank] if distributed else None
+        made: dict[tuple[str | int, ...], dist.ProcessGroup | None] = {}
+        for name, groups in sizes.all_groups().items():
+            for ranks in groups:
+                # Every rank must take part in making every group, its own or not. Equal groups share one.
+                key = (name if name in ("pp", "pp_back") else "", *ranks)  # the pipeline's have a connection each
+                if key not in made:
+                    made[key] = dist.new_group(ranks, timeout=timeout) if distributed and len(ranks) > 1 else None
                 if self.rank in ranks:
-                    self._ranks[name], self._groups[name] = ranks, group
+                    self._axes[name] = Axis(name, tuple(ranks), ranks.index(self.rank), made[key])
 
     @property
     def pp_rank(self) -> int:
@@ -98,40 +120,51 @@ class Mesh:
 
     @property
     def dp_rank(self) -> int:
-        """Index among the replicas that read different rows."""
-        return self._ranks["dp"].index(self.rank)
+        """Index among the ranks that read different rows."""
+        return self.place["dp"]
 
     @property
     def dp(self) -> int:
-        return len(self._ranks["dp"])
+        """Number of shares the rows of a batch are cut into."""
+        return self.sizes.dp
 
-    def ranks(self, name: str) -> list[int]:
-        """Global ranks of my group along `name` (pp, dp, tp, model)."""
-        return self._ranks[name]
+    def axis(self, name: str) -> Axis:
+        """My group along `name`: pp, pp_back, dp, sp, tp, ep, replica (dp x sp), expert_replica, model (pp x tp)."""
+        return self._axes[name]
+
+    def ranks(self, name: str) -> tuple[int, ...]:
+        """Global ranks of my group along `name`."""
+        return self._axes[name].ranks
 
     def group(self, name: str) -> dist.ProcessGroup | None:
-        """My process group along `name`; None in a single process."""
-        return self._groups[name]
+        """My process group along `name`; None where I am alone."""
+        return self._axes[name].group
 
     def all_reduce(self, tensor: torch.Tensor, name: str) -> torch.Tensor:
         """Sum in place over my group along `name`."""
-        if len(self._ranks[name]) > 1:
-            dist.all_reduce(tensor, group=self._groups[name])
+        axis = self._axes[name]
+        if axis.size > 1:
+            with collective(axis, "all-reduce"):
+                dist.all_reduce(tensor, group=axis.group)
         return tensor
+
+    def group_or_alone(self, name: str) -> dist.ProcessGroup | None:
+        """The group even where I am alone in it: DeepSpeed takes None for the whole world."""
+        return self._axes[name].group or self._alone
 
     # The interface DeepSpeed reads. get_model_parallel_rank must be the tensor-parallel rank: it decides who counts
     # parameters that tensor parallelism does not split in the gradient norm.
     def get_data_parallel_group(self) -> dist.ProcessGroup | None:
-        return self._groups["dp"]
+        return self.group_or_alone("replica")
 
     def get_data_parallel_world_size(self) -> int:
-        return self.dp
+        return self.sizes.replicas
 
     def get_data_parallel_rank(self) -> int:
-        return self.dp_rank
+        return self._axes["replica"].index
 
     def get_model_parallel_group(self) -> dist.ProcessGroup | None:
-        return self._groups["model"]
+        return self.group_or_alone("model")
 
     def get_model_parallel_world_size(self) -> int:
         return self.sizes.pp * self.sizes.tp
@@ -140,7 +173,7 @@ class Mesh:
         return self.place["tp"]
 
     def get_tensor_model_parallel_group(self) -> dist.ProcessGroup | None:
-        return self._groups["tp"]
+        return self.group_or_alone("tp")
 
     def get_tensor_model_parallel_world_size(self) -> int:
         return self.sizes.tp
@@ -149,7 +182,7 @@ class Mesh:
         return self.place["tp"]
 
     def get_pipeline_model_parallel_group(self) -> dist.ProcessGroup | None:
-        return self._groups["pp"]
+        return self.group_or_alone("pp")
 
     def get_pipeline_model_parallel_world_size(self) -> int:
         return self.sizes.pp

@@ -25,6 +25,11 @@ FLAG_KEYS: dict[str, tuple[str, ...]] = {
     "ep_size": ("layout.ep_size",),
     "sp_size": ("layout.sp_size",),
     "zero_stage": ("layout.zero_stage",),
+    "schedule": ("layout.schedule",),
+    "pp_layout": ("layout.pp_layout",),
+    "activation_checkpointing": ("layout.activation_checkpointing",),
+    "offload_optimizer": ("layout.offload_optimizer",),
+    "min_gpus": ("layout.min_gpus",),
     "batch_size": ("pretrain.batch_size", "sft.batch_size", "distillation.batch_size"),
     "seq_len": ("data.seq_len",),
     "seed": ("seed",),
@@ -44,6 +49,8 @@ _SIZE_DEFAULTS: dict[str, int | None] = {
     "layout.ep_size": 1,
     "layout.sp_size": 1,
 }
+# What was chosen for the sizes and means nothing for others.
+_FOLLOWS_SIZES: dict[str, str | None] = {"layout.schedule": "1f1b", "layout.pp_layout": None, "layout.min_gpus": None}
 
 
 @dataclass(frozen=True)
@@ -74,7 +81,7 @@ class Request:
 
         overrides = dict(self.overrides)
         if any(key in overrides for key in _SIZE_DEFAULTS):
-            overrides = _SIZE_DEFAULTS | overrides
+            overrides = _SIZE_DEFAULTS | _FOLLOWS_SIZES | overrides
         overrides |= {"run_name": run_dir.name, "output_dir": str(run_dir.parent)}
         return load_config(run_dir / "config.yaml", overrides, os.environ, max_steps=self.max_steps)
 
@@ -95,7 +102,16 @@ layout_options = _options(
     click.option("--tp-size", type=click.IntRange(1), help="Ranks a matrix is split over."),
     click.option("--ep-size", type=click.IntRange(1), help="Ranks the experts are split over."),
     click.option("--sp-size", type=click.IntRange(1), help="Ranks a sequence is split over."),
-    click.option("--zero-stage", type=click.IntRange(0, 3), help="What replicas share (1: optimizer state)."),
+    click.option(
+        "--zero-stage", type=click.IntRange(0, 3), help="What replicas share: optimizer state, gradients, weights."
+    ),
+    click.option("--schedule", metavar="[1f1b|interleaved_1f1b|zbv|dualpipev]", help="Order of work in the pipeline."),
+    click.option("--pp-layout", metavar="E+4|4|4+H", help="Layers of each pipeline part. Default: balanced by cost."),
+    click.option(
+        "--activation-checkpointing", metavar="[none|selective|full]", help="Compute again in backward, keep less."
+    ),
+    click.option("--offload-optimizer/--no-offload-optimizer", default=None, help="Optimizer state in CPU memory."),
+    click.option("--min-gpus", type=click.IntRange(1), help="Elastic: go on with this many ranks if some are lost."),
     click.option("--backend", metavar="[auto|cpu|cuda|modal]", help="Where to compute. auto: GPUs if there are any."),
     click.option("--gpu-type", help="With --backend modal: the GPU to rent, for example H100."),
     click.option("--wandb/--no-wandb", default=None, help="Weights & Biases (offline without an API key)."),

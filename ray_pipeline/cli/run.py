@@ -14,7 +14,7 @@ from ray_pipeline.cli.runs import CONFIG_FILE, output_dir
 
 if TYPE_CHECKING:
     from ray_pipeline.config import PipelineFields
-    from ray_pipeline.layout_rules import Layout
+    from ray_pipeline.layout import Layout
     from ray_pipeline.workflow_plan import StageSelection
 
 
@@ -82,7 +82,7 @@ def can_resume(run_name: str) -> Iterator[None]:
 def layout_here(config: PipelineFields) -> Layout:
     """The layout on this machine; says so when CPU ranks stand in for GPUs."""
     from ray_pipeline.hardware import count_gpus
-    from ray_pipeline.layout_rules import device_notice, resolve_layout
+    from ray_pipeline.layout_choice import device_notice, resolve_layout
 
     layout = resolve_layout(config, 0 if config.backend == "cpu" else count_gpus())
     if notice := device_notice(config, layout):

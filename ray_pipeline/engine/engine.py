@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from model.config import ModelConfig
-from model.init import init_weights
 from model.moe.router import Router
-from model.parallel.mesh import Mesh, split_layers
-from model.transformer import Transformer
+from model.parallel.mesh import Mesh
+from model.parallel.placement import parts_of, stage_layers
+from model.parallel.shard import build_part
+from model.transformer import Recompute, Transformer
 from ray_pipeline.config import OptimizerConfig
 from ray_pipeline.data.batch import Batch
-from ray_pipeline.engine.optimizer import build_adamw, clip_by_global_norm
-from ray_pipeline.engine.pipeline import Finish, PipelineStage
-from ray_pipeline.engine.schedule import forward_only, one_forward_one_backward
+from ray_pipeline.engine.gather import gather_state
+from ray_pipeline.engine.pipeline import Finish, Pipeline
+from ray_pipeline.engine.updater import PlainUpdater, Updater
 from ray_pipeline.objectives.base import Objective
+
+BIAS = "e_score_correction_bias"
 
 
 @dataclass(frozen=True)
@@ -33,68 +35,34 @@ class StepStats:
     metrics: dict[str, float]
 
 
-class Updater(Protocol):
-    """Turns accumulated gradients into new weights."""
+class Parts(nn.Module):
+    """This rank's parts of the model as one module, which is what DeepSpeed wraps."""
 
-    optimizer: torch.optim.Optimizer
+    def __init__(self, parts: Sequence[Transformer], autocast_dtype: torch.dtype | None):
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+        self.autocast_dtype = autocast_dtype
 
-    def step(self) -> float:
-        """Reduce gradients over replicas, clip, update, clear. Returns the global norm before clipping."""
-        ...
+    def forward(self, index: int, carried: list[Tensor], batch: Batch, finish: Finish) -> list[Tensor]:
+        """One part on one micro-batch.
 
-    def state(self) -> dict[str, Tensor]:
-        """Full fp32 weights and moments of this stage's parameters: `model.*`, `exp_avg.*`, `exp_avg_sq.*`, `step`."""
-        ...
-
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        """Inverse of `state`, in place."""
-        ...
-
-
-class PlainUpdater:
-    """ZeRO 0: every replica keeps everything; gradients are summed in one flat message."""
-
-    def __init__(self, model: Transformer, mesh: Mesh, config: OptimizerConfig):
-        self.model, self.mesh, self.grad_clip = model, mesh, config.grad_clip
-        self.optimizer: torch.optim.Optimizer = build_adamw(model, config)
-
-    def step(self) -> float:
-        gradients = []
-        for parameter in self.model.parameters():
-            if parameter.grad is None:  # an expert or MTP module that no token reached
-                parameter.grad = torch.zeros_like(parameter)
-            gradients.append(parameter.grad)
-        if self.mesh.dp > 1:
-            flat = self.mesh.all_reduce(torch.cat([gradient.flatten() for gradient in gradients]), "dp")
-            for gradient, reduced in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-                gradient.copy_(reduced.view_as(gradient))
-        norm = clip_by_global_norm(gradients, self.grad_clip, self.mesh)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return norm
-
-    def state(self) -> dict[str, Tensor]:
-        out: dict[str, Tensor] = {"step": torch.zeros(())}
-        for name, parameter in self.model.named_parameters():
-            moments = self.optimizer.state.get(parameter) or {}
-            out[f"model.{name}"] = parameter.detach()
-            for key in ("exp_avg", "exp_avg_sq"):
-                out[f"{key}.{name}"] = moments[key] if moments else torch.zeros_like(parameter)
-            if moments:
-                out["step"] = moments["step"].detach().float().cpu().reshape(())
-        return out
-
-    @torch.no_grad()
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        for name, parameter in self.model.named_parameters():
-            parameter.copy_(state[f"model.{name}"])
-            moments = {key: state[f"{key}.{name}"].clone() for key in ("exp_avg", "exp_avg_sq")}
-            self.optimizer.state[parameter] = {"step": state["step"].clone().to(parameter.device), **moments}
-
-
-def pipeline_layers(config: ModelConfig, stages: int) -> list[range]:
-    """Layers of each pipeline stage, balanced by active weights; the head and the MTP modules weigh on the last one."""
-    return split_layers(config.num_hidden_layers, stages, config.tail_params() / config.layer_params(1, active=True))
+        Args:
+            carried: hidden states, and with MTP the embeddings, from the part before; empty for the first.
+        Returns:
+            What the next part is given; from the last one [finish's value].
+        """
+        part: Any = self.parts[index]
+        enabled = self.autocast_dtype is not None
+        with torch.autocast(batch.tokens.device.type, self.autocast_dtype, enabled=enabled):
+            rotation, mask = part.context(batch.doc_ids, batch.tokens.shape[1])
+            if part.is_first:
+                hidden, ahead = part.embed(batch.tokens)
+            else:
+                hidden, ahead = carried if len(carried) == 2 else (carried[0], None)
+            hidden = part.run_layers(hidden, rotation, mask)
+            if part.is_last:
+                return [finish(part, part.norm(hidden), ahead, batch)]
+        return [hidden] if ahead is None else [hidden, ahead]
 
 
 class Engine:
@@ -102,7 +70,12 @@ class Engine:
 
     Args:
         optimizer: None for a model that is only read (reference, teacher).
-        zero_stage: 0 or 1; 1 shards optimizer state over replicas through DeepSpeed.
+        zero_stage: 0 is our own; 1, 2, 3 shard optimizer state, gradients, weights over replicas through DeepSpeed.
+        precision: "bf16" computes matmuls in bf16 under autocast; weights, gradients, residual stream and optimizer
+            stay fp32.
+        micro_batch: rows of one forward pass.
+        initial: whole parameters by name; else they are drawn from the seed.
+        schedule, pp_layout: order of work in the pipeline, and layers of each part where set by hand.
     """
 
     def __init__(
@@ -117,37 +90,66 @@ class Engine:
         micro_batch: int = 8,
         device: torch.device | None = None,
         initial: dict[str, Tensor] | None = None,
+        schedule: str = "1f1b",
+        pp_layout: str | None = None,
+        activation_checkpointing: Recompute = "none",
+        offload_optimizer: bool = False,
     ):
         self.config, self.mesh, self.micro_batch = config, mesh, micro_batch
         self.device = device or torch.device("cpu")
-        self.model = Transformer(config, pipeline_layers(config, mesh.sizes.pp)[mesh.pp_rank])
-        if initial is None:
-            init_weights(self.model, config, seed)
-        else:
-            own = self.model.state_dict()
-            self.model.load_state_dict({name: initial[name] for name in own})
-        self.model.to(self.device).train(optimizer is not None)
-        dtype = torch.bfloat16 if precision == "bf16" else None
-        # Weights, residual stream and optimizer stay fp32 in bf16 runs; matmuls run in bf16 under autocast.
-        self.stage = PipelineStage(self.model, mesh, autocast_dtype=dtype)
-        self.routers = [module for module in self.model.modules() if isinstance(module, Router)]
+        indices = parts_of(schedule, mesh.sizes.pp, mesh.pp_rank)
+        layers = stage_layers(config, len(indices) * mesh.sizes.pp, pp_layout)
+        self.parts = [build_part(config, layers[i], mesh, seed=seed, initial=initial) for i in indices]
+        for part in self.parts:
+            part.to(self.device).train(optimizer is not None).requires_grad_(optimizer is not None)
+            part.set_recompute(activation_checkpointing)
+        self.module = Parts(self.parts, torch.bfloat16 if precision == "bf16" else None)
+        self.routers = {
+            f"{name}.": module
+            for part in self.parts
+            for name, module in part.named_modules()
+            if isinstance(module, Router)
+        }
         self.updater: Updater | None = None
+        run_part: Any = self.module
+        before_backward = None
         if optimizer is not None and zero_stage == 0:
-            self.updater = PlainUpdater(self.model, mesh, optimizer)
+            self.updater = PlainUpdater(self.named_parameters(), mesh, optimizer)
         elif optimizer is not None:
             from ray_pipeline.engine.zero import ZeroUpdater  # DeepSpeed takes seconds to import
 
-            self.updater = ZeroUpdater(self.model, mesh, optimizer, zero_stage)
-        else:
-            self.model.requires_grad_(False)
+            zero = ZeroUpdater(
+                self.module, self.named_parameters(), mesh, optimizer,
+                zero_stage=zero_stage, offload_optimizer=offload_optimizer,
+            )  # fmt: skip
+            self.updater, run_part, before_backward = zero, zero.run, zero.before_backward
+        self.pipeline = Pipeline(mesh, schedule, self.device, run_part, self._carried_shapes, before_backward)
+
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """This rank's parameters, or slices of them, by their names in the whole model."""
+        return {name: parameter for part in self.parts for name, parameter in part.named_parameters()}
+
+    @property
+    def last_part(self) -> Transformer | None:
+        """The part with the head, where this rank has it."""
+        return next((part for part in self.parts if part.is_last), None)
+
+    def _carried_shapes(self, batch: Batch) -> list[tuple[int, ...]]:
+        rows, seq_len = batch.tokens.shape
+        length, width = seq_len // self.mesh.sizes.sp, self.config.hidden_size
+        depths = self.config.num_nextn_predict_layers
+        return [(rows, length, width)] + ([(rows, length + depths, width)] if depths else [])
 
     def my_rows(self, batch: Batch) -> Batch:
-        """The rows of a global batch that this replica reads."""
-        rows, dp = len(batch), self.mesh.dp
+        """The rows of a global batch that this replica reads, and the window of each that this rank computes."""
+        (rows, seq_len), dp, sp = batch.tokens.shape, self.mesh.dp, self.mesh.sizes.sp
         if rows % dp:
             raise ValueError(f"a batch of {rows} rows cannot be split over dp={dp} replicas")
+        if seq_len % sp:
+            raise ValueError(f"rows of {seq_len} tokens cannot be split over sp={sp} ranks")
         share = rows // dp
-        return batch.rows(self.mesh.dp_rank * share, (self.mesh.dp_rank + 1) * share).to(self.device)
+        mine = batch.rows(self.mesh.dp_rank * share, (self.mesh.dp_rank + 1) * share).to(self.device)
+        return replace(mine, window=self.parts[0].window(seq_len) if sp > 1 else None)
 
     def _micro_batches(self, batch: Batch) -> list[Batch]:
         return [batch.rows(i, min(i + self.micro_batch, len(batch))) for i in range(0, len(batch), self.micro_batch)]
@@ -159,16 +161,15 @@ class Engine:
         weight = self._sum_over_replicas(objective.weight(mine))
         if weight == 0:
             raise ValueError("a batch without a single trained token")
+        scale = self.updater.loss_scale
         sums: list[Tensor] = []
 
         def finish(model: Transformer, hidden: Tensor, embeddings: Tensor | None, rows: Batch) -> Tensor:
             values = objective(model, hidden, embeddings, rows)
             sums.append(values.detach())
-            return values[0] / weight
+            return values[0] * scale / weight
 
-        micro_batches = self._micro_batches(mine)
-        schedule = one_forward_one_backward(self.mesh.pp_rank, self.mesh.sizes.pp, len(micro_batches))
-        self.stage.run(schedule, micro_batches, finish)
+        self.pipeline.run(self._micro_batches(mine), finish, train=True)
         for group in self.updater.optimizer.param_groups:
             group["lr"] = lr
         norm = self.updater.step()
@@ -185,62 +186,68 @@ class Engine:
         return StepStats(loss / max(weight, 1.0), 0.0, weight, metrics)
 
     def forward(self, mine: Batch, finish: Finish) -> list[Tensor]:
-        """`finish` of every micro-batch of this replica's rows, on the last stage; an empty list elsewhere."""
-        training = self.model.training
-        self.model.eval()
-        micro_batches = self._micro_batches(mine)
-        results = self.stage.run(forward_only(len(micro_batches)), micro_batches, finish)
-        self.model.train(training)
+        """`finish` of every micro-batch of this replica's rows, on the rank with the last part; elsewhere nothing."""
+        training = self.module.training
+        self.module.eval()
+        results = self.pipeline.run(self._micro_batches(mine), finish, train=False)
+        self.module.train(training)
         return results
 
+    def per_token(self, batch: Batch, finish: Finish) -> Tensor | None:
+        """`finish`'s per-token values [rows, seq / sp, ...] at their places in the global batch, zero elsewhere.
+
+        Returns:
+            [rows, seq_len, ...] on the CPU, filled where this rank's replica and window are, which is all that a
+            training step on the same batch reads here; None without the last part.
+        """
+        mine = self.my_rows(batch)
+        values = self.forward(mine, finish)
+        if not values:
+            return None
+        joined = torch.cat(values).float().cpu()
+        full = torch.zeros(*batch.tokens.shape, *joined.shape[2:])
+        start = self.mesh.dp_rank * len(mine)
+        full[start : start + len(mine), mine.window or slice(None)] = joined
+        return full
+
     def _balance_experts(self) -> None:
-        if self.routers:
-            loads = self.mesh.all_reduce(torch.stack([router.load for router in self.routers]), "dp")
-            for router, load in zip(self.routers, loads, strict=True):
+        routers = list(self.routers.values())
+        if routers:
+            loads = self.mesh.all_reduce(torch.stack([router.load for router in routers]), "replica")
+            for router, load in zip(routers, loads, strict=True):
                 router.load.copy_(load)
                 router.balance()
 
     def _sum_over_replicas(self, value: float) -> float:
-        return float(self.mesh.all_reduce(torch.tensor(value, dtype=torch.float64, device=self.device), "dp"))
+        return float(self.mesh.all_reduce(torch.tensor(value, dtype=torch.float64, device=self.device), "replica"))
 
     def _totals(self, sums: Sequence[Tensor], objective: Objective) -> tuple[float, dict[str, float]]:
         """Loss sum and metric sums over all micro-batches and replicas, known to every rank."""
         total = torch.zeros(1 + len(objective.metric_names), dtype=torch.float64, device=self.device)
         for values in sums:
             total += values
-        self.mesh.all_reduce(self.mesh.all_reduce(total, "dp"), "pp")
+        self.mesh.all_reduce(self.mesh.all_reduce(total, "replica"), "pp")
         loss, *metrics = total.tolist()
         return loss, dict(zip(objective.metric_names, metrics, strict=True))
 
+    def _biases(self) -> dict[str, Tensor]:
+        return {name + BIAS: router.e_score_correction_bias for name, router in self.routers.items()}
+
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint holds of this rank's slices: `model.*`, `exp_avg.*`, `exp_avg_sq.*`, `step`."""
+        assert self.updater is not None
+        return self.updater.state() | {f"model.{name}": bias for name, bias in self._biases().items()}
+
+    @torch.no_grad()
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Inverse of `state`, in place."""
+        assert self.updater is not None
+        self.updater.load_state(state)
+        for name, bias in self._biases().items():
+            bias.copy_(state[f"model.{name}"])
+
     @torch.no_grad()
     def full_state(self) -> dict[str, Tensor]:
-        """The whole model's state dict on every rank, on the CPU: each stage broadcasts its part down the pipeline."""
-        state = {name: tensor.detach().cpu() for name, tensor in self.model.state_dict().items()}
-        if self.mesh.sizes.pp == 1:
-            return {name: tensor.clone() for name, tensor in state.items()}
-        layout: list[list[tuple[str, torch.Size]] | None] = [None] * self.mesh.sizes.pp
-        group = self.mesh.group("pp")
-        dist.all_gather_object(layout, [(name, tensor.shape) for name, tensor in state.items()], group=group)
-        out: dict[str, Tensor] = {}
-        for source, entries in zip(self.mesh.ranks("pp"), layout, strict=True):
-            assert entries is not None
-            if source == self.mesh.rank:
-                flat = torch.cat([tensor.float().flatten() for tensor in state.values()])
-            else:
-                flat = torch.empty(sum(shape.numel() for _, shape in entries))
-            flat = flat.to(self.device)
-            dist.broadcast(flat, source, group=group)
-            parts = flat.cpu().split([shape.numel() for _, shape in entries])
-            out |= {name: part.view(shape) for (name, shape), part in zip(entries, parts, strict=True)}
-        return out
-
-
-def all_ranks_gather(mesh: Mesh, value: object) -> list:
-    """`value` of every rank, in rank order."""
-    if mesh.world == 1:
-        return [value]
-    out: list = [None] * mesh.world
-    dist.all_gather_object(out, value)
-    return out
-
-
+        """The whole model's state dict, in fp32 on the CPU of every rank."""
+        weights = self.updater.weights() if self.updater is not None else dict(self.named_parameters())
+        return gather_state({**weights, **self._biases()}, self.mesh)

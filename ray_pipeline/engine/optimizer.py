@@ -8,17 +8,39 @@ import torch
 from torch import Tensor, nn
 
 from model.parallel.mesh import Mesh
+from model.parallel.shard import shard_of
 from ray_pipeline.config import OptimizerConfig
 
+MOMENTS = {"adamw": ("exp_avg", "exp_avg_sq"), "sgd": ()}
 
-def build_adamw(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW (arXiv:1711.05101); norms are not decayed. Fused: the per-tensor loop costs three times as much."""
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    vectors = [p for p in model.parameters() if p.dim() <= 1]
+
+def is_cut_expert(name: str, mesh: Mesh) -> bool:
+    """Whether ranks of different replicas hold different parts of the parameter."""
+    return mesh.sizes.ep > 1 and shard_of(name).expert
+
+
+def expert_group_name(mesh: Mesh) -> str:
+    """What DeepSpeed calls the group of ranks that together hold all experts."""
+    return f"ep_size_{mesh.sizes.ep}"
+
+
+def build_optimizer(named: dict[str, nn.Parameter], config: OptimizerConfig, mesh: Mesh) -> torch.optim.Optimizer:
+    """AdamW (arXiv:1711.05101), or plain SGD, which shows a wrong gradient scale that Adam hides.
+
+    Norms are not decayed. Fused: the per-tensor loop costs three times as much.
+    """
+    experts = [p for name, p in named.items() if is_cut_expert(name, mesh)]
+    dense = [p for name, p in named.items() if not is_cut_expert(name, mesh)]
     groups = [
-        {"params": matrices, "weight_decay": config.weight_decay, "name": "matrices"},
-        {"params": vectors, "weight_decay": 0.0, "name": "vectors"},
+        {"params": [p for p in dense if p.dim() > 1], "weight_decay": config.weight_decay, "name": "matrices"},
+        {"params": [p for p in dense if p.dim() <= 1], "weight_decay": 0.0, "name": "vectors"},
+        {"params": experts, "weight_decay": config.weight_decay, "name": expert_group_name(mesh), "moe": True},
     ]
+    groups = [group for group in groups if group["params"]]
+    if config.name == "sgd":
+        for group in groups:
+            group["weight_decay"] = 0.0
+        return torch.optim.SGD(groups, lr=config.lr)
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 
 
@@ -37,16 +59,30 @@ def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
     return floor + (config.lr - floor) * remaining
 
 
+def _sum_of_squares(tensors: list[Tensor], device: torch.device) -> Tensor:
+    if not tensors:
+        return torch.zeros((), device=device)
+    return torch.stack([tensor.float().pow(2).sum() for tensor in tensors]).sum()
+
+
 @torch.no_grad()
-def clip_by_global_norm(gradients: list[Tensor], max_norm: float, mesh: Mesh) -> float:
-    """Scale gradients in place so that the norm over every stage is at most `max_norm`.
+def clip_by_global_norm(gradients: dict[str, Tensor], max_norm: float, mesh: Mesh) -> float:
+    """Scale reduced gradients in place so that the norm over the whole model is at most `max_norm`.
+
+    A slice counts on each rank that holds it, a parameter that tensor-parallel ranks all hold counts once, and expert
+    slices are summed over expert-parallel ranks too.
 
     Returns:
         The norm before clipping. The formula is torch's clip_grad_norm_ (epsilon 1e-6 included).
     """
-    squares = torch.stack([g.float().pow(2).sum() for g in gradients]).sum()
+    counted = {n: g for n, g in gradients.items() if mesh.place["tp"] == 0 or shard_of(n).tp_dim is not None}
+    device = next(iter(gradients.values())).device
+    squares = _sum_of_squares([g for n, g in counted.items() if not is_cut_expert(n, mesh)], device)
+    if mesh.sizes.ep > 1:
+        experts = _sum_of_squares([g for n, g in counted.items() if is_cut_expert(n, mesh)], device)
+        squares = squares + mesh.all_reduce(experts, "ep")
     norm = mesh.all_reduce(squares, "model").sqrt()
     scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    for gradient in gradients:
+    for gradient in gradients.values():
         gradient.mul_(scale)
     return float(norm)

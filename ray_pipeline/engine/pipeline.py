@@ -1,96 +1,153 @@
-"""Runs a schedule on one pipeline stage: activations go to the next stage, their gradients come back.
+"""Runs a schedule on one pipeline rank: activations go to the next stage, their gradients come back.
 
-What travels is (hidden states, embeddings): the embeddings ride along for the MTP modules on the last stage, so no
-weight is tied across stages. Tokens do not travel: every stage reads the same batch.
+It knows neither what a model part computes nor what travels, only how many tensors of which shapes: `run_part` does
+the rest. Tokens do not travel: every stage reads the same batch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from model.layers.linear import WeightGradients, deferred_weight_gradients, separable_backward
 from model.parallel.mesh import Mesh
+from model.parallel.placement import parts_of, ranks_of
 from model.transformer import Transformer
 from ray_pipeline.data.batch import Batch
-from ray_pipeline.engine.schedule import Action
+from ray_pipeline.engine.pipeline_messages import Mailbox, connect
+from ray_pipeline.engine.schedule import Action, Schedule, build_schedule, forward_only
 
 Finish = Callable[[Transformer, Tensor, Tensor | None, Batch], Tensor]
 """(last stage, hidden after the final norm, embeddings or None, micro-batch) -> what the last stage makes of it."""
 
+RunPart = Callable[[int, list[Tensor], Batch, Finish], list[Tensor]]
+"""(local part index, carried tensors, micro-batch, finish) -> carried tensors; on the last stage, one: finish's."""
 
-class PipelineStage:
-    """One stage's forward and backward over micro-batches, with the exchanges between stages."""
 
-    def __init__(self, model: Transformer, mesh: Mesh, *, autocast_dtype: torch.dtype | None = None):
-        self.model, self.mesh, self.autocast_dtype = model, mesh, autocast_dtype
-        ranks, index = mesh.ranks("pp"), mesh.pp_rank
-        self.previous = ranks[index - 1] if index > 0 else None
-        self.next = ranks[index + 1] if index + 1 < len(ranks) else None
-        # Two tensors travel when the last stage predicts several tokens ahead, else one.
-        self.num_carried = 2 if model.config.num_nextn_predict_layers else 1
-        self.device = next(model.parameters()).device
+@dataclass
+class _Alive:
+    """What a backward needs: its inputs, which collect gradients, and the graph above them, not the outputs' values."""
 
-    def run(self, schedule: Sequence[Action], micro_batches: Sequence[Batch], finish: Finish) -> list[Tensor]:
-        """Execute the schedule; gradients accumulate in the parameters' `.grad`.
+    inputs: list[Tensor]
+    outputs: list[GradientEdge | None]
 
-        Args:
-            finish: on the last stage, gives a scalar loss per micro-batch when the schedule has backwards, and any
-                tensor otherwise.
+
+@dataclass
+class _Run:
+    """State of one run of a schedule."""
+
+    schedule: Schedule
+    mailbox: Mailbox
+    micro_batches: Sequence[Batch]
+    finish: Finish
+    train: bool
+    alive: dict[tuple[int, int], _Alive] = field(default_factory=dict)
+    deferred: dict[tuple[int, int], WeightGradients] = field(default_factory=dict)
+    results: dict[int, Tensor] = field(default_factory=dict)
+
+
+class Pipeline:
+    """The pipeline rank's parts of a model, run forward and backward over micro-batches in a schedule's order.
+
+    Args:
+        run_part: one part's forward, autocast included; in training the last stage's value is a scalar loss.
+        carried_shapes: shapes of the fp32 tensors between two stages, for a micro-batch; the same between all stages.
+        before_backward: called before every backward.
+    """
+
+    def __init__(
+        self,
+        mesh: Mesh,
+        schedule_name: str,
+        device: torch.device,
+        run_part: RunPart,
+        carried_shapes: Callable[[Batch], list[tuple[int, ...]]],
+        before_backward: Callable[[], None] | None = None,
+    ):
+        self.mesh, self.schedule_name, self.device = mesh, schedule_name, device
+        self.run_part, self.carried_shapes, self.before_backward = run_part, carried_shapes, before_backward
+        self.stages = parts_of(schedule_name, mesh.sizes.pp, mesh.pp_rank)
+        # Kept when a run fails: a receive still in progress writes into its tensor.
+        self._mailbox: Mailbox | None = None
+        connect(mesh, ranks_of(schedule_name, mesh.sizes.pp), device)
+
+    def run(self, micro_batches: Sequence[Batch], finish: Finish, *, train: bool) -> list[Tensor]:
+        """Forward of every micro-batch and, with `train`, backward; gradients accumulate in the parameters' `.grad`.
+
         Returns:
-            On the last stage, `finish`'s values, detached, per micro-batch; elsewhere an empty list.
+            `finish`'s values, detached, in the micro-batches' order, on the rank with the last stage; elsewhere [].
+        Raises:
+            CollectiveFailed: a message that did not arrive; says which.
         """
-        train = any(not action.forward for action in schedule)
-        alive: dict[int, tuple[list[Tensor], list[Tensor]]] = {}
-        results: list[Tensor] = []
-        shapes = [(*batch.tokens.shape, self.model.config.hidden_size) for batch in micro_batches]
-        incoming = self._exchange([], None, *self._expected(schedule[0], shapes))
-        for action, upcoming in zip(schedule, [*schedule[1:], None], strict=True):
-            if action.forward:
-                outputs = self._forward(incoming, micro_batches[action.micro_batch], finish, train)
-                if self.next is None:
-                    results.append(outputs[0].detach())
-                if train:
-                    alive[action.micro_batch] = (incoming, outputs)
-                sent, peer = [t.detach() for t in outputs], self.next
-            else:
-                inputs, outputs = alive.pop(action.micro_batch)
-                torch.autograd.backward(outputs, incoming if self.next is not None else None)
-                sent, peer = [torch.zeros_like(t) if t.grad is None else t.grad for t in inputs], self.previous
-            incoming = self._exchange(sent, peer, *self._expected(upcoming, shapes))
-        return results
+        assert self._mailbox is None, "an earlier run failed with messages on their way; build the engine anew"
+        build = build_schedule if train else forward_only
+        schedule = build(self.schedule_name, self.mesh.sizes.pp, len(micro_batches))
+        shapes = [self.carried_shapes(batch) for batch in micro_batches]
+        mailbox = self._mailbox = Mailbox(schedule, self.mesh, self.device, shapes)
+        run = _Run(schedule, mailbox, micro_batches, finish, train)
+        needs = [schedule.needs(action) for action in schedule.actions[self.mesh.pp_rank]]
+        for index, action in enumerate(schedule.actions[self.mesh.pp_rank]):
+            message = needs[index]
+            received = [] if message is None else mailbox.take(message)
+            # What is needed next travels while this action computes.
+            upcoming = next((later for later in needs[index + 1 :] if later is not None), None)
+            if upcoming is not None:
+                mailbox.expect(upcoming)
+            self._perform(run, action, received)
+        mailbox.finish()
+        self._mailbox = None
+        return [run.results[index] for index in sorted(run.results)]
 
-    def _forward(self, carried: list[Tensor], batch: Batch, finish: Finish, train: bool) -> list[Tensor]:
-        model = self.model
+    def _perform(self, run: _Run, action: Action, received: list[Tensor]) -> None:
+        if action.kind == "W":
+            run.deferred.pop((action.stage, action.micro_batch)).run()
+            return
+        made = self._forward(run, action, received) if action.kind == "F" else self._backward(run, action, received)
+        message = run.schedule.makes(action)
+        if message is not None:
+            run.mailbox.send(message, made)
+
+    def _forward(self, run: _Run, action: Action, carried: list[Tensor]) -> list[Tensor]:
+        """Outputs for the next stage, without their graph."""
+        batch, last = run.micro_batches[action.micro_batch], action.stage == run.schedule.stages - 1
         for tensor in carried:
-            tensor.requires_grad_(train)
-        enabled = self.autocast_dtype is not None
-        with torch.set_grad_enabled(train), torch.autocast(self.device.type, self.autocast_dtype, enabled=enabled):
-            rotation, mask = model.context(batch.doc_ids, batch.tokens.shape[1])
-            hidden = model.embed_tokens(batch.tokens) if model.is_first else carried[0]
-            ahead = (hidden if model.is_first else carried[1]) if self.num_carried == 2 else None
-            hidden = model.run_layers(hidden, rotation, mask)
-            if model.is_last:
-                return [finish(model, model.norm(hidden), ahead, batch)]
-        return [hidden] if ahead is None else [hidden, ahead]
+            tensor.requires_grad_(run.train)
+        with torch.set_grad_enabled(run.train), separable_backward(run.schedule.splits_backward):
+            outputs = self.run_part(self.stages.index(action.stage), carried, batch, run.finish)
+        if last:
+            run.results[action.micro_batch] = outputs[0].detach()
+        else:
+            shapes = run.mailbox.shapes[action.micro_batch]
+            made = [tuple(t.shape) for t in outputs]
+            assert made == [tuple(shape) for shape in shapes], f"{action} made {made}, announced were {shapes}"
+            assert all(t.dtype == torch.float32 for t in outputs), f"{action}: fp32 travels between stages"
+        if run.train:
+            # A loss without a graph is a mistake, a carried tensor without one is not.
+            edges = [get_gradient_edge(t) if last or t.requires_grad else None for t in outputs]
+            run.alive[action.stage, action.micro_batch] = _Alive(carried, edges)
+        return [tensor.detach() for tensor in outputs]
 
-    def _expected(self, action: Action | None, shapes: list[tuple[int, ...]]) -> tuple[list[Tensor], int | None]:
-        """Empty tensors for what `action` needs from a neighbour, and the neighbour."""
-        peer = None if action is None else self.previous if action.forward else self.next
-        if action is None or peer is None:
-            return [], None
-        shape = shapes[action.micro_batch]
-        return [torch.empty(shape, device=self.device) for _ in range(self.num_carried)], peer
+    def _backward(self, run: _Run, action: Action, gradients: list[Tensor]) -> list[Tensor]:
+        """Gradients of the inputs for the previous stage."""
+        alive = run.alive.pop((action.stage, action.micro_batch))
+        if self.before_backward is not None:
+            self.before_backward()
+        if action.kind == "I":
+            with deferred_weight_gradients() as run.deferred[action.stage, action.micro_batch]:
+                _backpropagate(alive.outputs, gradients)
+        else:
+            _backpropagate(alive.outputs, gradients)
+        return [torch.zeros_like(t) if t.grad is None else t.grad for t in alive.inputs]
 
-    def _exchange(self, sent: list[Tensor], to: int | None, received: list[Tensor], source: int | None) -> list[Tensor]:
-        """Send and receive. Both directions of one pair go as one batch, so that neither side can block the other."""
-        group = self.mesh.group("pp")
-        sends = [dist.P2POp(dist.isend, t.contiguous(), to, group) for t in sent] if to is not None else []
-        receives = [dist.P2POp(dist.irecv, t, source, group) for t in received]
-        batches = [sends + receives] if to == source else [sends, receives]
-        for operations in batches:
-            for work in dist.batch_isend_irecv(operations) if operations else []:
-                work.wait()
-        return received
+
+def _backpropagate(outputs: list[GradientEdge | None], gradients: list[Tensor]) -> None:
+    """Backward from a scalar loss (no `gradients`), or from carried tensors with theirs."""
+    edges = [edge for edge in outputs if edge is not None]
+    if not gradients:
+        torch.autograd.backward(edges)
+    elif edges:
+        torch.autograd.backward(edges, [g for edge, g in zip(outputs, gradients, strict=True) if edge is not None])

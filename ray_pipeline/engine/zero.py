@@ -1,92 +1,214 @@
-"""ZeRO (arXiv:1910.02054): optimizer state sharded over replicas. The only file that imports deepspeed."""
+"""ZeRO 1-3 (arXiv:1910.02054) through DeepSpeed: one DeepSpeed engine per pipeline rank, driven by our own pipeline.
+
+The only file that imports deepspeed. It sees fp32 weights always (bf16 runs compute under autocast), dense parameters
+replicated over dp x sp, and experts replicated over the ranks that hold the same ones. What DeepSpeed gets wrong in
+this setting is worked around here, each place with a note; tests/engine/test_deepspeed.py fails without them.
+"""
 
 from __future__ import annotations
 
 import logging
+import warnings
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from model.parallel.mesh import Mesh
-from model.transformer import Transformer
+from model.parallel.shard import shard_of
 from ray_pipeline.config import OptimizerConfig
-from ray_pipeline.engine.optimizer import build_adamw
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
+from ray_pipeline.engine import zero_settings
+from ray_pipeline.engine.optimizer import MOMENTS, build_optimizer, expert_group_name, is_cut_expert
 
 
 class ZeroUpdater:
-    """One DeepSpeed engine per pipeline stage; the pipeline itself is ours.
+    """DeepSpeed's optimizer for this rank's parameters.
 
-    The module is called directly, not through the engine: ZeRO 1 needs no autograd hooks, gradients accumulate in fp32
-    in `.grad` and `step` reduces them.
+    Args:
+        module: what runs forward; with `zero_stage` >= 2 call `run` instead, whose hooks reduce and gather.
+        named: the module's parameters by global name.
     """
 
-    def __init__(self, model: Transformer, mesh: Mesh, config: OptimizerConfig, zero_stage: int):
+    def __init__(
+        self,
+        module: nn.Module,
+        named: dict[str, nn.Parameter],
+        mesh: Mesh,
+        config: OptimizerConfig,
+        *,
+        zero_stage: int,
+        offload_optimizer: bool = False,
+    ):
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+        # DeepSpeed calls torch's collectives by names that newer releases rename.
+        warnings.filterwarnings("ignore", message=".*is deprecated. Please use", category=FutureWarning)
         import deepspeed
         import deepspeed.ops
 
         # On CPU, DeepSpeed would otherwise compile its shared-memory collectives at start, and fail without a compiler.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        self.model, self.mesh = model, mesh
-        settings = {
-            "train_micro_batch_size_per_gpu": 1,
-            "gradient_accumulation_steps": 1,
-            # Gradients of all micro-batches gather in `.grad`; `step` is the only boundary.
-            "managed_gradient_accumulation": False,
-            "gradient_clipping": config.grad_clip,
-            "zero_optimization": {"stage": zero_stage, "overlap_comm": False, "contiguous_gradients": True},
-            "zero_allow_untested_optimizer": True,
-        }
+        self.named, self.mesh, self.zero_stage = named, mesh, zero_stage
+        self.moments = MOMENTS[config.name]
+        self.loss_scale = float(mesh.sizes.replicas)  # DeepSpeed averages gradients over replicas
+        _mark_parameters(named, mesh)
+        if any(is_cut_expert(name, mesh) for name in named):
+            _announce_experts(module, named, mesh, zero_stage)
+        if zero_stage == 3:
+            _mend_stage_3()
         self.engine, self.zero, *_ = deepspeed.initialize(
-            model=model, optimizer=build_adamw(model, config), config=settings, mpu=mesh, dist_init_required=False
+            model=module,
+            optimizer=build_optimizer(named, config, mesh),
+            config=_settings(config, zero_stage, offload_optimizer, sum(p.numel() for p in named.values())),
+            mpu=mesh,
+            dist_init_required=False,
         )
         self.optimizer: torch.optim.Optimizer = self.zero.optimizer
 
+    def run(self, *args: Any) -> Any:
+        """The module's forward; under ZeRO 2 and 3 inside DeepSpeed's hooks, under ZeRO 1 without them."""
+        return self.engine(*args) if self.zero_stage >= 2 else self.engine.module(*args)
+
+    def before_backward(self) -> None:
+        """1F1B runs backwards without a forward between them, at which DeepSpeed would have reset its hooks."""
+        if self.zero_stage >= 2:
+            self.zero.clear_backward_seen_flag()
+
     def step(self) -> float:
-        for parameter in self.model.parameters():
-            if parameter.requires_grad:
-                # DeepSpeed averages over replicas; our losses are already divided by the global weight.
-                parameter.grad = (
-                    torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.mul_(self.mesh.dp)
-                )
-        self.zero.setup_buckets()
+        if self.zero_stage == 1:
+            for parameter in self.named.values():
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+            self.zero.setup_buckets()  # no hook has fired; `step` reduces what gathered in `.grad`
         self.engine.step()
         return float(self.engine.get_global_grad_norm())
 
-    def _flat_groups(self) -> list[Tensor]:
-        return list(self.zero.single_partition_of_fp32_groups)
+    def weights(self) -> dict[str, Tensor]:
+        from deepspeed.utils import safe_get_full_fp32_param
 
-    def _relink(self) -> None:
-        """Point every parameter at its part of the flat state; DeepSpeed itself links the first group alone."""
-        self.zero._hp_optimizer_states_linked = False
-        self.zero._lazy_init_hp_params_optimizer_state()
+        if self.zero_stage < 3:
+            return {name: parameter.detach() for name, parameter in self.named.items()}
+        return {n: safe_get_full_fp32_param(p).view(_shape(p)) for n, p in self.named.items()}
 
     def state(self) -> dict[str, Tensor]:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-        states: list[dict[str, Any]] = [s for s in self.optimizer.state.values() if "step" in s]
-        out: dict[str, Tensor] = {"step": torch.tensor(float(states[0]["step"]) if states else 0.0)}
-        if states:
-            self._relink()
-        for name, parameter in self.model.named_parameters():
-            out[f"model.{name}"] = safe_get_full_fp32_param(parameter).view(parameter.shape)
-            for key in MOMENTS:
-                full = safe_get_full_optimizer_state(parameter, key) if states else torch.zeros_like(parameter)
-                out[f"{key}.{name}"] = full.view(parameter.shape)
+        started = [s for s in self.optimizer.state.values() if "step" in s]
+        out: dict[str, Tensor] = {"step": torch.tensor(float(started[0]["step"]) if started else 0.0)}
+        self._relink()
+        for name, parameter in self.named.items():
+            shape = _shape(parameter)
+            out[f"model.{name}"] = safe_get_full_fp32_param(parameter).view(shape)
+            for key in self.moments:
+                full = safe_get_full_optimizer_state(parameter, key) if started else torch.zeros(shape)
+                out[f"{key}.{name}"] = full.view(shape)
         return out
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
-        for flat in self._flat_groups():  # torch's AdamW makes its state lazily; it must exist to be set
-            moments = {key: torch.zeros_like(flat) for key in MOMENTS}
-            self.optimizer.state[flat] = {"step": state["step"].clone(), **moments}
+        if self.moments:
+            for flat in self._flat_partitions():  # torch's AdamW makes its state lazily; it must exist to be set
+                moments = {key: torch.zeros_like(flat) for key in self.moments}
+                self.optimizer.state[flat] = {"step": state["step"].clone(), **moments}
         self._relink()
-        for name, parameter in self.model.named_parameters():
-            safe_set_full_fp32_param(parameter, state[f"model.{name}"])
-            for key in MOMENTS:
-                safe_set_full_optimizer_state(parameter, state[f"{key}.{name}"], key)
-        self.zero.update_lp_params()
+        for name, parameter in self.named.items():
+            safe_set_full_fp32_param(parameter, state[f"model.{name}"].contiguous())
+            for key in self.moments:
+                safe_set_full_optimizer_state(parameter, state[f"{key}.{name}"].contiguous(), key)
+        if self.zero_stage < 3:
+            self.zero.update_lp_params()
+        else:
+            for group in range(len(self.zero.fp16_groups)):
+                self.zero._reassign_or_swap_out_partitioned_parameters(group)
+
+    def _flat_partitions(self) -> list[Tensor]:
+        z = self.zero
+        return list(z.fp32_partitioned_groups_flat if self.zero_stage == 3 else z.single_partition_of_fp32_groups)
+
+    def _relink(self) -> None:
+        """Point every parameter at its part of the flat state; DeepSpeed itself links the first group alone."""
+        if self.zero_stage < 3 and self.optimizer.state:
+            self.zero._hp_optimizer_states_linked = False
+            self.zero._lazy_init_hp_params_optimizer_state()
+
+
+def _shape(parameter: nn.Parameter) -> torch.Size:
+    """ZeRO 3 leaves an empty tensor behind and keeps the shape aside."""
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def _settings(config: OptimizerConfig, zero_stage: int, offload_optimizer: bool, numbers: int) -> dict[str, Any]:
+    zero: dict[str, Any] = {
+        "stage": zero_stage,
+        "reduce_bucket_size": zero_settings.reduce_bucket(numbers),
+        # Reduction beside computation needs streams, which the CPU has none of.
+        "overlap_comm": zero_stage >= 2 and torch.cuda.is_available(),
+        "contiguous_gradients": True,  # ZeRO 1 with experts counts gradients twice without it
+    }
+    if zero_stage == 3:
+        zero["stage3_param_persistence_threshold"] = zero_settings.PERSISTENT
+        zero["stage3_max_live_parameters"] = zero_settings.LIVE
+        zero["stage3_prefetch_bucket_size"] = zero_settings.PREFETCH
+    if offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        # Gradients of all micro-batches gather; `step` is the only boundary.
+        "managed_gradient_accumulation": False,
+        "gradient_clipping": config.grad_clip,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # theirs is compiled at start; torch's AdamW runs on the CPU as well
+    }
+
+
+def _mark_parameters(named: dict[str, nn.Parameter], mesh: Mesh) -> None:
+    """Tell the gradient norm which parameters are slices; the others count on one tensor-parallel rank alone."""
+    for name, parameter in named.items():
+        parameter.model_parallel = mesh.sizes.tp > 1 and shard_of(name).tp_dim is not None  # type: ignore[attr-defined]
+
+
+def _announce_experts(module: nn.Module, named: dict[str, nn.Parameter], mesh: Mesh, zero_stage: int) -> None:
+    """Publish our expert groups under the names DeepSpeed looks up, and mark the experts' parameters."""
+    from deepspeed.moe.layer import MoE
+    from deepspeed.utils import groups
+
+    name, ep, replicas = expert_group_name(mesh), mesh.axis("ep"), mesh.axis("expert_replica")
+    groups._EXPERT_PARALLEL_GROUP[name] = ep.group
+    groups._EXPERT_PARALLEL_GROUP_RANKS[name] = list(ep.ranks)
+    groups._EXPERT_DATA_PARALLEL_GROUP[name] = mesh.group_or_alone("expert_replica")
+    groups._EXPERT_DATA_PARALLEL_GROUP_RANKS[name] = list(replicas.ranks)
+    groups.expert_tensor_parallel_world_size = mesh.sizes.tp  # the experts' norm is divided by a default otherwise
+
+    class Marker(MoE):
+        """Makes DeepSpeed treat the model as one with experts, without its own MoE layer."""
+
+        def __init__(self, num_experts: int):
+            nn.Module.__init__(self)
+            self.num_experts = num_experts
+
+        def set_deepspeed_parallelism(self, *args: Any, **kwargs: Any) -> None:
+            """The groups exist already."""
+
+    for key, parameter in named.items():
+        if not is_cut_expert(key, mesh):
+            continue
+        expert: Any = parameter
+        expert.allreduce, expert.group_name = False, name
+        if zero_stage == 3:
+            expert.ds_zero_placement_family, expert.ds_zero_partition_group_name = "autoep_expert", name
+            expert.ds_zero_partition_process_group = mesh.group_or_alone("expert_replica")
+    if zero_stage < 3:
+        module.deepspeed_marker = Marker(mesh.sizes.ep)
+
+
+def _mend_stage_3() -> None:
+    """Two defects of ZeRO 3 where ranks hold different models, as pipeline stages do."""
+    from deepspeed.runtime.zero import partitioned_param_coordinator
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+
+    # A check that broadcasts over the whole world hangs when stages have different parameters.
+    partitioned_param_coordinator.assert_ints_same_as_other_ranks = lambda ints: None
+    # The experts' norm is otherwise not summed over tensor- and pipeline-parallel ranks.
+    DeepSpeedZeroOptimizer_Stage3._grad_norm_counts_every_rank = lambda self, params, process_group: False

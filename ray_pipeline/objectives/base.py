@@ -27,6 +27,7 @@ class Objective(Protocol):
         """Stack [loss sum, *metric sums] as a vector; gradients flow through element 0 alone.
 
         Args:
-            hidden: [rows, seq, hidden_size] after the final norm. embeddings: the same shape, when MTP modules exist.
+            hidden: [rows, seq / sp, hidden_size] after the final norm; `batch.local` cuts per-token tensors to match.
+            embeddings: what `Transformer.predict_ahead` wants, when MTP modules exist.
         """
         ...

@@ -19,18 +19,18 @@ class CrossEntropy:
         self.mtp_weight = mtp_weight
 
     def weight(self, batch: Batch) -> float:
-        return float((batch.labels != IGNORE).sum())
+        return float((batch.local(batch.labels) != IGNORE).sum())
 
     def __call__(self, model: Transformer, hidden: Tensor, embeddings: Tensor | None, batch: Batch) -> Tensor:
-        main = cross_entropy_sum(hidden, model.lm_head.weight, batch.labels)
+        main = cross_entropy_sum(hidden, model.lm_head, batch.local(batch.labels))
         ahead, tokens = main.new_zeros(()), 0
         depths = len(model.mtp)
         if depths and (self.mtp_weight or not torch.is_grad_enabled()):
             assert embeddings is not None
             states = model.predict_ahead(hidden, embeddings, batch.doc_ids)
             for depth, state in enumerate(states, start=1):
-                labels = shifted_labels(batch.labels, batch.doc_ids, depth)
-                ahead = ahead + cross_entropy_sum(state, model.lm_head.weight, labels)
+                labels = batch.local(shifted_labels(batch.labels, batch.doc_ids, depth))
+                ahead = ahead + cross_entropy_sum(state, model.lm_head, labels)
                 tokens += int((labels != IGNORE).sum())
         total = main + self.mtp_weight / max(depths, 1) * ahead
         return torch.stack([total, main.detach(), ahead.detach(), main.new_tensor(float(tokens))])

@@ -6,7 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.loss import IGNORE
+from model.layers.vocab import Head
+from model.loss import IGNORE, log_softmax, negative_log_likelihood
+from model.parallel.collectives import reduce_from
 from model.transformer import Transformer
 from ray_pipeline.data.batch import Batch
 
@@ -20,20 +22,23 @@ class ForwardKl:
 
     metric_names = ("kl", "cross_entropy")
 
-    def __init__(self, temperature: float, teacher_head: Tensor | None):
+    def __init__(self, temperature: float, teacher_head: Head | None):
         self.temperature, self.teacher_head = temperature, teacher_head
 
     def weight(self, batch: Batch) -> float:
-        return float((batch.labels != IGNORE).sum())
+        return float((batch.local(batch.labels) != IGNORE).sum())
 
     def __call__(self, model: Transformer, hidden: Tensor, embeddings: Tensor | None, batch: Batch) -> Tensor:
         assert self.teacher_head is not None
-        kept = batch.labels != IGNORE
-        student_logits = F.linear(hidden[kept], model.lm_head.weight).float()
+        labels = batch.local(batch.labels)
+        kept = labels != IGNORE
+        axis = model.lm_head.tp
+        student_logits = model.lm_head(hidden[kept]).float()
         with torch.no_grad():
-            teacher_logits = F.linear(batch.extras["teacher_hidden"][kept], self.teacher_head).float()
-            teacher = F.log_softmax(teacher_logits / self.temperature, -1)
-        student = F.log_softmax(student_logits / self.temperature, -1)
+            teacher_hidden = batch.local(batch.extras["teacher_hidden"])[kept]
+            teacher = log_softmax(self.teacher_head(teacher_hidden).float() / self.temperature, axis)
+        student = log_softmax(student_logits / self.temperature, axis)
         kl = F.kl_div(student, teacher, log_target=True, reduction="sum") * self.temperature**2
-        ce = F.cross_entropy(student_logits.detach(), batch.labels[kept], reduction="sum")
+        kl = reduce_from(kl, axis)
+        ce = negative_log_likelihood(student_logits.detach(), labels[kept], axis).sum()
         return torch.stack([kl, kl.detach(), ce])

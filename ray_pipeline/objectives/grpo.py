@@ -23,18 +23,19 @@ class Grpo:
         self.beta, self.clip_low, self.clip_high, self.temperature = beta, clip_low, clip_high, temperature
 
     def weight(self, batch: Batch) -> float:
-        return float((batch.labels != IGNORE).sum())
+        return float((batch.local(batch.labels) != IGNORE).sum())
 
     def __call__(self, model: Transformer, hidden: Tensor, embeddings: Tensor | None, batch: Batch) -> Tensor:
-        mask = (batch.labels != IGNORE).float()
-        new = label_logprobs(hidden, model.lm_head.weight, batch.labels, self.temperature)
-        old, advantages = batch.extras["old_logprobs"], batch.extras["advantages"]
+        labels = batch.local(batch.labels)
+        mask = (labels != IGNORE).float()
+        new = label_logprobs(hidden, model.lm_head, labels, self.temperature)
+        old, advantages = batch.local(batch.extras["old_logprobs"]), batch.local(batch.extras["advantages"])
         ratio = (new - old).exp()
         clipped = ratio.clamp(1 - self.clip_low, 1 + self.clip_high)
         policy = -(torch.minimum(ratio * advantages, clipped * advantages) * mask).sum()
         kl = new.new_zeros(())
         if self.beta:
-            log_ratio = batch.extras["ref_logprobs"] - new
+            log_ratio = batch.local(batch.extras["ref_logprobs"]) - new
             kl = ((log_ratio.exp() - log_ratio - 1) * mask).sum()
         outside = ((ratio * advantages > clipped * advantages).float() * mask).sum()
         gap = ((new - old).abs() * mask).sum()

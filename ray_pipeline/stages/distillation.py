@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from model.config import ModelConfig
@@ -37,12 +36,9 @@ class TeacherSource:
         def finish(model: Transformer, hidden: Tensor, embeddings: Tensor | None, rows: Batch) -> Tensor:
             return hidden
 
-        hidden = self.teacher.forward(self.teacher.my_rows(batch), finish)
-        if hidden:  # the last pipeline stage; only its replica's rows are ever read
-            share, dp_rank = len(batch) // self.rank.mesh.dp, self.rank.mesh.dp_rank
-            full = torch.zeros(*batch.tokens.shape, self.teacher.config.hidden_size)
-            full[dp_rank * share : (dp_rank + 1) * share] = torch.cat(hidden).float().cpu()
-            batch.extras["teacher_hidden"] = full
+        hidden = self.teacher.per_token(batch, finish)
+        if hidden is not None:  # the rank with the last part, which alone reads it
+            batch.extras["teacher_hidden"] = hidden
         return batch
 
     def metrics(self) -> dict[str, float]:
@@ -63,7 +59,7 @@ def train(arguments: dict[str, Any]) -> dict[str, Any]:
     input_accuracy = heldout.baseline("input")
     engine = rank.trainer_engine(config, initial)
     teacher = rank.engine(teacher_config, initial=teacher_state)
-    head = teacher.model.lm_head.weight if teacher.model.is_last else None
+    head = teacher.last_part.lm_head if teacher.last_part is not None else None
 
     def evaluate() -> dict[str, float]:
         whole.sync(engine)

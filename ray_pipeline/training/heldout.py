@@ -14,7 +14,8 @@ from model.generate.decode import Decoder
 from model.transformer import Transformer
 from ray_pipeline.artifacts import write_json
 from ray_pipeline.data.tokenizer import load_tokenizer
-from ray_pipeline.engine.engine import Engine, all_ranks_gather
+from ray_pipeline.engine.engine import Engine
+from ray_pipeline.engine.gather import all_ranks_gather
 from ray_pipeline.evaluation.accuracy import EvalResult, evaluate_questions
 from ray_pipeline.training.rank import Rank
 

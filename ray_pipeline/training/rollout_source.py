@@ -8,7 +8,8 @@ from torch import Tensor
 from model.loss import label_logprobs
 from model.transformer import Transformer
 from ray_pipeline.data.batch import Batch
-from ray_pipeline.engine.engine import Engine, all_ranks_gather
+from ray_pipeline.engine.engine import Engine
+from ray_pipeline.engine.gather import all_ranks_gather
 from ray_pipeline.rollouts.sampler import Rollout, group_advantages, pack_rollouts, sample_groups
 from ray_pipeline.training.heldout import WholeModel, read_questions
 from ray_pipeline.training.rank import Rank
@@ -78,24 +79,13 @@ class RolloutSource:
         dp = rank.mesh.dp
         batch = batch.pad_rows(-(-len(batch) // dp) * dp)
         if self.reference is not None:
-            batch.extras["ref_logprobs"] = self._reference_logprobs(batch)
+            logprobs = self.reference.per_token(batch, self._reference_logprobs)
+            batch.extras["ref_logprobs"] = torch.zeros(batch.labels.shape) if logprobs is None else logprobs
         return batch
 
-    def _reference_logprobs(self, batch: Batch) -> Tensor:
-        """log p of the frozen model for this replica's rows, [rows, seq]; other rows, and other stages, hold zeros."""
-        assert self.reference is not None
-        temperature = self.settings.temperature
-
-        def finish(model: Transformer, hidden: Tensor, embeddings: Tensor | None, rows: Batch) -> Tensor:
-            return label_logprobs(hidden, model.lm_head.weight, rows.labels, temperature)
-
-        values = self.reference.forward(self.reference.my_rows(batch), finish)
-        out = torch.zeros(batch.labels.shape)
-        if values:
-            share = len(batch) // self.rank.mesh.dp
-            start = self.rank.mesh.dp_rank * share
-            out[start : start + share] = torch.cat(values).cpu()
-        return out
+    def _reference_logprobs(self, model: Transformer, hidden: Tensor, _: Tensor | None, rows: Batch) -> Tensor:
+        """log p of the frozen model for one micro-batch: [rows, seq / sp]."""
+        return label_logprobs(hidden, model.lm_head, rows.local(rows.labels), self.settings.temperature)
 
     def _summary(self, rollouts: list[Rollout], rewards: Tensor, advantages: Tensor) -> dict[str, float]:
         groups = rewards.view(-1, self.settings.group_size)

@@ -7,7 +7,7 @@ import torch
 from ray_pipeline.artifacts import atomic_path
 from ray_pipeline.data.batch import Batch
 from ray_pipeline.data.loader import PackedRows, row_order
-from ray_pipeline.engine.engine import all_ranks_gather
+from ray_pipeline.engine.gather import all_ranks_gather
 from ray_pipeline.rollouts.sampler import Rollout, pack_rollouts, sample_groups
 from ray_pipeline.training.heldout import WholeModel, read_questions
 from ray_pipeline.training.rank import Rank

@@ -12,7 +12,7 @@ from ray_pipeline.cli import main
 from ray_pipeline.config import PipelineFields
 from ray_pipeline.config_load import config_yaml, load_config
 from ray_pipeline.errors import StageFailed, UserError
-from ray_pipeline.layout_rules import Layout
+from ray_pipeline.layout import Layout
 
 
 class Recorder:

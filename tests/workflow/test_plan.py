@@ -158,7 +158,7 @@ def test_more_pipeline_ranks_need_less_memory_each():
 
 
 def test_ray_address_where_nothing_answers_is_told_at_once(tmp_path, monkeypatch):
-    from ray_pipeline.layout_rules import Layout
+    from ray_pipeline.layout import Layout
     from ray_pipeline.workflow import connected_ray
 
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")

@@ -177,7 +177,7 @@ def test_mistake_found_by_a_rank_is_told_and_not_tried_again(tmp_path):
 
 
 def test_ranks_the_cluster_can_never_hold_are_refused_before_anything_starts(tmp_path):
-    from ray_pipeline.layout_rules import Layout
+    from ray_pipeline.layout import Layout
 
     with pytest.raises(UserError, match=r"4 ranks with a GPU each: the Ray cluster has 0 GPUs and 2 CPUs on 1 node"):
         run_pipeline(toy.config(tmp_path), layout=Layout(gpus=4, dp=4, device="cuda"), stage_functions=toy.FUNCTIONS)

@@ -12,7 +12,7 @@ from typing import Any
 from ray_pipeline.artifacts import write_json
 from ray_pipeline.config import STAGES, PipelineFields
 from ray_pipeline.errors import UserError
-from ray_pipeline.layout_rules import Layout
+from ray_pipeline.layout import Layout
 from ray_pipeline.progress import Progress
 from ray_pipeline.stages.base import StageContext, StageResult
 

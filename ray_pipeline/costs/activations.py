@@ -1,0 +1,121 @@
+"""What the forward pass keeps for the backward pass, tensor by tensor, in bytes per token of one rank.
+
+Read off autograd's saved tensors of the layers in `model/`; a test holds every sum against them. `e` is the width of a
+number in the residual stream (fp32), `a` of a matmul's operand: under autocast every matmul keeps its own bf16 copy
+of its input, in fp32 all readers share one tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from model.config import ModelConfig
+from ray_pipeline.costs.weights import Weight
+from ray_pipeline.costs.workload import BF16, FP32, Workload
+
+INDEX = 8  # bytes of an int64
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """What differs between devices.
+
+    Attributes:
+        fused_norm: RMSNorm is one kernel; else the normalised input is kept too.
+    """
+
+    fused_norm: bool
+
+
+def kernels(device: str) -> Kernels:
+    """On CPU torch computes RMSNorm from smaller operations."""
+    return Kernels(fused_norm=device != "cpu")
+
+
+def _norm(width: int, on: Kernels, kept: int = FP32) -> int:
+    """Its input in fp32 (`kept` bytes a number) and the inverse root mean square; the output is its reader's."""
+    return kept * width + FP32 + (0 if on.fused_norm else FP32 * width)
+
+
+def _reads(width: int, work: Workload, matmuls: int, *, as_fp32: bool = False) -> int:
+    """One fp32 tensor read by `matmuls` matrix products, and by an fp32 operation that keeps it."""
+    if not work.bf16:
+        return FP32 * width
+    return BF16 * width * matmuls + (FP32 * width if as_fp32 else 0)
+
+
+def attention_tokens(work: Workload, on: Kernels) -> int:
+    """Norm and MLA, per token of the rank."""
+    model, a, heads = work.model, work.element, work.model.num_attention_heads // work.layout.tp
+    latent, rope = model.kv_lora_rank, model.qk_rope_head_dim
+    total = _norm(model.hidden_size, on) + _reads(model.hidden_size, work, 2)
+    if model.q_lora_rank is not None:
+        total += _norm(model.q_lora_rank, on) + _reads(model.q_lora_rank, work, 1)
+    # In fp32 the latent is a view that keeps the rotary key beside it alive.
+    total += _norm(latent, on) + _reads(latent, work, 1) + (0 if work.bf16 else FP32 * rope)
+    width, value = model.qk_head_dim, model.v_head_dim
+    padded = max(width, value)
+    total += heads * a * 2 * width  # queries and keys
+    total += heads * a * (padded if value < width else model.qk_nope_head_dim + value)  # values, padded or a view
+    total += heads * (a * padded + FP32)  # output and log-sum-exp
+    if value < width or work.layout.sp > 1:
+        total += heads * a * value  # the output without padding, as the projection reads it
+    return total
+
+
+def attention_mask(work: Workload) -> int:
+    """Per layer and micro-batch: SDPA turns the documents' mask into a bias of the queries' dtype and keeps it."""
+    return work.rows_at_once * work.seq_len**2 * work.element
+
+
+def dense_tokens(work: Workload, on: Kernels, inner: int | None = None) -> int:
+    """Norm and SwiGLU, per token."""
+    model = work.model
+    inner = (inner or model.intermediate_size) // work.layout.tp
+    # gate, silu(gate), up and their product
+    return _norm(model.hidden_size, on) + _reads(model.hidden_size, work, 2) + 4 * inner * work.element
+
+
+def expert_tokens(work: Workload, on: Kernels) -> int:
+    """Norm, router, routed and shared experts, per token, with routing in balance."""
+    model, a, k = work.model, work.element, work.model.num_experts_per_tok
+    hidden, inner = model.hidden_size, model.moe_intermediate_size // work.layout.tp
+    matmuls = 2 if model.n_shared_experts else 0
+    total = _norm(hidden, on) + _reads(hidden, work, matmuls, as_fp32=True)
+    total += _router(model)
+    exchanged = work.layout.ep > 1
+    # Four permutations of the chosen rows as int64: by expert (rows, weights), and back; two more after an exchange.
+    total += k * INDEX * (3 if not exchanged else 6)
+    rows = hidden * a + 5 * inner * a  # input; gate and up, silu(gate), silu(gate) * up, and that times the weight
+    total += k * (rows + a)
+    total += 4 * (model.n_shared_experts * inner) * a
+    return total
+
+
+def _router(model: ModelConfig) -> int:
+    """Scores, chosen experts, their weights before and after normalisation."""
+    k = model.num_experts_per_tok
+    total = FP32 * model.n_routed_experts + INDEX * k
+    return total + (FP32 * (k + 1) if model.norm_topk_prob else 0)
+
+
+def layer_bytes(work: Workload, on: Kernels, layer: int) -> int:
+    """What one block keeps of one micro-batch under the layout's activation checkpointing."""
+    model, tokens = work.model, work.tokens_at_once
+    checkpointing = work.layout.activation_checkpointing
+    if checkpointing == "full":
+        return tokens * FP32 * model.hidden_size  # its input alone
+    feed_forward = expert_tokens if model.is_moe_layer(layer) else dense_tokens
+    rest = tokens * feed_forward(work, on)
+    if checkpointing == "selective":
+        return tokens * FP32 * model.hidden_size + rest
+    return tokens * attention_tokens(work, on) + attention_mask(work) + rest
+
+
+def cast_weights(work: Workload, weights: Iterable[Weight]) -> int:
+    """Autocast's bf16 copies of the matrices; a micro-batch's graph keeps its own until its backward."""
+    if not work.bf16:
+        return 0
+    layout = work.layout
+    return sum(BF16 * weight.local(layout.tp, layout.ep) for weight in weights if weight.matmul)

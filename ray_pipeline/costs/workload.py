@@ -1,0 +1,117 @@
+"""What one optimizer step of a stage has to do and on which ranks: the question that the other files answer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from model.config import ModelConfig
+from model.parallel.placement import num_stages, parts_of, stage_layers
+from ray_pipeline.config import PipelineFields, TrainingConfig
+from ray_pipeline.layout import Layout
+
+FP32, BF16 = 4, 2  # bytes
+
+
+@dataclass(frozen=True)
+class Part:
+    """Consecutive layers that one pipeline rank runs as a unit.
+
+    Attributes:
+        stage: global index. first: with the embedding. last: with the final norm, the head and the MTP modules.
+    """
+
+    stage: int
+    layers: range
+    first: bool
+    last: bool
+
+    def text(self) -> str:
+        """`E+4`, `4`, `4+H`: how `--pp-layout` writes it."""
+        return "E+" * self.first + str(len(self.layers)) + "+H" * self.last
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One training stage in one layout.
+
+    Attributes:
+        rows: per optimizer step, over all replicas. micro_batch: rows per rank and forward pass.
+        trains_mtp: the MTP modules take part in the loss.
+        frozen: a second model that is only read (GRPO's reference, distillation's teacher).
+        moments: fp32 numbers that the optimizer keeps per weight.
+    """
+
+    stage: str
+    model: ModelConfig
+    layout: Layout
+    rows: int
+    seq_len: int
+    micro_batch: int
+    steps: int
+    bf16: bool = False
+    trains_mtp: bool = True
+    frozen: ModelConfig | None = None
+    moments: int = 2
+
+    @property
+    def element(self) -> int:
+        """Bytes of one operand of a matrix product."""
+        return BF16 if self.bf16 else FP32
+
+    @property
+    def replicas(self) -> int:
+        """Ranks that hold the same dense weights."""
+        return self.layout.dp * self.layout.sp
+
+    @property
+    def rows_per_replica(self) -> int:
+        return -(-self.rows // self.layout.dp)
+
+    @property
+    def rows_at_once(self) -> int:
+        """Rows of a full micro-batch."""
+        return min(self.micro_batch, self.rows_per_replica)
+
+    @property
+    def micro_batches(self) -> int:
+        """Forward passes per rank and step."""
+        return -(-self.rows_per_replica // self.rows_at_once)
+
+    @property
+    def tokens_at_once(self) -> int:
+        """Positions of a micro-batch that one rank computes."""
+        return self.rows_at_once * self.seq_len // self.layout.sp
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.rows * self.seq_len
+
+    def parts(self, model: ModelConfig | None = None) -> list[Part]:
+        """Every part of the pipeline, first layer to last."""
+        layout, model = self.layout, model or self.model
+        cut = stage_layers(model, num_stages(layout.schedule, layout.pp), layout.pp_layout)
+        last = len(cut) - 1
+        return [Part(stage, layers, stage == 0, stage == last) for stage, layers in enumerate(cut)]
+
+    def parts_of_rank(self, pp_rank: int) -> list[Part]:
+        """What pipeline rank `pp_rank` holds, in the order of the model."""
+        parts = self.parts()
+        return [parts[stage] for stage in parts_of(self.layout.schedule, self.layout.pp, pp_rank)]
+
+
+def workload(config: PipelineFields, layout: Layout, stage: str) -> Workload:
+    """The work of training stage `stage`; rollouts are taken to fill their rows."""
+    settings: TrainingConfig = getattr(config, stage)
+    grpo, model, rows = config.grpo, config.model, settings.batch_size
+    frozen: ModelConfig | None = None
+    if stage == "grpo":
+        rows = max(1, grpo.prompts_per_step * grpo.group_size // grpo.updates_per_rollout)
+        frozen = model if grpo.beta else None
+    elif stage == "distillation":
+        frozen, model = model, config.distillation.student.applied_to(model)
+    return Workload(
+        stage, model, layout, rows=rows, seq_len=config.data.seq_len, micro_batch=config.layout.micro_batch,
+        steps=settings.steps, bf16=settings.precision == "bf16", frozen=frozen,
+        trains_mtp=model.num_nextn_predict_layers > 0 and getattr(settings, "mtp_loss_weight", 0.0) > 0,
+        moments=2 if settings.optimizer.name == "adamw" else 0,
+    )  # fmt: skip
