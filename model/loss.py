@@ -43,7 +43,7 @@ def log_softmax(logits: Tensor, axis: Axis) -> Tensor:
 
 
 def negative_log_likelihood(logits: Tensor, labels: Tensor, axis: Axis) -> Tensor:
-    """-log p(label) of each row, in nats. logits [rows, vocab_size / tp] in fp32; labels [rows], none of them IGNORE."""
+    """-log p(label) in nats, [rows]. logits: [rows, vocab_size / tp] in fp32; labels: [rows], none of them IGNORE."""
     if axis.size == 1:
         return F.cross_entropy(logits, labels, reduction="none")
     logprobs = log_softmax(logits, axis)

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -183,8 +183,12 @@ def damage(folder: Path, *, share: tuple[int, int] = (0, 1)) -> str | None:
     """
     if not (folder / MANIFEST).is_file():
         return f"{folder / MANIFEST}: missing, so {folder.name} was not written to its end"
+    try:
+        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+    except (ValueError, KeyError) as error:  # ValueError: not JSON, or not even text
+        return f"{folder / MANIFEST}: damaged ({error})"
     index, count = share
-    for name, entry in sorted(read_json(folder / MANIFEST)["files"].items())[index::count]:
+    for name, entry in sorted(files.items())[index::count]:
         path = folder / name
         if not path.is_file():
             return f"{path}: missing; the manifest lists it"

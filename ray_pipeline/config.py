@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
 
 from model.config import ModelConfig
 
@@ -48,6 +48,12 @@ class LayoutConfig(Section):
     micro_batch: PositiveInt = Field(8, description="rows per rank and forward pass")
     timeout_seconds: PositiveFloat = Field(600.0, description="a collective that waits longer is an error")
     max_restarts: NonNegativeInt = Field(2, description="times Ray Train restarts a stage's workers after one died")
+
+    @field_validator("activation_checkpointing", mode="before")
+    @classmethod
+    def _none_is_a_name_here(cls, value: object) -> object:
+        """Written as a flag or in the environment, `none` reads as null."""
+        return "none" if value is None else value
 
 
 class SourceConfig(Section):
@@ -109,6 +115,7 @@ class TrainingConfig(Section):
     eval_every: PositiveInt = 100
     checkpoint_every: PositiveInt = 50
     keep_checkpoints: PositiveInt = 2
+    keep_best: bool = Field(True, description="keep the checkpoint with the best evaluation too, and name it")
     log_every: PositiveInt = 5
 
 

@@ -37,7 +37,9 @@ _SECTIONS: dict[str, tuple[str, ...]] = {
 }
 # How often something is written or measured does not change the weights; GRPO's rows come from rollouts.
 _NO_RESULT = {
-    f"{s}.{k}" for s in TRAINING_STAGES for k in ("eval_every", "checkpoint_every", "keep_checkpoints", "log_every")
+    f"{s}.{k}"
+    for s in TRAINING_STAGES
+    for k in ("eval_every", "checkpoint_every", "keep_checkpoints", "keep_best", "log_every")
 }
 _NO_RESULT.add("grpo.batch_size")
 

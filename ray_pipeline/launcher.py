@@ -1,32 +1,37 @@
 """Starts the ranks of a stage: as a Ray Train job, as local processes, or inside this process. Knows nothing of stages.
 
-A rank's error is written into `<stage folder>/errors`, so that the launcher can tell the cause from its echoes on the
-other ranks, and a user's mistake from a bug, whichever way the ranks were started.
+What ranks end in is told through `rank_errors`.
 """
 
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import pickle
 import shutil
+import socket
 import tempfile
 import time
-import traceback
 from collections.abc import Sequence
 from contextlib import ExitStack
+from datetime import timedelta
 from pathlib import Path
-from types import TracebackType
-from typing import Any, TextIO, cast
+from typing import Any, cast
 
-from ray_pipeline.artifacts import write_json, writing
-from ray_pipeline.errors import StageFailed, UserError
+from ray_pipeline.artifacts import writing
+from ray_pipeline.errors import UserError
+from ray_pipeline.rank_errors import (
+    ERRORS,
+    WORKERS_LOCK,
+    RankScope,
+    explain_failure,
+    raise_user_error,
+    rank_errors,
+)
 from ray_pipeline.stages.base import RankFunction
 
-WORKERS_LOCK = ".workers.lock"
 LOCK_WAIT = 60.0  # seconds a new attempt waits for the workers of a killed one to go
-ERRORS = "errors"
+FAREWELL = 3.0  # seconds ranks have to record their errors after one of them ended
 # glibc returns large buffers to the kernel at once; keeping them saves 2-3x on big fresh outputs (page faults).
 MALLOC = {
     "MALLOC_MMAP_THRESHOLD_": "4294967296",
@@ -50,64 +55,6 @@ def cpus_per_rank(node_cpus: Sequence[float], ranks: int) -> float:
         if sum(int(cpus / share + 1e-9) for cpus in node_cpus) >= ranks:
             return share
     return 0.0
-
-
-class RankScope:
-    """What surrounds a rank's work: the shared workers' lock, and a record of the error it may end in."""
-
-    def __init__(self, folder: Path, rank: int):
-        self.folder, self.rank = folder, rank
-        self._lock: TextIO | None = None
-
-    def __enter__(self) -> RankScope:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = (self.folder / WORKERS_LOCK).open("a")
-        fcntl.flock(self._lock, fcntl.LOCK_SH)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if error is not None:
-            text = "".join(traceback.format_exception(kind, error, trace))
-            place = traceback.extract_tb(trace)[-1] if trace is not None else None
-            write_json(
-                self.folder / ERRORS / f"rank-{self.rank}.json",
-                {
-                    "rank": self.rank,
-                    "user_error": isinstance(error, UserError),
-                    "cause": str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}",
-                    "place": f"{place.filename}:{place.lineno}" if place else "",
-                    "traceback": text,
-                    "time": time.time(),
-                },
-            )
-        assert self._lock is not None
-        self._lock.close()
-
-
-def rank_errors(folder: Path) -> list[dict[str, Any]]:
-    """What ranks recorded since the launch, earliest first: the first is the cause, the others mostly its echoes."""
-    files = sorted((folder / ERRORS).glob("rank-*.json"))
-    found = [json.loads(path.read_text(encoding="utf-8")) for path in files]
-    return sorted(found, key=lambda entry: entry["time"])
-
-
-def _raise_user_error(folder: Path) -> None:
-    for entry in rank_errors(folder):
-        if entry["user_error"]:
-            raise UserError(entry["cause"])
-
-
-def explain_failure(folder: Path, fallback: str, details: str) -> StageFailed:
-    """The error a stage ended in, from what its ranks recorded; a rank that was killed recorded nothing."""
-    _raise_user_error(folder)
-    errors = rank_errors(folder)
-    if not errors:
-        return StageFailed(fallback, details)
-    first = errors[0]
-    text = "\n\n".join(f"rank {entry['rank']}:\n{entry['traceback']}" for entry in errors)
-    return StageFailed(f"rank {first['rank']}: {first['cause']} ({first['place']})", f"{text}\n\n{details}")
 
 
 def prepare_folder(folder: Path, *, wait: float = LOCK_WAIT) -> None:
@@ -154,14 +101,19 @@ class InlineLauncher:
                 dist.destroy_process_group()
 
 
-def _process_rank(rank: int, world: int, store: str, function: RankFunction, arguments: dict[str, Any]) -> None:
+def _process_rank(
+    rank: int, world: int, store: str, timeout: float, function: RankFunction, arguments: dict[str, Any]
+) -> None:
     """Body of one spawned process."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
     os.environ.update(worker_environment(world, os.cpu_count() or 1, "cpu"))
     with RankScope(Path(arguments["folder"]), rank):
         import torch.distributed as dist
 
-        dist.init_process_group("gloo", init_method=f"file://{store}/rendezvous", rank=rank, world_size=world)
+        dist.init_process_group(
+            "gloo", init_method=f"file://{store}/rendezvous", rank=rank, world_size=world,
+            timeout=timedelta(seconds=timeout),
+        )  # fmt: skip
         value = function(arguments)
         if rank == 0:
             Path(store, "value").write_bytes(pickle.dumps(value))
@@ -170,10 +122,14 @@ def _process_rank(rank: int, world: int, store: str, function: RankFunction, arg
 
 
 class ProcessLauncher:
-    """CPU ranks as processes of this machine over gloo, without Ray: for tests and debugging."""
+    """CPU ranks as processes of this machine over gloo, without Ray: for tests and debugging.
 
-    def __init__(self, ranks: int):
-        self.ranks = ranks
+    Args:
+        timeout_seconds: limit of every collective.
+    """
+
+    def __init__(self, ranks: int, *, timeout_seconds: float = 600.0):
+        self.ranks, self.timeout_seconds = ranks, timeout_seconds
 
     def run(self, name: str, function: RankFunction, arguments: dict[str, Any]) -> dict[str, Any]:
         """Spawn the ranks, wait, and return rank 0's value; no restarts."""
@@ -182,8 +138,11 @@ class ProcessLauncher:
         folder = Path(arguments["folder"])
         prepare_folder(folder)
         with tempfile.TemporaryDirectory() as store:
+            job = (self.ranks, store, self.timeout_seconds, function, arguments)
             try:
-                mp.spawn(_process_rank, (self.ranks, store, function, arguments), nprocs=self.ranks)
+                processes = mp.spawn(_process_rank, job, nprocs=self.ranks, join=False)
+                while not processes.join(grace_period=FAREWELL):
+                    pass
             except (mp.ProcessRaisedException, mp.ProcessExitedException) as error:
                 raise explain_failure(folder, f"{name}: a rank's process ended: {error}", str(error)) from None
             return pickle.loads(Path(store, "value").read_bytes())
@@ -197,8 +156,33 @@ def _ray_rank(job: dict[str, Any]) -> dict[str, Any] | None:
     if any(entry["user_error"] for entry in rank_errors(folder)):
         # Ray Train restarts after any error, but a user's mistake stays one: end at once, the launcher tells it.
         return None
-    with RankScope(folder, ray.train.get_context().get_world_rank()):
+    context = ray.train.get_context()
+    with RankScope(folder, context.get_world_rank()):
+        usable = max((size for size in job["sizes"] if size <= context.get_world_size()), default=0)
+        if usable < context.get_world_size() and not _go_on_with(usable, job["timeout"]):
+            return None  # a spare rank: it waits for nothing, and is used again when a lost one comes back
         return job["function"](job["arguments"])
+
+
+def _go_on_with(ranks: int, timeout: float) -> bool:
+    """Make a torch.distributed world of the first `ranks` ranks; False on the others, which have none any more."""
+    import torch.distributed as dist
+
+    backend, rank = dist.get_backend_config(), dist.get_rank()
+    address: list[Any] = [None]
+    if rank == 0:
+        with socket.socket() as free:
+            free.bind(("", 0))
+            address = [f"tcp://{os.environ['MASTER_ADDR']}:{free.getsockname()[1]}"]
+    dist.broadcast_object_list(address, 0)
+    dist.destroy_process_group()
+    if rank >= ranks:
+        return False
+    dist.init_process_group(
+        backend, init_method=address[0], rank=rank, world_size=ranks, timeout=timedelta(seconds=timeout)
+    )
+    os.environ["WORLD_SIZE"] = str(ranks)
+    return True
 
 
 class RayLauncher:
@@ -207,16 +191,29 @@ class RayLauncher:
     Args:
         ranks: number of workers. device: "cpu" (gloo) or "cuda" (one GPU per worker, nccl with gloo for CPU tensors).
         max_restarts: deaths that are survived. timeout_seconds: limit of every collective.
+        elastic: numbers of ranks to go on with while the cluster has not enough for all; none: wait for all.
     """
 
-    def __init__(self, ranks: int, device: str, *, max_restarts: int = 2, timeout_seconds: float = 600.0):
+    def __init__(
+        self,
+        ranks: int,
+        device: str,
+        *,
+        max_restarts: int = 2,
+        timeout_seconds: float = 600.0,
+        elastic: Sequence[int] = (),
+    ):
         self.ranks, self.device = ranks, device
         self.max_restarts, self.timeout_seconds = max_restarts, timeout_seconds
+        self.sizes = sorted({ranks, *elastic})
 
     def run(self, name: str, function: RankFunction, arguments: dict[str, Any]) -> dict[str, Any]:
         """Run `function` on every rank and return rank 0's value."""
         # Read by Ray Train's controller: it looks at its workers ten times a second, not once in two.
         os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.1"
+        if len(self.sizes) > 1:
+            # Right after a node is gone Ray still counts on it once; how long it waits for the workers to fit there.
+            os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = "30"
         from ray.train import FailureConfig, RunConfig
         from ray.train.torch import TorchConfig, TorchTrainer
         from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
@@ -233,7 +230,12 @@ class RayLauncher:
         }
         trainer: Any = TorchTrainer(
             cast(Any, _ray_rank),
-            train_loop_config={"function": function, "arguments": arguments},
+            train_loop_config={
+                "function": function,
+                "arguments": arguments,
+                "sizes": self.sizes,
+                "timeout": self.timeout_seconds,
+            },
             torch_config=TorchConfig(
                 backend="gloo" if self.device == "cpu" else "cpu:gloo,cuda:nccl", timeout_s=int(self.timeout_seconds)
             ),
@@ -249,7 +251,7 @@ class RayLauncher:
             raise explain_failure(folder, fallback, str(error)) from None
         finally:
             shutil.rmtree(folder / "ray", ignore_errors=True)
-        _raise_user_error(folder)
+        raise_user_error(folder)
         assert value is not None, "every rank gave up without telling why"
         return value
 
@@ -265,14 +267,19 @@ class RayLauncher:
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         cpus, gpus = ([node.get(kind, 0.0) for node in nodes] for kind in ("CPU", "GPU"))
         there = f"the Ray cluster has {sum(gpus):g} GPUs and {sum(cpus):g} CPUs on {len(nodes)} node(s)"
-        if self.device == "cuda" and sum(int(count) for count in gpus) < self.ranks:
+        if self.device == "cuda" and sum(int(count) for count in gpus) < self.sizes[0]:
             raise UserError(
-                f"{self.ranks} ranks with a GPU each: {there}. Use fewer --gpus, --backend cpu, or a larger cluster."
+                f"{self.sizes[0]} ranks with a GPU each: {there}. Use fewer --gpus, --backend cpu, or a larger cluster."
             )
         share = cpus_per_rank(cpus, self.ranks)
         if share == 0.0:
             raise UserError(f"{self.ranks} ranks: {there}. Start Ray with CPUs (`ray start --num-cpus`).")
         # With GPUs the CPU share may not decide the placement: a rank goes where its GPU is.
         resources = {"CPU": min(share, 0.01)} | {"GPU": 1.0} if self.device == "cuda" else {"CPU": share}
-        scaling = ScalingConfig(num_workers=self.ranks, use_gpu=self.device == "cuda", resources_per_worker=resources)
+        workers: Any = self.ranks
+        if len(self.sizes) > 1:
+            workers = (self.sizes[0], self.ranks)
+            # Ray floors the quotient of floats, in which 1.0 holds 0.2 four times: ask for one step less.
+            resources["CPU"] = round(resources["CPU"] - 0.0001, 4)
+        scaling = ScalingConfig(num_workers=workers, use_gpu=self.device == "cuda", resources_per_worker=resources)
         return scaling, os.cpu_count() or 1

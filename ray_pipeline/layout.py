@@ -88,3 +88,16 @@ def with_layout(config: PipelineFields, layout: Layout) -> PipelineFields:
         "min_gpus": layout.min_gpus,
     }
     return config.model_copy(update={"layout": config.layout.model_copy(update=values)})
+
+
+def stored_layout(config: PipelineFields, device: Literal["cpu", "cuda"]) -> Layout:
+    """Inverse of `with_layout`."""
+    stored = config.layout
+    others = stored.pp_size * stored.tp_size * stored.sp_size
+    gpus = stored.gpus or others * (stored.dp_size or 1)
+    return Layout(
+        gpus=gpus, pp=stored.pp_size, dp=gpus // others, tp=stored.tp_size, ep=stored.ep_size, sp=stored.sp_size,
+        zero_stage=stored.zero_stage, device=device, schedule=stored.schedule, pp_layout=stored.pp_layout,
+        activation_checkpointing=stored.activation_checkpointing, offload_optimizer=stored.offload_optimizer,
+        min_gpus=stored.min_gpus,
+    )  # fmt: skip

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from itertools import combinations
-from math import gcd, log2, prod
+from collections.abc import Iterable, Iterator
+from dataclasses import fields, replace
+from itertools import product
+from math import gcd, log2
 from typing import Any, Literal
 
-from model.parallel.placement import PARTS_PER_RANK
 from ray_pipeline.config import PipelineFields
 from ray_pipeline.errors import UserError
 from ray_pipeline.layout import Layout
@@ -23,75 +22,60 @@ def nearest_legal(config: PipelineFields, wanted: Layout, most_gpus: int) -> Lay
 
     Among equals: the one with as many ranks as wanted, then the one with the least changed sizes.
     """
-    values = _candidates(config, wanted, most_gpus)
-    if wanted.gpus <= most_gpus and refusal(config, wanted) is None:
-        return wanted
-    for changes in range(1, len(values) + 1):
-        legal = [found for found in _changed(wanted, values, changes, most_gpus) if refusal(config, found) is None]
+    sizes = _by_changes(wanted, _sizes(config, wanted, most_gpus))
+    options = _by_changes(wanted, _options(wanted))
+    for changes in range(len(fields(Layout)) + 1):
+        pairs = (pair for i, found in sizes.items() for pair in product(found, options.get(changes - i, ())))
+        layouts = (replace(wanted, **size, **option) for size, option in pairs)
+        legal = [layout for layout in layouts if refusal(config, layout) is None]
         if legal:
-            return min(legal, key=lambda found: _distance(wanted, found))
+            return min(legal, key=lambda layout: _distance(wanted, layout))
     raise AssertionError("one rank without any option breaks no rule")
 
 
-def _candidates(config: PipelineFields, wanted: Layout, most_gpus: int) -> dict[str, list[Any]]:
-    """Setting -> the values it could be changed to; those that no other setting could make legal are left out."""
+def _sizes(config: PipelineFields, wanted: Layout, most_gpus: int) -> Iterator[dict[str, Any]]:
+    """Sizes of up to `most_gpus` ranks. Those that would break a rule whatever the other sizes are left out."""
     layers = min(model.num_hidden_layers for _, model in models(config))
-    widths = ("num_attention_heads", "intermediate_size", "moe_intermediate_size", "vocab_size")
-    sizes: dict[str, Sequence[int]] = {
-        "pp": range(1, min(layers, most_gpus) + 1),
-        "dp": _divisors(gcd(*batches(config).values()), most_gpus),
-        "tp": _divisors(gcd(*(shared(config, key) for key in widths)), most_gpus),
-        "sp": _divisors(gcd(shared(config, "num_attention_heads"), config.data.seq_len), most_gpus),
-        "ep": _divisors(shared(config, "n_routed_experts"), most_gpus),
+    heads, experts = shared(config, "num_attention_heads"), shared(config, "n_routed_experts")
+    widths = (shared(config, key) for key in ("intermediate_size", "moe_intermediate_size", "vocab_size"))
+    rows = gcd(*batches(config).values())
+    for tp in _divisors(gcd(heads, *widths), most_gpus):
+        for sp in _divisors(gcd(heads // tp, config.data.seq_len), most_gpus // tp):
+            for dp in _divisors(rows, most_gpus // (tp * sp)):
+                for pp in range(1, min(layers, most_gpus // (tp * sp * dp)) + 1):
+                    for ep in _divisors(gcd(experts, dp * sp), dp * sp):
+                        yield {"gpus": pp * dp * tp * sp, "pp": pp, "dp": dp, "tp": tp, "sp": sp, "ep": ep}
+
+
+def _options(wanted: Layout) -> Iterator[dict[str, Any]]:
+    """What is not a size: as wanted, or given up."""
+    choices = {
+        "zero_stage": range(4) if wanted.offload_optimizer else range(wanted.zero_stage + 1),
+        "schedule": _SCHEDULES,
+        "pp_layout": {wanted.pp_layout, None},
+        "offload_optimizer": {wanted.offload_optimizer, False},
+        "min_gpus": {wanted.min_gpus, None},
     }
-    values: dict[str, list[Any]] = {
-        "gpus": [],  # follows from the others; in the table so that changing it counts
-        **{axis: [size for size in found if size != getattr(wanted, axis)] for axis, found in sizes.items()},
-        "zero_stage": [stage for stage in range(wanted.zero_stage)],
-        "schedule": [name for name in _SCHEDULES if name != wanted.schedule],
-        "pp_layout": [] if wanted.pp_layout is None else [None],
-        "offload_optimizer": [False] if wanted.offload_optimizer else [],
-        "min_gpus": [] if wanted.min_gpus is None else [None],
-    }
-    if wanted.offload_optimizer:
-        values["zero_stage"] += [stage for stage in (2, 3) if stage > wanted.zero_stage]
-    return values
+    return (dict(zip(choices, values, strict=True)) for values in product(*choices.values()))
+
+
+def _by_changes(wanted: Layout, found: Iterable[dict[str, Any]]) -> dict[int, list[dict[str, Any]]]:
+    """Number of settings that differ from the wanted ones -> settings."""
+    out: dict[int, list[dict[str, Any]]] = {}
+    for values in found:
+        out.setdefault(sum(value != getattr(wanted, key) for key, value in values.items()), []).append(values)
+    return out
 
 
 def _divisors(number: int, most: int) -> list[int]:
     return [size for size in range(1, min(number, most) + 1) if number % size == 0]
 
 
-def _changed(wanted: Layout, values: dict[str, list[Any]], changes: int, most_gpus: int) -> Iterator[Layout]:
-    """Layouts that differ from `wanted` in exactly `changes` settings, the number of ranks among them."""
-    for keys in combinations(values, changes):
-        axes = tuple(key for key in keys if key != "gpus")
-        for found in _assignments(wanted, {key: values[key] for key in axes}, most_gpus):
-            if (found.gpus != wanted.gpus) == ("gpus" in keys):
-                yield found
-
-
-def _assignments(wanted: Layout, values: dict[str, list[Any]], most_gpus: int) -> Iterator[Layout]:
-    if not values:
-        gpus = prod((wanted.pp, wanted.dp, wanted.tp, wanted.sp))
-        if gpus <= most_gpus:
-            yield replace(wanted, gpus=gpus)
-        return
-    key, *others = values
-    rest = {other: values[other] for other in others}
-    ranks = prod(getattr(wanted, axis) for axis in ("pp", "dp", "tp", "sp") if axis != key and axis not in rest)
-    for value in values[key]:
-        if key in ("pp", "dp", "tp", "sp") and ranks * value > most_gpus:
-            break  # values ascend
-        yield from _assignments(replace(wanted, **{key: value}), rest, most_gpus)
-
-
 def _distance(wanted: Layout, found: Layout) -> tuple[float, ...]:
     """Missing ranks first, then by how much sizes changed, then what was given up besides."""
     sizes = sum(abs(log2(size / found.sizes()[axis])) for axis, size in wanted.sizes().items())
-    schedule = abs(_SCHEDULES.index(wanted.schedule) - _SCHEDULES.index(found.schedule)) / 4
-    given_up = schedule + abs(wanted.zero_stage - found.zero_stage) + (wanted.offload_optimizer > found.offload_optimizer)
-    return abs(found.gpus - wanted.gpus), sizes, given_up, PARTS_PER_RANK[found.schedule]
+    schedule = abs(_SCHEDULES.index(wanted.schedule) - _SCHEDULES.index(found.schedule)) / len(_SCHEDULES)
+    return abs(found.gpus - wanted.gpus), sizes, schedule + abs(wanted.zero_stage - found.zero_stage), found.pp
 
 
 def resolve_layout(config: PipelineFields, gpus_available: int, cpu_only: bool = False) -> Layout:

@@ -71,6 +71,58 @@ def _sizes_multiply(config: PipelineFields, layout: Layout) -> Refusal | None:
     )
 
 
+def _schedule_has_a_pipeline(config: PipelineFields, layout: Layout) -> Refusal | None:
+    if layout.schedule == "1f1b" or layout.pp > 1:
+        return None
+    return Refusal(
+        f"schedule={layout.schedule}",
+        "it orders the work of several pipeline ranks, and pp_size=1",
+        "Use --schedule 1f1b, or --pp-size 2",
+    )
+
+
+def _zero_3_has_one_part(config: PipelineFields, layout: Layout) -> Refusal | None:
+    if layout.zero_stage < 3 or PARTS_PER_RANK[layout.schedule] == 1:
+        return None
+    return Refusal(
+        f"zero_stage=3 with schedule={layout.schedule}",
+        "two parts of the model on a rank would gather weights that the other part still reads",
+        f"Use --schedule 1f1b, or --zero-stage {1 if layout.schedule in V_SHAPED else 2}",
+    )
+
+
+def _zero_2_has_whole_backward(config: PipelineFields, layout: Layout) -> Refusal | None:
+    if layout.zero_stage < 2 or layout.schedule not in V_SHAPED:
+        return None
+    return Refusal(
+        f"zero_stage={layout.zero_stage} with schedule={layout.schedule}",
+        "gradients are reduced while backward makes them, and this schedule makes weight gradients later",
+        "Use --zero-stage 1, or --schedule 1f1b",
+    )
+
+
+def _offload_has_zero(config: PipelineFields, layout: Layout) -> Refusal | None:
+    if not layout.offload_optimizer or layout.zero_stage >= 2:
+        return None
+    return Refusal(
+        "offload_optimizer=true",
+        f"only ZeRO 2 and 3 keep optimizer state in CPU memory, and zero_stage={layout.zero_stage}",
+        "Use --zero-stage 2, or --no-offload-optimizer",
+    )
+
+
+def _experts_fit_replicas(config: PipelineFields, layout: Layout) -> Refusal | None:
+    replicas = layout.dp * layout.sp
+    if replicas % layout.ep == 0:
+        return None
+    return Refusal(
+        f"ep_size={layout.ep}",
+        f"experts are spread over dp_size={layout.dp} x sp_size={layout.sp} = {replicas} replicas, which "
+        f"{layout.ep} does not divide",
+        f"Use --ep-size {gcd(replicas, layout.ep)}, or more replicas",
+    )
+
+
 def _layers_fill_stages(config: PipelineFields, layout: Layout) -> Refusal | None:
     stages = num_stages(layout.schedule, layout.pp)
     for key, model in models(config):
@@ -132,6 +184,20 @@ def _sequence_is_cut(config: PipelineFields, layout: Layout) -> Refusal | None:
     )
 
 
+def _widths_are_shared(config: PipelineFields, layout: Layout) -> Refusal | None:
+    for key, model in models(config):
+        for name in ("intermediate_size", "moe_intermediate_size", "vocab_size"):
+            width = getattr(model, name)
+            if width % layout.tp:
+                largest, fitting = _largest_divisor(shared(config, name), layout.tp), -(-width // layout.tp) * layout.tp
+                return Refusal(
+                    f"tp_size={layout.tp}",
+                    f"{key}.{name}={width} cannot be cut into {layout.tp} equal parts",
+                    f"Use --tp-size {largest}, or --set {key}.{name}={fitting}",
+                )
+    return None
+
+
 def _experts_are_shared(config: PipelineFields, layout: Layout) -> Refusal | None:
     for key, model in models(config):
         experts = model.n_routed_experts
@@ -144,31 +210,6 @@ def _experts_are_shared(config: PipelineFields, layout: Layout) -> Refusal | Non
     return None
 
 
-def _experts_fit_replicas(config: PipelineFields, layout: Layout) -> Refusal | None:
-    replicas = layout.dp * layout.sp
-    if replicas % layout.ep == 0:
-        return None
-    return Refusal(
-        f"ep_size={layout.ep}",
-        f"experts are spread over dp_size={layout.dp} x sp_size={layout.sp} = {replicas} replicas, which "
-        f"{layout.ep} does not divide",
-        f"Use --ep-size {gcd(replicas, layout.ep)}, or more replicas",
-    )
-
-
-def _widths_are_shared(config: PipelineFields, layout: Layout) -> Refusal | None:
-    for key, model in models(config):
-        for name in ("intermediate_size", "moe_intermediate_size", "vocab_size"):
-            width = getattr(model, name)
-            if width % layout.tp:
-                return Refusal(
-                    f"tp_size={layout.tp}",
-                    f"{key}.{name}={width} cannot be cut into {layout.tp} equal parts",
-                    f"Use --tp-size {_largest_divisor(shared(config, name), layout.tp)}, or --set {key}.{name}={-(-width // layout.tp) * layout.tp}",
-                )
-    return None
-
-
 def _rows_divide(config: PipelineFields, layout: Layout) -> Refusal | None:
     for key, count in batches(config).items():
         if count % layout.dp:
@@ -178,36 +219,6 @@ def _rows_divide(config: PipelineFields, layout: Layout) -> Refusal | None:
                 f"Use --dp-size {_largest_divisor(gcd(*batches(config).values()), layout.dp)}, or other rows per step",
             )
     return None
-
-
-def _schedule_has_a_pipeline(config: PipelineFields, layout: Layout) -> Refusal | None:
-    if layout.schedule == "1f1b" or layout.pp > 1:
-        return None
-    return Refusal(
-        f"schedule={layout.schedule}",
-        "it orders the work of several pipeline ranks, and pp_size=1",
-        "Use --schedule 1f1b, or --pp-size 2",
-    )
-
-
-def _zero_3_has_one_part(config: PipelineFields, layout: Layout) -> Refusal | None:
-    if layout.zero_stage < 3 or PARTS_PER_RANK[layout.schedule] == 1:
-        return None
-    return Refusal(
-        f"zero_stage=3 with schedule={layout.schedule}",
-        "two parts of the model on a rank would gather weights that the other part still reads",
-        f"Use --schedule 1f1b, or --zero-stage {1 if layout.schedule in V_SHAPED else 2}",
-    )
-
-
-def _zero_2_has_whole_backward(config: PipelineFields, layout: Layout) -> Refusal | None:
-    if layout.zero_stage < 2 or layout.schedule not in V_SHAPED:
-        return None
-    return Refusal(
-        f"zero_stage={layout.zero_stage} with schedule={layout.schedule}",
-        "gradients are reduced while backward makes them, and this schedule makes weight gradients later",
-        "Use --zero-stage 1, or --schedule 1f1b",
-    )
 
 
 def _dualpipev_is_filled(config: PipelineFields, layout: Layout) -> Refusal | None:
@@ -226,16 +237,6 @@ def _dualpipev_is_filled(config: PipelineFields, layout: Layout) -> Refusal | No
                 f"Use a smaller layout.micro_batch, {key} of {needed * layout.dp * rows}, or --schedule zbv",
             )
     return None
-
-
-def _offload_has_zero(config: PipelineFields, layout: Layout) -> Refusal | None:
-    if not layout.offload_optimizer or layout.zero_stage >= 2:
-        return None
-    return Refusal(
-        "offload_optimizer=true",
-        f"only ZeRO 2 and 3 keep optimizer state in CPU memory, and zero_stage={layout.zero_stage}",
-        "Use --zero-stage 2, or --no-offload-optimizer",
-    )
 
 
 def _elastic_range_is_legal(config: PipelineFields, layout: Layout) -> Refusal | None:
@@ -258,19 +259,19 @@ def _elastic_range_is_legal(config: PipelineFields, layout: Layout) -> Refusal |
 # Order matters: the first rule that a layout breaks is the one that is told.
 RULES: dict[str, Check] = {
     "pp x dp x tp x sp is the number of ranks": _sizes_multiply,
+    "schedules with two parts per rank need pp > 1": _schedule_has_a_pipeline,
+    "ZeRO 3 needs one part per rank": _zero_3_has_one_part,
+    "ZeRO 2 and 3 need whole backward passes": _zero_2_has_whole_backward,
+    "offloading needs ZeRO 2 or 3": _offload_has_zero,
+    "ep divides dp x sp": _experts_fit_replicas,
     "every part of the pipeline has a layer": _layers_fill_stages,
     "--pp-layout fits the model": _pp_layout_fits,
     "attention heads are shared evenly by tp x sp": _heads_are_shared,
     "rows are cut evenly by sp": _sequence_is_cut,
     "widths and vocabulary are cut evenly by tp": _widths_are_shared,
     "experts are shared evenly by ep": _experts_are_shared,
-    "ep divides dp x sp": _experts_fit_replicas,
     "rows of a step are shared evenly by dp": _rows_divide,
-    "schedules with two parts per rank need pp > 1": _schedule_has_a_pipeline,
-    "ZeRO 3 needs one part per rank": _zero_3_has_one_part,
-    "ZeRO 2 and 3 need whole backward passes": _zero_2_has_whole_backward,
     "dualpipev needs 2 x pp micro-batches": _dualpipev_is_filled,
-    "offloading needs ZeRO 2 or 3": _offload_has_zero,
     "fewer ranks than --gpus can go on": _elastic_range_is_legal,
 }
 

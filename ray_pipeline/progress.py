@@ -24,11 +24,11 @@ BAR_WIDTH = 16  # characters
 class Progress:
     """Written by rank 0 (or by a stage without ranks), into the stage's folder."""
 
-    def __init__(self, folder: Path, stage: str, steps: int):
+    def __init__(self, folder: Path, stage: str, steps: int, *, note: str | None = None):
         self.path, self._written, self._first = folder / PROGRESS_FILE, 0.0, (0, time.monotonic())
         self.state: dict[str, Any] = {
             "stage": stage, "step": 0, "steps": steps, "loss": None, "tokens_per_second": None, "seconds_left": None,
-            "phase": "starting", "phase_done": 0, "phase_total": 0,
+            "phase": "starting", "phase_done": 0, "phase_total": 0, "note": note,
         }  # fmt: skip
         self._stepped = False
         self._write(now=True)
@@ -87,6 +87,8 @@ def progress_text(state: Mapping[str, Any]) -> str:
     if state.get("phase") and state["phase"] != "training":
         total = state.get("phase_total")
         parts.append(f"{state['phase']} {state['phase_done']}/{total}" if total else state["phase"])
+    if state.get("note"):
+        parts.append(f"({state['note']})")
     return "  ".join(parts)
 
 

@@ -8,10 +8,13 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from ray_pipeline.artifacts import weights_digest
 from ray_pipeline.config import TRAINING_STAGES, PipelineFields
 from ray_pipeline.launcher import RayLauncher, prepare_folder, worker_environment
+from ray_pipeline.layout import stored_layout
+from ray_pipeline.layout_rules import elastic_layouts
 from ray_pipeline.ledger import Record, begin_record, close_record, read_record
 from ray_pipeline.stages.base import StageContext, StageResult
 from ray_pipeline.workflow_plan import PlannedStage
@@ -29,7 +32,7 @@ class StageJob:
     run_dir: Path
     inputs: tuple[str, ...]
     wandb_id: str
-    device: str
+    device: Literal["cpu", "cuda"]
     function: StageFunction | None
 
 
@@ -53,9 +56,11 @@ def execute_stage(job: StageJob, *upstream: StageResult) -> StageResult:
         ),
     )  # fmt: skip
     layout = job.config.layout
+    elastic = [smaller.gpus for smaller in elastic_layouts(job.config, stored_layout(job.config, job.device))]
     launcher = RayLauncher(
-        row.ranks, job.device, max_restarts=layout.max_restarts, timeout_seconds=layout.timeout_seconds
-    )
+        row.ranks, job.device, max_restarts=layout.max_restarts, timeout_seconds=layout.timeout_seconds,
+        elastic=elastic if row.stage in TRAINING_STAGES else (),
+    )  # fmt: skip
     function = job.function or importlib.import_module(f"ray_pipeline.stages.{row.stage}").run
     context = StageContext(job.config, job.run_name, job.run_dir, row.folder, inputs, launcher, wandb_id=job.wandb_id)
     result = function(context)

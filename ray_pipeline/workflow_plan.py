@@ -8,8 +8,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ray_pipeline.config import STAGES, TRAINING_STAGES, PipelineFields
+from ray_pipeline.costs.memory import stage_memory
+from ray_pipeline.costs.workload import workload
 from ray_pipeline.errors import UserError, did_you_mean
+from ray_pipeline.hardware import has_nvidia_driver
 from ray_pipeline.identity import UPSTREAM, Identity, identities, source_digests
+from ray_pipeline.layout import Layout
 from ray_pipeline.ledger import Record, RunFile, read_record, stage_folder
 from ray_pipeline.progress import seconds_text
 
@@ -215,22 +219,26 @@ def num_ranks(config: PipelineFields, stage: str) -> int:
     return given if stage in TRAINING_STAGES else 1
 
 
+def planned_layout(config: PipelineFields) -> Layout:
+    """The layout in the settings, taken as it is: the workflow has filled it in and found it legal."""
+    asked, ranks = config.layout, num_ranks(config, TRAINING_STAGES[0])
+    others = asked.pp_size * asked.tp_size * asked.sp_size
+    on_gpu = config.backend == "modal" or (config.backend != "cpu" and has_nvidia_driver())
+    return Layout(
+        gpus=ranks, pp=asked.pp_size, dp=asked.dp_size or max(1, ranks // others), tp=asked.tp_size, ep=asked.ep_size,
+        sp=asked.sp_size, zero_stage=asked.zero_stage, device="cuda" if on_gpu else "cpu", schedule=asked.schedule,
+        pp_layout=asked.pp_layout, activation_checkpointing=asked.activation_checkpointing,
+        offload_optimizer=asked.offload_optimizer,
+    )  # fmt: skip
+
+
 def estimate_memory(config: PipelineFields, stage: str) -> int:
-    """Bytes that a rank needs at its peak, to within a factor of two: weights, optimizer, activations, logits."""
+    """Bytes that the fullest rank needs at its peak: the training step as `plan` knows it, and what a stage has
+    beside it (the process; whole models for sampling and evaluation, on every rank)."""
     if stage not in TRAINING_STAGES:
         return PROCESS + FP32 * config.model.num_params()
-    layout = config.layout
-    ranks, pp = num_ranks(config, stage), layout.pp_size
-    teacher = config.model
-    model = config.distillation.student.applied_to(teacher) if stage == "distillation" else teacher
-    replicas = ranks // pp if layout.zero_stage else 1
-    # Weights, gradients and the reduced copy; two AdamW moments, which ZeRO 1 shards over replicas.
-    training = (2 + 2 / replicas) * FP32 * model.num_params() / pp
-    frozen = {"grpo": config.grpo.beta > 0, "distillation": True}.get(stage, False) * FP32 * teacher.num_params() / pp
-    whole = (stage != "pretrain") * 2 * FP32 * model.num_params()  # for evaluation and sampling, on every rank
-    tokens = min(layout.micro_batch, 1 << 16) * config.data.seq_len
-    width = 16 * model.hidden_size + 3 * model.num_experts_per_tok * model.moe_intermediate_size
-    in_flight = min(pp, 4)  # 1F1B keeps up to pp micro-batches on the first stage
-    activations = tokens * width * FP32 * model.num_hidden_layers / pp * in_flight
-    logits = 2 * tokens * model.vocab_size * FP32 * (1 + model.num_nextn_predict_layers)
-    return int(PROCESS + training + frozen + whole + activations + logits)
+    layout = planned_layout(config)
+    work = workload(config, layout, stage)
+    step = max(memory.total + memory.host for memory in stage_memory(work, layout.device))
+    whole = 0 if stage == "pretrain" else 2 * FP32 * work.model.num_params()
+    return PROCESS + step + whole

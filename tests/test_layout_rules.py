@@ -1,118 +1,171 @@
-"""Which layouts run, what is told about those that do not."""
+"""The table of rules: what is told about a layout that cannot run."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
-from hypothesis import strategies as st
 
-from ray_pipeline.config import PipelineFields
-from ray_pipeline.config_load import load_config
 from ray_pipeline.errors import UserError
-from ray_pipeline.layout_rules import (
-    Layout,
-    broken_rule,
-    device_notice,
-    nearest_legal,
-    resolve_layout,
-    with_layout,
-)
+from ray_pipeline.layout import Layout
+from ray_pipeline.layout_choice import resolve_layout
+from ray_pipeline.layout_rules import RULES, broken_rule, elastic_layouts, refusal
+from tests.layouts import SIX_LAYERS, WANTED, asked_for, recipe
 
-
-def config(**layout: int | str) -> PipelineFields:
-    backend = layout.pop("backend", "auto")
-    return load_config(None, {"backend": backend, **{f"layout.{key}": value for key, value in layout.items()}})
-
-
-def refusal(gpus_available: int = 0, **layout: int | str) -> str:
-    with pytest.raises(UserError) as caught:
-        resolve_layout(config(**layout), gpus_available)
-    return str(caught.value)
-
-
-def test_one_cpu_rank_without_any_flag() -> None:
-    settings = config()
-    layout = resolve_layout(settings, 0)
-    assert layout == Layout(device="cpu")
-    assert device_notice(settings, layout) is None
-
-
-def test_three_cpu_ranks_and_a_notice_where_gpus_were_asked_for() -> None:
-    settings = config(gpus=3, pp_size=3)
-    layout = resolve_layout(settings, 0)
-    assert layout == Layout(gpus=3, pp=3, device="cpu")
-    assert device_notice(settings, layout) == "no GPU here: 3 CPU worker processes over gloo"
-    assert device_notice(config(gpus=3, pp_size=3, backend="cpu"), layout) is None
-
-
-def test_all_gpus_without_flags_and_dp_takes_what_is_left() -> None:
-    assert resolve_layout(config(), 8) == Layout(gpus=8, dp=8, device="cuda")
-    assert resolve_layout(config(gpus=4, pp_size=2), 8) == Layout(gpus=4, pp=2, dp=2, device="cuda")
-    assert resolve_layout(config(pp_size=3), 0) == Layout(gpus=3, pp=3, device="cpu")
-    assert resolve_layout(config(dp_size=2, zero_stage=1), 0) == Layout(gpus=2, dp=2, zero_stage=1, device="cpu")
-
-
-def test_without_flags_a_gpu_that_does_not_divide_the_batch_stays_idle() -> None:
-    layout = resolve_layout(config(), 7)
-    assert (layout.gpus, layout.dp) == (4, 4)
-
-
-def test_cpu_backend_ignores_gpus() -> None:
-    assert resolve_layout(config(backend="cpu"), 8) == Layout(device="cpu")
-    assert resolve_layout(config(), 8, cpu_only=True) == Layout(device="cpu")
+# Rule of the table -> settings that break it, what is told, the way out. The default model has 6 layers, its
+# student 3, 4 heads, 8 experts, widths 384 and 96, a vocabulary of 512, rows of 256 tokens, 32 rows a step.
+BROKEN = {
+    "pp x dp x tp x sp is the number of ranks": [
+        ({"gpus": 4, "pp_size": 3}, "gpus=4: pp_size=3 x dp_size=1 x tp_size=1 x sp_size=1 is 3 ranks", "--gpus 3"),
+        ({"gpus": 4, "pp_size": 2, "dp_size": 1}, "is 2 ranks, not 4", "Use --dp-size 2"),
+    ],
+    "schedules with two parts per rank need pp > 1": [
+        ({"gpus": 2, "schedule": "zbv"}, "schedule=zbv: it orders the work of", "--schedule 1f1b, or --pp-size 2")
+    ],
+    "ZeRO 3 needs one part per rank": [
+        (
+            {"pp_size": 2, "schedule": "interleaved_1f1b", "zero_stage": 3, **SIX_LAYERS},
+            "zero_stage=3 with schedule=interleaved_1f1b: two parts",
+            "Use --schedule 1f1b, or --zero-stage 2",
+        )
+    ],
+    "ZeRO 2 and 3 need whole backward passes": [
+        (
+            {"pp_size": 2, "schedule": "zbv", "zero_stage": 2, **SIX_LAYERS},
+            "zero_stage=2 with schedule=zbv: gradients are reduced while backward makes them",
+            "Use --zero-stage 1, or --schedule 1f1b",
+        )
+    ],
+    "offloading needs ZeRO 2 or 3": [
+        (
+            {"gpus": 2, "zero_stage": 1, "offload_optimizer": True},
+            "offload_optimizer=true: only ZeRO 2 and 3 keep optimizer state in CPU memory, and zero_stage=1",
+            "Use --zero-stage 2, or --no-offload-optimizer",
+        )
+    ],
+    "ep divides dp x sp": [
+        ({"gpus": 2, "ep_size": 4}, "dp_size=2 x sp_size=1 = 2 replicas, which 4 does not divide", "Use --ep-size 2")
+    ],
+    "every part of the pipeline has a layer": [
+        ({"pp_size": 9}, "pp_size=9: more ranks than layers (model.num_hidden_layers=6)", "Use --pp-size 6 or less"),
+        ({"pp_size": 4}, "(distillation.student.num_hidden_layers=3)", "Use --pp-size 3 or less"),
+        ({"pp_size": 2, "schedule": "zbv"}, "2 with schedule=zbv, 4 parts of the model: more parts", "--pp-size 1 or"),
+    ],
+    "--pp-layout fits the model": [
+        ({"pp_size": 2, "pp_layout": "E+4|3+H"}, "pp_layout='E+4|3+H': adds up to 7 layers", "add up to 6"),
+        ({"pp_size": 2, "pp_layout": "4|x"}, "'x'", "for example --pp-layout"),
+        ({"pp_size": 2, "pp_layout": "6"}, "1 part for 2 pipeline stages", 'for example --pp-layout "E+3|3+H"'),
+    ],
+    "attention heads are shared evenly by tp x sp": [
+        ({"sp_size": 8}, "sp_size=8: each rank attends with its share of the heads", "Use --sp-size 4, the largest"),
+        ({"sp_size": 4, "tp_size": 2}, "sp_size=4 with tp_size=2", "Use --sp-size 2, the largest"),
+        ({"tp_size": 3}, "model.num_attention_heads=4 cannot be shared evenly by 3", "Use --tp-size 2, the largest"),
+    ],
+    "rows are cut evenly by sp": [
+        ({"sp_size": 4, "data.seq_len": 250}, "sp_size=4: data.seq_len=250", "Use --sp-size 2, or --seq-len 252"),
+        ({"sp_size": 4, "data.seq_len": 1022}, "data.seq_len=1022", "Use --sp-size 2, or --seq-len 1024"),
+    ],
+    "widths and vocabulary are cut evenly by tp": [
+        (
+            {"tp_size": 2, "model.moe_intermediate_size": 95},
+            "tp_size=2: model.moe_intermediate_size=95 cannot be cut into 2 equal parts",
+            "Use --tp-size 1, or --set model.moe_intermediate_size=96",
+        ),
+        ({"tp_size": 2, "model.vocab_size": 513}, "model.vocab_size=513", "Use --tp-size 1, or"),
+        (
+            {"tp_size": 2, "distillation.student.intermediate_size": 33},
+            "distillation.student.intermediate_size=33",
+            "--set distillation.student.intermediate_size=34",
+        ),
+    ],
+    "experts are shared evenly by ep": [
+        ({"gpus": 16, "ep_size": 16}, "ep_size=16: model.n_routed_experts=8 cannot be shared", "Use --ep-size 8"),
+        (
+            {"gpus": 4, "ep_size": 4, "distillation.student.n_routed_experts": 6},
+            "distillation.student.n_routed_experts=6",
+            "Use --ep-size 2",
+        ),
+    ],
+    "rows of a step are shared evenly by dp": [
+        ({"gpus": 3}, "dp_size=3: pretrain.batch_size=32 rows cannot be shared evenly", "Use --dp-size 2"),
+        ({"gpus": 4, "sft.batch_size": 6}, "sft.batch_size=6", "Use --dp-size 2"),
+    ],
+    "dualpipev needs 2 x pp micro-batches": [
+        (
+            {"pp_size": 2, "dp_size": 2, "schedule": "dualpipev", **SIX_LAYERS},
+            "needs at least 4 micro-batches per rank and step, and pretrain.batch_size=32 gives 2",
+            "Use a smaller layout.micro_batch, pretrain.batch_size of 64, or --schedule zbv",
+        )
+    ],
+    "fewer ranks than --gpus can go on": [
+        ({"gpus": 4, "min_gpus": 5}, "min_gpus=5: more than gpus=4", "Use --min-gpus 4 or less"),
+        ({"gpus": 4, "min_gpus": 3}, "no dp_size below 4 works with 3 to 3 ranks", "Use --min-gpus 2"),
+        ({"gpus": 2, "pp_size": 2, "min_gpus": 1}, "no dp_size below 1 works", "Leave --min-gpus away"),
+    ],
+}
 
 
 @pytest.mark.parametrize(
-    ("layout", "expected"),
+    ("rule", "settings", "reason", "way_out"),
+    [(rule, *case) for rule, cases in BROKEN.items() for case in cases],
+)
+def test_a_layout_that_breaks_a_rule_is_told_value_reason_and_way_out(
+    rule: str, settings: dict, reason: str, way_out: str
+) -> None:
+    asked = recipe(**settings)
+    with pytest.raises(UserError) as caught:
+        resolve_layout(asked, 0)
+    text = str(caught.value)
+    assert reason in text
+    assert way_out in text
+    assert "Nearest layout that works: --gpus" in text
+    found = refusal(asked, asked_for(asked))
+    assert found is not None and found[0] == rule
+    assert text.startswith(f"{found[1].value}: {found[1].reason}. {found[1].way_out}. Nearest")
+
+
+def test_every_rule_of_the_table_has_a_test() -> None:
+    assert BROKEN.keys() == RULES.keys()
+
+
+@pytest.mark.parametrize(
+    "settings",
     [
-        ({"gpus": 4, "pp_size": 3}, "is 3 ranks, not 4"),
-        ({"gpus": 9, "pp_size": 9}, "pp_size=9: more ranks than layers (model.num_hidden_layers=6)"),
-        ({"gpus": 4, "pp_size": 4}, "(distillation.student.num_hidden_layers=3)"),
-        ({"gpus": 3}, "dp_size=3: pretrain.batch_size=8 rows cannot be shared evenly"),
-        ({"gpus": 2, "tp_size": 2}, "tensor parallelism is not in it"),
-        ({"gpus": 2, "sp_size": 2}, "sequence parallelism is not in it"),
-        ({"gpus": 2, "ep_size": 2}, "expert parallelism is not in it"),
-        ({"gpus": 2, "zero_stage": 2}, "zero_stage=2: this engine shards optimizer state"),
-        ({"gpus": 2, "zero_stage": 3}, "zero_stage=3"),
+        {"gpus": 8, "pp_size": 2, "tp_size": 2, "ep_size": 2, "zero_stage": 3},
+        {"gpus": 8, "pp_size": 2, "sp_size": 2, "ep_size": 4, "zero_stage": 2, "offload_optimizer": True},
+        {"gpus": 4, "sp_size": 4, "ep_size": 4, "activation_checkpointing": "full"},
+        {"zero_stage": 3},
+        {"pp_size": 3, "pp_layout": "E+3|2|1+H"},
+        {"pp_size": 3, "schedule": "interleaved_1f1b", "zero_stage": 2, **SIX_LAYERS},
+        {"pp_size": 3, "schedule": "zbv", "zero_stage": 1, **SIX_LAYERS},
+        {"pp_size": 2, "schedule": "dualpipev", **SIX_LAYERS},
+        {"gpus": 4, "min_gpus": 2},
+        {"gpus": 4, "min_gpus": 4},
     ],
 )
-def test_a_layout_that_breaks_a_rule_is_told_why_and_what_works(layout: dict, expected: str) -> None:
-    text = refusal(**layout)
-    assert expected in text
-    assert "Nearest layout that works: --gpus" in text
+def test_what_the_engine_can_do_is_not_refused(settings: dict) -> None:
+    asked = recipe(**settings)
+    assert resolve_layout(asked, 0) == asked_for(asked)
 
 
-def test_gpus_that_are_not_there() -> None:
-    assert "no GPU that PyTorch can use" in refusal(0, gpus=1, backend="cuda")
-    text = refusal(1, gpus=3, pp_size=3)
-    assert "gpus=3: this machine has 1 GPU. Use --gpus 1, or --backend cpu" in text
-    assert "has 2 GPUs" in refusal(2, gpus=3, backend="cuda")
+def test_a_lost_worker_leaves_layouts_with_fewer_replicas_and_as_many_experts_as_fit() -> None:
+    settings = recipe(gpus=16, pp_size=2, ep_size=8, min_gpus=4)
+    shrunk = elastic_layouts(settings, resolve_layout(settings, 0))
+    sizes = [(found.gpus, found.pp, found.dp, found.ep) for found in shrunk]
+    assert sizes == [(16, 2, 8, 8), (8, 2, 4, 4), (4, 2, 2, 2)]
+    assert {found.min_gpus for found in shrunk} == {4}
+    fixed = replace(shrunk[0], min_gpus=None)
+    assert elastic_layouts(settings, fixed) == [fixed]
 
 
-def test_modal_needs_no_gpu_here() -> None:
-    assert resolve_layout(config(gpus=3, pp_size=3, backend="modal"), 0) == Layout(gpus=3, pp=3, device="cuda")
-
-
-def test_with_layout_fills_in_every_size() -> None:
-    settings = config(gpus=4, pp_size=2)
-    filled = with_layout(settings, resolve_layout(settings, 0)).layout
-    assert (filled.gpus, filled.pp_size, filled.dp_size) == (4, 2, 2)
-    assert filled.micro_batch == settings.layout.micro_batch
-
-
-@given(
-    gpus=st.integers(1, 12),
-    pp=st.integers(1, 12),
-    dp=st.integers(1, 12),
-    zero=st.integers(0, 3),
-    tp=st.integers(1, 2),
-    most=st.integers(1, 12),
-)
-def test_the_nearest_layout_always_runs(gpus: int, pp: int, dp: int, zero: int, tp: int, most: int) -> None:
-    settings = PipelineFields()
-    wanted = Layout(gpus=gpus, pp=pp, dp=dp, tp=tp, zero_stage=zero)
-    best = nearest_legal(settings, wanted, most)
-    assert broken_rule(settings, best) is None
-    assert best.gpus <= most
-    if broken_rule(settings, wanted) is None and gpus <= most:
-        assert best == wanted, "what already works is its own nearest"
+@given(wanted=WANTED)
+def test_a_layout_is_legal_or_told_why_not(wanted: Layout) -> None:
+    settings = recipe(**SIX_LAYERS)
+    found = refusal(settings, wanted)
+    assert (found is None) == (broken_rule(settings, wanted) is None)
+    if found is not None:
+        rule, told = found
+        assert rule in RULES
+        assert told.value and told.reason and told.way_out
+        assert not str(told).endswith("..")

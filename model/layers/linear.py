@@ -26,6 +26,7 @@ class WeightGradients:
 
     def add(self, parameter: Tensor, gradient: Callable[[], Tensor]) -> None:
         """`gradient()` is to be added to `parameter.grad`; it keeps what it needs alive until then."""
+        assert parameter.is_leaf, "the gradient would be lost"
         self._work.append((parameter, gradient))
 
     @torch.no_grad()
@@ -47,7 +48,10 @@ class _Mode:
 
 @contextmanager
 def separable_backward(enabled: bool = True) -> Iterator[None]:
-    """Forwards within build a graph whose backward `deferred_weight_gradients` can cut in two."""
+    """Forwards within build a graph whose backward `deferred_weight_gradients` can cut in two.
+
+    Backwards of layers that are checkpointed run their forward again: they must be within too.
+    """
     before, _Mode.separable = _Mode.separable, enabled
     try:
         yield
@@ -63,11 +67,14 @@ def deferred_weight_gradients() -> Iterator[WeightGradients]:
     """
     before, _Mode.queue = _Mode.queue, WeightGradients()
     try:
-        # Checkpointed layers run their forward again inside the backward.
-        with separable_backward():
-            yield _Mode.queue
+        yield _Mode.queue
     finally:
         _Mode.queue = before
+
+
+def backward_is_separable() -> bool:
+    """Whether what is computed now must be able to put off its weight gradient."""
+    return _Mode.separable and torch.is_grad_enabled()
 
 
 def weight_gradient_queue() -> WeightGradients | None:
@@ -105,7 +112,7 @@ class _SeparableLinear(torch.autograd.Function):
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """[..., in] x [out, in] -> [..., out]; `weight` is a parameter. Follows autocast as `F.linear` does."""
-    if not (_Mode.separable and torch.is_grad_enabled()):
+    if not backward_is_separable():
         return F.linear(x, weight)
     used = weight
     if torch.is_autocast_enabled(x.device.type):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from model.config import ModelConfig
 from model.layers.feed_forward import FeedForward
+from model.layers.linear import backward_is_separable, weight_gradient_queue
 from model.moe.router import Router
 from model.parallel.collectives import LOCAL, Axis, all_to_all_rows, collective, copy_to, reduce_from
 
@@ -23,25 +24,48 @@ class _GroupedLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, counts: list[int]) -> Tensor:
-        y = x.new_empty(x.shape[0], weight.shape[1])
-        for rows, out, w in zip(x.split(counts), y.split(counts), weight.unbind(0), strict=True):
-            torch.mm(rows, w.t(), out=out)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, groups: Groups, owner: tuple[Tensor]) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.counts = counts
-        return y
+        ctx.groups, ctx.owner = groups, owner
+        return _products(x, weight.transpose(1, 2), groups)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         x, weight = ctx.saved_tensors
-        grad = grads[0].contiguous()
-        dx, dweight = torch.empty_like(x), torch.empty_like(weight)
-        for e, (rows, g, out) in enumerate(
-            zip(x.split(ctx.counts), grad.split(ctx.counts), dx.split(ctx.counts), strict=True)
-        ):
-            torch.mm(g, weight[e], out=out)
-            torch.mm(g.t(), rows, out=dweight[e])
-        return dx, dweight, None
+        grad, groups = grads[0].contiguous(), ctx.groups
+        need_input, need_weight, *_ = ctx.needs_input_grad
+        dx = _products(grad, weight, groups) if need_input else None
+        if not need_weight:
+            return dx, None, None, None
+        queue = weight_gradient_queue()
+        if queue is None:
+            return dx, _weight_gradient(grad, x, groups), None, None
+        queue.add(ctx.owner[0], lambda: _weight_gradient(grad, x, groups))
+        return dx, None, None, None
+
+
+Groups = list[int] | Tensor
+"""Rows of each expert, or int32 [experts] where each one's rows end, which selects the GPU's grouped kernel."""
+
+
+def _products(x: Tensor, matrices: Tensor, groups: Groups) -> Tensor:
+    """[rows, a] x [experts, a, b] -> [rows, b]."""
+    if isinstance(groups, Tensor):
+        return F.grouped_mm(x, matrices, offs=groups)
+    y = x.new_empty(x.shape[0], matrices.shape[2])
+    for rows, out, matrix in zip(x.split(groups), y.split(groups), matrices.unbind(0), strict=True):
+        torch.mm(rows, matrix, out=out)
+    return y
+
+
+def _weight_gradient(grad: Tensor, x: Tensor, groups: Groups) -> Tensor:
+    """[rows, out], [rows, in] -> [experts, out, in]."""
+    if isinstance(groups, Tensor):
+        return F.grouped_mm(grad.t(), x, offs=groups)
+    dweight = x.new_empty(len(groups), grad.shape[1], x.shape[1])
+    for g, rows, out in zip(grad.split(groups), x.split(groups), dweight.unbind(0), strict=True):
+        torch.mm(g.t(), rows, out=out)
+    return dweight
 
 
 def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
@@ -50,12 +74,18 @@ def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     Args:
         x: [rows, in], sorted by expert. weight: [experts, out, in]. counts: [experts] rows of each expert.
     """
+    parameter = weight
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
+    groups: Groups
     if x.device.type == "cuda" and x.dtype == torch.bfloat16:
-        return F.grouped_mm(x, weight.transpose(1, 2), offs=counts.cumsum(0).to(torch.int32))
-    return _GroupedLinear.apply(x, weight, counts.tolist())
+        groups = counts.cumsum(0).to(torch.int32)
+        if not backward_is_separable():
+            return _products(x, weight.transpose(1, 2), groups)
+    else:
+        groups = counts.tolist()
+    return _GroupedLinear.apply(x, weight, groups, (parameter,))
 
 
 class RoutedExperts(nn.Module):

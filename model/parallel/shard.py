@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -108,8 +109,6 @@ def build_part(
 def _replace(model: nn.Module, name: str, value: Tensor) -> None:
     owner, _, last = name.rpartition(".")
     module = model.get_submodule(owner)
-    table = module._parameters if isinstance(value, nn.Parameter) else module._buffers
+    table: dict[str, Any] = module._parameters if isinstance(value, nn.Parameter) else module._buffers
     assert last in table
-    table[last] = value  # type: ignore[assignment]
-
-
+    table[last] = value

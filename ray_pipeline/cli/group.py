@@ -16,10 +16,12 @@ from ray_pipeline.errors import StageFailed, UserError, did_you_mean
 VERBS = {
     "run": ("run", "run"),
     "resume": ("resume", "resume"),
+    "plan": ("plan", "plan"),
     "status": ("status", "status"),
     "generate": ("generate", "generate"),
     "inspect-batch": ("inspect_batch", "inspect_batch"),
     "config-show": ("config_show", "config_show"),
+    "verify-parallel": ("verify_parallel", "verify_parallel"),
     "doctor": ("doctor", "doctor"),
     "verify-cuda": ("doctor", "doctor"),
     "version": ("version", "version"),

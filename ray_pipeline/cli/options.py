@@ -95,7 +95,7 @@ def _options(*decorators: Callable) -> Callable:
     return decorate
 
 
-layout_options = _options(
+axis_options = _options(
     click.option("--gpus", type=click.IntRange(1), help="Ranks. Default: every GPU there is, or one CPU rank."),
     click.option("--pp-size", type=click.IntRange(1), help="Pipeline stages the layers are split over."),
     click.option("--dp-size", type=click.IntRange(1), help="Replicas that read different rows."),
@@ -112,6 +112,9 @@ layout_options = _options(
     ),
     click.option("--offload-optimizer/--no-offload-optimizer", default=None, help="Optimizer state in CPU memory."),
     click.option("--min-gpus", type=click.IntRange(1), help="Elastic: go on with this many ranks if some are lost."),
+)
+layout_options = _options(
+    axis_options,
     click.option("--backend", metavar="[auto|cpu|cuda|modal]", help="Where to compute. auto: GPUs if there are any."),
     click.option("--gpu-type", help="With --backend modal: the GPU to rent, for example H100."),
     click.option("--wandb/--no-wandb", default=None, help="Weights & Biases (offline without an API key)."),

@@ -7,12 +7,12 @@ of its input, in fp32 all readers share one tensor.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from model.config import ModelConfig
-from ray_pipeline.costs.weights import Weight
-from ray_pipeline.costs.workload import BF16, FP32, Workload
+from ray_pipeline.costs.weights import Weight, head_weight, layer_weights, mtp_projection
+from ray_pipeline.costs.workload import BF16, FP32, Part, Workload
 
 INDEX = 8  # bytes of an int64
 
@@ -45,11 +45,11 @@ def _reads(width: int, work: Workload, matmuls: int, *, as_fp32: bool = False) -
     return BF16 * width * matmuls + (FP32 * width if as_fp32 else 0)
 
 
-def attention_tokens(work: Workload, on: Kernels) -> int:
+def attention_tokens(work: Workload, on: Kernels, copies: int = 2) -> int:
     """Norm and MLA, per token of the rank."""
     model, a, heads = work.model, work.element, work.model.num_attention_heads // work.layout.tp
     latent, rope = model.kv_lora_rank, model.qk_rope_head_dim
-    total = _norm(model.hidden_size, on) + _reads(model.hidden_size, work, 2)
+    total = _norm(model.hidden_size, on) + _reads(model.hidden_size, work, copies)
     if model.q_lora_rank is not None:
         total += _norm(model.q_lora_rank, on) + _reads(model.q_lora_rank, work, 1)
     # In fp32 the latent is a view that keeps the rotary key beside it alive.
@@ -69,20 +69,20 @@ def attention_mask(work: Workload) -> int:
     return work.rows_at_once * work.seq_len**2 * work.element
 
 
-def dense_tokens(work: Workload, on: Kernels, inner: int | None = None) -> int:
+def dense_tokens(work: Workload, on: Kernels, copies: int = 2) -> int:
     """Norm and SwiGLU, per token."""
     model = work.model
-    inner = (inner or model.intermediate_size) // work.layout.tp
+    inner = model.intermediate_size // work.layout.tp
     # gate, silu(gate), up and their product
-    return _norm(model.hidden_size, on) + _reads(model.hidden_size, work, 2) + 4 * inner * work.element
+    return _norm(model.hidden_size, on) + _reads(model.hidden_size, work, copies) + 4 * inner * work.element
 
 
-def expert_tokens(work: Workload, on: Kernels) -> int:
+def expert_tokens(work: Workload, on: Kernels, copies: int = 2) -> int:
     """Norm, router, routed and shared experts, per token, with routing in balance."""
     model, a, k = work.model, work.element, work.model.num_experts_per_tok
     hidden, inner = model.hidden_size, model.moe_intermediate_size // work.layout.tp
-    matmuls = 2 if model.n_shared_experts else 0
-    total = _norm(hidden, on) + _reads(hidden, work, matmuls, as_fp32=True)
+    copies = copies if model.n_shared_experts else 0
+    total = _norm(hidden, on) + _reads(hidden, work, copies, as_fp32=True)
     total += _router(model)
     exchanged = work.layout.ep > 1
     # Four permutations of the chosen rows as int64: by expert (rows, weights), and back; two more after an exchange.
@@ -106,11 +106,13 @@ def layer_bytes(work: Workload, on: Kernels, layer: int) -> int:
     checkpointing = work.layout.activation_checkpointing
     if checkpointing == "full":
         return tokens * FP32 * model.hidden_size  # its input alone
+    # The matmul before an MTP block makes its stream bf16, of which matmuls share one tensor.
+    copies = 1 if layer >= model.num_hidden_layers else 2
     feed_forward = expert_tokens if model.is_moe_layer(layer) else dense_tokens
-    rest = tokens * feed_forward(work, on)
+    rest = tokens * feed_forward(work, on, copies)
     if checkpointing == "selective":
         return tokens * FP32 * model.hidden_size + rest
-    return tokens * attention_tokens(work, on) + attention_mask(work) + rest
+    return tokens * attention_tokens(work, on, copies) + attention_mask(work) + rest
 
 
 def cast_weights(work: Workload, weights: Iterable[Weight]) -> int:
@@ -119,3 +121,68 @@ def cast_weights(work: Workload, weights: Iterable[Weight]) -> int:
         return 0
     layout = work.layout
     return sum(BF16 * weight.local(layout.tp, layout.ep) for weight in weights if weight.matmul)
+
+
+def tail_bytes(work: Workload, on: Kernels) -> int:
+    """What the end of the model keeps of one micro-batch besides its layers and logits: norm, head, MTP modules."""
+    model, tokens = work.model, work.tokens_at_once
+    head = _reads(model.hidden_size, work, 1) + INDEX + 1  # labels, and which of them count
+    total = tokens * (_norm(model.hidden_size, on) + head)
+    if work.trains_mtp:
+        per_module = tokens * (_joined(work, on) + head) + layer_bytes(work, on, model.num_hidden_layers)
+        total += model.num_nextn_predict_layers * (per_module + rotation_bytes(work))
+    return total
+
+
+def logits_bytes(work: Workload) -> int:
+    """Log-probabilities of one head on one micro-batch: this rank's slice of the vocabulary, fp32 at any precision."""
+    return work.tokens_at_once * FP32 * work.model.vocab_size // work.layout.tp
+
+
+def num_heads(work: Workload) -> int:
+    """Times that the head is applied: by the model itself and by each MTP module in training."""
+    return 1 + (work.model.num_nextn_predict_layers if work.trains_mtp else 0)
+
+
+def _joined(work: Workload, on: Kernels) -> int:
+    """An MTP module around its block: two norms, their outputs side by side into one matmul, and a norm after it."""
+    hidden = work.model.hidden_size
+    return 3 * _norm(hidden, on) + work.element * 2 * hidden
+
+
+def rotation_bytes(work: Workload) -> int:
+    """Complex rotations of a micro-batch's positions, which all layers of a part share."""
+    return work.tokens_at_once * 2 * FP32 * work.model.qk_rope_head_dim // 2
+
+
+def carried_bytes(work: Workload, part: Part) -> int:
+    """Embeddings that came down the pipeline for the MTP modules, kept to collect their gradient."""
+    if part.first or not work.model.num_nextn_predict_layers:
+        return 0
+    already = part.last and work.trains_mtp  # an MTP module's norm keeps them too
+    return 0 if already else work.tokens_at_once * FP32 * work.model.hidden_size
+
+
+def kept_casts(work: Workload, part: Part) -> Iterator[Weight]:
+    """Matrices whose bf16 copy a graph keeps; what is computed again in backward is cast again."""
+    model, checkpointing = work.model, work.layout.activation_checkpointing
+    ahead = range(model.num_hidden_layers, model.num_hidden_layers + model.num_nextn_predict_layers)
+    trained = [*part.layers, *(ahead if part.last and work.trains_mtp else ())]
+    if checkpointing != "full":
+        for layer in trained:
+            for weight in layer_weights(model, layer):
+                if checkpointing == "none" or weight.kind != "attention":
+                    yield weight
+    if part.last:
+        yield head_weight(model)
+        if work.trains_mtp:
+            yield from [mtp_projection(model)] * model.num_nextn_predict_layers
+
+
+def part_bytes(work: Workload, on: Kernels, part: Part) -> int:
+    """Everything that one micro-batch in flight keeps on a part of the pipeline, its log-probabilities left out."""
+    total = sum(layer_bytes(work, on, layer) for layer in part.layers)
+    total += rotation_bytes(work) + carried_bytes(work, part) + cast_weights(work, kept_casts(work, part))
+    if work.layout.activation_checkpointing != "none":
+        total += work.rows_at_once * work.seq_len**2  # the documents' mask, for the second forward
+    return total + (tail_bytes(work, on) if part.last else 0)

@@ -6,11 +6,11 @@ memory inside kernels, and what the process itself takes, are not seen.
 
 from __future__ import annotations
 
+import gc
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
@@ -32,6 +32,8 @@ class LiveBytes(TorchDispatchMode):
 
     def watch(self, tensor: Tensor) -> None:
         """Count the tensor's storage until it is freed."""
+        if tensor.device.type == "meta":
+            return  # a shape without memory
         storage = tensor.untyped_storage()
         key = storage._cdata
         size = storage.nbytes()
@@ -58,3 +60,17 @@ class LiveBytes(TorchDispatchMode):
             if isinstance(value, Tensor):
                 self.watch(value)
         return out
+
+
+def reachable_tensors() -> list[Tensor]:
+    """Every tensor that Python can reach: weights, optimizer state, and what a library keeps to itself."""
+    gc.collect()
+    # By type, not isinstance: that would ask every object for its class, which some answer with a warning.
+    return [found for found in gc.get_objects() if issubclass(type(found), Tensor)]
+
+
+def peak_bytes(step: Callable[[], object]) -> int:
+    """Most bytes that tensors of this process held at once while `step()` ran, those made before it included."""
+    with LiveBytes(reachable_tensors()) as live:
+        step()
+    return live.peak

@@ -85,11 +85,18 @@ def layer_weights(model: ModelConfig, layer: int) -> list[Weight]:
     return [*_attention(model), _norm(model.hidden_size, model.hidden_size), *feed_forward]
 
 
+def mtp_projection(model: ModelConfig) -> Weight:
+    """Joins hidden state and embedding in one multi-token prediction module."""
+    return _matrix("MTP", 2 * model.hidden_size, model.hidden_size)
+
+
 def mtp_weights(model: ModelConfig) -> list[Weight]:
     """All multi-token prediction modules; embedding and head are the main model's."""
     hidden = model.hidden_size
-    module = [*layer_weights(model, model.num_hidden_layers), _matrix("MTP", 2 * hidden, hidden), _norm(hidden, hidden, hidden)]
-    return [replace(weight, kind="MTP") for _ in range(model.num_nextn_predict_layers) for weight in module]
+    around = [mtp_projection(model), _norm(hidden, hidden, hidden)]
+    blocks = range(model.num_hidden_layers, model.num_hidden_layers + model.num_nextn_predict_layers)
+    modules = (weight for layer in blocks for weight in [*layer_weights(model, layer), *around])
+    return [replace(weight, kind="MTP") for weight in modules]
 
 
 def embedding_weight(model: ModelConfig) -> Weight:

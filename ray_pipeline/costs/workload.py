@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 from model.config import ModelConfig
 from model.parallel.placement import num_stages, parts_of, stage_layers
@@ -64,6 +65,11 @@ class Workload:
         return self.layout.dp * self.layout.sp
 
     @property
+    def expert_replicas(self) -> int:
+        """Ranks that hold the same routed experts."""
+        return self.replicas // self.layout.ep
+
+    @property
     def rows_per_replica(self) -> int:
         return -(-self.rows // self.layout.dp)
 
@@ -74,8 +80,9 @@ class Workload:
 
     @property
     def micro_batches(self) -> int:
-        """Forward passes per rank and step."""
-        return -(-self.rows_per_replica // self.rows_at_once)
+        """Forward passes per rank and step. Rollouts are padded to as many as dualpipev needs."""
+        needed = 2 * self.layout.pp if self.layout.schedule == "dualpipev" else 1
+        return max(needed, -(-self.rows_per_replica // self.rows_at_once))
 
     @property
     def tokens_at_once(self) -> int:
@@ -86,17 +93,21 @@ class Workload:
     def tokens_per_step(self) -> int:
         return self.rows * self.seq_len
 
-    def parts(self, model: ModelConfig | None = None) -> list[Part]:
+    @cached_property
+    def parts(self) -> list[Part]:
         """Every part of the pipeline, first layer to last."""
-        layout, model = self.layout, model or self.model
-        cut = stage_layers(model, num_stages(layout.schedule, layout.pp), layout.pp_layout)
-        last = len(cut) - 1
-        return [Part(stage, layers, stage == 0, stage == last) for stage, layers in enumerate(cut)]
+        return self.cut(self.model)
+
+    def cut(self, model: ModelConfig) -> list[Part]:
+        """`parts` of another model in the same layout."""
+        layout = self.layout
+        ranges = stage_layers(model, num_stages(layout.schedule, layout.pp), layout.pp_layout)
+        last = len(ranges) - 1
+        return [Part(stage, layers, stage == 0, stage == last) for stage, layers in enumerate(ranges)]
 
     def parts_of_rank(self, pp_rank: int) -> list[Part]:
         """What pipeline rank `pp_rank` holds, in the order of the model."""
-        parts = self.parts()
-        return [parts[stage] for stage in parts_of(self.layout.schedule, self.layout.pp, pp_rank)]
+        return [self.parts[stage] for stage in parts_of(self.layout.schedule, self.layout.pp, pp_rank)]
 
 
 def workload(config: PipelineFields, layout: Layout, stage: str) -> Workload:
@@ -115,3 +126,8 @@ def workload(config: PipelineFields, layout: Layout, stage: str) -> Workload:
         trains_mtp=model.num_nextn_predict_layers > 0 and getattr(settings, "mtp_loss_weight", 0.0) > 0,
         moments=2 if settings.optimizer.name == "adamw" else 0,
     )  # fmt: skip
+
+
+def without_checkpointing(work: Workload) -> Workload:
+    """The same with every activation kept."""
+    return replace(work, layout=replace(work.layout, activation_checkpointing="none"))

@@ -1,92 +1,141 @@
-"""Checkpoints free of layout: torch DCP files under global parameter names, whole or not at all.
+"""Reading checkpoints: the whole ones are found, held against their manifest, and loaded into any layout.
 
-A checkpoint is written aside, gets a manifest of SHA-256 sums, and is renamed into place; so what carries the name
-`step_XXXXXXXX` is whole. Any layout can load what any other saved.
+What carries the name `step_XXXXXXXX` was written to its end (`checkpoint_writer`); damage since then is found by the
+SHA-256 sums, file by file, before anything is loaded.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
 import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
-from ray_pipeline.artifacts import sync_to_disk, verify_folder, write_manifest
+from model.parallel.mesh import Mesh
+from ray_pipeline.artifacts import damage
+from ray_pipeline.engine.checkpoint_format import (
+    FORMAT,
+    STATE_FILE,
+    differences,
+    global_shape,
+    loaded,
+    placed,
+    shape_differences,
+    some,
+    stored,
+)
 from ray_pipeline.engine.engine import Engine
+from ray_pipeline.errors import UserError
 
-STATE_FILE = "trainer.json"
+# A single process is the point where torch warns about it.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
-
-def _barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()
-
-
-def _state(engine: Engine) -> dict[str, Tensor]:
-    assert engine.updater is not None
-    buffers = {f"model.{name}": b for name, b in engine.model.state_dict().items() if name.endswith("correction_bias")}
-    return engine.updater.state() | buffers
+T = TypeVar("T")
 
 
-def save_checkpoint(engine: Engine, folder: Path, step: int, extra: dict[str, Any], *, keep: int) -> Path:
-    """Write `folder/step_XXXXXXXX` from all ranks and drop all but the newest `keep`.
+class UnusableCheckpoint(UserError):
+    """A checkpoint that cannot be loaded: `problem` says which file or setting, without a way out."""
 
-    Args:
-        step: optimizer steps taken. extra: what else the trainer needs to go on, as JSON.
-    """
-    final = folder / f"step_{step:08d}"
-    aside = folder / f".{final.name}.partial"
-    rank_zero = engine.mesh.rank == 0
-    if rank_zero:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-    _barrier()
-    state: dict[str, Any] = {name: tensor.contiguous() for name, tensor in _state(engine).items()}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch warns that a single process is used, which is the point
-        dcp.save(state, checkpoint_id=aside, no_dist=not dist.is_initialized())
-    if rank_zero:
-        (aside / STATE_FILE).write_text(json.dumps({"step": step, **extra}))
-        write_manifest(aside)
-        if final.exists():  # the same step again, after a resume from an older one
-            shutil.rmtree(final)
-        aside.rename(final)
-        sync_to_disk(folder)
-        for old in list_checkpoints(folder)[:-keep]:
-            shutil.rmtree(old)
-    _barrier()
-    return final
+    def __init__(self, path: Path, problem: str, way_out: str = ""):
+        super().__init__(f"{problem}. {way_out}".strip())
+        self.path, self.problem = path, problem
+
+
+class DamagedCheckpoint(UnusableCheckpoint):
+    """A file of it is missing or is not what was written."""
+
+
+class ForeignCheckpoint(UnusableCheckpoint):
+    """It belongs to another model."""
+
+
+def step_name(step: int) -> str:
+    """Folder name of a checkpoint."""
+    return f"step_{step:08d}"
+
+
+def step_of(path: Path) -> int:
+    """Inverse of `step_name`."""
+    return int(path.name.removeprefix("step_"))
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Whole checkpoints, oldest first."""
+    """Checkpoints that were written to their end, oldest first."""
     return sorted(path for path in folder.glob("step_*") if path.is_dir())
 
 
-def load_checkpoint(engine: Engine, path: Path) -> dict[str, Any]:
-    """Weights, moments and balancing biases into the engine; returns what `extra` held, and `step`.
+def find_damage(path: Path, *, share: tuple[int, int] = (0, 1)) -> str | None:
+    """What is wrong with the first file that is not as it was written; None where all is well.
 
-    Raises:
-        UserError: naming the file that is damaged or missing.
+    Args:
+        share: (index, count) of a rank among those that share the work.
     """
-    assert engine.updater is not None
-    if engine.mesh.rank == 0:
-        verify_folder(path)
-    _barrier()
-    state: dict[str, Any] = {name: torch.empty_like(tensor) for name, tensor in _state(engine).items()}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        dcp.load(state, checkpoint_id=path, no_dist=not dist.is_initialized())
-    engine.updater.load_state(state)
-    own = engine.model.state_dict()
-    with torch.no_grad():
-        for name, buffer in own.items():
-            if name.endswith("correction_bias"):
-                buffer.copy_(state[f"model.{name}"])
-    return json.loads((path / STATE_FILE).read_text())
+    found = damage(path, share=share)
+    if found is None and share[0] == 0:
+        try:
+            step = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))["step"]
+        except (OSError, ValueError, KeyError) as error:
+            return f"{path / STATE_FILE}: damaged ({error})"
+        if step != step_of(path):
+            return f"{path / STATE_FILE}: of step {step}, in the folder of step {step_of(path)}"
+    return found
+
+
+def newest_whole(folder: Path, *, before: Path) -> Path | None:
+    """The newest checkpoint older than `before` whose files are all as they were written."""
+    older = [path for path in list_checkpoints(folder) if path.name < before.name]
+    return next((path for path in reversed(older) if find_damage(path) is None), None)
+
+
+def load_checkpoint(engine: Engine, path: Path) -> dict[str, Any]:
+    """Weights, moments and balancing biases into the engine, whatever layout it has.
+
+    Returns:
+        trainer.json: `step`, and in `extra` what the trainer stored.
+    Raises:
+        DamagedCheckpoint, ForeignCheckpoint: before anything is changed, on every rank alike.
+    """
+    mesh = engine.mesh
+    problem = _first(mesh, lambda: find_damage(path, share=(mesh.rank, mesh.world)))
+    if problem is not None:
+        raise DamagedCheckpoint(path, problem, f"Delete {path} and resume: an older checkpoint is taken.")
+    page = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
+    local = {key: torch.empty(tensor.shape, dtype=tensor.dtype) for key, tensor in engine.state().items()}
+    state = {key: stored(key, tensor) for key, tensor in local.items()}
+    problem = _first(mesh, lambda: _foreign(page, path, engine, state))
+    if problem is not None:
+        raise ForeignCheckpoint(path, problem, f"Delete {path}, or resume with the settings it was written with.")
+    whole: dict[str, Any] = {key: placed(key, tensor, mesh) for key, tensor in state.items()}
+    dcp.load(whole, checkpoint_id=path, no_dist=not dist.is_initialized())
+    engine.load_state({key: loaded(key, tensor).to(engine.device) for key, tensor in state.items()})
+    return page
+
+
+def _foreign(page: dict[str, Any], path: Path, engine: Engine, state: dict[str, Tensor]) -> str | None:
+    """Why the checkpoint is not one of this model, or None."""
+    if page.get("format") != FORMAT:
+        return f"{path}: format {page.get('format', 1)} of an older version; this one reads format {FORMAT}"
+    different = differences(page["model"], engine.config)
+    if not different:
+        metadata = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+        there = {key: tuple(entry.size) for key, entry in metadata.items() if hasattr(entry, "size")}
+        sizes = {"tp": engine.mesh.sizes.tp, "ep": engine.mesh.sizes.ep}
+        here = {key: global_shape(key, tensor, sizes) for key, tensor in state.items()}
+        different = shape_differences(there, here)
+    return f"{path}: a checkpoint of another model: {some(different)}" if different else None
+
+
+def _first(mesh: Mesh, find: Callable[[], T | None]) -> T | None:
+    """What the first rank that finds anything finds; known to all."""
+    found = [find()]
+    if mesh.world > 1:
+        everyone: list[Any] = [None] * mesh.world
+        dist.all_gather_object(everyone, found[0])
+        found = everyone
+    return next((value for value in found if value is not None), None)

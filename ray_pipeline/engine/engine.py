@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -75,6 +75,7 @@ class Engine:
             stay fp32.
         micro_batch: rows of one forward pass.
         initial: whole parameters by name; else they are drawn from the seed.
+        on_phase: told when a training step is past its backward passes, for the error of a rank that is lost.
         schedule, pp_layout: order of work in the pipeline, and layers of each part where set by hand.
     """
 
@@ -94,7 +95,9 @@ class Engine:
         pp_layout: str | None = None,
         activation_checkpointing: Recompute = "none",
         offload_optimizer: bool = False,
+        on_phase: Callable[[str], None] = lambda name: None,
     ):
+        self.on_phase = on_phase
         self.config, self.mesh, self.micro_batch = config, mesh, micro_batch
         self.device = device or torch.device("cpu")
         indices = parts_of(schedule, mesh.sizes.pp, mesh.pp_rank)
@@ -110,6 +113,8 @@ class Engine:
             for name, module in part.named_modules()
             if isinstance(module, Router)
         }
+        # Tokens each expert of this rank's routers got in the last step, over all replicas.
+        self.expert_loads: dict[str, Tensor] = {}
         self.updater: Updater | None = None
         run_part: Any = self.module
         before_backward = None
@@ -138,7 +143,8 @@ class Engine:
         rows, seq_len = batch.tokens.shape
         length, width = seq_len // self.mesh.sizes.sp, self.config.hidden_size
         depths = self.config.num_nextn_predict_layers
-        return [(rows, length, width)] + ([(rows, length + depths, width)] if depths else [])
+        lengths = [length, length + depths] if depths else [length]
+        return [(rows, each, width) for each in lengths]
 
     def my_rows(self, batch: Batch) -> Batch:
         """The rows of a global batch that this replica reads, and the window of each that this rank computes."""
@@ -170,6 +176,7 @@ class Engine:
             return values[0] * scale / weight
 
         self.pipeline.run(self._micro_batches(mine), finish, train=True)
+        self.on_phase("optimizer step")
         for group in self.updater.optimizer.param_groups:
             group["lr"] = lr
         norm = self.updater.step()
@@ -214,6 +221,7 @@ class Engine:
         routers = list(self.routers.values())
         if routers:
             loads = self.mesh.all_reduce(torch.stack([router.load for router in routers]), "replica")
+            self.expert_loads = dict(zip(self.routers, loads, strict=True))
             for router, load in zip(routers, loads, strict=True):
                 router.load.copy_(load)
                 router.balance()

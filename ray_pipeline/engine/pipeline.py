@@ -136,11 +136,13 @@ class Pipeline:
         alive = run.alive.pop((action.stage, action.micro_batch))
         if self.before_backward is not None:
             self.before_backward()
-        if action.kind == "I":
-            with deferred_weight_gradients() as run.deferred[action.stage, action.micro_batch]:
+        # Checkpointed layers run again in here: they must save the same tensors as the first time.
+        with separable_backward(run.schedule.splits_backward):
+            if action.kind == "I":
+                with deferred_weight_gradients() as run.deferred[action.stage, action.micro_batch]:
+                    _backpropagate(alive.outputs, gradients)
+            else:
                 _backpropagate(alive.outputs, gradients)
-        else:
-            _backpropagate(alive.outputs, gradients)
         return [torch.zeros_like(t) if t.grad is None else t.grad for t in alive.inputs]
 
 

@@ -142,10 +142,9 @@ def connect(mesh: Mesh, rank_of: tuple[int, ...], device: torch.device) -> None:
     could make ranks wait in a circle.
     """
     pairs = {(a, b) for a, b in pairwise(rank_of) if a != b}
-    exchange: Callable[..., Any]
     for source, target in sorted(pairs | {(b, a) for a, b in pairs}):
         if mesh.pp_rank in (source, target):
             axis, peer = _connection(mesh, source, target)
-            exchange = dist.isend if mesh.pp_rank == source else dist.irecv
+            exchange: Callable[..., Any] = dist.send if mesh.pp_rank == source else dist.recv
             with collective(axis, "first message"):
-                exchange(torch.zeros(1, device=device), peer, group=axis.group).wait()
+                exchange(torch.zeros(1, device=device), peer, group=axis.group)

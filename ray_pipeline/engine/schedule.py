@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import pairwise
 from typing import Literal, NamedTuple, cast
 
@@ -46,9 +46,9 @@ class Message(NamedTuple):
         return f"{what} for stage {self.stage}, micro-batch {self.micro_batch}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Schedule:
-    """Orders of all pipeline ranks.
+    """Orders of all pipeline ranks. Equal only to itself: comparing thousands of actions for a look-up takes long.
 
     Attributes:
         rank_of: pipeline rank of each stage. actions: per pipeline rank, in order of execution.
@@ -60,7 +60,7 @@ class Schedule:
     rank_of: tuple[int, ...]
     actions: tuple[tuple[Action, ...], ...]
 
-    @property
+    @cached_property
     def splits_backward(self) -> bool:
         """Whether some backwards are cut into their two halves."""
         return any(action.kind == "I" for order in self.actions for action in order)
@@ -102,19 +102,17 @@ def build_schedule(name: str, pp: int, micro_batches: int) -> Schedule:
 def forward_only(name: str, pp: int, micro_batches: int) -> Schedule:
     """Every micro-batch forward, on the same placement: evaluation, reference models, teachers."""
     assert pp >= 1 and micro_batches >= 1
-    stages = num_stages(name, pp)
-
-    def start(action: Action) -> int:
-        """When it runs if every stage takes 1: no two stages of a rank ever meet in a time slot."""
+    orders = []
+    for rank in range(pp):
+        parts = parts_of(name, pp, rank)
         if name in V_SHAPED:
-            return 2 * action.micro_batch + action.stage
-        round_, place = divmod(action.micro_batch, pp)
-        return round_ * stages + place + action.stage
-
-    orders = [
-        sorted((Action("F", s, m) for s in parts_of(name, pp, rank) for m in range(micro_batches)), key=start)
-        for rank in range(pp)
-    ]
+            # In the order in which they start if every stage takes 1; a rank's two stages never want the same moment.
+            turns = sorted((2 * i + stage, stage, i) for stage in parts for i in range(micro_batches))
+            orders.append([Action("F", stage, i) for _, stage, i in turns])
+        elif len(parts) == 2:
+            orders.append([Action("F", parts[part], i) for part, i in _turns(pp, micro_batches)])
+        else:
+            orders.append([Action("F", parts[0], i) for i in range(micro_batches)])
     return _schedule(name, pp, micro_batches, orders)
 
 
@@ -134,21 +132,26 @@ def _one_forward_one_backward(pp: int, rank: int, micro_batches: int) -> list[Ac
     return order.actions
 
 
-def _interleaved(pp: int, rank: int, micro_batches: int) -> list[Action]:
-    """Micro-batches go in rounds of `pp` or a little more through the first parts of all ranks, then the second.
-
-    Rounds of fewer would leave ranks idle; even ones, larger than `pp` where it does not divide, keep the formula's
-    bubble for every number of micro-batches from `pp` on. At most round + 2 * (pp - 1 - rank) + 1 are alive.
-    """
-    parts = parts_of("interleaved_1f1b", pp, rank)
+def _rounds(pp: int, micro_batches: int) -> list[range]:
+    """Micro-batches in rounds of `pp`, or a little more where it does not divide: with fewer, ranks would idle."""
     rounds = max(1, micro_batches // pp)
     cuts = [-(-micro_batches * r // rounds) for r in range(rounds + 1)]
-    turns = [(part, i) for start, stop in pairwise(cuts) for part in (0, 1) for i in range(start, stop)]
+    return [range(start, stop) for start, stop in pairwise(cuts)]
+
+
+def _turns(pp: int, micro_batches: int) -> list[tuple[int, int]]:
+    """(part, micro-batch): each round goes through the first parts of all ranks, then through the second."""
+    return [(part, i) for round_ in _rounds(pp, micro_batches) for part in (0, 1) for i in round_]
+
+
+def _interleaved(pp: int, rank: int, micro_batches: int) -> list[Action]:
+    """At most largest round + 2 * (pp - 1 - rank) + 1 activations of (half-sized) parts are alive."""
+    parts, turns = parts_of("interleaved_1f1b", pp, rank), _turns(pp, micro_batches)
     forwards = [Action("F", parts[part], micro_batch) for part, micro_batch in turns]
     backwards = [Action("B", parts[1 - part], micro_batch) for part, micro_batch in turns]
     # The last rank needs a round of its first part before it can start on the second; each rank before it two more
     # forwards, to cover the way there and back.
-    warmup = min(cuts[1] + 2 * (pp - 1 - rank), len(turns))
+    warmup = min(len(_rounds(pp, micro_batches)[0]) + 2 * (pp - 1 - rank), len(turns))
     order = forwards[:warmup]
     for forward, backward in zip(forwards[warmup:], backwards, strict=False):
         order += [forward, backward]

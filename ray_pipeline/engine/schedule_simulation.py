@@ -12,7 +12,7 @@ Time = int | float | Fraction
 
 @dataclass(frozen=True)
 class Costs:
-    """How long things take, in any unit; the defaults are per stage, with a backward worth two forwards.
+    """How long things take, in any unit; by default a backward, and its halves together, are worth two forwards.
 
     Attributes:
         message: from the end of an action until a neighbour on another rank can use its result.
@@ -97,7 +97,8 @@ def peak_activations(order: tuple[Action, ...]) -> int:
     for action in order:
         key = (action.stage, action.micro_batch)
         if alive.get(key) != follows[action.kind]:
-            raise ValueError(f"{action} after {alive.get(key)}: its {follows[action.kind]} must come right before it")
+            before = follows[action.kind] or "nothing"
+            raise ValueError(f"{action} after {alive.get(key)}: only {before} can come before it")
         if action.kind in ("B", "W"):
             del alive[key]
         else:

@@ -54,7 +54,8 @@ class ZeroUpdater:
         if any(is_cut_expert(name, mesh) for name in named):
             _announce_experts(module, named, mesh, zero_stage)
         if zero_stage == 3:
-            _mend_stage_3()
+            _skip_world_wide_checks()
+            _sum_expert_norms()
         self.engine, self.zero, *_ = deepspeed.initialize(
             model=module,
             optimizer=build_optimizer(named, config, mesh),
@@ -203,12 +204,15 @@ def _announce_experts(module: nn.Module, named: dict[str, nn.Parameter], mesh: M
         module.deepspeed_marker = Marker(mesh.sizes.ep)
 
 
-def _mend_stage_3() -> None:
-    """Two defects of ZeRO 3 where ranks hold different models, as pipeline stages do."""
+def _skip_world_wide_checks() -> None:
+    """ZeRO 3 compares integers over the whole world; pipeline ranks, whose parameters differ, would hang or fail."""
     from deepspeed.runtime.zero import partitioned_param_coordinator
+
+    partitioned_param_coordinator.assert_ints_same_as_other_ranks = lambda ints: None
+
+
+def _sum_expert_norms() -> None:
+    """ZeRO 3 does not sum the experts' part of the gradient norm over tensor- and pipeline-parallel ranks."""
     from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 
-    # A check that broadcasts over the whole world hangs when stages have different parameters.
-    partitioned_param_coordinator.assert_ints_same_as_other_ranks = lambda ints: None
-    # The experts' norm is otherwise not summed over tensor- and pipeline-parallel ranks.
     DeepSpeedZeroOptimizer_Stage3._grad_norm_counts_every_rank = lambda self, params, process_group: False

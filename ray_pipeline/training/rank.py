@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from datetime import timedelta
+from math import gcd
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ import torch.distributed as dist
 
 from model.config import ModelConfig
 from model.parallel.mesh import Mesh, MeshSizes
-from ray_pipeline.config import OptimizerConfig, PipelineFields, TrainingConfig
+from ray_pipeline.config import LayoutConfig, OptimizerConfig, PipelineFields, TrainingConfig
 from ray_pipeline.engine.engine import Engine
 from ray_pipeline.progress import Progress
+from ray_pipeline.rank_errors import Place
 from ray_pipeline.stages.base import StageContext
 
 
@@ -34,6 +36,7 @@ class Rank:
     upstream: dict[str, Path]
     mesh: Mesh
     device: torch.device
+    place: Place
     progress: Progress | None
     wandb_id: str
     run_name: str
@@ -49,7 +52,8 @@ class Rank:
         return self.mesh.rank == 0
 
     def phase(self, name: str, done: int = 0, total: int = 0) -> None:
-        """Tell the progress line what goes on besides training steps."""
+        """Tell the progress line, and whoever looks for a lost rank, what goes on besides training steps."""
+        self.place.at(name)
         if self.progress is not None:
             self.progress.phase(name, done, total)
 
@@ -57,10 +61,11 @@ class Rank:
         """An engine for `model` in this run's layout."""
         layout = self.config.layout
         if options.get("optimizer") is not None:
-            options["zero_stage"] = layout.zero_stage
+            options |= {"zero_stage": layout.zero_stage, "offload_optimizer": layout.offload_optimizer}
         return Engine(
             model, self.mesh, precision=self.settings.precision, micro_batch=layout.micro_batch, device=self.device,
-            seed=self.config.seed, **options,
+            seed=self.config.seed, schedule=layout.schedule, pp_layout=layout.pp_layout,
+            activation_checkpointing=layout.activation_checkpointing, on_phase=self.place.at, **options,
         )  # fmt: skip
 
     def trainer_engine(self, model: ModelConfig, initial: dict[str, torch.Tensor] | None) -> Engine:
@@ -92,12 +97,33 @@ def start_rank(arguments: dict[str, Any]) -> Rank:
         torch.cuda.set_device(device)
     elif world > 1:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // world))
-    sizes = MeshSizes(pp=layout.pp_size, dp=world // layout.pp_size)
-    mesh = Mesh(sizes, timeout=timedelta(seconds=layout.timeout_seconds))
+    sizes = mesh_sizes(layout, world)
     folder, stage = Path(arguments["folder"]), arguments["stage"]
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    place = Place(folder, rank, sizes.coordinate(rank), stage)
+    mesh = Mesh(sizes, timeout=timedelta(seconds=layout.timeout_seconds))
     upstream = {name: Path(path) for name, path in arguments["upstream"].items()}
-    progress = Progress(folder, stage, getattr(config, stage).steps) if mesh.rank == 0 else None
+    progress = None
+    if mesh.rank == 0:
+        progress = Progress(folder, stage, getattr(config, stage).steps, note=lost_ranks(layout, sizes))
     return Rank(
-        config, stage, folder, upstream["data_prep"], upstream, mesh, device, progress,
+        config, stage, folder, upstream["data_prep"], upstream, mesh, device, place, progress,
         arguments["wandb_id"], arguments["run_name"],
     )  # fmt: skip
+
+
+def mesh_sizes(layout: LayoutConfig, world: int) -> MeshSizes:
+    """The layout on `world` ranks: what the other axes leave is data parallel, however many ranks are there."""
+    others = layout.pp_size * layout.tp_size * layout.sp_size
+    if world % others:
+        raise ValueError(f"{world} ranks cannot hold pp x tp x sp = {others}")
+    dp, ep = world // others, layout.ep_size
+    if layout.gpus is not None and world < layout.gpus:
+        ep = gcd(ep, dp * layout.sp_size)  # fewer replicas hold more experts each
+    return MeshSizes(pp=layout.pp_size, dp=dp, sp=layout.sp_size, tp=layout.tp_size, ep=ep)
+
+
+def lost_ranks(layout: LayoutConfig, sizes: MeshSizes) -> str | None:
+    """`2 of 4 ranks left: dp=1`, where an elastic run goes on with fewer than it was asked for."""
+    wanted = layout.gpus or sizes.world
+    return f"{sizes.world} of {wanted} ranks left: dp={sizes.dp}" if sizes.world < wanted else None

@@ -5,11 +5,20 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from typing import Protocol
 
 from ray_pipeline.data.batch import Batch
-from ray_pipeline.engine.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
+from ray_pipeline.engine.checkpoint import (
+    UnusableCheckpoint,
+    list_checkpoints,
+    load_checkpoint,
+    newest_whole,
+    step_of,
+)
+from ray_pipeline.engine.checkpoint_writer import CheckpointWriter
 from ray_pipeline.engine.engine import Engine, StepStats
+from ray_pipeline.engine.gather import all_ranks_gather
 from ray_pipeline.engine.optimizer import learning_rate
 from ray_pipeline.errors import UserError
 from ray_pipeline.objectives.base import Objective
@@ -31,6 +40,27 @@ class BatchSource(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Best:
+    """The best evaluation so far: the stage's own figure, accuracy where it is measured, else validation loss."""
+
+    step: int
+    figure: str
+    value: float
+
+    @classmethod
+    def of(cls, step: int, figures: dict[str, float]) -> Best | None:
+        """From an evaluation's figures; None where there is nothing to compare."""
+        figure = next((name for name in ("accuracy", "validation_loss") if name in figures), None)
+        return None if figure is None or math.isnan(figures[figure]) else cls(step, figure, figures[figure])
+
+    def beats(self, other: Best | None) -> bool:
+        """Whether it is truly better; the earlier of equals stays."""
+        if other is None or other.figure != self.figure:
+            return True
+        return self.value > other.value if self.figure == "accuracy" else self.value < other.value
+
+
 class Trainer:
     """Runs optimizer steps, evaluates, checkpoints, reports; goes on from the newest whole checkpoint by itself."""
 
@@ -39,50 +69,94 @@ class Trainer:
         self.settings = rank.settings
         self.checkpoints = rank.folder / "checkpoints"
         self.history: dict[str, float] = {}
+        self.best: Best | None = None
 
     def fit(self, source: BatchSource, evaluate: Evaluate) -> dict[str, float]:
-        """Train to the last step.
+        """Train to the last step. Checkpoints are written beside it; the last one is whole when this returns.
 
         Returns:
             The last evaluation's figures and `train_loss` (mean of the last logged interval).
         """
         start = self._resume()
         tracker = self._tracker(start)
-        settings, tokens, since = self.settings, 0, time.monotonic()
-        losses: list[float] = []
-        for step in range(start, settings.steps):
-            rate = learning_rate(settings.optimizer, step, settings.steps)
-            batch = source.batch(step)
-            stats = self.engine.train_step(batch, self.objective, rate)
-            self._refuse_nan(stats, step)
-            losses.append(stats.loss)
-            tokens += batch.tokens.numel()
-            done = step + 1
-            if done % settings.log_every == 0 or done == settings.steps:
-                speed = tokens / max(time.monotonic() - since, 1e-9)
-                self.history["train_loss"] = sum(losses) / len(losses)
-                self._log(tracker, done, stats, rate, speed, source.metrics())
-                losses, tokens, since = [], 0, time.monotonic()
-            if done % settings.eval_every == 0 or done == settings.steps:
-                paused = time.monotonic()
-                self._evaluated(tracker, done, evaluate())
-                since += time.monotonic() - paused
-            if done % settings.checkpoint_every == 0 or done == settings.steps:
-                paused = time.monotonic()
-                save_checkpoint(self.engine, self.checkpoints, done, self.history, keep=settings.keep_checkpoints)
-                since += time.monotonic() - paused
+        with CheckpointWriter(self.rank.mesh, self.checkpoints, keep=self.settings.keep_checkpoints) as writer:
+            self._steps(start, source, evaluate, tracker, writer)
+            self.rank.place.at("saving")
         if tracker is not None:
             tracker.finish(self.history)
         return dict(self.history)
 
+    def _steps(
+        self,
+        start: int,
+        source: BatchSource,
+        evaluate: Evaluate,
+        tracker: Tracker | None,
+        writer: CheckpointWriter,
+    ) -> None:
+        settings, place, tokens, since = self.settings, self.rank.place, 0, time.monotonic()
+        losses: list[float] = []
+        for step in range(start, settings.steps):
+            rate, done = learning_rate(settings.optimizer, step, settings.steps), step + 1
+            place.at("next batch", done)
+            batch = source.batch(step)
+            place.at("forward/backward")
+            stats = self.engine.train_step(batch, self.objective, rate)
+            self._refuse_nan(stats, step)
+            losses.append(stats.loss)
+            tokens += batch.tokens.numel()
+            last = done == settings.steps
+            if done % settings.log_every == 0 or last:
+                speed = tokens / max(time.monotonic() - since, 1e-9)
+                self.history["train_loss"] = sum(losses) / len(losses)
+                self._log(tracker, done, stats, rate, speed, source.metrics())
+                losses, tokens, since = [], 0, time.monotonic()
+            paused = time.monotonic()
+            better = False
+            if done % settings.eval_every == 0 or last:
+                place.at("evaluating")
+                better = self._evaluated(tracker, done, evaluate())
+            if done % settings.checkpoint_every == 0 or last or better:
+                place.at("saving")
+                self._save(writer, done)
+            since += time.monotonic() - paused
+
+    def _save(self, writer: CheckpointWriter, done: int) -> None:
+        best = self.best
+        extra = {"history": self.history, "best": None if best is None else asdict(best)}
+        writer.save(self.engine, done, extra, best=None if best is None else best.step)
+
     def _resume(self) -> int:
+        """Steps taken by the newest checkpoint, which is loaded; 0 where there is none.
+
+        Raises:
+            UserError: it is damaged or of another model; names the file and says how to go on without it.
+        """
         found = list_checkpoints(self.checkpoints)
         if not found:
             return 0
-        saved = load_checkpoint(self.engine, found[-1])
-        step = int(saved.pop("step"))
-        self.history = saved
-        return step
+        self.rank.place.at("loading a checkpoint")
+        try:
+            saved = load_checkpoint(self.engine, found[-1])
+        except UnusableCheckpoint as error:
+            raise UserError(f"{error.problem}.\n{self._way_out(error)}") from error
+        self.history = saved["extra"]["history"]
+        best = saved["extra"]["best"]
+        self.best = None if best is None or not self.settings.keep_best else Best(**best)
+        return int(saved["step"])
+
+    def _way_out(self, error: UnusableCheckpoint) -> str:
+        """What to type, with a checkpoint that is whole where there is one."""
+        run, bad = self.rank.folder.parent, error.path
+        older = newest_whole(self.checkpoints, before=bad)
+        resume = f"python -m ray_pipeline.cli resume {run.name} --output-dir {run.parent}"
+        if older is not None:
+            goes_on = f"The checkpoint of step {step_of(older)} is whole. Put this one aside and go on from there"
+            aside = f"mv {bad} {bad.with_name('unusable-' + bad.name)}"
+        else:
+            goes_on = "No older checkpoint is whole. Put them aside and start the stage from its beginning"
+            aside = f"mv {bad.parent} {bad.parent.with_name('unusable-' + bad.parent.name)}"
+        return f"{goes_on}:\n  {aside}\n  {resume}"
 
     def _tracker(self, start: int) -> Tracker | None:
         rank = self.rank
@@ -112,7 +186,16 @@ class Trainer:
         if self.rank.progress is not None:
             self.rank.progress.update(done, loss=figures["loss"], tokens_per_second=speed)
 
-    def _evaluated(self, tracker: Tracker | None, done: int, figures: dict[str, float]) -> None:
+    def _evaluated(self, tracker: Tracker | None, done: int, figures: dict[str, float]) -> bool:
+        """Take note of an evaluation; whether its checkpoint is to be kept as the best so far."""
         self.history |= figures
         if tracker is not None:
             tracker.log(done, {f"eval/{name}": value for name, value in figures.items()})
+        # Rank 0 decides: a figure that differs in its last bit must not make some ranks save and others not.
+        found: Best | None = all_ranks_gather(self.rank.mesh, Best.of(done, figures))[0]
+        # Between two updates on the same rollouts there is nothing to resume from.
+        resumable = done % getattr(self.settings, "updates_per_rollout", 1) == 0 or done == self.settings.steps
+        if not self.settings.keep_best or not resumable or found is None or not found.beats(self.best):
+            return False
+        self.best = found
+        return True

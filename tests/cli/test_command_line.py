@@ -63,7 +63,7 @@ def test_no_arguments_shows_the_verbs(capsys: pytest.CaptureFixture) -> None:
     ("arguments", "expected"),
     [
         (["rnu"], '"rnu" is not a verb (did you mean "run"?)'),
-        (["run", "--max-stps", "3"], "Did you mean '--max-steps'?"),
+        (["run", "--max-stps", "3"], "'--max-steps'"),
         (["run", "--gpus", "0"], "0 is not in the range x>=1"),
         (["run", "--gpus", "many"], "'many' is not a valid integer"),
         (["run", "extra"], "unexpected extra argument"),
@@ -74,6 +74,9 @@ def test_no_arguments_shows_the_verbs(capsys: pytest.CaptureFixture) -> None:
         (["run", "--from", "grpo", "--until", "sft"], "grpo comes after sft"),
         (["run", "--stage", "sft", "--until", "grpo"], "give one or the other"),
         (["run", "--backend", "tpu"], "backend=tpu: must be 'auto', 'cpu', 'cuda' or 'modal'"),
+        (["run", "--schedule", "zvb"], "schedule=zvb: must be '1f1b', 'interleaved_1f1b', 'zbv' or 'dualpipev'"),
+        (["run", "--schedule", "dualpipe"], '(did you mean "dualpipev"?)'),
+        (["run", "--activation-checkpointing", "ful"], '(did you mean "full"?)'),
         (["run", "--model-size", "huge"], "model_size=huge: must be 'tiny', 'small', 'medium' or 'large'"),
         (["run", "--time-sliced"], "use --gpus 3 --pp-size 3 instead"),
         (["run", "--time-slced"], "No such option"),
@@ -97,7 +100,8 @@ def test_mistakes_are_one_message_and_exit_code_2(
     [
         (["--gpus", "9", "--pp-size", "9", "--backend", "cpu"], "more ranks than layers"),
         (["--gpus", "1", "--backend", "cuda"], "no GPU that PyTorch can use"),
-        (["--gpus", "2", "--tp-size", "2", "--backend", "cpu"], "tensor parallelism is not in it"),
+        (["--tp-size", "3", "--backend", "cpu"], "num_attention_heads=8 cannot be shared evenly by 3 ranks"),
+        (["--gpus", "2", "--schedule", "zbv", "--backend", "cpu"], "Use --schedule 1f1b, or --pp-size 2"),
     ],
 )
 def test_a_layout_that_cannot_run_is_refused_before_anything_starts(

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from model.parallel.mesh import Mesh, MeshSizes
 from ray_pipeline.config import OptimizerConfig
-from ray_pipeline.engine.optimizer import build_adamw, clip_by_global_norm, learning_rate
+from ray_pipeline.engine.optimizer import build_optimizer, clip_by_global_norm, learning_rate
 
 
 @given(st.sampled_from(["cosine", "wsd", "constant"]), st.integers(0, 50), st.integers(1, 500), st.data())
@@ -36,13 +36,24 @@ def test_clipping_equals_torchs(values, limit):
     ours, theirs = torch.tensor(values), torch.tensor(values).requires_grad_()
     theirs.grad = ours.clone()
     expected = torch.nn.utils.clip_grad_norm_([theirs], limit)
-    norm = clip_by_global_norm([ours], limit, Mesh(MeshSizes()))
+    norm = clip_by_global_norm({"w": ours}, limit, Mesh(MeshSizes()))
     assert norm == pytest.approx(float(expected), rel=1e-5, abs=1e-7)
     torch.testing.assert_close(ours, theirs.grad, rtol=1e-5, atol=1e-7)
 
 
 def test_norm_weights_are_not_decayed():
     model = torch.nn.Sequential(torch.nn.Linear(4, 4, bias=False), torch.nn.LayerNorm(4))
-    matrices, vectors = build_adamw(model, OptimizerConfig(weight_decay=0.3)).param_groups
+    named = dict(model.named_parameters())
+    matrices, vectors = build_optimizer(named, OptimizerConfig(weight_decay=0.3), Mesh(MeshSizes())).param_groups
     assert matrices["weight_decay"] == 0.3 and vectors["weight_decay"] == 0.0
     assert len(matrices["params"]) == 1 and len(vectors["params"]) == 2
+
+
+def test_sgd_takes_the_gradient_as_it_is():
+    model = torch.nn.Linear(4, 4, bias=False)
+    before = model.weight.detach().clone()
+    settings = OptimizerConfig(name="sgd", lr=1.0, weight_decay=0.3)
+    optimizer = build_optimizer({"weight": model.weight}, settings, Mesh(MeshSizes()))
+    model.weight.grad = torch.full((4, 4), 0.25)
+    optimizer.step()
+    torch.testing.assert_close(model.weight.detach(), before - 0.25)

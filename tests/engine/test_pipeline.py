@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from model.layers.linear import Linear
 from model.parallel.collectives import CollectiveFailed
@@ -21,7 +23,12 @@ SCHEDULES = ("1f1b", "interleaved_1f1b", "zbv", "dualpipev")
 
 
 class Part(nn.Module):
-    """A stage of a toy model: embedding first, two deferrable products and a norm, a loss last."""
+    """A stage of a toy model: embedding first, two deferrable products and a norm, a loss last.
+
+    `recompute`: forget the inner activations and run forward again in backward.
+    """
+
+    recompute = False
 
     def __init__(self, stage: int, stages: int):
         super().__init__()
@@ -34,8 +41,11 @@ class Part(nn.Module):
 
     def forward(self, carried: list[torch.Tensor], batch: Batch, finish) -> list[torch.Tensor]:
         hidden, ahead = [self.embed(batch.tokens)] * 2 if self.first else carried
-        hidden = hidden + self.down(self.norm(self.up(hidden)).tanh())
+        hidden = checkpoint(self.layer, hidden, use_reentrant=False) if self.recompute else self.layer(hidden)
         return [finish(self, hidden, ahead, batch)] if self.last else [hidden, ahead]
+
+    def layer(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden + self.down(self.norm(self.up(hidden)).tanh())
 
 
 def loss(part, hidden, ahead, batch):
@@ -84,8 +94,10 @@ def pipeline(name: str, pp: int):
     return made, parts, calls
 
 
-def train_on_rank(rank: int, name: str, pp: int, count: int):
+def train_on_rank(rank: int, name: str, pp: int, count: int, recompute: bool = False):
     executor, parts, calls = pipeline(name, pp)
+    for part in parts.values():
+        part.recompute = recompute
     losses = executor.run(batches(count), loss, train=True)
     assert calls["backward"] == count * len(parts)
     return losses, gradients(parts)
@@ -102,9 +114,10 @@ def check(out: list, name: str, pp: int, count: int) -> None:
         torch.testing.assert_close(merged[key], grad, rtol=1e-5, atol=1e-5, msg=key)
 
 
+@pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_one_rank_without_messages_equals_plain_backward(name):
-    check([train_on_rank(0, name, 1, 3)], name, 1, 3)
+def test_one_rank_without_messages_equals_plain_backward(name, recompute):
+    check([train_on_rank(0, name, 1, 3, recompute)], name, 1, 3)
 
 
 def train_all(rank: int, pp: int, counts: dict[str, list[int]]):
@@ -144,6 +157,36 @@ def test_forward_only_runs_give_values_in_order_and_no_gradients():
             for part in parts:
                 carried = part(carried, batch, lambda part, hidden, ahead, batch: hidden + ahead)
             torch.testing.assert_close(value, carried[0].detach())
+
+
+def test_activations_die_with_their_backward():
+    executor, _, _ = pipeline("1f1b", 1)
+    seen: list[weakref.ref] = []
+
+    def watch(part, hidden, ahead, batch):
+        assert not any(held() is not None for held in seen)
+        seen.append(weakref.ref(hidden))
+        return loss(part, hidden, ahead, batch)
+
+    executor.run(batches(4), watch, train=True)
+    assert len(seen) == 4 and seen[-1]() is None
+
+
+def count_unreleased(rank: int, count: int):
+    executor, _, _ = pipeline("1f1b", 2)
+    waiting = []
+
+    def watch(*given):
+        waiting.append(sum(len(sent) for sent in executor._mailbox._sent.values()))
+
+    executor.before_backward = watch
+    executor.run(batches(count), loss, train=True)
+    return max(waiting)
+
+
+def test_sent_tensors_are_let_go_while_the_run_goes_on():
+    """Rank 0 has two activations on their way at most, rank 1 the gradients of as many."""
+    assert max(run_ranks(count_unreleased, 2, 12)) <= 2
 
 
 def lose_a_rank(rank: int):

@@ -1,4 +1,4 @@
-"""Schedules, simulated: nothing waits forever, every action once and in order, memory and bubble as the formulas say."""
+"""Schedules, simulated: no deadlock, every action once and in order, memory and bubble as the formulas say."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model.parallel.placement import PARTS_PER_RANK, parts_of
+from model.parallel.placement import PARTS_PER_RANK, V_SHAPED, parts_of
 from ray_pipeline.engine.schedule import Action, Schedule, build_schedule, forward_only
 from ray_pipeline.engine.schedule_simulation import Costs, simulate
 
@@ -59,16 +59,15 @@ def test_no_schedule_deadlocks_whatever_actions_and_messages_take(case, forward,
 
 
 @given(names, ranks, counts)
-def test_forward_only_runs_every_forward_without_deadlock_or_idling_in_between(name, pp, count):
+def test_forward_only_runs_every_forward_once_and_idles_only_at_the_ends(name, pp, count):
     schedule = forward_only(name, pp, count)
-    result = simulate(schedule, Costs(forward=1))
     expected = {Action("F", stage, i) for stage in range(schedule.stages) for i in range(count)}
     assert sorted(a for order in schedule.actions for a in order) == sorted(expected)
-    if name != "interleaved_1f1b" or count % pp == 0:
-        assert result.finish == count * PARTS_PER_RANK[name] + pp - 1 + (PARTS_PER_RANK[name] == 2) * (
-            # Up and down again the V ends where it began, the loop one rank before.
-            pp - 1 if name != "interleaved_1f1b" else 0
-        ) - (name in ("zbv", "dualpipev")) * (pp - 1) * 1 or name in ("zbv", "dualpipev")
+    finish = simulate(schedule).finish
+    if name in V_SHAPED:
+        assert finish == 2 * (count - 1) + 2 * pp  # the last micro-batch goes up and down before it ends
+    elif name == "1f1b" or count >= pp:
+        assert finish == PARTS_PER_RANK[name] * count + pp - 1
 
 
 @given(ranks, counts)
@@ -145,7 +144,7 @@ def test_a_deadlock_names_the_actions_that_wait():
     ],
 )
 def test_actions_out_of_order_are_refused(order):
-    with pytest.raises(ValueError, match="must come right before it|is done twice"):
+    with pytest.raises(ValueError, match="can come before it"):
         simulate(Schedule("made up", 1, 1, (0,), (order,)))
 
 

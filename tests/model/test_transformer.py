@@ -88,7 +88,7 @@ def test_mtp_hidden_states_match_the_transformers_oracle():
     hidden = hf.model(ids).last_hidden_state
     positions = torch.arange(1, ids.shape[1])[None]
     expected = oracle.forward_layer(0, hidden[:, :-1], positions, None, input_ids=ids[:, 1:])
-    got = model.predict_ahead(hidden, model.embed_tokens(ids), None)[0][:, :-1]
+    got = model.predict_ahead(hidden, model.embed(ids)[1], None)[0][:, :-1]
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
 
 
@@ -160,8 +160,8 @@ def test_label_logprobs_sum_to_cross_entropy():
     hidden = torch.randn(2, 48, 64)
     labels = ids.clone()
     labels[:, ::3] = IGNORE
-    logprobs = label_logprobs(hidden, model.lm_head.weight, labels)
-    total = cross_entropy_sum(hidden, model.lm_head.weight, labels)
+    logprobs = label_logprobs(hidden, model.lm_head, labels)
+    total = cross_entropy_sum(hidden, model.lm_head, labels)
     torch.testing.assert_close(-logprobs.sum(), total)
     assert (logprobs[labels == IGNORE] == 0).all()
 

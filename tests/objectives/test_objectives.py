@@ -34,7 +34,7 @@ def rollout_batch(model: Transformer, hidden: torch.Tensor, shift: float) -> Bat
     """A batch whose old log-probabilities differ from the present ones by up to `shift`."""
     batch = make_batch(1)
     generator = torch.Generator().manual_seed(6)
-    logprobs = label_logprobs(hidden, model.lm_head.weight, batch.labels).detach()
+    logprobs = label_logprobs(hidden, model.lm_head, batch.labels).detach()
     noise = shift * (2 * torch.rand(logprobs.shape, generator=generator) - 1)
     batch.extras["old_logprobs"] = logprobs + noise
     batch.extras["ref_logprobs"] = logprobs - noise
@@ -70,7 +70,7 @@ def test_on_policy_grpo_has_the_policy_gradient(model, hidden):
     hidden.requires_grad_()
     Grpo(beta=0.0, clip_low=0.2, clip_high=0.2, temperature=1.0)(model, hidden, None, batch)[0].backward()
     got, hidden.grad = hidden.grad, None
-    logprobs = label_logprobs(hidden, model.lm_head.weight, batch.labels)
+    logprobs = label_logprobs(hidden, model.lm_head, batch.labels)
     (-(logprobs * batch.extras["advantages"]).sum()).backward()
     torch.testing.assert_close(got, hidden.grad)
 
@@ -79,7 +79,7 @@ def test_forward_kl_is_zero_for_the_teacher_itself_and_torchs_kl_otherwise(model
     batch = make_batch(1)
     batch.extras["teacher_hidden"] = hidden
     head = model.lm_head.weight.detach()
-    objective = ForwardKl(2.0, head)
+    objective = ForwardKl(2.0, model.lm_head)
     assert abs(float(objective(model, hidden, None, batch)[0])) < 1e-4
     other = hidden + 0.3
     got = float(objective(model, other, None, batch)[0].detach())
@@ -94,7 +94,8 @@ def test_forward_kl_is_zero_for_the_teacher_itself_and_torchs_kl_otherwise(model
 def test_cross_entropy_counts_labelled_tokens_and_adds_mtp(model, hidden):
     batch = make_batch(1)
     objective = CrossEntropy(mtp_weight=0.5)
-    total, main, ahead, tokens = objective(model, hidden, torch.randn_like(hidden), batch).tolist()
+    embeddings = torch.randn(hidden.shape[0], hidden.shape[1] + 1, hidden.shape[2])
+    total, main, ahead, tokens = objective(model, hidden, embeddings, batch).tolist()
     assert objective.weight(batch) == int((batch.labels != IGNORE).sum())
     torch.testing.assert_close(total, main + 0.5 * ahead, rtol=1e-5, atol=0)
     assert 0 < tokens < objective.weight(batch)

@@ -134,8 +134,8 @@ def test_mtp_hidden_states_equal_transformers(variant, tmp_path, tokenizer_folde
     length = TOKENS.shape[1]
     with torch.no_grad():
         rotation, mask = model.context(None, length)
-        embeddings = model.embed_tokens(TOKENS)
-        hidden = model.norm(model.run_layers(embeddings, rotation, mask))
+        embedded, embeddings = model.embed(TOKENS)
+        hidden = model.norm(model.run_layers(embedded, rotation, mask))
         ours = model.predict_ahead(hidden, embeddings, None)
         theirs = main.model(TOKENS).last_hidden_state
         torch.testing.assert_close(hidden, theirs, rtol=1e-5, atol=1e-5)

@@ -1,0 +1,245 @@
+"""Bytes that a rank holds at its fullest moment, by kind.
+
+The schedule is played once: activations come with every forward and go with its backward, gradients and buckets are
+there from the first backward on, and the optimizer's update is a moment of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+from ray_pipeline.costs.activations import (
+    Kernels,
+    cast_weights,
+    kernels,
+    layer_bytes,
+    logits_bytes,
+    num_heads,
+    part_bytes,
+)
+from ray_pipeline.costs.weights import Weight, layer_weights, part_weights
+from ray_pipeline.costs.workload import FP32, Part, Workload, without_checkpointing
+from ray_pipeline.engine import zero_settings
+from ray_pipeline.engine.schedule import build_schedule
+
+BATCH = 3 * 8  # bytes per token: tokens, labels and document numbers as int64
+
+
+@dataclass(frozen=True)
+class Memory:
+    """One rank at one moment, in bytes.
+
+    Attributes:
+        optimizer: moments, and under ZeRO the fp32 copy of the own shard. buffers: by name.
+        host: in CPU memory instead, by `offload_optimizer`.
+    """
+
+    moment: str
+    weights: int = 0
+    gradients: int = 0
+    optimizer: int = 0
+    activations: int = 0
+    buffers: dict[str, int] = field(default_factory=dict)
+    host: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer + self.activations + sum(self.buffers.values())
+
+    def kinds(self) -> dict[str, int]:
+        """The columns of the plan's table."""
+        return {
+            "weights": self.weights,
+            "gradients": self.gradients,
+            "optimizer": self.optimizer,
+            "activations": self.activations,
+            "buffers": sum(self.buffers.values()),
+        }
+
+
+@dataclass(frozen=True)
+class _Held:
+    """Numbers of a rank's parameters.
+
+    Attributes:
+        full: before ZeRO. shard: of them, its own under ZeRO. largest: of a single parameter.
+        persistent: too small for ZeRO 3 to take apart. gathered: what ZeRO 3 brings together from other ranks.
+    """
+
+    full: int
+    shard: int
+    largest: int
+    persistent: int
+    gathered: int
+
+
+def _held(work: Workload, weights: Iterable[Weight]) -> _Held:
+    layout, full, shard, largest, persistent, gathered = work.layout, 0, 0, 0, 0, 0
+    for weight in weights:
+        local, single = weight.local(layout.tp, layout.ep), weight.local_largest(layout.tp, layout.ep)
+        replicas = work.expert_replicas if weight.expert else work.replicas
+        full += local
+        shard += -(-local // replicas)
+        largest = max(largest, single)
+        if replicas > 1 and single < zero_settings.PERSISTENT:
+            persistent += local
+        elif replicas > 1:
+            gathered += local
+    return _Held(full, shard, largest, persistent, gathered)
+
+
+def rank_memory(work: Workload, pp_rank: int, device: str) -> Memory:
+    """The fullest moment of a rank at place `pp_rank` of the pipeline; the other axes hold the same by symmetry.
+
+    Args:
+        device: "cpu" or "cuda"; decides which kernels run, and whether reduction overlaps backward.
+    """
+    parts = work.parts_of_rank(pp_rank)
+    held = _held(work, (weight for part in parts for weight in part_weights(work.model, part.layers)))
+    steady = _steady(work, held, parts, device)
+    moments = [_with(steady, moment) for moment in _backwards(work, held, parts, pp_rank, device)]
+    moments.append(_with(steady, _update(work, held)))
+    return max(moments, key=lambda memory: memory.total)
+
+
+def _with(steady: Memory, moment: Memory) -> Memory:
+    """What is always there, and what a moment adds."""
+    return Memory(
+        moment.moment,
+        weights=steady.weights + moment.weights,
+        gradients=steady.gradients + moment.gradients,
+        optimizer=steady.optimizer,
+        activations=moment.activations,
+        buffers={name: size for name, size in (steady.buffers | moment.buffers).items() if size},
+        host=steady.host,
+    )
+
+
+def _steady(work: Workload, held: _Held, parts: list[Part], device: str) -> Memory:
+    zero, model = work.layout.zero_stage, work.model
+    numbers = held.full if zero == 0 else held.shard
+    optimizer = FP32 * (work.moments + (zero > 0)) * numbers
+    gradients, weights = 0, FP32 * held.full
+    buffers = {
+        "rotary table": len(parts) * 2 * FP32 * model.max_position_embeddings * model.qk_rope_head_dim // 2,
+        "batch": BATCH * work.rows_per_replica * work.seq_len,
+    }
+    if zero == 3:
+        weights = FP32 * (held.shard + held.persistent)
+        gradients = FP32 * held.shard
+        buffers["bucket"] = FP32 * zero_settings.reduce_bucket(held.full)
+    if work.frozen is not None:
+        frozen = _frozen_numbers(work, [part.stage for part in parts])
+        weights += FP32 * frozen
+    host = 0
+    if work.layout.offload_optimizer:
+        host, optimizer, gradients = optimizer + 3 * FP32 * held.shard, 0, 0  # and three copies of its gradients
+    return Memory("", weights, gradients, optimizer, 0, buffers, host)
+
+
+def _frozen_numbers(work: Workload, stages: list[int]) -> int:
+    """Weights of the reference or teacher on the same ranks; nothing that is only read is sharded by ZeRO."""
+    assert work.frozen is not None
+    parts = work.cut(work.frozen)
+    weights = (weight for stage in stages for weight in part_weights(work.frozen, parts[stage].layers))
+    return sum(weight.local(work.layout.tp, work.layout.ep) for weight in weights)
+
+
+def _backwards(work: Workload, held: _Held, parts: list[Part], pp_rank: int, device: str) -> Iterator[Memory]:
+    """Begin and end of every backward, deduplicated."""
+    on, layout = kernels(device), work.layout
+    size = {part.stage: part_bytes(work, on, part) for part in parts}
+    logits = {part.stage: num_heads(work) * logits_bytes(work) if part.last else 0 for part in parts}
+    passing = {part.stage: _passing(work, held, on, part) for part in parts}
+    schedule = build_schedule(layout.schedule, layout.pp, work.micro_batches)
+    gradients = FP32 * {0: held.full, 1: held.full, 2: held.shard, 3: 0}[layout.zero_stage]
+    if layout.offload_optimizer:
+        gradients = 0  # they gather in CPU memory
+    live = kept_logits = 0
+    after_first = False
+    seen = set()
+    for action in schedule.actions[pp_rank]:
+        stage = action.stage
+        if action.kind == "F":
+            live, kept_logits = live + size[stage], kept_logits + logits[stage]
+            continue
+        ends = action.kind in ("B", "W")
+        found = [(live, kept_logits, stage, after_first)] if action.kind in ("B", "I") else []
+        if ends:
+            live, kept_logits = live - size[stage], kept_logits - logits[stage]
+            after_first = True
+            found.append((live, kept_logits, -1, True))
+        for moment in found:
+            if moment in seen:
+                continue
+            seen.add(moment)
+            activations, held_logits, running, have = moment
+            buffers = {"logits": held_logits} | _messages(work)
+            if have:
+                buffers |= _reducing(work, held, device)
+            if layout.zero_stage == 3:
+                buffers["gathered weights"] = FP32 * min(held.gathered, zero_settings.LIVE)
+            for name, extra in passing.get(running, {}).items():
+                buffers[name] = buffers.get(name, 0) + extra
+            yield Memory("backward", 0, gradients if have else 0, 0, activations, buffers)
+
+
+def _passing(work: Workload, held: _Held, on: Kernels, part: Part) -> dict[str, int]:
+    """What one backward needs besides what it finds: whichever of its beginnings takes most."""
+    model, tokens, layout = work.model, work.tokens_at_once, work.layout
+    layer = part.layers.stop - 1
+    if part.last and work.trains_mtp:
+        layer = model.num_hidden_layers + model.num_nextn_predict_layers - 1
+    again = 0
+    if layout.activation_checkpointing != "none":
+        fully = without_checkpointing(work)
+        kept = [weight for weight in layer_weights(model, layer) if weight.matmul]
+        if layout.activation_checkpointing == "selective":
+            kept = [weight for weight in kept if weight.kind == "attention"]
+        again = layer_bytes(fully, on, layer) - layer_bytes(work, on, layer) + cast_weights(work, kept)
+    rows = tokens * (model.num_experts_per_tok if model.is_moe_layer(layer) else 1)
+    flowing = 2 * rows * model.hidden_size * work.element + work.element * held.largest
+    if not part.last:
+        return {"gradients in passing": flowing, "computed again": again}
+    # Gradients of the log-probabilities and of the logits, before anything of the head is let go.
+    if 2 * logits_bytes(work) >= flowing + again - logits_bytes(work):
+        return {"logits": 2 * logits_bytes(work)}
+    return {"gradients in passing": flowing, "computed again": again, "logits": -logits_bytes(work)}
+
+
+def _messages(work: Workload) -> dict[str, int]:
+    """Pipeline: hidden states, and embeddings for the MTP modules, one set coming in and one going out."""
+    if work.layout.pp == 1:
+        return {}
+    tensors = 2 if work.model.num_nextn_predict_layers else 1
+    return {"messages": 2 * tensors * work.tokens_at_once * work.model.hidden_size * FP32}
+
+
+def _reducing(work: Workload, held: _Held, device: str) -> dict[str, int]:
+    """DeepSpeed's bucket, two of them where reduction runs beside backward."""
+    zero = work.layout.zero_stage
+    if zero not in (1, 2):
+        return {}
+    buckets = 2 if zero == 2 and device == "cuda" else 1
+    return {"bucket": buckets * FP32 * zero_settings.reduce_bucket(held.full)}
+
+
+def _update(work: Workload, held: _Held) -> Memory:
+    """Reduce, clip, step: ZeRO 0 joins all gradients into one message per group of replicas."""
+    zero = work.layout.zero_stage
+    gradients = FP32 * {0: held.full, 1: held.full, 2: held.shard, 3: 0}[zero]
+    buffers: dict[str, int] = {}
+    if zero == 0:
+        buffers["gradients as one message"] = FP32 * held.full if work.replicas > 1 else 0
+        buffers["squares of gradients"] = FP32 * held.largest if work.replicas == 1 else 0
+    elif zero < 3:
+        buffers["own share of the gradients"] = FP32 * held.shard
+        if zero == 1:
+            buffers |= {"bucket": FP32 * zero_settings.reduce_bucket(held.full)}
+    return Memory("update", 0, gradients, 0, 0, buffers)
+
+
+def stage_memory(work: Workload, device: str) -> list[Memory]:
+    """The fullest moment of every pipeline rank."""
+    return [rank_memory(work, pp_rank, device) for pp_rank in range(work.layout.pp)]

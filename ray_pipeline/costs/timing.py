@@ -1,0 +1,131 @@
+"""Expected time of a step: matrix products at the share of peak that training gets, messages at link speed, and the
+schedule played with both."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from ray_pipeline.costs.hardware_table import Hardware
+from ray_pipeline.costs.traffic import Group, Traffic, boundary_bytes, groups, part_messages, rank_traffic
+from ray_pipeline.costs.weights import layer_weights
+from ray_pipeline.costs.workload import Part, Workload
+from ray_pipeline.engine.schedule import build_schedule
+from ray_pipeline.engine.schedule_simulation import Costs, simulate
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One optimizer step on given hardware.
+
+    Attributes:
+        seconds: the whole step. gradients: of them, after the last backward, for reduction among replicas.
+        bubble: share of the pipeline's time that ranks idle, on average. mfu: model FLOPs over what peak could do.
+        shares: what the busiest rank spends in computing and in messages that nothing hides, in seconds.
+    """
+
+    seconds: float
+    gradients: float
+    bubble: float
+    mfu: float
+    tokens_per_second: float
+    shares: dict[str, float]
+
+
+def flops_per_token(work: Workload) -> int:
+    """Useful FLOPs of forward and backward per token: 6 per weight it is multiplied with, and causal attention."""
+    model = work.model
+    if not work.trains_mtp:
+        model = replace(model, num_nextn_predict_layers=0)
+    return model.flops_per_token(work.seq_len)
+
+
+def part_flops(work: Workload, part: Part) -> tuple[int, int]:
+    """What one rank computes for one micro-batch of a part: (forward, what checkpointing computes again).
+
+    With packed documents attention is computed over whole rows under a mask, also where it is not causal.
+    """
+    model, layout = work.model, work.layout
+    depths = model.num_nextn_predict_layers if part.last and work.trains_mtp else 0
+    layers = [*part.layers, *range(model.num_hidden_layers, model.num_hidden_layers + depths)]
+    heads = model.num_attention_heads // layout.tp
+    scores = 2 * heads * (model.qk_head_dim + max(model.qk_head_dim, model.v_head_dim)) * work.seq_len
+    forward = again = 0
+    for layer in layers:
+        products = {"attention": scores, "rest": 0}
+        for weight in layer_weights(model, layer):
+            kind = "attention" if weight.kind == "attention" else "rest"
+            products[kind] += 2 * weight.active // (layout.tp if weight.tp else 1)
+        forward += sum(products.values())
+        again += {"none": 0, "selective": products["attention"], "full": sum(products.values())}[
+            layout.activation_checkpointing
+        ]
+    if part.last:
+        head = 2 * model.vocab_size * model.hidden_size // layout.tp
+        forward += (1 + depths) * head + depths * 4 * model.hidden_size**2
+    return work.tokens_at_once * forward, work.tokens_at_once * again
+
+
+def step_timing(work: Workload, hardware: Hardware) -> Timing:
+    """Play the step on `hardware`, which is what one rank has."""
+    layout, parts = work.layout, work.parts
+    speed = hardware.peak(work.bf16) * hardware.achieved
+    sizes = groups(work)
+    computing, talking, forward_total, backward_total = [], [], 0.0, 0.0
+    for part in parts:
+        forward, again = part_flops(work, part)
+        messages = part_messages(work, part)
+        sent = [
+            sum(sizes[axis].seconds(both[i], hardware, ring=axis == "tp") for axis, both in messages.items())
+            for i in (0, 1)
+        ]
+        computing.append((3 * forward + again) / speed)
+        talking.append(sum(sent))
+        forward_total += forward / speed + sent[0]
+        backward_total += (2 * forward + again) / speed + sent[1]
+    ratio = backward_total / forward_total
+    whole = [(c + t) / (1 + ratio) for c, t in zip(computing, talking, strict=True)]
+    message = sizes["pp"].seconds(boundary_bytes(work), hardware, ring=True) if layout.pp > 1 else 0.0
+    played = simulate(
+        build_schedule(layout.schedule, layout.pp, work.micro_batches),
+        Costs(1, ratio, ratio / 2, ratio / 2, message, tuple(whole)),
+    )
+    busiest = max(range(layout.pp), key=lambda rank: played.busy[rank])
+    gradients = max(_gradient_seconds(work, rank, hardware, float(played.busy[rank])) for rank in range(layout.pp))
+    seconds = float(played.finish) + gradients
+    held = [part.stage for part in work.parts_of_rank(busiest)]
+    m = work.micro_batches
+    useful = flops_per_token(work) * work.tokens_per_step
+    return Timing(
+        seconds,
+        gradients,
+        bubble=float(sum(played.bubble)) / layout.pp,
+        mfu=useful / (seconds * layout.gpus * hardware.peak(work.bf16)),
+        tokens_per_second=work.tokens_per_step / seconds,
+        shares={
+            "computing": m * sum(computing[stage] for stage in held),
+            "messages within layers": m * sum(talking[stage] for stage in held),
+            "idle in the pipeline": float(played.finish - played.busy[busiest]),
+            "gradients and weights among replicas": gradients,
+        },
+    )
+
+
+def _gradient_seconds(work: Workload, pp_rank: int, hardware: Hardware, busy: float) -> float:
+    """What reduction adds to the step; from ZeRO 2 on, GPUs do it beside two thirds of the computing."""
+    sizes = groups(work)
+    exposed = sum(
+        message_seconds(message, sizes, hardware)
+        for message in rank_traffic(work, pp_rank)
+        if message.axis.startswith("dp")
+    )
+    if work.layout.zero_stage >= 2 and hardware.device == "cuda":
+        return max(0.0, exposed - busy * 2 / 3)
+    return exposed
+
+
+def message_seconds(message: Traffic, sizes: dict[str, Group], hardware: Hardware) -> float:
+    """Time of all of a step's messages of one kind."""
+    group = sizes[message.axis]
+    if message.axis == "pp":
+        return group.seconds(message.bytes, hardware, ring=True)
+    return group.seconds(message.bytes, hardware, ring=message.operation != "all-to-all")

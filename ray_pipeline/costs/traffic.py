@@ -1,0 +1,167 @@
+"""Bytes that one rank sends per optimizer step, by axis of the layout and operation, and how long that takes.
+
+Read off `model.parallel`, the pipeline and DeepSpeed. Rings are assumed for reductions; in all-to-alls every rank keeps
+its own share. Messages of a few numbers (weights of the loss, norms, counts of rows) are left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import pairwise
+
+from model.config import ModelConfig
+from model.parallel.placement import ranks_of
+from ray_pipeline.costs.activations import num_heads
+from ray_pipeline.costs.hardware_table import Hardware
+from ray_pipeline.costs.weights import part_weights
+from ray_pipeline.costs.workload import FP32, Part, Workload
+from ray_pipeline.engine import zero_settings
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """One kind of message.
+
+    Attributes:
+        bytes: sent by a rank, per optimizer step.
+    """
+
+    axis: str
+    operation: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Group:
+    """Ranks that talk to each other: how many, and how far apart their numbers are."""
+
+    size: int
+    stride: int
+
+    def seconds(self, sent: float, hardware: Hardware, *, ring: bool) -> float:
+        """Time to send `sent` bytes: a ring is as slow as its slowest link, an all-to-all uses both at once."""
+        near = max(1, min(self.size, hardware.node // self.stride))  # of the group, on one node
+        intra, inter = hardware.intra * hardware.links, hardware.inter * hardware.links
+        if self.size <= near:
+            return sent / intra
+        if ring:
+            return sent / inter
+        away = (self.size - near) / max(1, self.size - 1)
+        return max(sent * away / inter, sent * (1 - away) / intra)
+
+
+def groups(work: Workload) -> dict[str, Group]:
+    """Axis -> its group in the grid (pp, dp, sp, tp), tp fastest."""
+    layout = work.layout
+    return {
+        "tp": Group(layout.tp, 1),
+        "sp": Group(layout.sp, layout.tp),
+        "ep": Group(layout.ep, layout.tp),
+        "dp": Group(work.replicas, layout.tp),
+        "dp, experts": Group(work.expert_replicas, layout.tp * layout.ep),
+        "pp": Group(layout.pp, layout.tp * work.replicas),
+    }
+
+
+def _ring(size: int, n: int) -> int:
+    """One pass around the ring: a reduce-scatter, or an all-gather; an all-reduce is two."""
+    return size * (n - 1) // n
+
+
+def layer_messages(work: Workload, layer: int) -> dict[str, tuple[int, int]]:
+    """Axis -> bytes sent by one block in forward and backward of one micro-batch."""
+    model, layout, tokens, a = work.model, work.layout, work.tokens_at_once, work.element
+    moe = model.is_moe_layer(layer)
+    heads = model.num_attention_heads // layout.tp
+    # tp: both halves of the block sum their outputs; backward sums the gradients of what every rank read.
+    attention_out = model.hidden_size * a
+    out = model.hidden_size * (FP32 if moe else a)
+    queries = model.hidden_size * FP32 if model.q_lora_rank is None else model.q_lora_rank * a
+    read = queries + (model.kv_lora_rank + model.qk_rope_head_dim) * a + model.hidden_size * FP32
+    read += model.num_experts_per_tok * FP32 if moe else 0
+    # sp: queries, keys and values turn positions into heads, the output turns them back.
+    exchanged = heads * (2 * model.qk_head_dim + 2 * model.v_head_dim) * a
+    # ep: the chosen rows and their weights go out, in the stream's fp32, and results come back.
+    rows = model.num_experts_per_tok * (model.hidden_size * (FP32 + a) + FP32) if moe else 0
+    again = _repeated(layout.activation_checkpointing)
+    tp_forward = 2 * _ring(tokens * (attention_out + out), layout.tp)
+    tp_again = 2 * _ring(tokens * (attention_out * again["attention"] + out * again["feed-forward"]), layout.tp)
+    sp_forward, ep_forward = _ring(tokens * exchanged, layout.sp), _ring(tokens * rows, layout.ep)
+    return {
+        "tp": (tp_forward, 2 * _ring(tokens * read, layout.tp) + tp_again),
+        "sp": (sp_forward, sp_forward * (1 + again["attention"])),
+        "ep": (ep_forward, ep_forward * (1 + again["feed-forward"])),
+    }
+
+
+def _repeated(checkpointing: str) -> dict[str, int]:
+    """Which halves of a block the backward pass runs forward again."""
+    return {"attention": int(checkpointing != "none"), "feed-forward": int(checkpointing == "full")}
+
+
+def part_messages(work: Workload, part: Part) -> dict[str, tuple[int, int]]:
+    """Axis -> bytes sent by one part in forward and backward of one micro-batch, pipeline apart."""
+    model, tp = work.model, work.layout.tp
+    layers = list(part.layers)
+    if part.last and work.trains_mtp:
+        layers += range(model.num_hidden_layers, model.num_hidden_layers + model.num_nextn_predict_layers)
+    total = {axis: [0, 0] for axis in ("tp", "sp", "ep")}
+    for layer in layers:
+        for axis, (forward, backward) in layer_messages(work, layer).items():
+            total[axis][0] += forward
+            total[axis][1] += backward
+    stream = 2 * _ring(work.tokens_at_once * model.hidden_size * FP32, tp)
+    if part.first:
+        total["tp"][0] += stream  # every rank looks up its slice of the vocabulary
+    if part.last:
+        total["tp"][0] += num_heads(work) * 2 * _ring(3 * FP32 * work.tokens_at_once, tp)  # normalisers, not logits
+        total["tp"][1] += num_heads(work) * stream
+    return {axis: (forward, backward) for axis, (forward, backward) in total.items()}
+
+
+def boundary_bytes(work: Workload) -> int:
+    """One message between two parts: hidden states, and embeddings for the MTP modules, in fp32."""
+    tensors = 2 if work.model.num_nextn_predict_layers else 1
+    return tensors * work.tokens_at_once * work.model.hidden_size * FP32
+
+
+def _crossings(work: Workload, pp_rank: int) -> int:
+    """Messages to other ranks that one micro-batch, forward and backward, makes this rank send."""
+    held = ranks_of(work.layout.schedule, work.layout.pp)
+    return sum((a == pp_rank) + (b == pp_rank) for a, b in pairwise(held) if a != b)
+
+
+def _gradients(work: Workload, weights: int, n: int) -> dict[str, int]:
+    """Operation -> bytes per step for `weights` numbers that `n` ranks hold."""
+    zero, m, size = work.layout.zero_stage, work.micro_batches, FP32 * weights
+    if n == 1 or not weights:
+        return {}
+    if zero == 0:
+        return {"all-reduce": 2 * _ring(size, n)}
+    if zero < 3:  # DeepSpeed reduces whole buckets everywhere; under ZeRO 2 after every micro-batch
+        return {"all-reduce": 2 * _ring(size, n) * (m if zero == 2 else 1), "all-gather": _ring(size, n)}
+    # Weights that fit below the limit stay from forward to backward; others come twice.
+    gathers = m * (2 if weights > zero_settings.LIVE else 1)
+    return {"reduce-scatter": m * _ring(size, n), "all-gather": gathers * _ring(size, n)}
+
+
+def _numbers(model: ModelConfig, parts: Iterable[Part], work: Workload, *, expert: bool) -> int:
+    cut = work.layout.ep > 1
+    weights = (weight for part in parts for weight in part_weights(model, part.layers))
+    return sum(w.local(work.layout.tp, work.layout.ep) for w in weights if (w.expert and cut) == expert)
+
+
+def rank_traffic(work: Workload, pp_rank: int) -> list[Traffic]:
+    """What a rank at place `pp_rank` of the pipeline sends in a step."""
+    parts, m, found = work.parts_of_rank(pp_rank), work.micro_batches, []
+    for axis, operation in (("tp", "all-reduce"), ("sp", "all-to-all"), ("ep", "all-to-all")):
+        messages = [part_messages(work, part)[axis] for part in parts]
+        if sent := sum(map(sum, messages)):
+            found.append(Traffic(axis, operation, m * sent))
+    if crossings := _crossings(work, pp_rank):
+        found.append(Traffic("pp", "send", m * crossings * boundary_bytes(work)))
+    dense, experts = (_numbers(work.model, parts, work, expert=expert) for expert in (False, True))
+    for axis, numbers, n in (("dp", dense, work.replicas), ("dp, experts", experts, work.expert_replicas)):
+        found += [Traffic(axis, operation, size) for operation, size in _gradients(work, numbers, n).items()]
+    return found

@@ -1,0 +1,173 @@
+"""What is verified: a small model, and every layout of a number of ranks. Plain data; does not import torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from model.config import ModelConfig
+from model.parallel.placement import num_stages
+from ray_pipeline.config import LayoutConfig, OptimizerConfig, PipelineFields
+from ray_pipeline.errors import UserError
+from ray_pipeline.layout import Layout
+from ray_pipeline.layout_rules import Refusal, refusal
+
+SCHEDULES = ("1f1b", "interleaved_1f1b", "zbv", "dualpipev")
+MOST_PARAMETERS = 50_000_000  # of a user's own model: every rank draws all weights, and one process has to train it
+MTP_WEIGHT = 0.3
+# Adam divides by the gradient's size; its epsilon must stand above fp32 rounding, or a gradient that is zero but for
+# rounding moves a weight by a whole step. Clipping is active at every step of both.
+OPTIMIZERS = {
+    "adamw": OptimizerConfig(name="adamw", lr=3e-3, warmup_steps=0, eps=1e-5, grad_clip=0.3),
+    "sgd": OptimizerConfig(name="sgd", lr=1.0, warmup_steps=0, weight_decay=0.0, grad_clip=0.3),
+}
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """Largest relative differences of losses and gradient norms; of weights absolute, where they are judged."""
+
+    loss: float
+    norm: float = 1e-4
+    weights: float | None = None
+
+
+# In bf16 a token near the border between two experts may go to either, so weights and loads only stay close.
+TOLERANCES = {"fp32": Tolerance(2e-6, weights=1e-5), "bf16": Tolerance(2e-3, norm=2e-2)}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The model that is trained and the batches it is given."""
+
+    model: ModelConfig
+    rows: int
+    seq_len: int
+    steps: int = 4
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Case:
+    """One layout to verify in one precision."""
+
+    subject: Subject
+    layout: Layout
+    precision: Literal["fp32", "bf16"] = "fp32"
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+
+    def name(self) -> str:
+        """`pp=2 dp=2 ZeRO=1 bf16 sgd`."""
+        return f"{self.layout.axes() or 'one rank'} {self.precision} {self.optimizer}"
+
+
+SubjectFor = Callable[[Layout], Subject]  # the model a layout is verified with
+
+
+def small_subject(layout: Layout, *, steps: int = 4, seed: int = 0) -> Subject:
+    """A model with all there is: latent attention, dense layers, then experts, an MTP module.
+
+    One layer more than the pipeline has parts, so that they differ in size; rows enough for dualpipev.
+    """
+    layers = max(5, num_stages(layout.schedule, layout.pp) + 1)
+    model = ModelConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, moe_intermediate_size=16,
+        num_hidden_layers=layers, first_k_dense_replace=layers // 2, num_attention_heads=8,
+        q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8,
+        n_routed_experts=8, num_experts_per_tok=2, max_position_embeddings=64, initializer_range=0.1,
+    )  # fmt: skip
+    return Subject(model, rows=layout.gpus * max(2, -(-16 // layout.gpus)), seq_len=16, steps=steps, seed=seed)
+
+
+def own_subject(config: PipelineFields, gpus: int, *, steps: int = 4) -> Subject:
+    """A user's own model, on short rows.
+
+    Raises:
+        UserError: a model too large to be trained in one process here.
+    """
+    size = config.model.num_params()
+    if size > MOST_PARAMETERS:
+        raise UserError(
+            f"--config {config.recipe}: its model has {size / 1e6:,.0f}M parameters; verifying trains it in one "
+            f"process as well, so at most {MOST_PARAMETERS // 1_000_000}M are taken. Leave --config away: a small "
+            "model of the same kind is trained then."
+        )
+    rows = small_subject(Layout(gpus=gpus)).rows
+    return Subject(config.model, rows, min(config.data.seq_len, 64), steps, config.seed)
+
+
+def settings(subject: Subject, layout: Layout) -> PipelineFields:
+    """A recipe that trains the subject, for the table of rules to judge: teacher and student are the same."""
+    rows: dict[str, Any] = {"batch_size": subject.rows}
+    student = {"num_hidden_layers": subject.model.num_hidden_layers, "num_nextn_predict_layers": 0}
+    config = PipelineFields.model_validate(
+        {
+            "data": {"seq_len": subject.seq_len},
+            "pretrain": rows, "sft": rows, "distillation": rows | {"student": student},
+            "grpo": {"prompts_per_step": subject.rows, "group_size": 2, "updates_per_rollout": 2},
+        }
+    )  # fmt: skip
+    chosen = LayoutConfig(micro_batch=micro_batch(subject, layout))
+    return config.model_copy(update={"model": subject.model, "layout": chosen})
+
+
+def micro_batch(subject: Subject, layout: Layout) -> int:
+    """Rows of a forward pass so that the pipeline is full, and gradients accumulate where there is none."""
+    wanted = 2 * layout.pp if layout.schedule == "dualpipev" else max(2, layout.pp)
+    return max(1, subject.rows // layout.dp // wanted)
+
+
+@dataclass
+class Selection:
+    """Layouts that will be verified, and those the table refuses: rule -> layouts with their refusals."""
+
+    legal: list[Layout] = field(default_factory=list)
+    refused: dict[str, list[tuple[Layout, Refusal]]] = field(default_factory=dict)
+
+    def add(self, layout: Layout, subject: Subject) -> None:
+        """Judge one layout by the table."""
+        found = refusal(settings(subject, layout), layout)
+        if found is None:
+            self.legal.append(layout)
+        else:
+            self.refused.setdefault(found[0], []).append((layout, found[1]))
+
+
+def every_layout(gpus: int, subject_for: SubjectFor = small_subject) -> Selection:
+    """All layouts of exactly `gpus` ranks: axes, expert parallelism, ZeRO stages, schedules.
+
+    Activation checkpointing and offloading change what a rank keeps, not what it sends; they are tried on one mixed
+    layout per ZeRO stage.
+    """
+    out = Selection()
+    for pp, dp, tp, sp in _factorisations(gpus):
+        for ep in _divisors(gpus):
+            for schedule in SCHEDULES:
+                for zero_stage in range(4):
+                    layout = Layout(gpus, pp, dp, tp, ep, sp, zero_stage=zero_stage, schedule=schedule)
+                    out.add(layout, subject_for(layout))
+    for zero_stage in range(4):
+        plain = (layout for layout in out.legal if layout.schedule == "1f1b" and layout.zero_stage == zero_stage)
+        mixed = max(plain, key=_axes_used)
+        for kind in ("selective", "full"):
+            out.add(replace(mixed, activation_checkpointing=kind), subject_for(mixed))
+        if zero_stage >= 2:
+            out.add(replace(mixed, offload_optimizer=True), subject_for(mixed))
+    return out
+
+
+def _axes_used(layout: Layout) -> tuple[int, int]:
+    return sum(size > 1 for size in layout.sizes().values()), layout.tp
+
+
+def _factorisations(number: int) -> Iterator[tuple[int, int, int, int]]:
+    """(pp, dp, tp, sp) with that product."""
+    for pp in _divisors(number):
+        for dp in _divisors(number // pp):
+            for tp in _divisors(number // pp // dp):
+                yield pp, dp, tp, number // pp // dp // tp
+
+
+def _divisors(number: int) -> list[int]:
+    return [size for size in range(1, number + 1) if number % size == 0]

@@ -1,0 +1,161 @@
+"""Runs layouts one after the other, each in fresh processes, and survives those that crash or hang.
+
+Processes are forked from one server that has torch and DeepSpeed imported already: a layout starts in a fraction of a
+second, and nothing that the one before left behind (process groups, DeepSpeed's module state) can reach it.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import re
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from ray_pipeline.launcher import worker_environment
+from ray_pipeline.layout import Layout
+from ray_pipeline.verification.cases import Case, Tolerance
+from ray_pipeline.verification.compare import Result, difference, judge
+from ray_pipeline.verification.worker import WHERE, Job, run_rank
+
+GRACE = 5.0  # seconds the other ranks have to tell their error after the first one told its own
+
+
+class Verifier:
+    """Compares layouts with one process. `with Verifier(...) as verifier: verifier.run(case)`
+
+    Args:
+        timeout: seconds one layout may take; a collective may wait for half of it.
+    """
+
+    def __init__(self, device: str, tolerances: Mapping[str, Tolerance], *, timeout: float = 300.0):
+        self.device, self.tolerances, self.timeout = device, tolerances, timeout
+        self.references: dict[str, Path] = {}
+
+    def __enter__(self) -> Verifier:
+        self._folder = TemporaryDirectory(prefix="verify-parallel-")
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(["torch", "deepspeed", "ray_pipeline.verification.steps"])
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._folder.cleanup()
+
+    def run(self, case: Case) -> Result:
+        """Train in the case's layout and compare; the reference is made when it is first needed."""
+        alone = replace(case, layout=Layout(device=case.layout.device))
+        key = repr(alone)
+        if key not in self.references:
+            path = Path(self._folder.name, f"reference-{len(self.references)}.pt")
+            made = self._run(alone, path, is_reference=True)
+            if made.error:
+                return replace(made, case=case, error=f"the reference in one process failed: {made.error}")
+            self.references[key] = path
+        return self._run(case, self.references[key], is_reference=False)
+
+    def _run(self, case: Case, reference: Path, *, is_reference: bool) -> Result:
+        start = time.monotonic()
+        with TemporaryDirectory(dir=self._folder.name) as folder:
+            job = Job(case, reference, is_reference, Path(folder), timeout=self.timeout / 2)
+            answers = self._answers(job)
+        result = Result(case, time.monotonic() - start, error=_cause(answers))
+        if not result.error:
+            result.comparison = answers[0]["comparison"]
+            result.wrong = judge(result.comparison, self.tolerances[case.precision])
+            apart = [rank for rank, answer in answers.items() if _disagree(answers[0], answer)]
+            if apart:
+                result.wrong.append(f"ranks {apart} report another loss or gradient norm than rank 0")
+        return result
+
+    def _answers(self, job: Job) -> dict[int, dict[str, Any]]:
+        """Rank -> its answer. Ranks that end without one, or not at all, get an error in their place."""
+        ranks = job.case.layout.gpus
+        with self._processes(job) as (processes, waiting):
+            answers: dict[int, dict[str, Any]] = {}
+            deadline = time.monotonic() + self.timeout
+            while waiting and (left := deadline - time.monotonic()) > 0:
+                ready: list[Any] = wait(list(waiting), left)
+                for connection in ready:
+                    rank = waiting.pop(connection)
+                    try:
+                        answers[rank] = connection.recv()
+                    except EOFError:
+                        processes[rank].join(1.0)
+                        answers[rank] = _dead(rank, processes[rank].exitcode, job.log(rank))
+                    if "error" in answers[rank]:
+                        deadline = min(deadline, time.monotonic() + GRACE)
+            for rank in waiting.values():
+                answers[rank] = _hanging(rank, processes[rank], job.log(rank))
+            return {rank: answers[rank] for rank in range(ranks)}
+
+    @contextmanager
+    def _processes(self, job: Job) -> Iterator[tuple[list[Any], dict[Connection, int]]]:
+        """One process per rank with the pipe it answers through; all gone when the block ends."""
+        processes: list[Any] = []
+        waiting: dict[Connection, int] = {}
+        try:
+            with _environment(worker_environment(job.case.layout.gpus, 1, self.device)):
+                for rank in range(job.case.layout.gpus):
+                    ours, theirs = self._context.Pipe(duplex=False)
+                    process = self._context.Process(target=run_rank, args=(rank, job, theirs), daemon=True)
+                    process.start()
+                    theirs.close()
+                    processes.append(process)
+                    waiting[ours] = rank
+            yield processes, waiting
+        finally:
+            for process in processes:
+                process.join(0 if process.exitcode is not None else 0.5)
+                process.kill()
+                process.join()
+
+
+def _dead(rank: int, exit_code: int, log: Path) -> dict[str, Any]:
+    """The answer of a rank that ended without one, with the last line it wrote."""
+    said = log.read_text(errors="replace").strip().splitlines()
+    died = f"rank {rank}: died (exit code {exit_code})"
+    return {"error": f"{died}: {said[-1]}" if said else died}
+
+
+def _hanging(rank: int, process: Any, log: Path) -> dict[str, Any]:
+    """The answer of a rank that did not come to an end, with the innermost line it is in outside of torch."""
+    os.kill(process.pid, WHERE)
+    time.sleep(0.3)
+    frames = re.findall(r'File "(.+)", line (\d+) in (\w+)', log.read_text(errors="replace"))
+    ours = next(((Path(file).name, line) for file, line, _ in frames if "/torch/" not in file), None)
+    where = f" in {ours[0]}:{ours[1]}" if ours else ""
+    return {"error": f"rank {rank}: still busy or waiting{where} when time was up", "echo": True, "late": True}
+
+
+def _cause(answers: Mapping[int, Mapping[str, Any]]) -> str:
+    """The error that the others are echoes of, or who waited and who was waited for, or an empty string."""
+    failed = [answer for answer in answers.values() if "error" in answer]
+    causes = [answer for answer in failed if not answer.get("echo")]
+    late = [answer for answer in failed if answer.get("late")]
+    echoes = [answer for answer in failed if answer.get("echo") and not answer.get("late")]
+    return "; ".join(str(answer["error"]) for answer in causes[:1] or [*echoes[:1], *late[:1]])
+
+
+def _disagree(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
+    return difference([*a["losses"], *a["norms"]], [*b["losses"], *b["norms"]]) > 1e-6
+
+
+@contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """The server inherits them when it starts; torch and DeepSpeed read them on import."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

@@ -1,0 +1,137 @@
+"""The training loop and its checkpoints: what is kept, what a resumed run takes up, what it refuses."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ray_pipeline.engine.checkpoint import list_checkpoints
+from ray_pipeline.engine.checkpoint_writer import BEST_FILE
+from ray_pipeline.errors import UserError
+from ray_pipeline.launcher import InlineLauncher
+from ray_pipeline.training.trainer import Best
+from tests.training.toy_run import arguments, train
+
+
+def fit(folder: Path, **settings: Any) -> dict[str, Any]:
+    return InlineLauncher().run("pretrain", train, arguments(folder, **settings))
+
+
+def checkpoints(folder: Path) -> Path:
+    return folder / "toy" / "pretrain-0" / "checkpoints"
+
+
+def names(folder: Path) -> list[int]:
+    return [int(path.name[5:]) for path in list_checkpoints(checkpoints(folder))]
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory) -> tuple[Path, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("unbroken")
+    return folder, fit(folder)
+
+
+@pytest.fixture
+def copied(unbroken, tmp_path) -> Path:
+    shutil.copytree(unbroken[0], tmp_path / "runs")
+    return tmp_path / "runs"
+
+
+def test_the_last_checkpoints_and_the_best_are_kept_and_the_best_is_named(unbroken):
+    folder, figures = unbroken
+    best = json.loads((checkpoints(folder) / BEST_FILE).read_text())
+    page = json.loads((checkpoints(folder) / "step_00000008" / "trainer.json").read_text())
+    assert best == {"checkpoint": f"step_{page['extra']['best']['step']:08d}", **page["extra"]["best"]}
+    assert best["figure"] == "validation_loss" and best["step"] in (4, 8)
+    assert names(folder) == sorted({best["step"], 6, 8})
+    assert page["extra"]["history"] == {k: figures[k] for k in ("train_loss", "validation_loss")}
+
+
+def test_a_stage_that_was_interrupted_ends_with_the_same_weights(unbroken, tmp_path):
+    with pytest.raises(ZeroDivisionError):
+        fit(tmp_path, fault={"kind": "bug", "rank": 0, "step": 5})
+    assert names(tmp_path) == [2, 4]
+    resumed = fit(tmp_path)
+    assert resumed["started"] == 4
+    assert resumed | {"started": 0} == unbroken[1]
+
+
+def test_the_best_is_kept_however_often_checkpoints_are_due(tmp_path):
+    fit(tmp_path, steps=6, checkpoint_every=5, eval_every=1, keep_checkpoints=1)
+    best = json.loads((checkpoints(tmp_path) / BEST_FILE).read_text())["step"]
+    assert names(tmp_path) == sorted({best, 6})
+
+
+def test_keep_best_off_keeps_the_last_alone(tmp_path):
+    fit(tmp_path, steps=4, checkpoint_every=2, eval_every=1, keep_checkpoints=1, keep_best=False)
+    assert names(tmp_path) == [4]
+    assert not (checkpoints(tmp_path) / BEST_FILE).exists()
+
+
+def flip(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+def commands(said: str) -> list[str]:
+    return [line.strip() for line in said.splitlines() if line.startswith("  ")]
+
+
+def run_move(command: str) -> None:
+    move, source, target = command.split()
+    assert move == "mv"
+    Path(source).rename(target)
+
+
+def test_a_damaged_checkpoint_is_named_and_the_way_out_leads_to_the_same_weights(copied, unbroken):
+    flip(checkpoints(copied) / "step_00000008" / "__0_0.distcp")
+    with pytest.raises(UserError, match=r"step_00000008/__0_0\.distcp: damaged") as caught:
+        fit(copied)
+    assert "The checkpoint of step 6 is whole." in str(caught.value)
+    move, resume = commands(str(caught.value))
+    assert resume == f"python -m ray_pipeline.cli resume toy --output-dir {copied}"
+    run_move(move)
+    resumed = fit(copied)
+    assert (resumed["started"], resumed["digest"]) == (6, unbroken[1]["digest"])
+
+
+def test_when_none_is_whole_the_way_out_leads_to_the_beginning(copied, unbroken):
+    for path in list_checkpoints(checkpoints(copied)):
+        (path / "__0_0.distcp").unlink()
+    with pytest.raises(UserError, match=r"__0_0\.distcp: missing.*\nNo older checkpoint is whole") as caught:
+        fit(copied)
+    run_move(commands(str(caught.value))[0])
+    resumed = fit(copied)
+    assert (resumed["started"], resumed["digest"]) == (0, unbroken[1]["digest"])
+
+
+def test_a_checkpoint_of_another_model_is_refused(copied):
+    job = arguments(copied)
+    job["config"]["model"]["rope_theta"] = 5000.0
+    with pytest.raises(UserError, match=re.escape("another model: model.rope_theta is ")):
+        InlineLauncher().run("pretrain", train, job)
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=20), st.sampled_from(["accuracy", "validation_loss"]))
+def test_the_best_of_a_run_is_the_first_of_the_best(values, figure):
+    best: Best | None = None
+    for step, value in enumerate(values):
+        found = Best.of(step, {figure: value, "format_rate": 0.5})
+        assert found is not None
+        best = found if found.beats(best) else best
+    choose = max if figure == "accuracy" else min
+    assert best == Best(values.index(choose(values)), figure, choose(values))
+
+
+def test_accuracy_decides_where_it_is_measured_and_nothing_decides_without_figures():
+    assert Best.of(3, {"validation_loss": 1.0, "accuracy": 0.5}) == Best(3, "accuracy", 0.5)
+    assert Best.of(3, {"reward": 1.0}) is None
+    assert Best.of(3, {"validation_loss": float("nan")}) is None

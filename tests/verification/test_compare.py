@@ -1,0 +1,85 @@
+"""Differences between two traces, and what is wrong about them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from ray_pipeline.layout import Layout
+from ray_pipeline.verification.cases import TOLERANCES, Case, Tolerance, small_subject
+from ray_pipeline.verification.compare import Comparison, Result, compare, difference, judge
+from ray_pipeline.verification.steps import Trace, make_batch
+
+
+def trace() -> Trace:
+    return Trace(
+        losses=[2.0, 1.0],
+        norms=[4.0],
+        parts=[{"cross_entropy": 30.0, "tokens": 15.0}],
+        loads=[{"layers.1.mlp.gate.": torch.tensor([6.0, 2.0, 4.0])}],
+        weights={"a": torch.ones(3), "b": torch.zeros(2, 2)},
+    )
+
+
+def test_a_trace_equals_itself() -> None:
+    found = compare(trace(), trace())
+    assert (found.loss, found.norm, found.weights, found.misrouted, found.routed) == (0.0, 0.0, 0.0, 0, 12)
+    assert judge(found, Tolerance(0.0, 0.0, 0.0)) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"losses": [2.0, 1.00001]}, "loss differs by 1.0e-05 relative, more than 2e-06"),
+        ({"losses": [2.0]}, "loss differs by inf"),
+        ({"losses": [2.0, math.nan]}, "loss differs by inf"),
+        ({"parts": [{"cross_entropy": 30.001, "tokens": 15.0}]}, "loss differs by 3.3e-05"),
+        ({"parts": [{"tokens": 15.0}]}, "loss differs by inf"),
+        ({"norms": [4.01]}, "gradient norm differs by 2.5e-03 relative, more than 0.0001"),
+        ({"weights": {"a": torch.ones(3), "b": torch.full((2, 2), 0.5)}}, "b differs by 5.0e-01, more than 1e-05"),
+        ({"weights": {"a": torch.ones(3)}}, "b differs by inf"),
+        ({"weights": {"a": torch.ones(3), "b": torch.zeros(4)}}, "b differs by inf"),
+        ({"weights": trace().weights | {"c": torch.zeros(1)}}, "c differs by inf"),
+        ({"weights": {"a": torch.full((3,), math.nan), "b": torch.zeros(2, 2)}}, "a differs by inf"),
+        ({"loads": [{"layers.1.mlp.gate.": torch.tensor([5.0, 3.0, 4.0])}]}, "1 of 12 tokens went to another expert"),
+        ({"loads": [{}]}, "12 of 12 tokens went to another expert"),
+    ],
+)
+def test_whatever_differs_is_told(change: dict, expected: str) -> None:
+    wrong = judge(compare(trace(), replace(trace(), **change)), TOLERANCES["fp32"])
+    assert len(wrong) == 1
+    assert wrong[0].startswith(expected)
+
+
+def test_bf16_judges_neither_weights_nor_routing() -> None:
+    moved = replace(trace(), weights={"a": torch.zeros(3), "b": torch.zeros(2, 2)}, loads=[{}])
+    assert judge(compare(trace(), moved), TOLERANCES["bf16"]) == []
+
+
+def test_difference_is_relative_and_never_hides_what_is_missing() -> None:
+    assert difference([1.0, -2.0], [1.0, -2.002]) == pytest.approx(1e-3)
+    assert difference([1.0], []) == math.inf
+    assert difference([], []) == 0.0
+
+
+def test_a_result_passes_only_with_a_comparison_and_without_complaint() -> None:
+    case = Case(small_subject(Layout()), Layout())
+    assert not Result(case, 1.0).passed
+    assert Result(case, 1.0, Comparison()).passed
+    assert not Result(case, 1.0, Comparison(), wrong=["loss"]).passed
+    assert not Result(case, 1.0, Comparison(), error="rank 1: died").passed
+    assert Result(case, 1.0, Comparison()).as_dict()["loss"] is None, "JSON knows no infinity"
+
+
+def test_batches_depend_on_seed_and_step_alone_and_hold_two_documents() -> None:
+    subject = small_subject(Layout())
+    batch, again, other = make_batch(subject, 1), make_batch(subject, 1), make_batch(subject, 2)
+    assert torch.equal(batch.tokens, again.tokens) and not torch.equal(batch.tokens, other.tokens)
+    assert batch.doc_ids[:, 0].eq(0).all() and batch.doc_ids[:, -1].eq(1).all()
+    last = batch.doc_ids[:, 1:] != batch.doc_ids[:, :-1]
+    assert (batch.labels[:, :-1][last] < 0).all(), "no document predicts the next one"
+    inside = batch.labels[:, :-1][~last]
+    assert torch.equal(inside, batch.tokens[:, 1:][~last])

@@ -1,0 +1,107 @@
+"""Layouts in processes: what passes, what differs, what crashes, what hangs."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+
+import psutil
+import pytest
+import torch
+
+from model.config import ModelConfig
+from ray_pipeline.layout import Layout
+from ray_pipeline.verification.cases import TOLERANCES, Case, small_subject
+from ray_pipeline.verification.world import Verifier
+
+PP2 = Layout(gpus=2, pp=2)
+
+
+@pytest.fixture(scope="module")
+def verifier() -> Iterator[Verifier]:
+    with Verifier("cpu", TOLERANCES, timeout=120) as made:
+        yield made
+
+
+def case(layout: Layout, model: type[ModelConfig] | None = None, **options: str) -> Case:
+    subject = small_subject(layout, steps=2)
+    if model is not None:
+        subject = replace(subject, model=model(**asdict(subject.model)))
+    return Case(subject, layout, **options)  # type: ignore[arg-type]
+
+
+def test_a_layout_that_takes_the_same_steps_passes(verifier: Verifier) -> None:
+    result = verifier.run(case(PP2))
+    assert result.passed, (result.error, result.wrong)
+    found = result.comparison
+    assert found is not None
+    assert len(found.losses) == 3 and len(found.norms) == 2
+    assert all(norm > 0.3 for pair in found.norms for norm in pair), "clipping is active"
+    assert found.routed > 0 and found.misrouted == 0
+
+
+def test_sgd_and_bf16_have_references_of_their_own(verifier: Verifier) -> None:
+    dp2 = Layout(gpus=2, dp=2)
+    plain = verifier.run(case(dp2))
+    for options in ({"optimizer": "sgd"}, {"precision": "bf16"}):
+        result = verifier.run(case(dp2, **options))
+        assert result.passed, (result.error, result.wrong)
+        assert result.comparison and plain.comparison
+        assert result.comparison.losses[1] != plain.comparison.losses[1]
+
+
+def test_a_reference_that_is_wrong_fails(verifier: Verifier) -> None:
+    wanted = case(PP2)
+    assert verifier.run(wanted).passed
+    path = verifier.references[repr(replace(wanted, layout=Layout()))]
+    right = torch.load(path)
+    torch.save(right | {"losses": [loss * 1.001 for loss in right["losses"]]}, path)
+    try:
+        result = verifier.run(wanted)
+    finally:
+        torch.save(right, path)
+    assert result.wrong == ["loss differs by 1.0e-03 relative, more than 2e-06"]
+
+
+def test_a_layout_that_raises_fails_with_its_error(verifier: Verifier) -> None:
+    result = verifier.run(case(replace(PP2, pp_layout="E+1|1+H")))
+    assert "ValueError: pp_layout='E+1|1+H': adds up to 2 layers" in result.error
+    assert not result.passed
+
+
+class Dies(ModelConfig):
+    """Ends the second rank while it builds its part."""
+
+    def validate(self) -> None:
+        if os.environ["RANK"] == "1":
+            os.write(2, b"out of memory\n")
+            os._exit(7)
+
+
+class Hangs(ModelConfig):
+    """Holds the second rank up."""
+
+    def validate(self) -> None:
+        if os.environ["RANK"] == "1":
+            time.sleep(600)
+
+
+def test_a_rank_that_dies_is_named_with_its_last_words(verifier: Verifier) -> None:
+    start = time.monotonic()
+    result = verifier.run(case(PP2, Dies))
+    assert result.error == "rank 1: died (exit code 7): out of memory"
+    assert time.monotonic() - start < 60, "the other rank does not wait for the timeout"
+    assert verifier.run(case(PP2)).passed, "and the next layout is none the worse"
+
+
+def test_a_layout_that_hangs_is_ended_and_told_where(verifier: Verifier) -> None:
+    with Verifier("cpu", TOLERANCES, timeout=25) as impatient:
+        result = impatient.run(case(PP2, Hangs))
+    assert not result.passed
+    waiting, _, late = result.error.partition("; ")
+    assert waiting.startswith("rank 0: CollectiveFailed: ")
+    assert "rank 1: still busy or waiting in test_world.py:" in late
+    here = psutil.Process()
+    assert not [child for child in here.children(recursive=True) if "rank" in " ".join(child.cmdline())]
