@@ -10,7 +10,6 @@ from contextlib import contextmanager, nullcontext
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -138,18 +137,23 @@ class Transformer(nn.Module):
         return self.rotary[document_positions(doc_ids)[:, self.window(seq_len)]], document_mask(doc_ids)
 
     def embed(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Embeddings of this rank's positions, and with MTP those of `num_nextn_predict_layers` places more.
+        """Embeddings of this rank's positions, and with MTP those of a few places more.
 
         Args:
             tokens: whole rows [batch, seq].
         Returns:
-            [batch, seq / sp, hidden_size] and [batch, seq / sp + depths, hidden_size], zero past the end of a row.
+            [batch, seq / sp, hidden_size] and [batch, `ahead_length`, hidden_size].
         """
-        depths, mine = self.config.num_nextn_predict_layers, self.window(tokens.shape[1])
-        embedded = self.embed_tokens(tokens[:, mine.start : mine.stop + depths])
+        mine = self.window(tokens.shape[1])
+        embedded = self.embed_tokens(tokens[:, mine.start : mine.start + self.ahead_length(tokens.shape[1])])
         length = mine.stop - mine.start
-        ahead = F.pad(embedded, (0, 0, 0, length + depths - embedded.shape[1])) if depths else None
-        return embedded[:, :length], ahead
+        hidden = embedded[:, :length] if embedded.shape[1] > length else embedded
+        return hidden, embedded if self.config.num_nextn_predict_layers else None
+
+    def ahead_length(self, seq_len: int) -> int:
+        """Positions of a row whose embeddings the MTP modules read here: my own and the next few, if there are any."""
+        mine = self.window(seq_len)
+        return min(mine.stop + self.config.num_nextn_predict_layers, seq_len) - mine.start
 
     def run_layers(self, hidden: Tensor, rotation: Tensor, mask: Tensor | None) -> Tensor:
         """This stage's blocks: [batch, seq / sp, hidden_size] -> same."""
@@ -168,7 +172,7 @@ class Transformer(nn.Module):
 
         Args:
             hidden: [batch, seq / sp, hidden_size], after the final norm.
-            embeddings: [batch, seq / sp + depths, hidden_size] from `embed`; depth k reads them k places ahead.
+            embeddings: [batch, `ahead_length`, hidden_size] from `embed`; depth k reads them k places ahead.
             doc_ids: whole rows [batch, seq].
         Returns:
             Per depth k, [batch, seq / sp, hidden_size]: position t predicts token t + k + 1. The last k positions of a
@@ -178,6 +182,8 @@ class Transformer(nn.Module):
         rotation, mask = self.context(doc_ids, length * self.sp.size)
         out = []
         for depth, module in enumerate(self.mtp, start=1):
-            hidden = module(hidden, embeddings[:, depth : depth + length], rotation, mask)
+            ahead = embeddings[:, depth : depth + length]
+            past_the_end = ahead.new_zeros(ahead.shape[0], length - ahead.shape[1], ahead.shape[2])
+            hidden = module(hidden, torch.cat([ahead, past_the_end], 1), rotation, mask)
             out.append(hidden)
         return out

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -12,20 +13,26 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 
-def _rank(rank: int, function: Callable, world: int, folder: str, args: tuple) -> None:
+def _rank(rank: int, function: Callable, world: int, folder: str, timeout: timedelta, args: tuple) -> None:
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world), DS_ACCELERATOR="cpu"
     )
     os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = "127.0.0.1", "29500"
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world, timeout=timeout
+    )
     torch.save(function(rank, *args), f"{folder}/{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
 
 
-def run_ranks(function: Callable, world: int, *args: Any) -> list:
-    """`function(rank, *args)` on `world` spawned processes; their return values in rank order."""
+def run_ranks(function: Callable, world: int, *args: Any, timeout: timedelta = timedelta(minutes=10)) -> list:
+    """`function(rank, *args)` on `world` spawned processes; their return values in rank order.
+
+    Args:
+        timeout: of collectives of the whole world.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_rank, (function, world, folder, args), nprocs=world)
+        mp.spawn(_rank, (function, world, folder, timeout, args), nprocs=world)
         return [torch.load(f"{folder}/{rank}.pt", weights_only=False) for rank in range(world)]

@@ -155,9 +155,10 @@ class MixtureOfExperts(nn.Module):
         self.shared_experts = FeedForward(config.hidden_size, width) if width else None
 
     def forward(self, x: Tensor) -> Tensor:
-        indices, weights = self.gate(x.flatten(0, -2))
-        x, weights = copy_to(x, self.tp), copy_to(weights, self.tp)
-        out = self.experts(x.flatten(0, -2), indices, weights).view_as(x)
+        tokens = x.flatten(0, -2)
+        indices, weights = self.gate(tokens)
+        entered = copy_to(tokens, self.tp)  # once for routed and shared experts: one message backward
+        out = self.experts(entered, indices, copy_to(weights, self.tp)).view_as(x)
         if self.shared_experts is not None:
-            out = out + self.shared_experts.partial(x)
+            out = out + self.shared_experts.partial(x if entered is tokens else entered.view_as(x))
         return reduce_from(out, self.tp)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -178,7 +179,7 @@ def verify(
     json_file: Path | None,
     every: bool,
 ) -> int:
-    """Run the cases, print what came out, return the exit code."""
+    """Run the cases, print what came out, return the exit code. Ctrl-C still gives the table of what is done."""
     from rich.console import Console
 
     from ray_pipeline.verification import report
@@ -188,22 +189,24 @@ def verify(
     if not console.is_terminal:
         console = Console(width=WIDTH)
     report.say(console, report.heading(cases))
-    with Verifier(cases[0].layout.device, tolerances, timeout=timeout) as verifier:
-        if every:
-            with report.Tally(console, len(cases)) as tally:
-                for case in cases:
-                    results.append(verifier.run(case))
-                    tally.add(results[-1])
-        else:
+    try:
+        with (
+            Verifier(cases[0].layout.device, tolerances, timeout=timeout) as verifier,
+            report.Tally(console, len(cases)) if every else nullcontext() as tally,
+        ):
             for case in cases:
                 results.append(verifier.run(case))
-                report.print_steps(console, results[-1], tolerances[case.precision])
-    if every:
-        report.print_table(console, results)
-        report.print_refused(console, selection.refused)
-        report.print_summary(console, results, time.monotonic() - start)
-    if json_file is not None:
-        write_results(json_file, report.as_dict(results, selection.refused, machine()))
+                if tally is not None:
+                    tally.add(results[-1])
+                else:
+                    report.print_steps(console, results[-1], tolerances[case.precision])
+    finally:
+        if every:
+            report.print_table(console, results)
+            report.print_refused(console, selection.refused)
+            report.print_summary(console, results, len(cases), time.monotonic() - start)
+        if json_file is not None:
+            write_results(json_file, report.as_dict(results, selection.refused, machine()))
     return 0 if all(result.passed for result in results) else 1
 
 

@@ -141,10 +141,11 @@ class Engine:
 
     def _carried_shapes(self, batch: Batch) -> list[tuple[int, ...]]:
         rows, seq_len = batch.tokens.shape
-        length, width = seq_len // self.mesh.sizes.sp, self.config.hidden_size
-        depths = self.config.num_nextn_predict_layers
-        lengths = [length, length + depths] if depths else [length]
-        return [(rows, each, width) for each in lengths]
+        window, width = self.parts[0].window(seq_len), self.config.hidden_size
+        lengths = [window.stop - window.start]
+        if self.config.num_nextn_predict_layers:
+            lengths.append(self.parts[0].ahead_length(seq_len))
+        return [(rows, length, width) for length in lengths]
 
     def my_rows(self, batch: Batch) -> Batch:
         """The rows of a global batch that this replica reads, and the window of each that this rank computes."""
@@ -157,6 +158,12 @@ class Engine:
         mine = batch.rows(self.mesh.dp_rank * share, (self.mesh.dp_rank + 1) * share).to(self.device)
         return replace(mine, window=self.parts[0].window(seq_len) if sp > 1 else None)
 
+    def fitting_rows(self, rows: int) -> int:
+        """The smallest number of rows, `rows` or more, that a training step can run on: pad a batch to it."""
+        dp, pp = self.mesh.dp, self.mesh.sizes.pp
+        micro_batches = 2 * pp if self.pipeline.schedule_name == "dualpipev" else 1
+        return max(-(-rows // dp), (micro_batches - 1) * self.micro_batch + 1) * dp
+
     def _micro_batches(self, batch: Batch) -> list[Batch]:
         return [batch.rows(i, min(i + self.micro_batch, len(batch))) for i in range(0, len(batch), self.micro_batch)]
 
@@ -164,7 +171,7 @@ class Engine:
         """One optimizer step on a global batch (every rank is given the same one)."""
         assert self.updater is not None
         mine = self.my_rows(batch)
-        weight = self._sum_over_replicas(objective.weight(mine))
+        weight = objective.weight(batch)  # of all ranks: each is given the whole batch
         if weight == 0:
             raise ValueError("a batch without a single trained token")
         scale = self.updater.loss_scale
@@ -187,7 +194,7 @@ class Engine:
     def evaluate(self, batch: Batch, objective: Objective) -> StepStats:
         """The objective on a global batch, forward only: loss is the mean over the batch's weight."""
         mine = self.my_rows(batch)
-        weight = self._sum_over_replicas(objective.weight(mine))
+        weight = objective.weight(batch)
         sums = self.forward(mine, objective)
         loss, metrics = self._totals(sums, objective)
         return StepStats(loss / max(weight, 1.0), 0.0, weight, metrics)
@@ -225,9 +232,6 @@ class Engine:
             for router, load in zip(routers, loads, strict=True):
                 router.load.copy_(load)
                 router.balance()
-
-    def _sum_over_replicas(self, value: float) -> float:
-        return float(self.mesh.all_reduce(torch.tensor(value, dtype=torch.float64, device=self.device), "replica"))
 
     def _totals(self, sums: Sequence[Tensor], objective: Objective) -> tuple[float, dict[str, float]]:
         """Loss sum and metric sums over all micro-batches and replicas, known to every rank."""

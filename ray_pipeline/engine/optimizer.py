@@ -83,6 +83,6 @@ def clip_by_global_norm(gradients: dict[str, Tensor], max_norm: float, mesh: Mes
         squares = squares + mesh.all_reduce(experts, "ep")
     norm = mesh.all_reduce(squares, "model").sqrt()
     scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    for gradient in gradients.values():
-        gradient.mul_(scale)
+    if float(scale) != 1.0:
+        torch._foreach_mul_(list(gradients.values()), scale)
     return float(norm)

@@ -54,24 +54,25 @@ class PlainUpdater:
         self.optimizer = build_optimizer(named, config, mesh)
 
     def step(self) -> float:
-        gradients: dict[str, Tensor] = {}
-        for name, parameter in self.named.items():
+        for parameter in self.named.values():
             if parameter.grad is None:  # an expert or MTP module that no token reached
                 parameter.grad = torch.zeros_like(parameter)
-            gradients[name] = parameter.grad
-        self._reduce([g for n, g in gradients.items() if not is_cut_expert(n, self.mesh)], "replica")
-        self._reduce([g for n, g in gradients.items() if is_cut_expert(n, self.mesh)], "expert_replica")
+        self._reduce([p for n, p in self.named.items() if not is_cut_expert(n, self.mesh)], "replica")
+        self._reduce([p for n, p in self.named.items() if is_cut_expert(n, self.mesh)], "expert_replica")
+        gradients = {name: parameter.grad for name, parameter in self.named.items() if parameter.grad is not None}
         norm = clip_by_global_norm(gradients, self.grad_clip, self.mesh)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
-    def _reduce(self, gradients: list[Tensor], axis: str) -> None:
-        if not gradients or self.mesh.axis(axis).size == 1:
+    def _reduce(self, parameters: list[nn.Parameter], axis: str) -> None:
+        """Sum gradients; they become views of the message, which saves copying them back."""
+        if not parameters or self.mesh.axis(axis).size == 1:
             return
-        flat = self.mesh.all_reduce(torch.cat([gradient.flatten() for gradient in gradients]), axis)
-        for gradient, reduced in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-            gradient.copy_(reduced.view_as(gradient))
+        flat = torch.cat([parameter.grad.flatten() for parameter in parameters if parameter.grad is not None])
+        self.mesh.all_reduce(flat, axis)
+        for parameter, reduced in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+            parameter.grad = reduced.view_as(parameter)
 
     def weights(self) -> dict[str, Tensor]:
         return {name: parameter.detach() for name, parameter in self.named.items()}

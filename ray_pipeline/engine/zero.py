@@ -180,7 +180,6 @@ def _announce_experts(module: nn.Module, named: dict[str, nn.Parameter], mesh: M
     groups._EXPERT_PARALLEL_GROUP_RANKS[name] = list(ep.ranks)
     groups._EXPERT_DATA_PARALLEL_GROUP[name] = mesh.group_or_alone("expert_replica")
     groups._EXPERT_DATA_PARALLEL_GROUP_RANKS[name] = list(replicas.ranks)
-    groups.expert_tensor_parallel_world_size = mesh.sizes.tp  # the experts' norm is divided by a default otherwise
 
     class Marker(MoE):
         """Makes DeepSpeed treat the model as one with experts, without its own MoE layer."""

@@ -76,8 +76,7 @@ class RolloutSource:
         self._metrics = self._summary(gathered, rewards, advantages)
         rank.phase("training")
         batch = pack_rollouts(gathered, advantages, rank.config.data.seq_len, self.whole.tokenizer.pad_id)
-        dp = rank.mesh.dp
-        batch = batch.pad_rows(-(-len(batch) // dp) * dp)
+        batch = batch.pad_rows(self.engine.fitting_rows(len(batch)))
         if self.reference is not None:
             logprobs = self.reference.per_token(batch, self._reference_logprobs)
             batch.extras["ref_logprobs"] = torch.zeros(batch.labels.shape) if logprobs is None else logprobs

@@ -134,16 +134,18 @@ def print_refused(console: Console, refused: Mapping[str, Sequence[tuple[Layout,
             say(console, f"    and {len(reasons) - EXAMPLES} more like these", "dim")
 
 
-def print_summary(console: Console, results: Sequence[Result], seconds: float) -> None:
-    """How many passed, and every FAIL once more with its reason."""
+def print_summary(console: Console, results: Sequence[Result], total: int, seconds: float) -> None:
+    """Every FAIL once more with its reason, then how many of `total` layouts passed."""
     failed = [result for result in results if not result.passed]
     for result in failed:
         print_verdict(console, result)
-    verdict = f"{len(failed)} FAIL" if failed else "PASS"
+    unfinished = total - len(results)
+    verdict = f"{len(failed)} FAIL" if failed else "STOPPED" if unfinished else "PASS"
+    skipped = f", {unfinished} not verified" if unfinished else ""
     say(
         console,
-        f"{verdict}: {len(results) - len(failed)} of {len(results)} pass ({seconds_text(seconds)})",
-        "bold red" if failed else "bold green",
+        f"{verdict}: {len(results) - len(failed)} of {total} pass{skipped} ({seconds_text(seconds)})",
+        "bold red" if failed else "bold yellow" if unfinished else "bold green",
     )
 
 

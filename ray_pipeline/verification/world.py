@@ -24,6 +24,7 @@ from ray_pipeline.verification.cases import Case, Tolerance
 from ray_pipeline.verification.compare import Result, difference, judge
 from ray_pipeline.verification.worker import WHERE, Job, run_rank
 
+PRELOADED = ["torch", "deepspeed", "ray_pipeline.verification.steps", "ray_pipeline.engine.zero"]
 GRACE = 5.0  # seconds the other ranks have to tell their error after the first one told its own
 
 
@@ -41,7 +42,7 @@ class Verifier:
     def __enter__(self) -> Verifier:
         self._folder = TemporaryDirectory(prefix="verify-parallel-")
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["torch", "deepspeed", "ray_pipeline.verification.steps"])
+        self._context.set_forkserver_preload(PRELOADED)
         return self
 
     def __exit__(self, *exc: object) -> None:

@@ -143,6 +143,4 @@ def test_collectives_carry_what_is_predicted(
     counted = run_ranks(count, 2, sizes, zero_stage)
     mean = sum(rank[collective] for rank in counted) / 2  # routing sends one rank more rows than the other
     predicted = sent(work(zero_stage=zero_stage, **sizes))[(axis, operation)]
-    if axis == "sp":  # gradients are reduced over sequence-parallel ranks as well, by another collective
-        assert "alltoall_base_" in counted[0]
     assert share * mean == pytest.approx(predicted, rel=0.02)

@@ -1,0 +1,69 @@
+"""`plan` as a user meets it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ray_pipeline.cli import main
+
+ROOT = Path(__file__).resolve().parents[2]
+V3 = ["plan", "--config", str(ROOT / "configs/v3-671b.yaml"), "--gpus", "2048", "--pp-size", "16", "--ep-size", "64"]
+
+
+def test_v3_prints_its_published_size_and_what_would_fit(capsys: pytest.CaptureFixture) -> None:
+    assert main([*V3, "--hardware", "h800"]) == 1
+    page = capsys.readouterr().out
+    for expected in (
+        "2048 GPU ranks: pp=16 dp=128 ep=64 ZeRO=1, bf16, on H800 SXM",
+        "671B",
+        "36.6B",
+        "pp 15  1+H",
+        "experts 252-255",
+        "62.9M (15360 rows of 4096, 120 micro-batches per rank of 1)",
+        "DOES NOT FIT: the fullest rank needs 245 GB of 76 GB usable",
+        "--activation-checkpointing full (",
+    ):
+        assert expected in page
+
+
+def test_what_it_advises_fits(capsys: pytest.CaptureFixture) -> None:
+    assert main([*V3, "--activation-checkpointing", "full"]) == 0
+    assert "FITS: the fullest rank needs" in capsys.readouterr().out
+
+
+def test_json_is_written_beside_the_page(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    file = tmp_path / "plan.json"
+    assert main(["plan", "--gpus", "4", "--pp-size", "2", "--hardware", "cpu", "--json", str(file)]) == 0
+    found = json.loads(file.read_text())
+    assert (found["layout"]["pp"], found["layout"]["dp"], found["hardware"]["name"]) == (2, 2, "cpu")
+    assert "4 CPU ranks: pp=2 dp=2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--hardware", "h10"], '--hardware h10: not in the table (did you mean "h100"?)'),
+        (["--stage", "distil"], '--stage distil: no such training stage (did you mean "distillation"?)'),
+        (["--gpus", "8", "--pp-size", "3"], "Nearest layout that works: --gpus"),
+        (["--tp-size", "3", "--gpus", "3"], "num_attention_heads"),
+        (["--json", "/nowhere/plan.json"], "--json /nowhere/plan.json: No such file or directory"),
+    ],
+)
+def test_a_mistake_gets_one_message(arguments: list[str], expected: str, capsys: pytest.CaptureFixture) -> None:
+    assert main(["plan", *arguments]) == 2
+    text = capsys.readouterr().err
+    assert expected in text and "Traceback" not in text
+
+
+def test_planning_imports_neither_torch_nor_ray() -> None:
+    code = (
+        f"import sys; from ray_pipeline.cli import main; main({V3!r}); "
+        "print(sorted({'torch', 'ray', 'deepspeed', 'modal', 'wandb'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip().endswith("[]")

@@ -1,0 +1,77 @@
+"""Expected times where they can be worked out by hand."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from model.config import ModelConfig
+from ray_pipeline.costs.hardware_table import find_hardware
+from ray_pipeline.costs.timing import flops_per_token, part_flops, step_timing
+from ray_pipeline.costs.workload import Workload
+from ray_pipeline.layout import Layout
+
+H100 = find_hardware("h100")
+# A head that costs next to nothing, so that stages are alike.
+EVEN = ModelConfig(
+    vocab_size=8, hidden_size=1024, intermediate_size=4096, num_hidden_layers=8, first_k_dense_replace=99,
+    num_nextn_predict_layers=0, num_attention_heads=8,
+)  # fmt: skip
+
+
+def work(model: ModelConfig = EVEN, rows: int = 32, seq_len: int = 512, **layout: Any) -> Workload:
+    made = Layout(**layout)
+    made = replace(made, gpus=made.pp * made.dp * made.tp * made.sp)
+    trains_mtp = model.num_nextn_predict_layers > 0
+    return Workload(
+        "pretrain", model, made, rows=rows, seq_len=seq_len, micro_batch=1, steps=1, bf16=True, trains_mtp=trains_mtp
+    )
+
+
+def test_one_rank_computes_and_waits_for_nothing() -> None:
+    timing = step_timing(work(), H100)
+    forward, again = part_flops(work(), work().parts[0])
+    assert (again, timing.bubble, timing.gradients) == (0, pytest.approx(0.0), 0.0)
+    assert timing.seconds == pytest.approx(32 * 3 * forward / (989e12 * H100.achieved))
+    assert timing.tokens_per_second == pytest.approx(32 * 512 / timing.seconds)
+    assert 0.9 * H100.achieved < timing.mfu <= H100.achieved
+
+
+@pytest.mark.parametrize(("pp", "rows"), [(2, 2), (4, 8), (8, 32)])
+def test_1f1bs_bubble_is_pp_less_one_over_all_slots(pp: int, rows: int) -> None:
+    """Megatron-LM (arXiv:2104.04473, §2.2.1), where messages cost nothing."""
+    free = replace(H100, intra=1e30, inter=1e30)
+    assert step_timing(work(rows=rows, pp=pp), free).bubble == pytest.approx((pp - 1) / (rows + pp - 1), rel=0.01)
+
+
+def test_zero_bubble_schedules_have_a_smaller_one() -> None:
+    free = replace(H100, intra=1e30, inter=1e30)
+    names = ("1f1b", "interleaved_1f1b", "zbv")
+    bubbles = {name: step_timing(work(pp=4, schedule=name), free).bubble for name in names}
+    assert bubbles["zbv"] < bubbles["interleaved_1f1b"] < bubbles["1f1b"]
+
+
+def test_full_checkpointing_computes_a_third_more() -> None:
+    forward, again = part_flops(work(activation_checkpointing="full"), work().parts[0])
+    assert again == pytest.approx(forward, rel=0.001)
+    selective = part_flops(work(activation_checkpointing="selective"), work().parts[0])[1]
+    assert 0 < selective < again / 2
+
+
+def test_a_matrix_product_on_more_ranks_takes_less_time_each() -> None:
+    alone, cut = (part_flops(work(tp=tp), work(tp=tp).parts[0])[0] for tp in (1, 4))
+    assert 0.25 < cut / alone < 0.3  # what every rank computes whole: latents
+
+
+def test_flops_per_token_leave_out_mtp_modules_that_do_not_train() -> None:
+    with_mtp = replace(EVEN, num_nextn_predict_layers=1)
+    assert flops_per_token(work(with_mtp)) > flops_per_token(replace(work(with_mtp), trains_mtp=False))
+    assert flops_per_token(replace(work(with_mtp), trains_mtp=False)) == flops_per_token(work(EVEN))
+
+
+def test_gradients_travel_beside_backward_from_zero_2_on_gpus() -> None:
+    exposed = [step_timing(work(rows=4, dp=4, zero_stage=stage), H100).gradients for stage in (0, 1, 2)]
+    assert 0 < exposed[0] < exposed[1]
+    assert exposed[2] < exposed[1]
