@@ -73,10 +73,7 @@ def rank_text(rank: int, place: Mapping[str, Any] | None) -> str:
 
 
 def lost_message(error: BaseException) -> str | None:
-    """`all-reduce along dp: Timed out ...` where the error is of a message that did not arrive, else None.
-
-    DeepSpeed's collectives and plain torch.distributed's do not name an axis; their text has to do.
-    """
+    """`all-reduce along dp: Timed out ...` where the error is of a message that did not arrive, else None."""
     # Here, because torch is not needed to launch ranks.
     from torch.distributed import DistError
 
@@ -85,12 +82,21 @@ def lost_message(error: BaseException) -> str | None:
     seen: BaseException | None = error
     while seen is not None:
         if isinstance(seen, CollectiveFailed):
-            return _SOURCE_LINE.sub("", str(seen))
+            return _tidy(str(seen))
         # gloo's errors are plain RuntimeErrors that begin with the path of its source file.
         if isinstance(seen, DistError) or (isinstance(seen, RuntimeError) and "gloo" in str(seen)):
-            return _SOURCE_LINE.sub("", str(seen).strip().splitlines()[0])
+            text = _tidy(str(seen))
+            # DeepSpeed, which names no axis, talks along the replicas alone.
+            frames = traceback.extract_tb(seen.__traceback__)
+            zero = any(f"{os.sep}deepspeed{os.sep}" in frame.filename for frame in frames)
+            return f"ZeRO along replica: {text}" if zero else text
         seen = seen.__cause__
     return None
+
+
+def _tidy(text: str) -> str:
+    """The first line without gloo's source file and its advice."""
+    return _SOURCE_LINE.sub("", text.strip().splitlines()[0]).partition(" This is typically caused")[0].rstrip(".")
 
 
 class RankScope:

@@ -170,7 +170,7 @@ def connected_ray(layout: Layout) -> Iterator[None]:
     try:
         if ours:
             _start_ray()
-        RayLauncher(layout.gpus, layout.device).scaling()
+        RayLauncher(layout.gpus, layout.device, elastic=[layout.min_gpus or layout.gpus]).scaling()
         yield
     finally:
         if ours:

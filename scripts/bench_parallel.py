@@ -96,7 +96,7 @@ def check(worlds: dict[int, World], rows: Sequence[Row]) -> dict[str, tuple[floa
 def measure(
     worlds: dict[int, World], rows: Sequence[Row], *, rounds: int, steps: int, warmup: int
 ) -> dict[str, results.Rounds]:
-    """Turns of `steps` steps each; every other round goes backwards through the rows, so that no one is always first."""
+    """Turns of `steps` steps each. Every other round goes backwards through the rows: no one is always first."""
     position = CHECKED_STEPS
     for row in rows:
         worlds[row.ranks].timed(row.name, position, warmup)

@@ -27,7 +27,7 @@ OWNER = {
     "data": "data_prep", "tokenizer": "data_prep", "seed": "data_prep", "model": "pretrain", "pretrain": "pretrain",
     "sft": "sft", "evaluation": "sft", "grpo": "grpo", "distillation": "distillation", "export": "export",
 }  # fmt: skip
-WITHOUT_RESULT = ("eval_every", "checkpoint_every", "keep_checkpoints", "log_every")
+WITHOUT_RESULT = ("eval_every", "checkpoint_every", "keep_checkpoints", "keep_best", "log_every")
 OTHER_CHOICE = {
     "schedule": "constant", "precision": "bf16", "init": "random", "source": "distillation", "dtype": "bfloat16",
 }  # fmt: skip

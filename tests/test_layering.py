@@ -71,7 +71,6 @@ WITHOUT_TORCH = (
     "ray_pipeline.engine.schedule_simulation",
     "ray_pipeline.engine.zero_settings",
     "ray_pipeline.costs.memory",
-    "ray_pipeline.costs.advice",
     "ray_pipeline.costs.picture",
     "ray_pipeline.presets",
     "ray_pipeline.errors",

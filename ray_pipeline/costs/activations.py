@@ -159,8 +159,7 @@ def carried_bytes(work: Workload, part: Part) -> int:
     """Embeddings that came down the pipeline for the MTP modules, kept to collect their gradient."""
     if part.first or not work.model.num_nextn_predict_layers:
         return 0
-    already = part.last and work.trains_mtp  # an MTP module's norm keeps them too
-    return 0 if already else work.tokens_at_once * FP32 * work.model.hidden_size
+    return work.tokens_at_once * FP32 * work.model.hidden_size
 
 
 def kept_casts(work: Workload, part: Part) -> Iterator[Weight]:

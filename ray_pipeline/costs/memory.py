@@ -152,7 +152,8 @@ def _backwards(work: Workload, held: _Held, parts: list[Part], pp_rank: int, dev
     size = {part.stage: part_bytes(work, on, part) for part in parts}
     logits = {part.stage: num_heads(work) * logits_bytes(work) if part.last else 0 for part in parts}
     passing = {part.stage: _passing(work, held, on, part) for part in parts}
-    schedule = build_schedule(layout.schedule, layout.pp, work.micro_batches)
+    # Once the pipeline is full, further micro-batches only repeat what was there.
+    schedule = build_schedule(layout.schedule, layout.pp, min(work.micro_batches, 4 * layout.pp))
     gradients = FP32 * {0: held.full, 1: held.full, 2: held.shard, 3: 0}[layout.zero_stage]
     if layout.offload_optimizer:
         gradients = 0  # they gather in CPU memory
@@ -226,12 +227,13 @@ def _reducing(work: Workload, held: _Held, device: str) -> dict[str, int]:
 
 
 def _update(work: Workload, held: _Held) -> Memory:
-    """Reduce, clip, step: ZeRO 0 joins all gradients into one message per group of replicas."""
+    """Reduce, clip, step: ZeRO 0 copies gradients into messages, one at a time."""
     zero = work.layout.zero_stage
     gradients = FP32 * {0: held.full, 1: held.full, 2: held.shard, 3: 0}[zero]
     buffers: dict[str, int] = {}
     if zero == 0:
-        buffers["gradients as one message"] = FP32 * held.full if work.replicas > 1 else 0
+        message = min(held.full, max(zero_settings.MESSAGE, held.largest))
+        buffers["message of gradients"] = FP32 * message if work.replicas > 1 else 0
         buffers["squares of gradients"] = FP32 * held.largest if work.replicas == 1 else 0
     elif zero < 3:
         buffers["own share of the gradients"] = FP32 * held.shard

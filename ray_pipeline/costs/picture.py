@@ -13,8 +13,10 @@ GAP = "…"
 
 @dataclass(frozen=True)
 class RankMap:
-    """Attributes:
-    columns: a header per shown replica, or `GAP`. rows: (header, a cell per column) per shown pipeline rank.
+    """The grid as texts.
+
+    Attributes:
+        columns: a header per shown replica, or `GAP`. rows: (header, a cell per column) per shown pipeline rank.
     """
 
     columns: list[str]

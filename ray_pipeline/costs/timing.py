@@ -85,42 +85,61 @@ def step_timing(work: Workload, hardware: Hardware) -> Timing:
     ratio = backward_total / forward_total
     whole = [(c + t) / (1 + ratio) for c, t in zip(computing, talking, strict=True)]
     message = sizes["pp"].seconds(boundary_bytes(work), hardware, ring=True) if layout.pp > 1 else 0.0
-    played = simulate(
-        build_schedule(layout.schedule, layout.pp, work.micro_batches),
-        Costs(1, ratio, ratio / 2, ratio / 2, message, tuple(whole)),
-    )
-    busiest = max(range(layout.pp), key=lambda rank: played.busy[rank])
-    gradients = max(_gradient_seconds(work, rank, hardware, float(played.busy[rank])) for rank in range(layout.pp))
-    seconds = float(played.finish) + gradients
+    finish, busy = _play(work, Costs(1, ratio, ratio / 2, ratio / 2, message, tuple(whole)))
+    busiest = max(range(layout.pp), key=lambda rank: busy[rank])
+    gradients = max(_gradient_seconds(work, rank, hardware, busy[rank]) for rank in range(layout.pp))
+    seconds = finish + gradients
     held = [part.stage for part in work.parts_of_rank(busiest)]
     m = work.micro_batches
     useful = flops_per_token(work) * work.tokens_per_step
     return Timing(
         seconds,
         gradients,
-        bubble=float(sum(played.bubble)) / layout.pp,
+        bubble=1 - sum(busy) / layout.pp / finish,
         mfu=useful / (seconds * layout.gpus * hardware.peak(work.bf16)),
         tokens_per_second=work.tokens_per_step / seconds,
         shares={
             "computing": m * sum(computing[stage] for stage in held),
             "messages within layers": m * sum(talking[stage] for stage in held),
-            "idle in the pipeline": float(played.finish - played.busy[busiest]),
+            "idle in the pipeline": finish - busy[busiest],
             "gradients and weights among replicas": gradients,
         },
     )
 
 
+def _play(work: Workload, costs: Costs) -> tuple[float, list[float]]:
+    """When the pipeline is done, and how long each rank computes.
+
+    Once a pipeline is full every further round of micro-batches takes as long as the last one, so of many only the
+    first few rounds are played.
+    """
+    name, pp, m = work.layout.schedule, work.layout.pp, work.micro_batches
+    most = 8 * pp
+    played = simulate(build_schedule(name, pp, min(m, most)), costs)
+    finish, busy = float(played.finish), [float(time) for time in played.busy]
+    if m > most:
+        before = float(simulate(build_schedule(name, pp, most // 2), costs).finish)
+        finish += (finish - before) / (most // 2) * (m - most)
+        busy = [time * m / most for time in busy]
+    return finish, busy
+
+
 def _gradient_seconds(work: Workload, pp_rank: int, hardware: Hardware, busy: float) -> float:
-    """What reduction adds to the step; from ZeRO 2 on, GPUs do it beside two thirds of the computing."""
+    """What reduction adds to the step: part of it runs beside backward, which is two thirds of the computing.
+
+    ZeRO 0 has the last micro-batch's to hide behind, ZeRO 2 and 3 all of them where there are streams, ZeRO 1 none.
+    """
     sizes = groups(work)
     exposed = sum(
         message_seconds(message, sizes, hardware)
         for message in rank_traffic(work, pp_rank)
         if message.axis.startswith("dp")
     )
-    if work.layout.zero_stage >= 2 and hardware.device == "cuda":
-        return max(0.0, exposed - busy * 2 / 3)
-    return exposed
+    if work.layout.zero_stage == 0:
+        exposed -= busy * 2 / 3 / work.micro_batches
+    elif work.layout.zero_stage >= 2 and hardware.device == "cuda":
+        exposed -= busy * 2 / 3
+    return max(0.0, exposed)
 
 
 def message_seconds(message: Traffic, sizes: dict[str, Group], hardware: Hardware) -> float:

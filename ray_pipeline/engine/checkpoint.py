@@ -17,6 +17,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
+from model.parallel.collectives import Axis, collective
 from model.parallel.mesh import Mesh
 from ray_pipeline.artifacts import damage
 from ray_pipeline.engine.checkpoint_format import (
@@ -37,6 +38,7 @@ from ray_pipeline.errors import UserError
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 T = TypeVar("T")
+WORLD = Axis("all ranks")
 
 
 class UnusableCheckpoint(UserError):
@@ -112,7 +114,8 @@ def load_checkpoint(engine: Engine, path: Path) -> dict[str, Any]:
     if problem is not None:
         raise ForeignCheckpoint(path, problem, f"Delete {path}, or resume with the settings it was written with.")
     whole: dict[str, Any] = {key: placed(key, tensor, mesh) for key, tensor in state.items()}
-    dcp.load(whole, checkpoint_id=path, no_dist=not dist.is_initialized())
+    with collective(WORLD, "loading a checkpoint"):
+        dcp.load(whole, checkpoint_id=path, no_dist=not dist.is_initialized())
     engine.load_state({key: loaded(key, tensor).to(engine.device) for key, tensor in state.items()})
     return page
 
@@ -136,6 +139,7 @@ def _first(mesh: Mesh, find: Callable[[], T | None]) -> T | None:
     found = [find()]
     if mesh.world > 1:
         everyone: list[Any] = [None] * mesh.world
-        dist.all_gather_object(everyone, found[0])
+        with collective(WORLD, "all-gather"):
+            dist.all_gather_object(everyone, found[0])
         found = everyone
     return next((value for value in found if value is not None), None)

@@ -25,6 +25,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
+from model.parallel.collectives import collective
 from model.parallel.mesh import Mesh
 from ray_pipeline.artifacts import (
     MANIFEST,
@@ -34,7 +35,7 @@ from ray_pipeline.artifacts import (
     write_json,
     writing,
 )
-from ray_pipeline.engine.checkpoint import list_checkpoints, step_name
+from ray_pipeline.engine.checkpoint import WORLD, list_checkpoints, step_name
 from ray_pipeline.engine.checkpoint_format import STATE_FILE, my_share, page, placed, stored
 from ray_pipeline.engine.engine import Engine
 from ray_pipeline.errors import UserError
@@ -112,7 +113,8 @@ class CheckpointWriter:
             key: placed(key, stored(key, tensor), self.mesh) for key, tensor in self._staging.items()
         }
         try:
-            dcp.save(state, checkpoint_id=aside, process_group=self.group, no_dist=self.group is None)
+            with collective(WORLD, "saving a checkpoint"):
+                dcp.save(state, checkpoint_id=aside, process_group=self.group, no_dist=self.group is None)
         except CheckpointException as failure:  # a BaseException
             raise _cause(failure, aside) from failure
         entries = self._together(lambda: manifest_entries(aside, aside.glob(f"__{self.mesh.rank}_*")))
@@ -128,7 +130,8 @@ class CheckpointWriter:
         outcomes: list[Any] = [outcome]
         if self.group is not None:
             outcomes = [None] * self.mesh.world
-            dist.all_gather_object(outcomes, outcome, group=self.group)
+            with collective(WORLD, "all-gather for a checkpoint"):
+                dist.all_gather_object(outcomes, outcome, group=self.group)
         for _, failure in outcomes:
             if failure is not None:
                 raise failure

@@ -182,7 +182,9 @@ class Engine:
             sums.append(values.detach())
             return values[0] * scale / weight
 
-        self.pipeline.run(self._micro_batches(mine), finish, train=True)
+        micro_batches = self._micro_batches(mine)
+        self.updater.expect(len(micro_batches))
+        self.pipeline.run(micro_batches, finish, train=True)
         self.on_phase("optimizer step")
         for group in self.updater.optimizer.param_groups:
             group["lr"] = lr

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from model.parallel.mesh import Mesh
 from ray_pipeline.config import OptimizerConfig
 from ray_pipeline.engine.optimizer import MOMENTS, build_optimizer, clip_by_global_norm, is_cut_expert
+from ray_pipeline.engine.reduction import GradientReduction
 
 
 class Updater(Protocol):
@@ -21,6 +22,10 @@ class Updater(Protocol):
 
     optimizer: torch.optim.Optimizer
     loss_scale: float
+
+    def expect(self, backwards: int) -> None:
+        """A step begins in which each part of the model runs this many backwards."""
+        ...
 
     def step(self) -> float:
         """Reduce gradients over replicas, clip, update, clear. Returns the global norm before clipping."""
@@ -40,7 +45,7 @@ class Updater(Protocol):
 
 
 class PlainUpdater:
-    """ZeRO 0: every replica keeps everything; gradients are summed in one flat message.
+    """ZeRO 0: every replica keeps everything; gradients are summed while the last backward runs.
 
     Args:
         named: this rank's parameters by global name.
@@ -52,27 +57,29 @@ class PlainUpdater:
         self.named, self.mesh, self.grad_clip = named, mesh, config.grad_clip
         self.moments = MOMENTS[config.name]
         self.optimizer = build_optimizer(named, config, mesh)
+        dense = [p for name, p in named.items() if not is_cut_expert(name, mesh)]
+        experts = [p for name, p in named.items() if is_cut_expert(name, mesh)]
+        self.reductions = [
+            GradientReduction(dense, mesh.axis("replica")),
+            GradientReduction(experts, mesh.axis("expert_replica")),
+        ]
+
+    def expect(self, backwards: int) -> None:
+        for reduction in self.reductions:
+            reduction.expect(backwards)
 
     def step(self) -> float:
-        for parameter in self.named.values():
+        for reduction in self.reductions:
+            reduction.finish()
+        gradients: dict[str, Tensor] = {}
+        for name, parameter in self.named.items():
             if parameter.grad is None:  # an expert or MTP module that no token reached
                 parameter.grad = torch.zeros_like(parameter)
-        self._reduce([p for n, p in self.named.items() if not is_cut_expert(n, self.mesh)], "replica")
-        self._reduce([p for n, p in self.named.items() if is_cut_expert(n, self.mesh)], "expert_replica")
-        gradients = {name: parameter.grad for name, parameter in self.named.items() if parameter.grad is not None}
+            gradients[name] = parameter.grad
         norm = clip_by_global_norm(gradients, self.grad_clip, self.mesh)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm
-
-    def _reduce(self, parameters: list[nn.Parameter], axis: str) -> None:
-        """Sum gradients; they become views of the message, which saves copying them back."""
-        if not parameters or self.mesh.axis(axis).size == 1:
-            return
-        flat = torch.cat([parameter.grad.flatten() for parameter in parameters if parameter.grad is not None])
-        self.mesh.all_reduce(flat, axis)
-        for parameter, reduced in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-            parameter.grad = reduced.view_as(parameter)
 
     def weights(self) -> dict[str, Tensor]:
         return {name: parameter.detach() for name, parameter in self.named.items()}

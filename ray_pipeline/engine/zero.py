@@ -74,6 +74,9 @@ class ZeroUpdater:
         if self.zero_stage >= 2:
             self.zero.clear_backward_seen_flag()
 
+    def expect(self, backwards: int) -> None:
+        """DeepSpeed reduces after every backward (ZeRO 2, 3), or at the step (ZeRO 1)."""
+
     def step(self) -> float:
         if self.zero_stage == 1:
             for parameter in self.named.values():

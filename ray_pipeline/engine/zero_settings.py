@@ -1,12 +1,14 @@
-"""The sizes DeepSpeed's ZeRO is given, in numbers (not bytes): what it runs with, and what `plan` counts on.
+"""Sizes of what is reduced and sharded, in numbers (not bytes): what the engine runs with, and `plan` counts on.
 
 Knows neither torch nor DeepSpeed.
 """
 
 from __future__ import annotations
 
-# Gradients are reduced in messages of at most this many. DeepSpeed allocates the whole bucket; its own default of 5e8
-# takes 2 GB of fp32 (4 GB where reduction overlaps backward) beside a model of any size.
+# ZeRO 0, our own: a message of gradients, 25 MiB of fp32, unless one parameter alone has more.
+MESSAGE = 25 * 2**18
+# The same of DeepSpeed. It allocates the whole bucket; its own default of 5e8 takes 2 GB of fp32 (4 GB where reduction
+# overlaps backward) beside a model of any size.
 REDUCE_BUCKET = 50_000_000
 # ZeRO 3 never shards a parameter smaller than this, keeps at most LIVE gathered numbers, and fetches PREFETCH ahead.
 PERSISTENT = 100_000

@@ -53,20 +53,20 @@ def _stages(task: Task, row: Row, device: torch.device) -> list[Any]:
     """This rank's stages. Shapes are given: to infer them, torch runs the model once, and routers would count that."""
     from torch.distributed.pipelining import PipelineStage
 
-    name, micro, length, width = row.settings["schedule"], row.micro_batch, task.seq_len, task.model.hidden_size
+    name, micro, width = row.settings["schedule"], row.micro_batch, task.model.hidden_size
     count = num_stages(name, row.ranks)
     layers = stage_layers(task.model, count)
-    tokens = torch.empty(micro, length, dtype=torch.int64, device=device)
-    depths = task.model.num_nextn_predict_layers
-    carried = (torch.empty(micro, length, width, device=device), torch.empty(micro, length + depths, width, device=device))
-    loss = torch.empty((), device=device)
     out = []
     for index in parts_of(name, row.ranks, dist.get_rank()):
-        inputs = (tokens,) if index == 0 else tuple(t.clone().requires_grad_() for t in carried)
-        outputs = (loss,) if index == count - 1 else carried
-        module = Stage(build_model(task, device, layers[index]))
-        outputs = tuple(t.clone().requires_grad_() for t in outputs)
-        out.append(PipelineStage(module, index, count, device, input_args=inputs, output_args=outputs))
+        part = build_model(task, device, layers[index])
+        lengths = (task.seq_len, part.ahead_length(task.seq_len))
+        carried = [torch.empty(micro, length, width, device=device, requires_grad=True) for length in lengths]
+        tokens = torch.empty(micro, task.seq_len, dtype=torch.int64, device=device)
+        loss = torch.empty((), device=device, requires_grad=True)
+        inputs = [tokens] if part.is_first else carried
+        outputs = [loss] if part.is_last else carried
+        shapes: Any = {"input_args": tuple(inputs), "output_args": tuple(outputs)}
+        out.append(PipelineStage(Stage(part), index, count, device, **shapes))
     return out
 
 

@@ -1,4 +1,4 @@
-"""The results as an SVG of bars: ours beside its peer. Knows the entries of the JSON, nothing of how they came about."""
+"""The results as bars in an SVG, each of ours beside its peer. Knows the entries of the JSON and nothing else."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ class World:
         return self._ask(name, "losses", name, steps)[0]
 
     def timed(self, name: str, first: int, count: int) -> list[tuple[float, float]]:
-        """Of `count` steps after one that is not counted: the slowest rank's seconds, all ranks' seconds of CPU time."""
+        """Of `count` steps after one that is not counted: the slowest rank's seconds, all ranks' CPU seconds."""
         by_step = zip(*self._ask(name, "time", name, first, count), strict=True)
         return [(max(wall for wall, _ in ranks), sum(cpu for _, cpu in ranks)) for ranks in by_step]
 

@@ -142,7 +142,8 @@ def provenance(root: Path, device_type: str) -> dict[str, Any]:
 
 def lines(entries: Sequence[dict[str, Any]]) -> list[str]:
     """A table to print."""
-    out = [f"{'row':32} {'tokens/s':>9} {'step ms':>8} {'p10':>7} {'p90':>7} {'CPU ms':>8} {'MB/rank':>8}  speed / peer"]
+    columns = f"{'tokens/s':>9} {'step ms':>8} {'p10':>7} {'p90':>7} {'CPU ms':>8} {'MB/rank':>8}"
+    out = [f"{'row':32} {columns}  speed / peer"]
     for entry in entries:
         step = entry["step_ms"]
         memory = max(each["peak_rss_bytes"] for each in entry["memory_per_rank"]) / 1e6

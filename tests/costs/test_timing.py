@@ -9,8 +9,10 @@ import pytest
 
 from model.config import ModelConfig
 from ray_pipeline.costs.hardware_table import find_hardware
-from ray_pipeline.costs.timing import flops_per_token, part_flops, step_timing
+from ray_pipeline.costs.timing import _play, flops_per_token, part_flops, step_timing
 from ray_pipeline.costs.workload import Workload
+from ray_pipeline.engine.schedule import build_schedule
+from ray_pipeline.engine.schedule_simulation import Costs, simulate
 from ray_pipeline.layout import Layout
 
 H100 = find_hardware("h100")
@@ -46,6 +48,18 @@ def test_1f1bs_bubble_is_pp_less_one_over_all_slots(pp: int, rows: int) -> None:
     assert step_timing(work(rows=rows, pp=pp), free).bubble == pytest.approx((pp - 1) / (rows + pp - 1), rel=0.01)
 
 
+@pytest.mark.parametrize("schedule", ["1f1b", "interleaved_1f1b", "zbv", "dualpipev"])
+@pytest.mark.parametrize("micro_batches", [33, 61, 100])
+def test_many_micro_batches_are_as_if_all_were_played(schedule: str, micro_batches: int) -> None:
+    model = replace(EVEN, num_hidden_layers=9)  # stages differ
+    uneven = work(model, rows=micro_batches, pp=4, schedule=schedule)
+    costs = Costs(1, 2, 1, 1, 1e-3, tuple(1.0 + 0.1 * part.stage for part in uneven.parts))
+    finish, busy = _play(uneven, costs)
+    whole = simulate(build_schedule(schedule, 4, micro_batches), costs)
+    assert finish == pytest.approx(whole.finish, rel=0.02)
+    assert busy == pytest.approx(whole.busy)
+
+
 def test_zero_bubble_schedules_have_a_smaller_one() -> None:
     free = replace(H100, intra=1e30, inter=1e30)
     names = ("1f1b", "interleaved_1f1b", "zbv")
@@ -71,7 +85,7 @@ def test_flops_per_token_leave_out_mtp_modules_that_do_not_train() -> None:
     assert flops_per_token(replace(work(with_mtp), trains_mtp=False)) == flops_per_token(work(EVEN))
 
 
-def test_gradients_travel_beside_backward_from_zero_2_on_gpus() -> None:
+def test_gradients_travel_beside_backward_but_for_zero_1() -> None:
     exposed = [step_timing(work(rows=4, dp=4, zero_stage=stage), H100).gradients for stage in (0, 1, 2)]
-    assert 0 < exposed[0] < exposed[1]
+    assert exposed[0] < exposed[1]
     assert exposed[2] < exposed[1]

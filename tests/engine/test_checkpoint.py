@@ -113,7 +113,7 @@ def check_pairs(folder: Path, pairs: list[tuple[str, str]]) -> None:
     resumed = in_worlds(load_and_go_on, folder, pairs, lambda pair: pair[1])
     assert len(resumed) == len(pairs)
     for (source, layout), (losses, state) in resumed.items():
-        torch.testing.assert_close(losses, unbroken[source][0], rtol=1e-5, atol=0, msg=lambda m: f"{source} {layout}")
+        torch.testing.assert_close(losses, unbroken[source][0], rtol=1e-5, atol=0, msg=f"{source} -> {layout}")
         if source == layout:
             assert losses == unbroken[source][0], layout
             for name, tensor in unbroken[source][1].items():

@@ -162,6 +162,21 @@ def test_the_same_step_again_replaces_the_checkpoint(tmp_path):
     assert names(tmp_path) == ["step_00000001"]
 
 
+@pytest.mark.gpu
+def test_weights_on_a_gpu_are_saved_beside_training_and_come_back_exactly(tmp_path):
+    device = torch.device("cuda")
+    engines = [
+        Engine(CONFIG, Mesh(MeshSizes()), optimizer=OPTIMIZER, micro_batch=2, seed=seed, device=device)
+        for seed in (0, 7)
+    ]
+    step(engines[0], 0)
+    with CheckpointWriter(engines[0].mesh, tmp_path, keep=2) as writer:
+        writer.save(engines[0], 1, {})
+        expected = step(engines[0], 1)
+    load_checkpoint(engines[1], tmp_path / "step_00000001")
+    assert step(engines[1], 1) == expected
+
+
 def save_for_ever(folder: Path) -> None:
     torch.set_num_threads(1)
     engine = build()

@@ -21,7 +21,7 @@ from tests.engine.test_parity import CONFIG, make_batch
 
 
 def arguments(folder: Path, *, layout: dict[str, Any] | None = None, **settings: Any) -> dict[str, Any]:
-    """What `train` is given, in the form launchers pass on; `fault` is {kind, rank, step, where}, `pace` seconds per step."""
+    """What `train` is given, as launchers pass it on; `fault` is {kind, rank, step, where}, `pace` seconds a step."""
     fault, pace = settings.pop("fault", None), settings.pop("pace", 0.0)
     pretrain = {
         "steps": 8, "batch_size": 8, "eval_every": 4, "checkpoint_every": 2, "log_every": 2,
@@ -33,8 +33,8 @@ def arguments(folder: Path, *, layout: dict[str, Any] | None = None, **settings:
     )  # fmt: skip
     stage = folder / "toy" / "pretrain-0"
     return {
-        "config": config.model_dump(mode="json"), "stage": "pretrain", "folder": str(stage), "fault": fault, "pace": pace,
-        "upstream": {"data_prep": str(folder / "data")}, "wandb_id": "", "run_name": "toy",
+        "config": config.model_dump(mode="json"), "stage": "pretrain", "folder": str(stage), "wandb_id": "",
+        "upstream": {"data_prep": str(folder / "data")}, "run_name": "toy", "fault": fault, "pace": pace,
     }  # fmt: skip
 
 
