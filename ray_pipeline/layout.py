@@ -1,4 +1,4 @@
-"""One arrangement of ranks, as plain data: how it is asked for and how it is told."""
+"""One arrangement of ranks, as plain data: how it is asked for, how it is told, and what a refusal of it says."""
 
 from __future__ import annotations
 
@@ -69,6 +69,18 @@ class Layout:
         axes = self.axes()
         ranks = f"{self.gpus} {'GPU' if self.device == 'cuda' else 'CPU'} rank{'s' if self.gpus > 1 else ''}"
         return f"{ranks}: {axes}" if axes else ranks
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a layout cannot run: `value: reason. way_out.`"""
+
+    value: str
+    reason: str
+    way_out: str
+
+    def __str__(self) -> str:
+        return f"{self.value}: {self.reason}. {self.way_out}."
 
 
 def with_layout(config: PipelineFields, layout: Layout) -> PipelineFields:

@@ -6,26 +6,13 @@ Knows settings and numbers of ranks. Starts nothing, does not import torch. `lay
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import gcd
 
 from model.config import ModelConfig
 from model.parallel.placement import PARTS_PER_RANK, V_SHAPED, num_stages, stage_layers
 from ray_pipeline.config import PipelineFields
-from ray_pipeline.layout import Layout
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """Why a layout cannot run: `value: reason. way_out.`"""
-
-    value: str
-    reason: str
-    way_out: str
-
-    def __str__(self) -> str:
-        return f"{self.value}: {self.reason}. {self.way_out}."
-
+from ray_pipeline.layout import Layout, Refusal
 
 Check = Callable[[PipelineFields, Layout], Refusal | None]
 

@@ -104,11 +104,11 @@ class Mesh:
         # One-rank groups, for those who cannot take None.
         alone = [dist.new_group([rank]) for rank in range(self.world)] if distributed else []
         self._alone = alone[self.rank] if distributed else None
-        made: dict[tuple[str | int, ...], dist.ProcessGroup | None] = {}
+        made: dict[tuple[str, tuple[int, ...]], dist.ProcessGroup | None] = {}
         for name, groups in sizes.all_groups().items():
             for ranks in groups:
                 # Every rank must take part in making every group, its own or not. Equal groups share one.
-                key = (name if name in ("pp", "pp_back") else "", *ranks)  # the pipeline's have a connection each
+                key = (name if name in ("pp", "pp_back") else "", tuple(ranks))  # the pipeline's have their own
                 if key not in made:
                     made[key] = dist.new_group(ranks, timeout=timeout) if distributed and len(ranks) > 1 else None
                 if self.rank in ranks:

@@ -98,9 +98,10 @@ def build_part(
     for name, meta in list(part.named_parameters()):
         full = initial[name] if initial is not None else initial_weight(name, meta.shape, config, seed)
         _replace(part, name, nn.Parameter(cut(full, shard_of(name), tp=tp, ep=ep).detach().clone()))
-    for name, meta in list(part.named_buffers()):
+    for name, buffer in list(part.named_buffers()):
         stored = None if initial is None else initial.get(name)
-        _replace(part, name, torch.zeros(meta.shape, dtype=meta.dtype) if stored is None else stored.detach().clone())
+        fresh = torch.zeros(buffer.shape, dtype=buffer.dtype)
+        _replace(part, name, fresh if stored is None else stored.detach().clone())
     part.rotary = rotary_table(config)
     attach_axes(part, mesh)
     return part

@@ -27,13 +27,13 @@ def resume(run: str, **options: Any) -> int:
 
     stages = StageSelection(only=options["stage"], from_=options["from_"], until=options["until"])
     stages.check()
-    check_data(config, stages)
+    layout = layout_here(config)
+    check_data(config, layout, stages)
     with can_resume(run_dir.name):
         if config.backend == "modal":
             from modal_gpu.launch import run_on_modal
 
             return run_on_modal(config, stages=stages, dry_run=options["dry_run"])
-        layout = layout_here(config)
         from ray_pipeline.workflow import resume_pipeline  # after the layout is known to be legal: Ray takes seconds
 
         return resume_pipeline(run_dir, config, layout=layout, stages=stages, dry_run=options["dry_run"])

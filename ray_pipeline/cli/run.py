@@ -44,29 +44,31 @@ def launch(config: PipelineFields, options: dict[str, Any]) -> int:
     stages.check()
     notices(config)
     config = config.model_copy(update={"run_name": config.run_name or default_run_name(config)})
-    check_data(config, stages)
+    layout = layout_here(config)
+    check_data(config, layout, stages)
     with can_resume(str(config.run_name)):
         if config.backend == "modal":
             from modal_gpu.launch import run_on_modal
 
             return run_on_modal(config, stages=stages, dry_run=options["dry_run"])
-        layout = layout_here(config)
         from ray_pipeline.workflow import run_pipeline  # after the layout is known to be legal: Ray takes seconds
 
         return run_pipeline(config, layout=layout, stages=stages, dry_run=options["dry_run"])
 
 
-def check_data(config: PipelineFields, stages: StageSelection) -> None:
-    """Look at the input files and names now, if DATA_PREP is going to read them.
+def check_data(config: PipelineFields, layout: Layout, stages: StageSelection) -> None:
+    """Look at the input files and names now, if DATA_PREP is going to read them in a run with this legal layout.
 
     Raises:
         UserError: naming the file, and the line where there is one.
     """
     from ray_pipeline.data.sources import check_sources
+    from ray_pipeline.layout import with_layout
     from ray_pipeline.workflow_plan import plan
 
     run_dir = (config.output_dir / str(config.run_name)).absolute()
-    if any(row.stage == "data_prep" and row.action in ("run", "resume") for row in plan(config, run_dir, stages)):
+    rows = plan(with_layout(config, layout), run_dir, stages)
+    if any(row.stage == "data_prep" and row.action in ("run", "resume") for row in rows):
         check_sources(config)
 
 

@@ -10,8 +10,8 @@ from model.config import ModelConfig
 from model.parallel.placement import num_stages
 from ray_pipeline.config import LayoutConfig, OptimizerConfig, PipelineFields
 from ray_pipeline.errors import UserError
-from ray_pipeline.layout import Layout
-from ray_pipeline.layout_rules import Refusal, refusal
+from ray_pipeline.layout import Layout, Refusal
+from ray_pipeline.layout_rules import refusal
 
 SCHEDULES = ("1f1b", "interleaved_1f1b", "zbv", "dualpipev")
 MOST_PARAMETERS = 50_000_000  # of a user's own model: every rank draws all weights, and one process has to train it
@@ -33,8 +33,9 @@ class Tolerance:
     weights: float | None = None
 
 
-# In bf16 a token near the border between two experts may go to either, so weights and loads only stay close.
-TOLERANCES = {"fp32": Tolerance(2e-6, weights=1e-5), "bf16": Tolerance(2e-3, norm=2e-2)}
+# In bf16 a token near the border between two experts may go to either (one in 200 does): loss and norm stay close,
+# weights and loads are shown but not judged.
+TOLERANCES = {"fp32": Tolerance(2e-6, weights=1e-5), "bf16": Tolerance(2e-3, norm=5e-2)}
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def small_subject(layout: Layout, *, steps: int = 4, seed: int = 0) -> Subject:
 
     One layer more than the pipeline has parts, so that they differ in size; rows enough for dualpipev.
     """
-    layers = max(5, num_stages(layout.schedule, layout.pp) + 1)
+    layers = max(3, num_stages(layout.schedule, layout.pp) + 1)
     model = ModelConfig(
         vocab_size=64, hidden_size=32, intermediate_size=48, moe_intermediate_size=16,
         num_hidden_layers=layers, first_k_dense_replace=layers // 2, num_attention_heads=8,

@@ -13,8 +13,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from ray_pipeline.layout import Layout
-from ray_pipeline.layout_rules import Refusal
+from ray_pipeline.layout import Layout, Refusal
 from ray_pipeline.progress import seconds_text
 from ray_pipeline.verification.cases import Case, Tolerance
 from ray_pipeline.verification.compare import Result

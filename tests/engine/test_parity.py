@@ -100,7 +100,9 @@ def assert_equal(got: Outcome, want: Outcome, case: Case) -> None:
     assert got.weights.keys() == want.weights.keys()
     for name, tensor in got.weights.items():
         if case.optimizer == "sgd":
-            torch.testing.assert_close(tensor, want.weights[name], rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n} {m}")
+            torch.testing.assert_close(
+                tensor, want.weights[name], rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n} {m}"
+            )
         else:  # Adam turns the rounding of a gradient near zero into a step of its own: equal in the norm
             difference = (tensor - want.weights[name]).norm() / want.weights[name].norm().clamp(min=1e-6)
             assert difference < 1e-4, f"{name}: {difference}"

@@ -99,4 +99,4 @@ def test_refused_layouts_are_grouped_by_rule_with_a_reason() -> None:
 
 def test_the_heading_names_ranks_backend_and_model() -> None:
     cases = [Case(small_subject(layout), layout) for layout in (LAYOUT, Layout(gpus=2, pp=2, schedule="zbv"))]
-    assert heading(cases).startswith("2 CPU ranks over gloo against one process: 5 layers, width 32, 8 experts")
+    assert heading(cases).startswith("2 CPU ranks over gloo against one process: 3 to 5 layers, width 32, 8 experts")
