@@ -70,7 +70,11 @@ class MultiHeadLatentAttention(nn.Module):
         k_rope = apply_rotary(k_rope.unsqueeze(2), rotation).expand(*k_nope.shape[:3], -1)
         q = torch.cat([q_nope, apply_rotary(q_rope, rotation)], -1)
         k = torch.cat([k_nope, k_rope], -1)
-        q, k, v = (heads_for_positions(part, self.sp).transpose(1, 2) for part in (q, k, v))
-        out = softmax_attention(q, k, v, scale=self.scale, mask=mask)
+        if self.sp.size > 1:  # one message for all three
+            widths = [q.shape[-1], k.shape[-1], v.shape[-1]]
+            q, k, v = heads_for_positions(torch.cat([q, k, v], -1), self.sp).split(widths, -1)
+        out = softmax_attention(
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale=self.scale, mask=mask
+        )
         out = positions_for_heads(out.transpose(1, 2), self.sp)
         return reduce_from(self.o_proj(out.flatten(2)), self.tp)
