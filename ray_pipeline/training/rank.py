@@ -64,9 +64,14 @@ class Rank:
             options |= {"zero_stage": layout.zero_stage, "offload_optimizer": layout.offload_optimizer}
         return Engine(
             model, self.mesh, precision=self.settings.precision, micro_batch=layout.micro_batch, device=self.device,
-            seed=self.config.seed, schedule=layout.schedule, pp_layout=layout.pp_layout,
+            seed=self.config.seed, schedule=layout.schedule, pp_layout=self._pp_layout(model),
             activation_checkpointing=layout.activation_checkpointing, on_phase=self.place.at, **options,
         )  # fmt: skip
+
+    def _pp_layout(self, model: ModelConfig) -> str | None:
+        """Layers set by hand are the model's; a student of another depth is balanced."""
+        same = model.num_hidden_layers == self.config.model.num_hidden_layers
+        return self.config.layout.pp_layout if same else None
 
     def trainer_engine(self, model: ModelConfig, initial: dict[str, torch.Tensor] | None) -> Engine:
         """An engine with this stage's optimizer."""

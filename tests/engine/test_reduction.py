@@ -18,13 +18,13 @@ from tests.distributed import run_ranks
 
 
 @given(st.lists(st.integers(1, 50), max_size=30), st.integers(1, 60))
-def test_buckets_hold_every_parameter_once_and_no_more_than_fits(sizes: list[int], room: int) -> None:
+def test_messages_hold_every_parameter_once_and_no_more_than_fits(sizes: list[int], room: int) -> None:
     parameters = [nn.Parameter(torch.empty(size)) for size in sizes]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(zero_settings, "MESSAGE", room)
-        buckets = reduction._buckets(parameters)
-    assert [id(p) for bucket in buckets for p in bucket] == [id(p) for p in parameters]
-    assert all(len(bucket) == 1 or sum(p.numel() for p in bucket) <= room for bucket in buckets)
+        messages = reduction.split_into_messages(parameters)
+    assert [id(p) for message in messages for p in message] == [id(p) for p in parameters]
+    assert all(len(message) == 1 or sum(p.numel() for p in message) <= room for message in messages)
 
 
 def test_one_replica_sends_nothing_and_its_gradients_are_left_alone() -> None:
@@ -80,7 +80,7 @@ def two_replicas(rank: int, deferred: bool) -> Seen:
                 work.run()
             else:
                 loss.backward()
-        seen.early.append(len(summed._sent))
+        seen.early.append(summed._sent)
         summed.finish()
         seen.gradients.append([p.grad.clone() for p in model.parameters()])
         model.zero_grad(set_to_none=True)
@@ -114,6 +114,6 @@ def without_idle(rank: int) -> int:
     summed = reduction.GradientReduction(model.layers.parameters(), Mesh(MeshSizes(dp=2)).axis("replica"))
     summed.expect(1)
     model(inputs(rank, 0, 0)).backward()
-    early = len(summed._sent)
+    early = summed._sent
     summed.finish()
     return early
