@@ -16,7 +16,7 @@ V3 = ["plan", "--config", str(ROOT / "configs/v3-671b.yaml"), "--gpus", "2048", 
 
 
 def test_v3_prints_its_published_size_and_what_would_fit(capsys: pytest.CaptureFixture) -> None:
-    assert main([*V3, "--hardware", "h800"]) == 1
+    assert main([*V3, "--hardware", "h800", "--activation-checkpointing", "none"]) == 1
     page = capsys.readouterr().out
     for expected in (
         "2048 GPU ranks: pp=16 dp=128 ep=64 ZeRO=1, bf16, on H800 SXM",
@@ -32,7 +32,7 @@ def test_v3_prints_its_published_size_and_what_would_fit(capsys: pytest.CaptureF
 
 
 def test_what_it_advises_fits(capsys: pytest.CaptureFixture) -> None:
-    assert main([*V3, "--activation-checkpointing", "full"]) == 0
+    assert main(V3) == 0  # the recipe recomputes activations
     assert "FITS: the fullest rank needs" in capsys.readouterr().out
 
 
