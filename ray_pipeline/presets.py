@@ -93,10 +93,10 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 # Fewer layers, and for the smallest fewer units: at most half of the teacher's parameters.
 STUDENTS: dict[str, dict[str, Any]] = {
-    "tiny": {"num_hidden_layers": 3, "n_routed_experts": 3, "intermediate_size": 192},
-    "small": {"num_hidden_layers": 5, "n_routed_experts": None, "intermediate_size": None},
-    "medium": {"num_hidden_layers": 9, "n_routed_experts": None, "intermediate_size": None},
-    "large": {"num_hidden_layers": 11, "n_routed_experts": None, "intermediate_size": None},
+    "tiny": {"num_hidden_layers": 3, "moe_intermediate_size": 48, "intermediate_size": 192},
+    "small": {"num_hidden_layers": 5, "moe_intermediate_size": None, "intermediate_size": None},
+    "medium": {"num_hidden_layers": 9, "moe_intermediate_size": None, "intermediate_size": None},
+    "large": {"num_hidden_layers": 11, "moe_intermediate_size": None, "intermediate_size": None},
 }
 # pretrain, sft, grpo, distillation
 LEARNING_RATES: dict[str, tuple[float, float, float, float]] = {
