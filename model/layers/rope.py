@@ -36,20 +36,21 @@ def _yarn_frequencies(freq: Tensor, theta: float, scaling: RopeScaling) -> Tenso
 
     low = max(math.floor(dimension_with(scaling.beta_fast)), 0)
     high = min(math.ceil(dimension_with(scaling.beta_slow)), dim - 1)
-    stretch = ((torch.arange(dim // 2).float() - low) / max(high - low, 1e-3)).clamp(0, 1)
+    stretch = ((torch.arange(dim // 2, device="cpu").float() - low) / max(high - low, 1e-3)).clamp(0, 1)
     return freq * (1 - stretch) + freq / scaling.factor * stretch
 
 
 def rotary_table(config: ModelConfig) -> Tensor:
-    """exp(i * position * frequency): complex64 [max_position_embeddings, qk_rope_head_dim / 2]."""
-    exponent = torch.arange(0, config.qk_rope_head_dim, 2).float() / config.qk_rope_head_dim
+    """exp(i * position * frequency): complex64 [max_position_embeddings, qk_rope_head_dim / 2], on the CPU."""
+    # The device is named because on "meta" these operations would load torch's compiler, which takes a second.
+    exponent = torch.arange(0, config.qk_rope_head_dim, 2, device="cpu").float() / config.qk_rope_head_dim
     freq = config.rope_theta**-exponent
     magnitude = 1.0
     if config.rope_scaling is not None:
         scaling = config.rope_scaling
         freq = _yarn_frequencies(freq, config.rope_theta, scaling)
         magnitude = yarn_mscale(scaling.factor, scaling.mscale) / yarn_mscale(scaling.factor, scaling.mscale_all_dim)
-    angle = torch.outer(torch.arange(config.max_position_embeddings).float(), freq)
+    angle = torch.outer(torch.arange(config.max_position_embeddings, device="cpu").float(), freq)
     return torch.polar(torch.full_like(angle, magnitude), angle)
 
 

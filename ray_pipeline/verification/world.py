@@ -24,7 +24,11 @@ from ray_pipeline.verification.cases import Case, Tolerance
 from ray_pipeline.verification.compare import Result, difference, judge
 from ray_pipeline.verification.worker import WHERE, Job, run_rank
 
-PRELOADED = ["torch", "deepspeed", "ray_pipeline.verification.steps", "ray_pipeline.engine.zero"]
+# The last two are what DeepSpeed loads when its engine is built, over a second of work for each rank.
+PRELOADED = [
+    "torch", "deepspeed", "ray_pipeline.verification.steps", "ray_pipeline.engine.zero", "torch.utils.cpp_extension",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+]  # fmt: skip
 GRACE = 5.0  # seconds the other ranks have to tell their error after the first one told its own
 
 
