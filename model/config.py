@@ -1,12 +1,16 @@
-"""The architecture as data, under Hugging Face's `DeepseekV3Config` key names. Does not import torch.
+"""The architecture as data, under Hugging Face's key names where there are any. Does not import torch.
 
-Paper: DeepSeek-V3 (arXiv:2412.19437). Counts are analytic; tests hold them against built models.
+Papers: DeepSeek-V3 (arXiv:2412.19437), V3.2 (arXiv:2512.02556) for DSA, V2 (arXiv:2405.04434) for its router. Counts
+are analytic; tests hold them against built models. What cannot be built is in `model.config_rules`.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal
+
+Attention = Literal["mla", "dsa", "mha", "gqa", "mqa", "sliding"]
+GROUPED = ("mha", "gqa", "mqa", "sliding")  # keys and values per head, no latent
 
 
 @dataclass
@@ -21,12 +25,23 @@ class RopeScaling:
     mscale_all_dim: float = 1.0
 
 
+OWN = {"hf": False}  # a key that no published config.json has
+
+
 @dataclass
 class ModelConfig:
-    """DeepSeek-V3 hyper-parameters. Widths are in features, counts are `num_*` or HF's own `n_*`.
+    """Hyper-parameters. Widths are in features, counts are `num_*` or HF's own `n_*`.
 
-    Raises:
-        ValueError: from `validate`, naming the key, its value and the legal range.
+    Attributes:
+        attention: mla; dsa (MLA that reads `index_topk` tokens chosen by an indexer); mha, gqa, mqa; sliding (MHA or
+            GQA over the last `sliding_window` tokens and every `global_stride`-th before them).
+        num_key_value_heads: of gqa and sliding; default: as many as heads. mha and mqa decide it themselves.
+        head_dim: of mha, gqa, mqa, sliding. The latent kinds have qk_nope_head_dim, qk_rope_head_dim, v_head_dim.
+        position: rope, or cope (contextual, arXiv:2405.18719) with at most `cope_positions` of them.
+        norm: rmsnorm, or dyt (dynamic tanh, arXiv:2503.10622).
+        scoring_func, topk_method: the router of V3 is sigmoid and noaux_tc, of V2 softmax and (group_limited_)greedy.
+        aux_loss_alpha: weight of the balancing loss; seq_aux: balanced within every sequence, or over the batch.
+        recursion_depth: times the stack of layers is applied (arXiv:2510.04871).
     """
 
     vocab_size: int = 512
@@ -48,59 +63,91 @@ class ModelConfig:
     topk_group: int = 1
     norm_topk_prob: bool = True
     routed_scaling_factor: float = 1.0
+    scoring_func: Literal["sigmoid", "softmax"] = "sigmoid"
+    topk_method: Literal["noaux_tc", "greedy", "group_limited_greedy"] = "noaux_tc"
+    aux_loss_alpha: float = 0.0
+    seq_aux: bool = True
     num_nextn_predict_layers: int = 1
     max_position_embeddings: int = 1024
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling | None = None
     rms_norm_eps: float = 1e-6
     initializer_range: float = 0.02
-    router_bias_update_rate: float = field(default=1e-3, metadata={"hf": False})
+    router_bias_update_rate: float = field(default=1e-3, metadata=OWN)
+    attention: Attention = field(default="mla", metadata=OWN)
+    num_key_value_heads: int | None = None
+    head_dim: int = field(default=32, metadata=OWN)
+    sliding_window: int = field(default=64, metadata=OWN)
+    global_stride: int = field(default=16, metadata=OWN)
+    index_n_heads: int = 4
+    index_head_dim: int = 32
+    index_topk: int = 64
+    position: Literal["rope", "cope"] = field(default="rope", metadata=OWN)
+    cope_positions: int = field(default=64, metadata=OWN)
+    norm: Literal["rmsnorm", "dyt"] = field(default="rmsnorm", metadata=OWN)
+    recursion_depth: int = field(default=1, metadata=OWN)
+
+    @property
+    def is_latent(self) -> bool:
+        """Whether keys and values are expanded from a latent: MLA and DSA."""
+        return self.attention not in GROUPED
 
     @property
     def qk_head_dim(self) -> int:
-        """Width of one query or key head: the part without position plus the rotary part."""
-        return self.qk_nope_head_dim + self.qk_rope_head_dim
+        """Width of one query or key head; of a latent kind the part without position plus the rotary part."""
+        return self.qk_nope_head_dim + self.qk_rope_head_dim if self.is_latent else self.head_dim
+
+    @property
+    def value_head_dim(self) -> int:
+        """Width of one value head."""
+        return self.v_head_dim if self.is_latent else self.head_dim
+
+    @property
+    def rotary_dim(self) -> int:
+        """Features of a query or key that turn with position."""
+        return self.qk_rope_head_dim if self.is_latent else self.head_dim
+
+    @property
+    def num_kv_heads(self) -> int:
+        """Heads that have keys and values of their own."""
+        if self.attention == "mqa":
+            return 1
+        if self.attention in ("gqa", "sliding"):
+            return self.num_key_value_heads or self.num_attention_heads
+        return self.num_attention_heads
 
     def is_moe_layer(self, layer: int) -> bool:
         """Whether global layer index `layer` routes to experts. MTP layers (index >= num_hidden_layers) always do."""
         return layer >= self.first_k_dense_replace
 
     def validate(self) -> None:
-        """Refuse what cannot be built."""
-        for name in (
-            "vocab_size hidden_size intermediate_size moe_intermediate_size num_hidden_layers num_attention_heads "
-            "kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim n_routed_experts num_experts_per_tok "
-            "max_position_embeddings"
-        ).split():
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
-        if self.qk_rope_head_dim % 2:
-            raise ValueError(f"qk_rope_head_dim={self.qk_rope_head_dim}: rotary features come in pairs; make it even")
-        if self.n_routed_experts % self.n_group:
-            raise ValueError(f"n_group={self.n_group}: must divide n_routed_experts={self.n_routed_experts}")
-        if not 1 <= self.topk_group <= self.n_group:
-            raise ValueError(f"topk_group={self.topk_group}: must be between 1 and n_group={self.n_group}")
-        allowed = self.n_routed_experts // self.n_group * self.topk_group
-        if self.num_experts_per_tok > allowed:
-            raise ValueError(
-                f"num_experts_per_tok={self.num_experts_per_tok}: only {allowed} experts can be chosen with "
-                f"n_routed_experts={self.n_routed_experts}, n_group={self.n_group}, topk_group={self.topk_group}"
-            )
-        if self.n_group > 1 and self.n_routed_experts // self.n_group < 2:
-            raise ValueError(f"n_group={self.n_group}: a group's score sums its top 2 experts; use groups of 2 or more")
-        if self.first_k_dense_replace < 0 or self.num_nextn_predict_layers < 0 or self.n_shared_experts < 0:
-            raise ValueError("first_k_dense_replace, num_nextn_predict_layers, n_shared_experts: must not be negative")
+        """Refuse what cannot be built.
+
+        Raises:
+            ValueError: naming the key, its value and the legal range.
+        """
+        from model.config_rules import check
+
+        check(self)
 
     def attention_params(self) -> int:
-        """Weights of one MLA block (§2.1.1, eqs. 1-11), its two latent norms included."""
+        """Weights of one attention block; of MLA (§2.1.1, eqs. 1-11) with its two latent norms."""
         heads, hidden = self.num_attention_heads, self.hidden_size
+        cope = self.cope_positions * self.qk_head_dim if self.position == "cope" else 0
+        if not self.is_latent:
+            return (2 * heads + 2 * self.num_kv_heads) * self.head_dim * hidden + cope
         if self.q_lora_rank is None:
             query = hidden * heads * self.qk_head_dim
         else:
             query = hidden * self.q_lora_rank + self.q_lora_rank + self.q_lora_rank * heads * self.qk_head_dim
         latent = hidden * (self.kv_lora_rank + self.qk_rope_head_dim) + self.kv_lora_rank
         expand = self.kv_lora_rank * heads * (self.qk_nope_head_dim + self.v_head_dim)
-        return query + latent + expand + heads * self.v_head_dim * hidden
+        indexer = 0
+        if self.attention == "dsa":
+            assert self.q_lora_rank is not None
+            indexer = self.index_n_heads * (self.q_lora_rank * self.index_head_dim + hidden)
+            indexer += self.index_head_dim * (hidden + 2)  # its key's norm has a bias
+        return query + latent + expand + heads * self.v_head_dim * hidden + indexer + cope
 
     def _ffn_params(self, layer: int, *, active: bool) -> int:
         if not self.is_moe_layer(layer):
@@ -133,12 +180,15 @@ class ModelConfig:
         weights = self.num_params(active=True) - self.vocab_size * self.hidden_size
         weights += self.num_nextn_predict_layers * self.vocab_size * self.hidden_size
         layers = self.num_hidden_layers + self.num_nextn_predict_layers
-        attention = layers * self.num_attention_heads * (self.qk_head_dim + self.v_head_dim) * seq_len // 2
+        attention = layers * self.num_attention_heads * (self.qk_head_dim + self.value_head_dim) * seq_len // 2
         return 6 * (weights + attention)
 
     def to_hf(self) -> dict[str, Any]:
         """The keys Hugging Face's `DeepseekV3Config`, vLLM and llama.cpp read from config.json."""
-        out = {k: v for k, v in asdict(self).items() if k not in ("router_bias_update_rate", "rope_scaling")}
+        published = {f.name for f in fields(self) if f.metadata.get("hf", True)} - {"rope_scaling"}
+        if self.attention != "dsa":
+            published -= {"index_n_heads", "index_head_dim", "index_topk"}
+        out = {k: v for k, v in asdict(self).items() if k in published}
         rope: dict[str, Any] = {"rope_type": "default", "rope_theta": self.rope_theta}
         if self.rope_scaling is not None:
             scaling = asdict(self.rope_scaling)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from model.config import ModelConfig
 from model.layers.linear import Linear
-from model.layers.norm import RMSNorm
+from model.layers.norm import build_norm
 
 
 class MultiTokenPredictor(nn.Module):
@@ -15,11 +15,11 @@ class MultiTokenPredictor(nn.Module):
 
     def __init__(self, config: ModelConfig, block: nn.Module):
         super().__init__()
-        self.enorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.hnorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.enorm = build_norm(config)
+        self.hnorm = build_norm(config)
         self.eh_proj = Linear(2 * config.hidden_size, config.hidden_size)
         self.block = block
-        self.shared_head_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.shared_head_norm = build_norm(config)
 
     def forward(self, hidden: Tensor, embeddings: Tensor, rotation: Tensor, mask: Tensor | None) -> Tensor:
         """hidden and embeddings (already shifted), both [batch, seq, hidden_size] -> [batch, seq, hidden_size]."""

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from model.attention.build import build_attention
 from model.attention.core import document_mask, document_positions
-from model.attention.mla import MultiHeadLatentAttention
 from model.config import ModelConfig
 from model.layers.feed_forward import FeedForward
-from model.layers.norm import RMSNorm
+from model.layers.norm import build_norm
 from model.layers.rope import rotary_table
 from model.layers.vocab import Embedding, Head
 from model.moe.experts import MixtureOfExperts
@@ -38,9 +38,9 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = MultiHeadLatentAttention(config)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = build_norm(config)
+        self.self_attn = build_attention(config)
+        self.post_attention_layernorm = build_norm(config)
         dense = FeedForward(config.hidden_size, config.intermediate_size)
         self.mlp: nn.Module = MixtureOfExperts(config) if config.is_moe_layer(layer) else dense
 
@@ -103,7 +103,7 @@ class Transformer(nn.Module):
             self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleDict({str(i): Block(config, i) for i in self.layer_range})
         if self.is_last:
-            self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+            self.norm = build_norm(config)
             self.lm_head = Head(config.hidden_size, config.vocab_size)
             depths = config.num_nextn_predict_layers
             blocks = (Block(config, config.num_hidden_layers + k) for k in range(depths))

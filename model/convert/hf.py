@@ -46,11 +46,8 @@ def config_from_hf(values: dict[str, Any]) -> ModelConfig:
     for key, required in _REQUIRED.items():
         if values.get(key, required) != required:
             raise ValueError(f"config.json: {key}={values[key]!r} is not supported, only {required!r}")
-    known = {f.name for f in dataclasses.fields(ModelConfig)} - {
-        "rope_scaling",
-        "rope_theta",
-        "router_bias_update_rate",
-    }
+    published = {f.name for f in dataclasses.fields(ModelConfig) if f.metadata.get("hf", True)}
+    known = published - {"rope_scaling", "rope_theta", "num_key_value_heads"}
     kept = {key: values[key] for key in known if key in values}
     kept["n_shared_experts"] = values.get("n_shared_experts") or 0
     kept["num_nextn_predict_layers"] = values.get("num_nextn_predict_layers") or 0

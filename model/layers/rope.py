@@ -41,9 +41,9 @@ def _yarn_frequencies(freq: Tensor, theta: float, scaling: RopeScaling) -> Tenso
 
 
 def rotary_table(config: ModelConfig) -> Tensor:
-    """exp(i * position * frequency): complex64 [max_position_embeddings, qk_rope_head_dim / 2], on the CPU."""
+    """exp(i * position * frequency): complex64 [max_position_embeddings, rotary_dim / 2], on the CPU."""
     # The device is named because on "meta" these operations would load torch's compiler, which takes a second.
-    exponent = torch.arange(0, config.qk_rope_head_dim, 2, device="cpu").float() / config.qk_rope_head_dim
+    exponent = torch.arange(0, config.rotary_dim, 2, device="cpu").float() / config.rotary_dim
     freq = config.rope_theta**-exponent
     magnitude = 1.0
     if config.rope_scaling is not None:
