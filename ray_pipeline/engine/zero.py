@@ -64,6 +64,8 @@ class ZeroUpdater:
             dist_init_required=False,
         )
         self.optimizer: torch.optim.Optimizer = self.zero.optimizer
+        if mesh.sizes.ep > 1 and mesh.sizes.pp > 1 and not any(is_cut_expert(name, mesh) for name in named):
+            _count_experts_of_other_stages(self.zero, mesh, zero_stage)
 
     def run(self, *args: Any) -> Any:
         """The module's forward; under ZeRO 2 and 3 inside DeepSpeed's hooks, under ZeRO 1 without them."""
@@ -218,3 +220,29 @@ def _sum_expert_norms() -> None:
     from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 
     DeepSpeedZeroOptimizer_Stage3._grad_norm_counts_every_rank = lambda self, params, process_group: False
+
+
+def _count_experts_of_other_stages(zero: Any, mesh: Mesh, zero_stage: int) -> None:
+    """The norm is reduced over pipeline ranks once per parameter group, and a stage of dense layers has no experts'.
+
+    Without its part in that reduction the other stages would wait for ever, and it would clip by another norm.
+    """
+
+    from deepspeed.runtime.zero.utils import get_norm_dtype
+
+    # What the other stages reduce; only ZeRO 3 without offloading reduces it as computed.
+    dtype = get_norm_dtype() if zero_stage == 3 and not zero.offload_optimizer else torch.float32
+
+    def experts_norm() -> Tensor:
+        squares = torch.zeros(1, dtype=dtype, device=zero.device)
+        zero._model_parallel_all_reduce(tensor=squares, op=torch.distributed.ReduceOp.SUM)
+        if zero_stage == 3:  # there the experts of a stage are summed over expert-parallel ranks last
+            squares = mesh.all_reduce(squares, "ep")
+        return squares.sqrt().squeeze(0).float()
+
+    if zero_stage == 3:
+        groups = zero._get_norm_groups
+        zero._get_norm_groups = lambda: [*groups(), experts_norm()]
+    else:
+        norm = zero.scaled_global_norm
+        zero.scaled_global_norm = lambda *args, **kwargs: torch.hypot(norm(*args, **kwargs), experts_norm())

@@ -56,6 +56,9 @@ UNDO: dict[str, tuple[Callable[[], None], Case]] = {
         without("_skip_world_wide_checks"), case(pp=2, zero_stage=3, pp_layout="3|1", optimizer="sgd")),
     "ZeRO 3 forgets the experts' norm of other stages": (
         without("_sum_expert_norms"), case(pp=2, dp=2, ep=2, zero_stage=3, optimizer="sgd")),
+    "a stage without experts leaves the others waiting for its part of the norm": (
+        without("_count_experts_of_other_stages"),
+        case(pp=2, dp=2, ep=2, zero_stage=1, pp_layout="E+1|3+H", optimizer="sgd")),
     "parameters that tensor ranks share count on one of them": (
         without_tensor_rank, case(pp=2, tp=2, zero_stage=3, optimizer="sgd")),
     "ZeRO 1 with experts needs contiguous gradients": (

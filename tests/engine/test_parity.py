@@ -131,6 +131,9 @@ QUICK = {
         case(pp=2, dp=2, ep=2, zero_stage=2, optimizer="sgd"), case(dp=2, tp=2, ep=2, optimizer="sgd"),
         case(dp=2, tp=2, ep=2, zero_stage=3, optimizer="sgd"), case(pp=2, sp=2, ep=2, zero_stage=1, optimizer="sgd"),
         case(sp=2, tp=2, zero_stage=2), case(pp=4),
+        # The first stage has no experts, the second one has.
+        case(pp=2, sp=2, ep=2, zero_stage=2, pp_layout="E+1|3+H", optimizer="sgd"),
+        case(pp=2, dp=2, ep=2, zero_stage=3, pp_layout="E+1|3+H", optimizer="sgd"),
     ],
 }  # fmt: skip
 
