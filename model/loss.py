@@ -60,17 +60,13 @@ def cross_entropy_sum(hidden: Tensor, head: Head, labels: Tensor) -> Tensor:
         hidden: [batch, seq, hidden_size]; labels: [batch, seq].
     """
     kept = labels != IGNORE
-    logits = head(hidden[kept]).float()
-    if head.tp.size == 1:
-        return F.cross_entropy(logits, labels[kept], reduction="sum")
-    return negative_log_likelihood(logits, labels[kept], head.tp).sum()
+    return head(hidden[kept], labels[kept])
 
 
 def label_logprobs(hidden: Tensor, head: Head, labels: Tensor, temperature: float = 1.0) -> Tensor:
     """log p(label) at the given temperature: [batch, seq], zero where the label is IGNORE."""
     kept = labels != IGNORE
-    logits = head(hidden[kept]).float() / temperature
-    chosen = -negative_log_likelihood(logits, labels[kept], head.tp)
+    chosen = -head(hidden[kept], labels[kept], temperature=temperature, per_token=True)
     return torch.zeros(labels.shape, dtype=chosen.dtype, device=labels.device).masked_scatter(kept, chosen)
 
 

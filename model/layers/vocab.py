@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.layers.chunked_loss import loss_per_token, loss_sum
 from model.layers.linear import Linear
 from model.parallel.collectives import LOCAL, Axis, copy_to, reduce_from
 
@@ -30,9 +31,26 @@ class Embedding(nn.Module):
 
 
 class Head(Linear):
-    """[..., hidden_size] -> logits [..., vocab_size / tp]: this rank's slice, never gathered."""
+    """[..., hidden_size] -> logits [..., vocab_size / tp]: this rank's slice, never gathered.
+
+    With labels: -log p(label) instead, without the logits. Both go through the module's call, in which ZeRO 3 gathers
+    the weight.
+    """
 
     tp: Axis = LOCAL
 
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(copy_to(x, self.tp))
+    def forward(
+        self, x: Tensor, labels: Tensor | None = None, *, temperature: float = 1.0, per_token: bool = False
+    ) -> Tensor:
+        """
+        Args:
+            labels: [rows] for x [rows, hidden_size].
+        Returns:
+            Logits, the sum of -log p(label), or `per_token` [rows] of them at the temperature.
+        """
+        x = copy_to(x, self.tp)
+        if labels is None:
+            return super().forward(x)
+        if per_token:
+            return loss_per_token(x, self.weight, labels, self.tp, temperature)
+        return loss_sum(x, self.weight, labels, self.tp)
