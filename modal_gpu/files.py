@@ -56,7 +56,11 @@ def with_remote_inputs(config: PipelineFields, places: dict[str, str]) -> Pipeli
     }
     name = config.tokenizer.name
     tokenizer = config.tokenizer.model_copy(update={"name": places.get(name, name)})
-    return config.model_copy(update={"data": data.model_copy(update=update), "tokenizer": tokenizer})
+    start = config.init_from.path
+    init_from = config.init_from.model_copy(update={"path": start and places.get(start, start)})
+    return config.model_copy(
+        update={"data": data.model_copy(update=update), "tokenizer": tokenizer, "init_from": init_from}
+    )
 
 
 def fetch(volume: VolumeFiles, run_name: str, output_dir: Path) -> tuple[int, int]:

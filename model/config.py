@@ -6,8 +6,8 @@ are analytic; tests hold them against built models. What cannot be built is in `
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Literal
 
 Attention = Literal["mla", "dsa", "mha", "gqa", "mqa", "sliding"]
 GROUPED = ("mha", "gqa", "mqa", "sliding")  # keys and values per head, no latent
@@ -156,9 +156,17 @@ class ModelConfig:
         routed = self.num_experts_per_tok if active else self.n_routed_experts
         return expert * (routed + self.n_shared_experts) + self.n_routed_experts * self.hidden_size
 
+    def norm_params(self) -> int:
+        """Weights of one norm: RMSNorm's weight; of DyT weight, bias and alpha."""
+        return self.hidden_size if self.norm == "rmsnorm" else 2 * self.hidden_size + 1
+
+    def recursion_params(self) -> int:
+        """Weights of the adaptive residual scaling between passes through the stack."""
+        return self.recursion_depth * self.hidden_size if self.recursion_depth > 1 else 0
+
     def layer_params(self, layer: int, *, active: bool = False) -> int:
         """Weights of one block; with `active`, only those one token passes through."""
-        return self.attention_params() + self._ffn_params(layer, active=active) + 2 * self.hidden_size
+        return self.attention_params() + self._ffn_params(layer, active=active) + 2 * self.norm_params()
 
     def tail_params(self) -> int:
         """Active weights that follow the last layer: the head, once more per MTP module, and those modules' blocks."""
@@ -169,42 +177,36 @@ class ModelConfig:
     def num_params(self, *, active: bool = False, mtp: bool = True) -> int:
         """Trained weights: embedding and head counted once each, MTP modules if asked (they share both)."""
         total = sum(self.layer_params(layer, active=active) for layer in range(self.num_hidden_layers))
-        total += 2 * self.vocab_size * self.hidden_size + self.hidden_size
+        total += 2 * self.vocab_size * self.hidden_size + self.norm_params() + self.recursion_params()
         if mtp:
             block = self.layer_params(self.num_hidden_layers, active=active)
-            total += self.num_nextn_predict_layers * (block + 2 * self.hidden_size**2 + 3 * self.hidden_size)
+            total += self.num_nextn_predict_layers * (block + 2 * self.hidden_size**2 + 3 * self.norm_params())
         return total
 
     def flops_per_token(self, seq_len: int) -> int:
         """Floating-point operations of forward and backward per token: 6 per active weight plus causal attention."""
         weights = self.num_params(active=True) - self.vocab_size * self.hidden_size
         weights += self.num_nextn_predict_layers * self.vocab_size * self.hidden_size
-        layers = self.num_hidden_layers + self.num_nextn_predict_layers
-        attention = layers * self.num_attention_heads * (self.qk_head_dim + self.value_head_dim) * seq_len // 2
+        again = self.recursion_depth - 1  # passes through the stack after the first; MTP modules run once
+        weights += again * sum(self.layer_params(layer, active=True) for layer in range(self.num_hidden_layers))
+        layers = self.num_hidden_layers * self.recursion_depth + self.num_nextn_predict_layers
+        attention = layers * self.num_attention_heads * (self.qk_head_dim + self.value_head_dim)
+        attention *= self.attended_tokens(seq_len)
+        if self.position == "cope":  # every head multiplies its queries with the table, which counts as one weight
+            attention += layers * (self.num_attention_heads - 1) * self.cope_positions * self.qk_head_dim
+        if self.attention == "dsa":  # index scores of all tokens before, and a loss on those that are read
+            scored = (seq_len // 2 + 2 * self.attended_tokens(seq_len)) // 3
+            attention += layers * self.index_n_heads * self.index_head_dim * scored
         return 6 * (weights + attention)
 
-    def to_hf(self) -> dict[str, Any]:
-        """The keys Hugging Face's `DeepseekV3Config`, vLLM and llama.cpp read from config.json."""
-        published = {f.name for f in fields(self) if f.metadata.get("hf", True)} - {"rope_scaling"}
-        if self.attention != "dsa":
-            published -= {"index_n_heads", "index_head_dim", "index_topk"}
-        out = {k: v for k, v in asdict(self).items() if k in published}
-        rope: dict[str, Any] = {"rope_type": "default", "rope_theta": self.rope_theta}
-        if self.rope_scaling is not None:
-            scaling = asdict(self.rope_scaling)
-            out["rope_scaling"] = {"type": "yarn", "rope_type": "yarn", **scaling}
-            rope = {"rope_type": "yarn", "rope_theta": self.rope_theta, **scaling}
-        return out | {
-            "architectures": ["DeepseekV3ForCausalLM"],
-            "model_type": "deepseek_v3",
-            "num_key_value_heads": self.num_attention_heads,
-            "num_local_experts": self.n_routed_experts,
-            "rope_parameters": rope,
-            "rope_interleave": True,
-            "scoring_func": "sigmoid",
-            "topk_method": "noaux_tc",
-            "hidden_act": "silu",
-            "attention_bias": False,
-            "attention_dropout": 0.0,
-            "tie_word_embeddings": False,
-        }
+    def attended_tokens(self, seq_len: int) -> int:
+        """How many tokens a query of a row reads on average: half of them, or what sparse attention leaves of them."""
+        if self.attention == "dsa" and seq_len > self.index_topk:
+            return self.index_topk * (2 * seq_len - self.index_topk + 1) // (2 * seq_len)
+        beyond = seq_len - self.sliding_window  # queries whose window does not reach the first token
+        if self.attention != "sliding" or beyond <= 0:
+            return seq_len // 2
+        rounds, rest = divmod(beyond, self.global_stride)
+        strided = self.global_stride * rounds * (rounds + 1) // 2 + rest * (rounds + 1)
+        window = self.sliding_window * (self.sliding_window + 1) // 2 + beyond * self.sliding_window
+        return (window + strided) // seq_len

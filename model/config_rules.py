@@ -41,6 +41,14 @@ def _check_attention(config: ModelConfig) -> None:
     if config.rotary_dim % 2:
         key = "qk_rope_head_dim" if config.is_latent else "head_dim"
         raise ValueError(f"{key}={config.rotary_dim}: rotary features come in pairs; make it even")
+    given, decided = config.num_key_value_heads, {"mha": config.num_attention_heads, "mqa": 1}
+    if given is not None and config.attention in decided and given != decided[config.attention]:
+        raise ValueError(
+            f"num_key_value_heads={given} with attention={config.attention}: it has {decided[config.attention]}; leave "
+            "the key away, or use attention=gqa"
+        )
+    if given is not None and given < 1:
+        raise ValueError(f"num_key_value_heads={given}: must be at least 1")
     if config.num_attention_heads % config.num_kv_heads:
         raise ValueError(
             f"num_key_value_heads={config.num_kv_heads}: must divide num_attention_heads={config.num_attention_heads}"
@@ -53,6 +61,11 @@ def _check_attention(config: ModelConfig) -> None:
                 f"index_head_dim={config.index_head_dim}: must be at least qk_rope_head_dim={config.qk_rope_head_dim}, "
                 "the part of it that turns with position"
             )
+    if config.position == "cope" and config.rope_scaling is not None:
+        raise ValueError(
+            "rope_scaling with position=cope: there are no rotary positions to stretch; leave it away, or use "
+            "position=rope"
+        )
     if config.position == "cope" and config.attention in ("dsa", "sliding"):
         raise ValueError(
             f"position=cope with attention={config.attention}: a contextual position counts over all tokens before, "
@@ -66,6 +79,8 @@ def _check_router(config: ModelConfig) -> None:
     if not 1 <= config.topk_group <= config.n_group:
         raise ValueError(f"topk_group={config.topk_group}: must be between 1 and n_group={config.n_group}")
     allowed = config.n_routed_experts // config.n_group * config.topk_group
+    if config.topk_method == "greedy":  # takes no notice of groups
+        allowed = config.n_routed_experts
     if config.num_experts_per_tok > allowed:
         raise ValueError(
             f"num_experts_per_tok={config.num_experts_per_tok}: only {allowed} experts can be chosen with "

@@ -23,5 +23,8 @@ class MultiTokenPredictor(nn.Module):
 
     def forward(self, hidden: Tensor, embeddings: Tensor, rotation: Tensor, mask: Tensor | None) -> Tensor:
         """hidden and embeddings (already shifted), both [batch, seq, hidden_size] -> [batch, seq, hidden_size]."""
-        joined = self.eh_proj(torch.cat([self.enorm(embeddings), self.hnorm(hidden)], -1))
-        return self.shared_head_norm(self.block(joined, rotation, mask))
+        return self.shared_head_norm(self.block(self.join(hidden, embeddings), rotation, mask))
+
+    def join(self, hidden: Tensor, embeddings: Tensor) -> Tensor:
+        """What the block reads (eq. 21): both [..., hidden_size] -> same."""
+        return self.eh_proj(torch.cat([self.enorm(embeddings), self.hnorm(hidden)], -1))

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from model.attention.build import build_attention
-from model.attention.core import document_mask, document_positions
+from model import auxiliary
+from model.attention.build import build_attention, visible_tokens
+from model.attention.core import document_positions
 from model.config import ModelConfig
 from model.layers.feed_forward import FeedForward
 from model.layers.norm import build_norm
@@ -23,6 +24,7 @@ from model.layers.vocab import Embedding, Head
 from model.moe.experts import MixtureOfExperts
 from model.mtp import MultiTokenPredictor
 from model.parallel.collectives import LOCAL, Axis
+from model.recursion import build_recursion
 
 Recompute = Literal["none", "selective", "full"]
 
@@ -72,12 +74,13 @@ class Block(nn.Module):
 
     @contextmanager
     def _not_counting(self) -> Iterator[None]:
-        """Tokens that pass the router again were counted the first time."""
+        """Tokens that pass the router again were counted the first time, and so were the layer's own losses."""
         routers = [self.mlp.gate] if isinstance(self.mlp, MixtureOfExperts) else []
         for router in routers:
             router.counting = False
         try:
-            yield
+            with auxiliary.not_recording():
+                yield
         finally:
             for router in routers:
                 router.counting = True
@@ -99,9 +102,16 @@ class Transformer(nn.Module):
         self.layer_range = range(config.num_hidden_layers) if layers is None else layers
         self.is_first = self.layer_range.start == 0
         self.is_last = self.layer_range.stop == config.num_hidden_layers
+        if config.recursion_depth > 1 and not (self.is_first and self.is_last):
+            raise ValueError(
+                f"recursion_depth={config.recursion_depth} with layers {self.layer_range.start} to "
+                f"{self.layer_range.stop - 1} of {config.num_hidden_layers}: a pipeline takes a token through its "
+                "stages once. Use one pipeline stage (pp_size=1)."
+            )
         if self.is_first:
             self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleDict({str(i): Block(config, i) for i in self.layer_range})
+        self.recursion = build_recursion(config)
         if self.is_last:
             self.norm = build_norm(config)
             self.lm_head = Head(config.hidden_size, config.vocab_size)
@@ -132,9 +142,10 @@ class Transformer(nn.Module):
         longest = self.config.max_position_embeddings
         if seq_len > longest:
             raise ValueError(f"sequence of {seq_len} tokens: longer than max_position_embeddings={longest}")
+        mask = visible_tokens(self.config, doc_ids, seq_len, self.rotary.device)
         if doc_ids is None:
-            return self.rotary[None, self.window(seq_len)], None
-        return self.rotary[document_positions(doc_ids)[:, self.window(seq_len)]], document_mask(doc_ids)
+            return self.rotary[None, self.window(seq_len)], mask
+        return self.rotary[document_positions(doc_ids)[:, self.window(seq_len)]], mask
 
     def embed(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
         """Embeddings of this rank's positions, and with MTP those of a few places more.
@@ -156,7 +167,14 @@ class Transformer(nn.Module):
         return min(mine.stop + self.config.num_nextn_predict_layers, seq_len) - mine.start
 
     def run_layers(self, hidden: Tensor, rotation: Tensor, mask: Tensor | None) -> Tensor:
-        """This stage's blocks: [batch, seq / sp, hidden_size] -> same."""
+        """This stage's blocks, `recursion_depth` times: [batch, seq / sp, hidden_size] -> same."""
+        if self.recursion is None:
+            return self._run_once(hidden, rotation, mask)
+        for index in range(self.config.recursion_depth):
+            hidden = self.recursion(hidden, self._run_once(hidden, rotation, mask), index)
+        return hidden
+
+    def _run_once(self, hidden: Tensor, rotation: Tensor, mask: Tensor | None) -> Tensor:
         for block in self.layers.values():
             hidden = block(hidden, rotation, mask)
         return hidden

@@ -90,10 +90,26 @@ class TokenizerConfig(Section):
     vocab_size: PositiveInt = 512
 
 
+class InitFromConfig(Section):
+    """Weights that PRETRAIN starts from: a published DeepSeek-V2, V3 or V3.2 folder, or one that EXPORT wrote."""
+
+    path: str | None = Field(None, description="folder with config.json, safetensors, tokenizer; it decides `model`")
+    include: list[str] = Field(default_factory=list, description="tensors to take, globs or beginnings; empty: all")
+    exclude: list[str] = Field(default_factory=list, description="tensors to leave; they start fresh")
+    allow_missing: list[str] = Field(default_factory=list, description="tensors that may be absent; they start fresh")
+    max_vocab_size: PositiveInt = Field(1_000_000, description="a larger vocabulary is refused")
+    max_file_bytes: PositiveInt = Field(100_000_000_000, description="a larger weight file is refused")
+
+
 class OptimizerConfig(Section):
     """AdamW (arXiv:1711.05101) with a warm-up and a cosine or warm-up-stable-decay schedule (arXiv:2404.06395)."""
 
-    name: Literal["adamw", "sgd"] = Field("adamw", description="sgd: no moments, no decay; to check gradients with")
+    name: Literal["adamw", "muon", "sgd"] = Field(
+        "adamw",
+        description="muon: orthogonalised momentum for matrices (arXiv:2502.16982), with AdamW's lr and decay; "
+        "sgd: no moments, no decay; to check gradients with",
+    )
+    momentum: Fraction = Field(0.95, description="of muon")
     lr: PositiveFloat = 1e-3
     min_lr_ratio: Fraction = 0.1
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
@@ -111,7 +127,9 @@ class TrainingConfig(Section):
     steps: PositiveInt = 100
     batch_size: PositiveInt = Field(32, description="rows of seq_len tokens per optimizer step, over all ranks")
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "bf16", "fp8"] = Field(
+        "fp32", description="of matrix products; fp8: bf16, and the blocks' linear layers in 8 bits (DeepSeek-V3, §3.3)"
+    )
     eval_every: PositiveInt = 100
     checkpoint_every: PositiveInt = 50
     keep_checkpoints: PositiveInt = 2
@@ -123,6 +141,11 @@ class PretrainConfig(TrainingConfig):
     """Next-token cross-entropy plus multi-token prediction."""
 
     mtp_loss_weight: float = Field(0.3, ge=0.0)
+    indexer_warmup_steps: NonNegativeInt | None = Field(
+        None,
+        description="model.attention=dsa: steps of dense attention that the indexer learns from; default: a fifth, or "
+        "none with init_from",
+    )
 
 
 class SftConfig(TrainingConfig):
@@ -141,6 +164,10 @@ class GrpoConfig(TrainingConfig):
     clip_low: PositiveFloat = 0.2
     clip_high: PositiveFloat = 0.2
     max_new_tokens: PositiveInt = 96
+    think_budget: NonNegativeInt | None = Field(
+        None, description="tokens inside <think> before </think> is written for the model; no limit without"
+    )
+    speculative: bool = Field(False, description="the MTP modules draft tokens of the rollouts; the same distribution")
     temperature: PositiveFloat = 1.0
     answer_reward: float = 1.0
     format_reward: float = 0.1
@@ -225,6 +252,7 @@ class PipelineFields(Section):
     layout: LayoutConfig = Field(default_factory=LayoutConfig)
     data: DataConfig = Field(default_factory=DataConfig)
     tokenizer: TokenizerConfig = Field(default_factory=TokenizerConfig)
+    init_from: InitFromConfig = Field(default_factory=InitFromConfig)
     pretrain: PretrainConfig = Field(default_factory=PretrainConfig)
     sft: SftConfig = Field(default_factory=SftConfig)
     grpo: GrpoConfig = Field(default_factory=GrpoConfig)
@@ -233,3 +261,17 @@ class PipelineFields(Section):
     export: ExportConfig = Field(default_factory=ExportConfig)
     tracking: TrackingConfig = Field(default_factory=TrackingConfig)
     modal: ModalConfig = Field(default_factory=ModalConfig)
+
+    def dense_steps(self, stage: str) -> int:
+        """Steps at a stage's beginning in which sparse attention reads everything, for its indexer to learn from.
+
+        A fifth of PRETRAIN by default: before attention has settled on what it reads, there is nothing to learn. V3.2
+        took 0.2% of its tokens (arXiv:2512.02556, §2.1.1), but of a model that was trained already. Weights that are
+        given come with a trained indexer.
+        """
+        given = self.pretrain.indexer_warmup_steps
+        if stage != "pretrain":
+            return 0
+        if given is not None:
+            return given
+        return 0 if self.init_from.path is not None else self.pretrain.steps // 5

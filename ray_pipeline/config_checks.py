@@ -7,7 +7,8 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from model.convert.gguf_rules import check_gguf
+from model.convert.gguf_rules import check_gguf, gguf_gap
+from model.convert.hf_config import published_family, unpublished_reason
 from ray_pipeline.config import TRAINING_STAGES, PipelineFields
 
 _FOLDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -20,7 +21,9 @@ def problems(config: PipelineFields) -> list[str]:
         *_architecture(config),
         *_lengths(config),
         *_data(config),
+        *_init_from(config),
         *_optimizers(config),
+        *_indexer(config),
     ]
 
 
@@ -34,7 +37,21 @@ def warnings(config: PipelineFields) -> list[str]:
             f"the distillation student has {student / teacher:.0%} of its teacher's parameters, more than half: "
             "lower distillation.student.num_hidden_layers or its widths."
         )
-    return out
+    return out + list(_export_notes(config))
+
+
+def _export_notes(config: PipelineFields) -> Iterator[str]:
+    """What EXPORT does otherwise than for a DeepSeek-V3 model."""
+    family = published_family(config.model)
+    if family is None:
+        yield (
+            f"{unpublished_reason(config.model)}: exported in this project's format, which `--init-from` reads, "
+            "not as a Hugging Face folder."
+        )
+    elif config.model.num_nextn_predict_layers and not family.mtp:
+        yield f"a {family.title} checkpoint has no multi-token prediction modules: exported without them."
+    if config.export.gguf and (gap := gguf_gap(config.model)):
+        yield f"{gap}: no GGUF file is written."
 
 
 def _not_finite(value: Any, key: str) -> Iterator[str]:
@@ -64,7 +81,8 @@ def _architecture(config: PipelineFields) -> Iterator[str]:
     if config.export.gguf:
         exported = config.model if config.export.source == "grpo" else student
         try:
-            check_gguf(exported)
+            if gguf_gap(exported) is None:  # else none is written
+                check_gguf(exported)
         except ValueError as error:
             yield f"export.gguf={config.export.gguf}: {error}"
     if config.tokenizer.name == "train" and config.model.vocab_size < config.tokenizer.vocab_size:
@@ -123,6 +141,29 @@ def _data(config: PipelineFields) -> Iterator[str]:
         )
 
 
+def _indexer(config: PipelineFields) -> Iterator[str]:
+    steps, total = config.pretrain.indexer_warmup_steps, config.pretrain.steps
+    if steps is None:
+        return
+    if config.model.attention != "dsa":
+        yield (
+            f"pretrain.indexer_warmup_steps={steps}: model.attention={config.model.attention} has no indexer. Leave it "
+            "away, or set model.attention=dsa."
+        )
+    elif steps > total:
+        yield f"pretrain.indexer_warmup_steps={steps}: more than pretrain.steps={total}. Use at most {total}."
+
+
+def _init_from(config: PipelineFields) -> Iterator[str]:
+    settings = config.init_from
+    for key in ("include", "exclude", "allow_missing"):
+        patterns = getattr(settings, key)
+        if patterns and settings.path is None:
+            yield f"init_from.{key}={patterns}: chooses tensors of a model folder; give one with --init-from."
+        if any(not pattern.strip() for pattern in patterns):
+            yield f"init_from.{key}={patterns}: an empty pattern would match every tensor; leave it out."
+
+
 def _optimizers(config: PipelineFields) -> Iterator[str]:
     for stage in TRAINING_STAGES:
         betas = getattr(config, stage).optimizer.betas
@@ -131,6 +172,11 @@ def _optimizers(config: PipelineFields) -> Iterator[str]:
     if config.grpo.clip_low >= 1:
         yield f"grpo.clip_low={config.grpo.clip_low}: the ratio is clipped below at 1 - clip_low; use a value below 1"
     grpo = config.grpo
+    if grpo.speculative and not config.model.num_nextn_predict_layers:
+        yield (
+            "grpo.speculative=True: model.num_nextn_predict_layers=0 leaves no MTP module to draft with. "
+            "Set it to 1, or grpo.speculative=false."
+        )
     if grpo.checkpoint_every % grpo.updates_per_rollout:
         yield (
             f"grpo.checkpoint_every={grpo.checkpoint_every}: must be a multiple of updates_per_rollout="

@@ -15,8 +15,11 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 from ray_pipeline.config import TRAINING_STAGES, PipelineFields
 from ray_pipeline.config_checks import problems
 from ray_pipeline.config_errors import explain
+from ray_pipeline.config_init_from import with_init_from
 from ray_pipeline.config_sources import Layer, env_layer, find_recipe, flag_layer, with_presets, yaml_layer
 from ray_pipeline.errors import UserError
+
+RUN_FILE = "run.json"  # beside the settings that a run was accepted with
 
 
 class LayerSource(PydanticBaseSettingsSource):
@@ -80,7 +83,8 @@ def load_config(
         UserError: listing every unknown key and impossible value with its origin.
     """
     recipe = find_recipe(yaml_path)
-    layers = with_presets([flag_layer(overrides or {}), env_layer(env or {}), yaml_layer(recipe)])
+    layers = [flag_layer(overrides or {}), env_layer(env or {}), yaml_layer(recipe)]
+    layers = with_presets(with_init_from(layers, stored=(recipe.parent / RUN_FILE).is_file()))
     named = Layer("file name", {"recipe": recipe.stem}, {})
     layers = [_accept_pytorch(layer) for layer in (*layers, named)]
     try:

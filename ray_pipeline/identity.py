@@ -29,7 +29,7 @@ UPSTREAM: dict[str, tuple[str, ...]] = {
 FORMATS = dict.fromkeys(STAGES, 1)
 _SECTIONS: dict[str, tuple[str, ...]] = {
     "data_prep": ("data", "tokenizer"),
-    "pretrain": ("model", "pretrain"),
+    "pretrain": ("model", "pretrain", "init_from"),
     "sft": ("sft", "evaluation"),
     "grpo": ("grpo", "evaluation"),
     "distillation": ("distillation", "evaluation"),
@@ -41,7 +41,7 @@ _NO_RESULT = {
     for s in TRAINING_STAGES
     for k in ("eval_every", "checkpoint_every", "keep_checkpoints", "keep_best", "log_every")
 }
-_NO_RESULT.add("grpo.batch_size")
+_NO_RESULT |= {"grpo.batch_size", "init_from.max_vocab_size", "init_from.max_file_bytes"}
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,8 @@ def flat(values: Any, prefix: str = "") -> dict[str, Any]:
 def source_names(config: PipelineFields) -> dict[str, str]:
     """Dotted key -> name, for every setting that may name a local file or folder."""
     names = {f"data.pretrain.{index}.name": source.name for index, source in enumerate(config.data.pretrain)}
+    if config.init_from.path is not None:
+        names["init_from.path"] = config.init_from.path
     return names | {
         "data.sft": config.data.sft,
         "data.prompts": config.data.prompts,
@@ -114,6 +116,8 @@ def identities(config: PipelineFields, digests: Mapping[str, str] | None = None)
     """Every stage's identity. A pure function of the settings and the digests of local files."""
     digests = source_digests(config) if digests is None else digests
     everything = flat(config.model_dump(mode="json") | {"model": asdict(config.model)})
+    if config.init_from.path is None:  # a model that starts from random weights is what it was before the key existed
+        everything = {key: value for key, value in everything.items() if not key.startswith("init_from.")}
     for key, name in source_names(config).items():
         if name in digests:  # where a file lies does not matter, what it holds and how it is read does
             everything[key] = f"sha256:{digests[name]}{_reading(name)}"

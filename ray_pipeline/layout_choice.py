@@ -11,7 +11,8 @@ from typing import Any, Literal
 from ray_pipeline.config import PipelineFields
 from ray_pipeline.errors import UserError
 from ray_pipeline.layout import Layout
-from ray_pipeline.layout_rules import batches, broken_rule, models, refusal, shared
+from ray_pipeline.layout_model_rules import models
+from ray_pipeline.layout_rules import batches, broken_rule, refusal, shared
 
 # From the one that asks most of a layout to the one that asks nothing: a refused schedule gives way to a neighbour.
 _SCHEDULES = ("dualpipev", "zbv", "interleaved_1f1b", "1f1b")

@@ -5,22 +5,13 @@ Knows settings and numbers of ranks. Starts nothing, does not import torch. `lay
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from dataclasses import replace
 from math import gcd
 
-from model.config import ModelConfig
 from model.parallel.placement import PARTS_PER_RANK, V_SHAPED, num_stages, stage_layers
 from ray_pipeline.config import PipelineFields
 from ray_pipeline.layout import Layout, Refusal
-
-Check = Callable[[PipelineFields, Layout], Refusal | None]
-
-
-def models(config: PipelineFields) -> Iterator[tuple[str, ModelConfig]]:
-    """Key and architecture of every model a run lays out: the teacher and the distillation student."""
-    yield "model", config.model
-    yield "distillation.student", config.distillation.student.applied_to(config.model)
+from ray_pipeline.layout_model_rules import MODEL_RULES, Check, models
 
 
 def batches(config: PipelineFields) -> dict[str, int]:
@@ -259,6 +250,7 @@ RULES: dict[str, Check] = {
     "experts are shared evenly by ep": _experts_are_shared,
     "rows of a step are shared evenly by dp": _rows_divide,
     "dualpipev needs 2 x pp micro-batches": _dualpipev_is_filled,
+    **MODEL_RULES,
     "fewer ranks than --gpus can go on": _elastic_range_is_legal,
 }
 

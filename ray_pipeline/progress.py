@@ -27,21 +27,28 @@ class Progress:
     def __init__(self, folder: Path, stage: str, steps: int, *, note: str | None = None):
         self.path, self._written, self._first = folder / PROGRESS_FILE, 0.0, (0, time.monotonic())
         self.state: dict[str, Any] = {
-            "stage": stage, "step": 0, "steps": steps, "loss": None, "tokens_per_second": None, "seconds_left": None,
-            "phase": "starting", "phase_done": 0, "phase_total": 0, "note": note,
+            "stage": stage, "step": 0, "steps": steps, "loss": None, "layer_losses": {}, "tokens_per_second": None,
+            "seconds_left": None, "phase": "starting", "phase_done": 0, "phase_total": 0, "note": note,
         }  # fmt: skip
         self._stepped = False
         self._write(now=True)
 
-    def update(self, step: int, *, loss: float | None = None, tokens_per_second: float | None = None) -> None:
-        """After optimizer steps: `step` of `steps` are done."""
+    def update(
+        self,
+        step: int,
+        *,
+        loss: float | None = None,
+        tokens_per_second: float | None = None,
+        layer_losses: Mapping[str, float] | None = None,
+    ) -> None:
+        """After optimizer steps: `step` of `steps` are done. `layer_losses`: those beside the main one, by name."""
         if not self._stepped or step < self._first[0]:
             self._stepped, self._first = True, (step, time.monotonic())
         done, seconds = step - self._first[0], time.monotonic() - self._first[1]
         left = seconds / done * (self.state["steps"] - step) if done > 0 else None
         self.state.update(
             step=step, loss=loss, tokens_per_second=tokens_per_second, seconds_left=left,
-            phase="training", phase_done=0, phase_total=0,
+            layer_losses=dict(layer_losses or {}), phase="training", phase_done=0, phase_total=0,
         )  # fmt: skip
         self._write(now=step >= self.state["steps"])
 
@@ -80,6 +87,7 @@ def progress_text(state: Mapping[str, Any]) -> str:
     parts = [f"step {state['step']}/{state['steps']}"] if state.get("steps") else []
     if state.get("loss") is not None:
         parts.append(f"loss {state['loss']:.4g}")
+    parts += [f"{name.replace('_', ' ')} {value:.4g}" for name, value in (state.get("layer_losses") or {}).items()]
     if state.get("tokens_per_second"):
         parts.append(f"{state['tokens_per_second']:,.0f} tokens/s")
     if state.get("seconds_left") is not None:

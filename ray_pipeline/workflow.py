@@ -119,8 +119,10 @@ def _with_absolute_paths(config: PipelineFields) -> PipelineFields:
         "prompts": names.get(config.data.prompts, config.data.prompts),
     }
     tokenizer = {"name": names.get(config.tokenizer.name, config.tokenizer.name)}
+    start = config.init_from.path
     return config.model_copy(
         update={
+            "init_from": config.init_from.model_copy(update={"path": start and names.get(start, start)}),
             "data": config.data.model_copy(update={"pretrain": pretrain, **data}),
             "tokenizer": config.tokenizer.model_copy(update=tokenizer),
         }

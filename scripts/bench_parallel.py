@@ -26,6 +26,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
+from model.convert.hf_config import to_hf  # noqa: E402
 from ray_pipeline.errors import UserError, did_you_mean  # noqa: E402
 from ray_pipeline.launcher import worker_environment  # noqa: E402
 from scripts.parallel_bench import plot, results  # noqa: E402
@@ -141,7 +142,7 @@ def run(task: Task, rows: Sequence[Row], device_type: str, *, rounds: int, steps
             "seq_len": task.seq_len,
             "precision": "fp32",
             "optimizer": "AdamW, fused, clipped by the global norm",
-            "model": model.to_hf(),
+            "model": to_hf(model),
         },
         "rounds": rounds,
         "steps_per_round": steps,

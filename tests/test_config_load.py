@@ -137,7 +137,17 @@ def test_all_mistakes_are_listed_with_value_origin_and_suggestion(tmp_path: Path
         ({"run_name": ".."}, "names a folder"),
         ({"data.validation_fraction": "0"}, "held out"),
         ({"model.q_lora_rank": "none"}, "set export.gguf=[]"),
+        (
+            {"grpo.speculative": "true", "model.num_nextn_predict_layers": "0"},
+            "grpo.speculative=True: model.num_nextn_predict_layers=0 leaves no MTP module",
+        ),
+        ({"grpo.think_budget": "-1"}, "grpo.think_budget=-1: must be greater than or equal to 0"),
         ({"grpo.updates_per_rollout": "7"}, "must be a multiple of updates_per_rollout=7"),
+        ({"pretrain.indexer_warmup_steps": "7"}, "model.attention=mla has no indexer. Leave it away"),
+        (
+            {"pretrain.indexer_warmup_steps": "101", "model.attention": "dsa", "export.gguf": "[]"},
+            "more than pretrain.steps=100. Use at most 100",
+        ),
         ({"grpo..beta": "7"}, "a key looks like grpo.beta"),
         ({"model.rope_scaling": "{factor: 4}"}, "model.rope_scaling.original_max_position_embeddings: must be given"),
     ],

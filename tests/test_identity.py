@@ -25,11 +25,13 @@ BASE = PipelineFields()
 # The stage whose own settings hold the key; a key that several stages read belongs to the first of them.
 OWNER = {
     "data": "data_prep", "tokenizer": "data_prep", "seed": "data_prep", "model": "pretrain", "pretrain": "pretrain",
-    "sft": "sft", "evaluation": "sft", "grpo": "grpo", "distillation": "distillation", "export": "export",
+    "init_from": "pretrain", "sft": "sft",
+    "evaluation": "sft", "grpo": "grpo", "distillation": "distillation", "export": "export",
 }  # fmt: skip
 WITHOUT_RESULT = ("eval_every", "checkpoint_every", "keep_checkpoints", "keep_best", "log_every")
 OTHER_CHOICE = {
     "schedule": "constant", "precision": "bf16", "init": "random", "source": "distillation", "dtype": "bfloat16",
+    "path": "elsewhere",
 }  # fmt: skip
 
 
@@ -82,7 +84,10 @@ def downstream(stage: str) -> set[str]:
 RESULT_KEYS = sorted(
     key
     for key in everything(BASE)
-    if key.split(".")[0] in OWNER and key.split(".")[-1] not in WITHOUT_RESULT and key != "grpo.batch_size"
+    if key.split(".")[0] in OWNER
+    and key.split(".")[-1] not in WITHOUT_RESULT
+    and key != "grpo.batch_size"
+    and not (key.startswith("init_from.") and key != "init_from.path")
 )
 
 

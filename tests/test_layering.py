@@ -58,7 +58,9 @@ OWNERS = {
 WITHOUT_TORCH = (
     "model.config",
     "ray_pipeline.config",
+    "model.convert.folder",
     "ray_pipeline.config_load",
+    "ray_pipeline.config_init_from",
     "ray_pipeline.config_checks",
     "ray_pipeline.config_errors",
     "ray_pipeline.config_sources",

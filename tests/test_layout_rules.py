@@ -98,6 +98,37 @@ BROKEN = {
             "Use a smaller layout.micro_batch, pretrain.batch_size of 64, or --schedule zbv",
         )
     ],
+    "key and value heads are shared evenly by tp": [
+        (
+            {"tp_size": 4, "model.attention": "gqa", "model.num_key_value_heads": 2},
+            "tp_size=4: each rank keeps the keys and values of its share of the heads, and model.num_key_value_heads=2",
+            "Use --tp-size 2, the largest that works; --sp-size shares heads",
+        ),
+        (
+            {"tp_size": 2, "model.attention": "sliding", "model.num_key_value_heads": 1},
+            "model.num_key_value_heads=1 cannot be shared evenly by 2 ranks",
+            "Use --tp-size 1, the largest that works",
+        ),
+    ],
+    "a stack that is applied several times is on one pipeline rank": [
+        (
+            {"pp_size": 2, "model.recursion_depth": 3},
+            "pp_size=2 with model.recursion_depth=3: the stack of layers is applied several times",
+            "Use --pp-size 1, or --set model.recursion_depth=1",
+        )
+    ],
+    "Muon needs whole matrices": [
+        (
+            {"gpus": 2, "zero_stage": 1, "sft.optimizer.name": "muon"},
+            "zero_stage=1 with sft.optimizer.name=muon: ZeRO shards",
+            "Use --zero-stage 0, or --set sft.optimizer.name=adamw",
+        ),
+        (
+            {"tp_size": 2, "pretrain.optimizer.name": "muon"},
+            "tp_size=2 with pretrain.optimizer.name=muon: tensor parallelism cuts matrices, and a part of a matrix",
+            "Use --tp-size 1, or --set pretrain.optimizer.name=adamw",
+        ),
+    ],
     "fewer ranks than --gpus can go on": [
         ({"gpus": 4, "min_gpus": 5}, "min_gpus=5: more than gpus=4", "Use --min-gpus 4 or less"),
         ({"gpus": 4, "min_gpus": 3}, "no dp_size below 4 works with 3 to 3 ranks", "Use --min-gpus 2"),
@@ -142,6 +173,10 @@ def test_every_rule_of_the_table_has_a_test() -> None:
         {"pp_size": 2, "schedule": "dualpipev", **SIX_LAYERS},
         {"gpus": 4, "min_gpus": 2},
         {"gpus": 4, "min_gpus": 4},
+        {"tp_size": 4, "model.attention": "mqa"},
+        {"sp_size": 4, "model.attention": "gqa", "model.num_key_value_heads": 2},
+        {"gpus": 4, "tp_size": 2, "ep_size": 2, "zero_stage": 3, "model.recursion_depth": 2},
+        {"gpus": 8, "pp_size": 2, "sp_size": 2, "ep_size": 2, "pretrain.optimizer.name": "muon"},
     ],
 )
 def test_what_the_engine_can_do_is_not_refused(settings: dict) -> None:

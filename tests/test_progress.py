@@ -29,6 +29,12 @@ def test_progress_file_tells_step_loss_speed_and_phase(tmp_path):
     assert progress_text(read_progress(tmp_path)).endswith("evaluating 3/7")
 
 
+def test_losses_of_layers_stand_beside_the_main_one(tmp_path):
+    progress = Progress(tmp_path, "pretrain", 10)
+    progress.update(10, loss=2.0, layer_losses={"aux_loss": 1.25, "indexer_kl": 0.125})
+    assert "loss 2  aux loss 1.25  indexer kl 0.125" in progress_text(read_progress(tmp_path))
+
+
 def test_time_left_counts_from_the_step_a_resume_started_at(tmp_path, monkeypatch):
     clock = iter([0.0, 0.0, 10.0, 10.0, 10.0, 20.0, 20.0, 20.0, 20.0])
     monkeypatch.setattr("ray_pipeline.progress.time.monotonic", lambda: next(clock))

@@ -1,19 +1,45 @@
-"""Which attention a layer has."""
+"""Which attention a layer has, and which tokens it sees."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
+from torch import Tensor, nn
+
+from model.attention.core import document_mask
+from model.attention.grouped import GroupedAttention
 from model.attention.mla import MultiHeadLatentAttention
+from model.attention.sliding import sliding_mask
+from model.attention.sparse import SparseAttention
 from model.config import ModelConfig
 
-_KINDS: dict[str, Callable[[ModelConfig], MultiHeadLatentAttention]] = {"mla": MultiHeadLatentAttention}
+_KINDS: dict[str, Callable[[ModelConfig], nn.Module]] = {
+    "mla": MultiHeadLatentAttention,
+    "dsa": SparseAttention,
+    "mha": GroupedAttention,
+    "gqa": GroupedAttention,
+    "mqa": GroupedAttention,
+    "sliding": GroupedAttention,
+}
 
 
-def build_attention(config: ModelConfig) -> MultiHeadLatentAttention:
+def build_attention(config: ModelConfig) -> nn.Module:
     """A module that maps (x [batch, seq / sp, hidden_size], rotation, mask) to the shape of x.
 
-    rotation is complex [batch or 1, seq / sp, rotary_dim / 2]; mask is bool [batch, 1, seq, seq] or None for plain
-    causal attention.
+    rotation is complex [batch or 1, seq / sp, rotary_dim / 2]; mask is `visible_tokens`.
     """
     return _KINDS[config.attention](config)
+
+
+def visible_tokens(config: ModelConfig, doc_ids: Tensor | None, seq_len: int, device: torch.device) -> Tensor | None:
+    """What each query may see: bool [batch or 1, 1, seq, seq], or None for every token up to itself.
+
+    Args:
+        doc_ids: [batch, seq]; None for rows of one document.
+    """
+    if config.attention == "sliding":
+        if doc_ids is None:
+            doc_ids = torch.zeros(1, seq_len, dtype=torch.long, device=device)
+        return sliding_mask(doc_ids, config.sliding_window, config.global_stride)
+    return None if doc_ids is None else document_mask(doc_ids)

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from model.attention.blocked import LONGEST, BlockedAttention
+
 
 def document_positions(doc_ids: Tensor) -> Tensor:
     """Position of each token inside its own document: [batch, seq] -> [batch, seq]."""
@@ -22,18 +24,54 @@ def document_mask(doc_ids: Tensor) -> Tensor:
     return ((doc_ids[:, :, None] == doc_ids[:, None, :]) & causal).unsqueeze(1)
 
 
-def softmax_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | None) -> Tensor:
+def softmax_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | None, window: int | None = None
+) -> Tensor:
     """softmax(q k^T * scale) v, causal where no mask is given.
 
     Args:
-        q, k: [batch, heads, seq, qk_dim]; v: [batch, heads, seq, v_dim].
-        mask: bool [batch, 1, seq, seq], True = visible.
+        q: [batch, heads, seq, qk_dim]; k: [batch, kv_heads, seq, qk_dim]; v: [batch, kv_heads, seq, v_dim].
+        mask: bool [batch or 1, 1, seq, seq], True = visible.
+        window: the mask hides most of what is before each query's last `window` tokens; saves work on the CPU.
     Returns:
         [batch, heads, seq, v_dim].
     """
-    width = v.shape[-1]
+    width, groups = v.shape[-1], q.shape[1] // k.shape[1]
+    met = q.shape[2] if window is None else min(window, q.shape[2])
+    if q.device.type == "cpu" and q.shape[2] == k.shape[2] and met <= LONGEST:
+        if groups > 1:
+            k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+        return BlockedAttention.apply(q, k, v, mask, scale, window)
     if width < q.shape[-1]:
         # Fused kernels want equal widths; with unequal ones torch falls back to the slow math path.
         v = F.pad(v, (0, q.shape[-1] - width))
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale)
+    if groups > 1 and not shares_heads(q.device.type):
+        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+        groups = 1
+    out = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=groups > 1
+    )
     return out[..., :width]
+
+
+def shares_heads(device: str) -> bool:
+    """Whether the fused kernel reads one key head for several query heads; a GPU's does not where there is a mask."""
+    return device == "cpu"
+
+
+def grouped_scores(q: Tensor, k: Tensor) -> Tensor:
+    """q k^T without copies of k: [batch, heads, n, dim], [batch, kv_heads, m, dim] -> [batch, heads, n, m]."""
+    n = q.shape[2]
+    q = q.reshape(q.shape[0], k.shape[1], -1, q.shape[3])  # queries of a group one after another
+    return (q @ k.transpose(-1, -2)).unflatten(2, (-1, n)).flatten(1, 2)
+
+
+def attention_of_scores(scores: Tensor, v: Tensor) -> Tensor:
+    """softmax(scores) v, where a kind had to see the scores: fp32 [batch, heads, n, m], v [batch, kv_heads, m, v_dim].
+
+    Returns:
+        [batch, heads, n, v_dim], in the dtype of v.
+    """
+    n = scores.shape[2]
+    weights = torch.softmax(scores, -1).to(v.dtype).reshape(v.shape[0], v.shape[1], -1, v.shape[2])
+    return (weights @ v).unflatten(2, (-1, n)).flatten(1, 2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from model.config import ModelConfig
+from model.convert.hf_config import published_family
 
 
 def _table(head: tuple[str, str], rows: Mapping[str, float | str]) -> str:
@@ -31,12 +32,17 @@ def model_card(
         figures: what was measured. baselines: what to hold it against.
     """
     total, active = config.num_params(), config.num_params(active=True)
+    family = published_family(config)
+    if family is None:
+        library, tag, kind = "", str(config.attention), f"A model with attention={config.attention}"
+    else:
+        library, tag = "library_name: transformers\n", family.model_type
+        kind = f"A {family.title} model ({family.paper})"
     sections = [
-        f"---\nlicense: {licence}\nlibrary_name: transformers\npipeline_tag: text-generation\n"
-        "tags:\n- deepseek_v3\n- mixture-of-experts\n- reasoning\n---",
+        f"---\nlicense: {licence}\n{library}pipeline_tag: text-generation\n"
+        f"tags:\n- {tag}\n- mixture-of-experts\n- reasoning\n---",
         f"# {title}",
-        f"A DeepSeek-V3 model (arXiv:2412.19437) of {total:,} parameters, "
-        f"{active:,} active per token: "
+        f"{kind} of {total:,} parameters, {active:,} active per token: "
         f"{config.num_hidden_layers} layers, hidden size {config.hidden_size}, {config.n_routed_experts} "
         f"routed experts of which {config.num_experts_per_tok} see a token, {config.n_shared_experts} shared, "
         f"{config.num_nextn_predict_layers} multi-token-prediction modules, context {config.max_position_embeddings}.",

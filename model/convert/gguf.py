@@ -73,10 +73,9 @@ def _layer_tensors(config: ModelConfig, own: dict[str, Tensor]) -> dict[str, Ten
             "ffn_up_exps.weight": up,
             "ffn_down_exps.weight": own["mlp.experts.down_proj"],
         }
-        out["ffn_gate_inp.weight"], out["exp_probs_b.bias"] = (
-            own["mlp.gate.weight"],
-            own["mlp.gate.e_score_correction_bias"],
-        )
+        out["ffn_gate_inp.weight"] = own["mlp.gate.weight"]
+        if "mlp.gate.e_score_correction_bias" in own:
+            out["exp_probs_b.bias"] = own["mlp.gate.e_score_correction_bias"]
     return out
 
 
@@ -106,8 +105,9 @@ def _add_architecture(w: GGUFWriter, config: ModelConfig) -> None:
     w.add_expert_shared_count(config.n_shared_experts)
     w.add_expert_weights_scale(config.routed_scaling_factor)
     w.add_expert_weights_norm(config.norm_topk_prob)
-    w.add_expert_gating_func(ExpertGatingFuncType.SIGMOID)  # unstated, llama.cpp takes softmax and is silently wrong
-    if config.n_group > 1:
+    # Unstated, llama.cpp takes softmax and is silently wrong for V3.
+    w.add_expert_gating_func(ExpertGatingFuncType[config.scoring_func.upper()])
+    if config.n_group > 1 and config.topk_method == "noaux_tc":
         w.add_expert_group_count(config.n_group)
         w.add_expert_group_used_count(config.topk_group)
     w.add_rope_dimension_count(config.qk_rope_head_dim)

@@ -7,12 +7,27 @@ from model.config import ModelConfig
 LITE_LAYERS = (26, 27)  # how llama.cpp's deepseek2 loader recognises models without q_lora_rank
 
 
+def gguf_gap(config: ModelConfig) -> str | None:
+    """What of the architecture `deepseek2` has no place for; None where it has all. Such models get no GGUF file."""
+    for key, known in (("attention", "mla"), ("position", "rope"), ("norm", "rmsnorm"), ("recursion_depth", 1)):
+        if getattr(config, key) != known:
+            return f"llama.cpp's deepseek2 has no {key}={getattr(config, key)}"
+    if config.topk_method == "noaux_tc" and config.scoring_func == "softmax":
+        return "llama.cpp's deepseek2 has no scoring_func=softmax with topk_method=noaux_tc"
+    if config.topk_method == "group_limited_greedy" and config.topk_group < config.n_group:
+        # It scores a group by the sum of its two best experts, as V3 does; V2 takes the best one.
+        return "llama.cpp's deepseek2 has no topk_method=group_limited_greedy"
+    return None
+
+
 def check_gguf(config: ModelConfig) -> None:
     """Refuse what llama.cpp would not load or would compute differently.
 
     Raises:
         ValueError: with the way out.
     """
+    if gap := gguf_gap(config):
+        raise ValueError(f"{gap}. Set export.gguf=[].")
     scaling = config.rope_scaling
     if scaling is not None and scaling.mscale != scaling.mscale_all_dim:
         raise ValueError(

@@ -1,7 +1,8 @@
-"""What decoding remembers of the tokens it has seen: one latent and one rotary key per token and layer.
+"""What decoding remembers of the tokens it has seen: some features per token and layer, whatever attention reads.
 
-This is all MLA needs (DeepSeek-V2, arXiv:2405.04434, §2.1.2): keys and values of every head are linear in the latent.
-Knows no weights; rows are right-aligned, so that every row writes to the same column.
+MLA keeps a latent and a rotary key (DeepSeek-V2, arXiv:2405.04434, §2.1.2: keys and values of every head are linear in
+the latent), other kinds their keys and values. Knows no weights; rows are right-aligned, so that every row writes to
+the same column.
 """
 
 from __future__ import annotations
@@ -9,14 +10,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from model.config import ModelConfig
-
 
 class LatentCache:
-    """Preallocated [num_layers][rows, capacity, kv_lora_rank + qk_rope_head_dim].
+    """Preallocated [recursion_depth * num_layers][rows, capacity, width of the layer].
 
     Attributes:
-        layers: one tensor per layer; columns before `length` are filled.
+        layers: one tensor per layer, once more for each further pass through the stack; columns before `length` are
+            filled.
         length: filled columns, the same in every row; shorter rows begin with padding.
         padding: [rows] int64, columns at the start of each row that hold nothing.
         bias: [rows, 1, capacity], added to attention scores: -inf over padding, else 0.
@@ -31,11 +31,14 @@ class LatentCache:
         self.bias = torch.where(columns < padding[:, None], -torch.inf, visible).unsqueeze(1)
 
     @classmethod
-    def allocate(cls, config: ModelConfig, padding: Tensor, capacity: int, dtype: torch.dtype) -> LatentCache:
-        """An empty cache for `len(padding)` rows of up to `capacity` columns, padding included."""
-        width = config.kv_lora_rank + config.qk_rope_head_dim
-        shape = (len(padding), capacity, width)
-        layers = [torch.empty(shape, dtype=dtype, device=padding.device) for _ in range(config.num_hidden_layers)]
+    def allocate(cls, widths: list[int], padding: Tensor, capacity: int, dtype: torch.dtype) -> LatentCache:
+        """An empty cache for `len(padding)` rows of up to `capacity` columns, padding included.
+
+        Args:
+            widths: features of a token in each layer's cache.
+        """
+        rows = len(padding)
+        layers = [torch.empty(rows, capacity, width, dtype=dtype, device=padding.device) for width in widths]
         return cls(layers, padding, 0)
 
     @property

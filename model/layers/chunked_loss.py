@@ -22,7 +22,7 @@ CHUNK_ELEMENTS = {"cpu": 2**21, "cuda": 2**27}  # logits at a time: 8 MB stay in
 
 
 def _chunks(x: Tensor, vocab_size: int) -> Iterator[slice]:
-    size = max(64, CHUNK_ELEMENTS.get(x.device.type, 2**27) // vocab_size)
+    size = max(256, CHUNK_ELEMENTS.get(x.device.type, 2**27) // vocab_size)
     return (slice(start, min(start + size, len(x))) for start in range(0, len(x), size))
 
 

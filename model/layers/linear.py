@@ -122,11 +122,17 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 
 
 class Linear(nn.Linear):
-    """`nn.Linear` without bias, whose weight gradient can be computed apart."""
+    """`nn.Linear` without bias, whose weight gradient can be computed apart.
+
+    Attributes:
+        product: the matrix product, (x, weight parameter) -> output.
+    """
+
+    product: Callable[[Tensor, Tensor], Tensor] = staticmethod(linear)
 
     def __init__(self, in_features: int, out_features: int):
         super().__init__(in_features, out_features, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features]."""
-        return linear(x, self.weight)
+        return self.product(x, self.weight)

@@ -1,12 +1,33 @@
-"""RMSNorm (arXiv:1910.07467)."""
+"""What stands in front of a sublayer: RMSNorm (arXiv:1910.07467), or DyT in its place (arXiv:2503.10622)."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import ModelConfig
+
+
+class _RmsNorm(torch.autograd.Function):
+    """x / rms(x) * weight in fp32, in fewer passes over memory than autograd makes of it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        inverse = x.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, inverse)
+        return (x * inverse).mul_(weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight, inverse = ctx.saved_tensors
+        unit = x * inverse
+        dweight = (grads[0] * unit).flatten(0, -2).sum(0)
+        dunit = grads[0] * weight
+        along = torch.linalg.vecdot(dunit, unit).unsqueeze(-1).div_(x.shape[-1])
+        return dunit.addcmul_(unit, along, value=-1).mul_(inverse), dweight, None
 
 
 class RMSNorm(nn.Module):
@@ -19,9 +40,28 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., dim] -> [..., dim], in the dtype of `x`."""
+        if x.device.type == "cpu" and torch.is_grad_enabled():
+            return _RmsNorm.apply(x.float(), self.weight.float(), self.eps).to(x.dtype)
         return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
 
 
-def build_norm(config: ModelConfig) -> RMSNorm:
+class DynamicTanh(nn.Module):
+    """DyT(x) = weight * tanh(alpha * x) + bias, element by element: no statistics of the token (§4)."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.alpha = nn.Parameter(torch.full((1,), 0.5))
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.bias = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., dim] -> [..., dim], in the dtype of `x`."""
+        squashed = torch.tanh(self.alpha.float() * x.float())
+        return torch.addcmul(self.bias.float(), squashed, self.weight.float()).to(x.dtype)
+
+
+def build_norm(config: ModelConfig) -> nn.Module:
     """The norm in front of a sublayer: [..., hidden_size] -> same."""
+    if config.norm == "dyt":
+        return DynamicTanh(config.hidden_size)
     return RMSNorm(config.hidden_size, config.rms_norm_eps)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,7 +13,9 @@ from torch import Tensor, nn
 from model.config import ModelConfig
 from model.layers.feed_forward import FeedForward
 from model.layers.linear import backward_is_separable, weight_gradient_queue
+from model.layers.swiglu import swiglu
 from model.moe.router import Router
+from model.moe.rows import collect, plan_rows, spread, spread_scales
 from model.parallel.collectives import LOCAL, Axis, all_to_all_rows, collective, copy_to, reduce_from
 
 
@@ -88,13 +91,27 @@ def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     return _GroupedLinear.apply(x, weight, groups, (parameter,))
 
 
+def row_multiple(x: Tensor) -> int:
+    """What every expert's number of rows is rounded up to.
+
+    oneDNN compiles a kernel for each number of rows in bf16, and routing makes new ones at every step: five times
+    slower on a CPU than a few sizes that repeat.
+    """
+    in_bf16 = x.dtype == torch.bfloat16 or (
+        torch.is_autocast_enabled(x.device.type) and torch.get_autocast_dtype(x.device.type) == torch.bfloat16
+    )
+    return 64 if x.device.type == "cpu" and in_bf16 else 1
+
+
 class RoutedExperts(nn.Module):
     """The routed experts' weights, stacked as Hugging Face stacks them (gate rows first).
 
-    Experts are cut over ep, each one's inner features over tp.
+    Experts are cut over ep, each one's inner features over tp. `product` is (rows sorted by expert, weight parameter,
+    rows of each expert) -> output.
     """
 
     ep: Axis = LOCAL
+    product: Callable[[Tensor, Tensor, Tensor], Tensor] = staticmethod(grouped_linear)
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -104,42 +121,33 @@ class RoutedExperts(nn.Module):
 
     def forward(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
         """Weighted sum of chosen experts; nothing is dropped. x [tokens, hidden]; others [tokens, k]."""
-        k = indices.shape[1]
-        chosen = indices.flatten()
-        order = chosen.argsort(stable=True)
-        counts = torch.bincount(chosen, minlength=self.gate_up_proj.shape[0] * self.ep.size)
-        rows, scales = x[order // k], weights.flatten()[order].unsqueeze(1)
         if self.ep.size == 1:
-            out = self._compute(rows, scales, counts)
-        else:
-            out = self._elsewhere(rows, scales, counts)
-        slot = torch.empty_like(order)
-        slot[order] = torch.arange(order.numel(), device=order.device)
-        return out[slot].unflatten(0, (-1, k)).sum(1).to(x.dtype)
+            return self._compute(x, indices, weights).to(x.dtype)
+        return self._elsewhere(x, indices, weights).to(x.dtype)
 
-    def _compute(self, rows: Tensor, scales: Tensor, counts: Tensor) -> Tensor:
-        """My experts on rows [n, hidden] sorted by expert; scales [n, 1]: routing weights."""
-        gate, up = grouped_linear(rows, self.gate_up_proj, counts).chunk(2, -1)
+    def _compute(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+        """My experts, by their numbers here: x [tokens, hidden]; others [tokens, k] -> [tokens, hidden]."""
+        plan = plan_rows(indices, self.gate_up_proj.shape[0], row_multiple(x))
+        gate_up = self.product(spread(x, plan), self.gate_up_proj, plan.counts)
         # The routing weight multiplies the narrow inner activation, not the wide output: same product, less work.
-        return grouped_linear(F.silu(gate) * up * scales.to(gate.dtype), self.down_proj, counts)
+        inner = swiglu(gate_up, spread_scales(weights, plan))
+        return collect(self.product(inner, self.down_proj, plan.counts), plan)
 
-    def _elsewhere(self, rows: Tensor, scales: Tensor, counts: Tensor) -> Tensor:
+    def _elsewhere(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
         """Send every row to the rank that holds its expert, compute there, and bring the results back in order."""
         experts = self.gate_up_proj.shape[0]
-        arriving = torch.empty_like(counts)
+        plan = plan_rows(indices, experts * self.ep.size)
+        arriving = torch.empty_like(plan.counts)
         with collective(self.ep, "all-to-all"):
-            dist.all_to_all_single(arriving, counts, group=self.ep.group)
-        by_rank = arriving.view(self.ep.size, experts)
-        sent, received = counts.view(self.ep.size, experts).sum(1).tolist(), by_rank.sum(1).tolist()
-        rows = all_to_all_rows(rows, received, sent, self.ep)
-        scales = all_to_all_rows(scales, received, sent, self.ep)
-        # What arrives is sorted by sender, then expert; experts want it sorted by expert.
+            dist.all_to_all_single(arriving, plan.counts, group=self.ep.group)
+        by_rank = (self.ep.size, experts)
+        sent, received = plan.counts.view(by_rank).sum(1).tolist(), arriving.view(by_rank).sum(1).tolist()
+        rows = all_to_all_rows(spread(x, plan), received, sent, self.ep)
+        scales = all_to_all_rows(spread_scales(weights, plan), received, sent, self.ep)
+        # What arrives is sorted by sender, then expert.
         expert = torch.arange(experts, device=rows.device).repeat(self.ep.size).repeat_interleave(arriving)
-        order = expert.argsort(stable=True)
-        out = self._compute(rows[order], scales[order], by_rank.sum(0))
-        back = torch.empty_like(order)
-        back[order] = torch.arange(order.numel(), device=order.device)
-        return all_to_all_rows(out[back], sent, received, self.ep)
+        out = self._compute(rows, expert.unsqueeze(1), scales)
+        return collect(all_to_all_rows(out, sent, received, self.ep), plan)
 
 
 class MixtureOfExperts(nn.Module):
@@ -156,7 +164,7 @@ class MixtureOfExperts(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.flatten(0, -2)
-        indices, weights = self.gate(tokens)
+        indices, weights = self.gate(tokens, rows=x.shape[0])
         entered = copy_to(tokens, self.tp)  # once for routed and shared experts: one message backward
         out = self.experts(entered, indices, copy_to(weights, self.tp)).view_as(x)
         if self.shared_experts is not None:

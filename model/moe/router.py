@@ -1,7 +1,9 @@
-"""Which experts a token goes to (DeepSeek-V3, arXiv:2412.19437, §2.1.2), balanced without an auxiliary loss.
+"""Which experts a token goes to, and what keeps them evenly used.
 
-A bias per expert is added to the scores for the choice alone; after each step it rises for experts that got fewer
-tokens than the mean and falls for the others (arXiv:2408.15664). The mixing weights never see the bias.
+DeepSeek-V3 (arXiv:2412.19437, §2.1.2) scores with a sigmoid and balances without a loss: a bias per expert is added
+to the scores for the choice alone; after each step it rises for experts that got fewer tokens than the mean and falls
+for the others (arXiv:2408.15664). The mixing weights never see the bias. DeepSeek-V2 (arXiv:2405.04434, §2.2) scores
+with a softmax, limits the groups of experts a token is sent to, and balances with a loss (`model.moe.balance`).
 """
 
 from __future__ import annotations
@@ -10,53 +12,105 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.auxiliary import add_loss, current_scale
 from model.config import ModelConfig
+from model.moe.balance import batch_loss, sequence_loss
+from model.parallel.collectives import LOCAL, Axis
 
 
 class Router(nn.Module):
-    """Group-limited top-k of sigmoid scores."""
+    """Top-k of sigmoid or softmax scores.
+
+    `topk_method` noaux_tc adds the balancing bias and keeps the `topk_group` groups whose best two experts score
+    highest together; group_limited_greedy keeps those with the highest single score; greedy takes no notice of groups.
+
+    Attributes:
+        e_score_correction_bias: of noaux_tc.
+        expert_fraction: with a loss over the whole batch, the share of choices each expert got in the step before;
+            zeros before the first. Training state: checkpoints have it, a saved model has not.
+        load: tokens each expert got since the last optimizer step, once per pass; not part of the model.
+    """
 
     e_score_correction_bias: Tensor
+    expert_fraction: Tensor
     load: Tensor
+    sp: Axis = LOCAL
     counting: bool = True  # off while a checkpointed block runs again
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
-        self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts))
-        # Tokens each expert got since the last balancing step; not part of the model.
-        self.register_buffer("load", torch.zeros(config.n_routed_experts), persistent=False)
+        experts = config.n_routed_experts
+        self.weight = nn.Parameter(torch.empty(experts, config.hidden_size))
+        self.register_buffer("load", torch.zeros(experts, dtype=torch.int64), persistent=False)
+        if self.has_bias:
+            self.register_buffer("e_score_correction_bias", torch.zeros(experts))
+        if self.remembers_load:
+            self.register_buffer("expert_fraction", torch.zeros(experts), persistent=False)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    @property
+    def has_bias(self) -> bool:
+        """Whether a bias, moved after every step, takes part in the choice."""
+        return self.config.topk_method == "noaux_tc"
+
+    @property
+    def remembers_load(self) -> bool:
+        """Whether the balancing loss is over the whole batch."""
+        return self.config.aux_loss_alpha > 0 and not self.config.seq_aux
+
+    def forward(self, x: Tensor, rows: int = 1) -> tuple[Tensor, Tensor]:
         """Choose experts for x [tokens, hidden_size].
 
+        Args:
+            rows: sequences that the tokens belong to, one after another, of equal length.
         Returns:
-            indices [tokens, num_experts_per_tok] int64, and weights of the same shape in fp32 (eqs. 12-16).
+            indices [tokens, num_experts_per_tok] int64, and weights of the same shape in fp32 (V3, eqs. 12-16).
         """
         config = self.config
         with torch.autocast(x.device.type, enabled=False):
-            scores = F.linear(x.float(), self.weight.float()).sigmoid()
-        indices = self._choose(scores.detach())
-        weights = scores.gather(1, indices)
-        if config.norm_topk_prob:
-            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+            logits = F.linear(x.float(), self.weight.float())
+            scores = logits.sigmoid() if config.scoring_func == "sigmoid" else logits.softmax(-1)
+            indices = self._choose(scores.detach())
+            weights = scores.gather(1, indices)
+            if config.norm_topk_prob:
+                weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+            weights = weights * config.routed_scaling_factor
+            if config.aux_loss_alpha > 0 and current_scale() is not None:
+                weights = add_loss(weights, self._loss(scores, indices, rows), "aux_loss", weight=config.aux_loss_alpha)
         if self.training and self.counting and torch.is_grad_enabled():
             self.load += torch.bincount(indices.flatten(), minlength=config.n_routed_experts)
-        return indices, weights * config.routed_scaling_factor
+        return indices, weights
 
     def _choose(self, scores: Tensor) -> Tensor:
+        """[tokens, experts] -> [tokens, num_experts_per_tok]."""
         config = self.config
-        choice = scores + self.e_score_correction_bias
-        if config.n_group > 1:
+        choice = scores + self.e_score_correction_bias if self.has_bias else scores
+        if config.n_group > 1 and config.topk_method != "greedy":
             grouped = choice.unflatten(1, (config.n_group, -1))
-            best = grouped.topk(2, dim=-1).values.sum(-1).topk(config.topk_group, dim=-1).indices
-            allowed = torch.zeros_like(grouped[..., 0], dtype=torch.bool).scatter_(1, best, True)
+            best = grouped.topk(2, dim=-1).values.sum(-1) if self.has_bias else grouped.amax(-1)
+            kept = best.topk(config.topk_group, dim=-1, sorted=False).indices
+            allowed = torch.zeros_like(best, dtype=torch.bool).scatter_(1, kept, True)
             choice = grouped.masked_fill(~allowed.unsqueeze(-1), -torch.inf).flatten(1)
         return choice.topk(config.num_experts_per_tok, dim=-1, sorted=False).indices
 
+    def _loss(self, scores: Tensor, indices: Tensor, rows: int) -> Tensor:
+        """The balancing loss of these tokens, a sum over them, unweighted."""
+        if self.remembers_load:
+            return batch_loss(scores, self.expert_fraction)
+        if self.has_bias:  # V3's eq. 18 counts what the scores alone would choose, not what the bias made of it
+            indices = scores.detach().topk(indices.shape[1], dim=-1, sorted=False).indices
+        return sequence_loss(scores, indices, rows, self.sp)
+
     @torch.no_grad()
     def balance(self) -> None:
-        """Move the bias one step against the load, which must already be summed over data-parallel ranks."""
-        self.e_score_correction_bias += self.config.router_bias_update_rate * torch.sign(self.load.mean() - self.load)
+        """Take note of the load, which must already be summed over data-parallel ranks, and start counting anew.
+
+        The bias moves one step against it.
+        """
+        load = self.load.float()
+        if self.has_bias:
+            self.e_score_correction_bias += self.config.router_bias_update_rate * torch.sign(load.mean() - load)
+        if self.remembers_load:  # a module that did not run (MTP in some objectives) keeps what it knew
+            total = load.sum()
+            self.expert_fraction.copy_(torch.where(total > 0, load / total.clamp(min=1), self.expert_fraction))
         self.load.zero_()

@@ -38,7 +38,7 @@ class Shard:
 _PLAN = (
     (re.compile(r"experts\.gate_up_proj$"), Shard(1, expert=True, gated=True)),
     (re.compile(r"experts\.down_proj$"), Shard(2, expert=True)),
-    (re.compile(r"(q_proj|q_b_proj|kv_b_proj|gate_proj|up_proj|embed_tokens|lm_head)\.weight$"), Shard(0)),
+    (re.compile(r"([qkv]_proj|q_b_proj|kv_b_proj|gate_proj|up_proj|embed_tokens|lm_head)\.weight$"), Shard(0)),
     (re.compile(r"(o_proj|down_proj)\.weight$"), Shard(1)),
 )
 _WHOLE = Shard()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -11,36 +14,65 @@ from ray_pipeline.cli.runs import find_run, output_dir
 from ray_pipeline.errors import UserError
 
 if TYPE_CHECKING:
+    from model.generate.decode import Decoder
     from ray_pipeline.data.tokenizer import ChatTokenizer
+
+POSITIVE = click.FloatRange(0, min_open=True)
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """How to write; the options of the same names. `temperature` is 0 with beams, else as asked for or by stage."""
+
+    raw: bool
+    max_new_tokens: int
+    temperature: float
+    seed: int
+    top_k: int
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    stop: tuple[str, ...]
+    think_budget: int | None
+    speculative: bool
+    num_beams: int
+    length_penalty: float
 
 
 @click.command()
 @click.argument("run")
 @click.argument("prompt")
 @click.option("--stage", help="pretrain, sft, grpo or distillation. Default: pretrain, with --chat grpo or sft.")
+@click.option("--raw/--chat", default=None, help="Continue the text, or answer it. Default: by stage.")
 @click.option("--max-new-tokens", type=click.IntRange(1), default=200, show_default=True)
 @click.option("--temperature", type=click.FloatRange(0), help="0 is greedy. Default: 0.8 for raw text, 0 for chat.")
-@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True)
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
-@click.option("--raw/--chat", default=None, help="Continue the text, or answer it. Default: by stage.")
-@click.option("--output-dir", help="Folder of all runs. Default: runs.")
+@click.option("--top-k", type=click.IntRange(0), default=0, help="Draw from the k likeliest tokens. Default: all.")
+@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True)
+@click.option("--min-p", type=click.FloatRange(0, 1), default=0.0, help="Least share of the likeliest token's chance.")
+@click.option("--repetition-penalty", type=POSITIVE, default=1.0, help="Above 1: say less that was said. Default: 1.")
+@click.option("--stop", multiple=True, help="Text that ends the answer and is not printed. May be repeated.")
+@click.option("--think-budget", type=click.IntRange(0), help="Tokens inside <think> before </think> is forced.")
+@click.option("--speculative", is_flag=True, help="Let the MTP modules draft tokens. Answers keep their distribution.")
+@click.option("--num-beams", type=click.IntRange(1), default=1, help="Beam search with this many. Default: none.")
+@click.option("--length-penalty", type=float, default=1.0, help="Beams: 0 ranks sums, 1 means of logprobs. Default: 1.")
+@click.option("--output-dir", "runs_dir", help="Folder of all runs. Default: runs.")
 def generate(
     run: str,
     prompt: str,
     stage: str | None,
-    max_new_tokens: int,
-    temperature: float | None,
-    top_p: float,
-    seed: int,
     raw: bool | None,
-    **options: str | None,
+    temperature: float | None,
+    runs_dir: str | None,
+    **wishes: Any,
 ) -> int:
     """Continue PROMPT with the pretrained model of RUN, or answer it (--chat) with the post-trained one."""
     from ray_pipeline.cli.stage_folders import choose_stage, finished_stages
 
     if not prompt.strip():
         raise UserError('PROMPT is empty: give some text, for example "To be, or not to be".')
-    run_dir = find_run(run, output_dir(options["output_dir"]))
+    check_wishes(temperature, wishes)
+    run_dir = find_run(run, output_dir(runs_dir))
     # Post-trained models answer; the one that was only pretrained writes text. The student is asked for by name.
     candidates: tuple[str, ...] = ("pretrain", "sft", "grpo", "distillation")
     if stage is None:
@@ -49,54 +81,145 @@ def generate(
     raw = name == "pretrain" if raw is None else raw
     data = finished_stages(run_dir)["data_prep"]
     if temperature is None:
-        temperature = 0.8 if raw else 0.0
-    write(folder / "model", data / "tokenizer", prompt, max_new_tokens, temperature, top_p, seed, raw)
+        temperature = 0.8 if raw and wishes["num_beams"] == 1 else 0.0
+    check_cuts(temperature, wishes)
+    write(folder / "model", data / "tokenizer", prompt, Wishes(raw=raw, temperature=temperature, **wishes))
     return 0
 
 
-def write(
-    model_folder: Path,
-    tokenizer_folder: Path,
-    prompt: str,
-    max_new_tokens: int,
-    temperature: float,
-    top_p: float,
-    seed: int,
-    raw: bool,
-) -> None:
+def check_wishes(temperature: float | None, wishes: dict[str, Any]) -> None:
+    """Refuse what contradicts itself or is no number.
+
+    Raises:
+        UserError: naming the options.
+    """
+    for name, value in {"temperature": temperature, **wishes}.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be a finite number.")
+    if not all(wishes["stop"]):
+        raise UserError('--stop "": an empty text is part of every answer. Give at least a letter, or leave it out.')
+    beams = wishes["num_beams"]
+    if beams == 1:
+        if wishes["length_penalty"] != 1:
+            raise UserError(
+                f"--length-penalty {wishes['length_penalty']:g} ranks the answers of a beam search, and there is none. "
+                "Add --num-beams 4, or leave it out."
+            )
+        return
+    given = {
+        f"--temperature {temperature}": bool(temperature),
+        f"--top-k {wishes['top_k']}": wishes["top_k"] > 0,
+        f"--top-p {wishes['top_p']:g}": wishes["top_p"] < 1,
+        f"--min-p {wishes['min_p']:g}": wishes["min_p"] > 0,
+        f"--repetition-penalty {wishes['repetition_penalty']:g}": wishes["repetition_penalty"] != 1,
+        "--stop": bool(wishes["stop"]),
+        f"--think-budget {wishes['think_budget']}": wishes["think_budget"] is not None,
+        "--speculative": wishes["speculative"],
+    }
+    for option, is_given in given.items():
+        if is_given:
+            raise UserError(
+                f"--num-beams {beams} cannot be combined with {option}: beam search ranks whole answers by the model's "
+                "own probabilities and neither draws nor changes them. Leave out one of the two."
+            )
+
+
+def check_cuts(temperature: float, wishes: dict[str, Any]) -> None:
+    """Refuse cuts of a distribution that nothing is drawn from.
+
+    Raises:
+        UserError: naming the option.
+    """
+    cuts = {"top-k": wishes["top_k"] > 0, "top-p": wishes["top_p"] < 1, "min-p": wishes["min_p"] > 0}
+    for name, is_given in cuts.items():
+        if is_given and temperature == 0:
+            raise UserError(
+                f"--{name} {wishes[name.replace('-', '_')]:g} changes nothing at temperature 0, where the likeliest "
+                "token is always taken. Add --temperature 0.8, or leave it out."
+            )
+
+
+def write(model_folder: Path, tokenizer_folder: Path, prompt: str, wishes: Wishes) -> None:
     """Load, then print the text as it is made.
 
     Raises:
-        UserError: damaged files, or a prompt that fills the context.
+        UserError: damaged files, a prompt that cannot be continued, or a model that cannot draft.
     """
     import torch
 
-    from model.generate.decode import Decoder
-    from model.generate.decode import generate as decode
+    from model.generate.decode import Decoder, check_prompts
     from ray_pipeline.artifacts import load_model
     from ray_pipeline.data.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(tokenizer_folder)
-    tokens = prompt_tokens(tokenizer, prompt, raw=raw)
+    tokens = prompt_tokens(tokenizer, prompt, raw=wishes.raw)
     model = load_model(model_folder).eval()
     context = model.config.max_position_embeddings
     if len(tokens) >= context:
         raise UserError(f"PROMPT is {len(tokens)} tokens long: the model reads {context}, answer included. Shorten it.")
+    try:
+        check_prompts(context, model.config.vocab_size, [tokens])
+    except ValueError as error:
+        raise UserError(f"{tokenizer_folder} does not belong to {model_folder}: {error}.") from None
+    if wishes.speculative and not model.config.num_nextn_predict_layers:
+        raise UserError(
+            f"--speculative: the model in {model_folder} has num_nextn_predict_layers=0, no MTP module to draft with. "
+            "Leave it out."
+        )
     if torch.cuda.is_available():
         model.cuda()
-    printer = Printer(tokenizer, tokens if raw else [])
-    if raw:
+    if wishes.raw:
         click.echo(prompt, nl=False)
-    decode(
-        Decoder(model),
+    run = search if wishes.num_beams > 1 else stream
+    run(Decoder(model), tokenizer, tokens, wishes)
+
+
+def stream(decoder: Decoder, tokenizer: ChatTokenizer, tokens: list[int], wishes: Wishes) -> None:
+    """Print the answer token by token."""
+    from model.generate.decode import generate as decode
+    from model.generate.stopping import StopStrings
+    from ray_pipeline.evaluation.chat import think_budget
+
+    stop = StopStrings(wishes.stop, tokenizer.decode) if wishes.stop else None
+    printer = Printer(tokenizer, tokens if wishes.raw else [], wishes.stop)
+    [completion] = decode(
+        decoder,
         [tokens],
-        max_new_tokens=max_new_tokens,
+        max_new_tokens=wishes.max_new_tokens,
         eos_ids={tokenizer.eos_id},
-        temperature=temperature,
-        top_p=top_p,
-        seeds=[seed],
+        temperature=wishes.temperature,
+        top_k=wishes.top_k,
+        top_p=wishes.top_p,
+        min_p=wishes.min_p,
+        repetition_penalty=wishes.repetition_penalty,
+        stop=stop,
+        think=think_budget(tokenizer, wishes.think_budget),
+        speculative=wishes.speculative,
+        seeds=[wishes.seed],
         on_token=lambda _, token: printer.add(token),
     )
+    printer.finish()
+    if wishes.speculative:
+        drafted, accepted = completion.drafted, completion.accepted
+        share = f" ({accepted / drafted:.0%})" if drafted else ""
+        click.echo(f"{accepted} of {drafted} drafted tokens accepted{share}", err=True)
+
+
+def search(decoder: Decoder, tokenizer: ChatTokenizer, tokens: list[int], wishes: Wishes) -> None:
+    """Print the best answer that a beam search finds."""
+    from model.generate.beam import beam_search
+
+    [found] = beam_search(
+        decoder,
+        [tokens],
+        num_beams=wishes.num_beams,
+        max_new_tokens=wishes.max_new_tokens,
+        eos_ids={tokenizer.eos_id},
+        length_penalty=wishes.length_penalty,
+    )
+    printer = Printer(tokenizer, tokens if wishes.raw else [])
+    for token in found[0].completion.tokens:
+        printer.add(token)
     printer.finish()
 
 
@@ -106,24 +229,24 @@ def prompt_tokens(tokenizer: ChatTokenizer, prompt: str, *, raw: bool) -> list[i
 
 
 class Printer:
-    """Prints text as tokens arrive. What is decoded is the whole text each time, because a token's text can depend on
-    the one before it; a character spread over several byte tokens is held back until it is whole."""
+    """Prints text as tokens arrive: whole characters, and nothing that may turn out to begin a stop string."""
 
-    def __init__(self, tokenizer: ChatTokenizer, before: list[int]):
-        self.tokenizer = tokenizer
-        self.tokens = list(before)
-        self.printed = len(tokenizer.decode(before))
+    def __init__(self, tokenizer: ChatTokenizer, before: Sequence[int], stop: Sequence[str] = ()):
+        from model.generate.stopping import StopWatch
+
+        self.watch = StopWatch(stop, tokenizer.decode, before)
+        self.printed = 0
 
     def add(self, token: int) -> None:
         """Print what is complete."""
-        self.tokens.append(token)
-        text = self.tokenizer.decode(self.tokens)
-        whole = text.rstrip("\ufffd")
-        # Four bytes are the longest character of UTF-8: what is still open after that is simply not text.
-        ready = text if len(text) - len(whole) > 3 else whole
-        click.echo(ready[self.printed :], nl=False)
-        self.printed = max(self.printed, len(ready))
+        self.watch.add(token)
+        self._print(self.watch.safe())
 
     def finish(self) -> None:
         """Print what was held back, and end the line."""
-        click.echo(self.tokenizer.decode(self.tokens)[self.printed :])
+        self._print(len(self.watch.finish()))
+        click.echo()
+
+    def _print(self, end: int) -> None:
+        click.echo(self.watch.text[self.printed : end], nl=False)
+        self.printed = max(self.printed, end)

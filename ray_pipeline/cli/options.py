@@ -39,6 +39,7 @@ FLAG_KEYS: dict[str, tuple[str, ...]] = {
     "wandb": ("tracking.wandb",),
     "sft_data": ("data.sft",),
     "prompt_data": ("data.prompts",),
+    "init_from": ("init_from.path",),
     "gpu_type": ("modal.gpu_type",),
 }
 _SIZE_DEFAULTS: dict[str, int | None] = {
@@ -130,6 +131,10 @@ recipe_options = _options(
     click.option("--data", multiple=True, help="Pretraining text: a file or a datasets name. Repeat to mix."),
     click.option("--sft-data", help="Conversations for SFT: jsonl, parquet or a datasets name."),
     click.option("--prompt-data", help="Questions with answers for GRPO and evaluation, the same forms."),
+    click.option("--init-from", metavar="PATH", help="Start PRETRAIN from this model folder; it decides `model`."),
+    click.option("--include", multiple=True, help="With --init-from: take these tensors alone (glob or beginning)."),
+    click.option("--exclude", multiple=True, help="With --init-from: leave these tensors; they start fresh."),
+    click.option("--allow-missing", multiple=True, help="With --init-from: these tensors may be absent."),
     click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any setting: --set grpo.beta=0.02."),
 )
 place_options = _options(
@@ -161,6 +166,9 @@ def take_request(options: dict[str, Any]) -> Request:
             overrides |= dict.fromkeys(keys, options[option])
     if options.get("data"):
         overrides["data.pretrain"] = [{"name": name} for name in options["data"]]
+    for option in ("include", "exclude", "allow_missing"):
+        if options.get(option):
+            overrides[f"init_from.{option}"] = list(options[option])
     overrides |= parse_settings(options.get("settings") or ())
     return Request(options.get("config"), overrides, options.get("max_steps"))
 

@@ -57,7 +57,7 @@ def launch(config: PipelineFields, options: dict[str, Any]) -> int:
 
 
 def check_data(config: PipelineFields, layout: Layout, stages: StageSelection) -> None:
-    """Look at the input files and names now, if DATA_PREP is going to read them in a run with this legal layout.
+    """Look at the input files and names now, if a stage is going to read them in a run with this legal layout.
 
     Raises:
         UserError: naming the file, and the line where there is one.
@@ -68,8 +68,16 @@ def check_data(config: PipelineFields, layout: Layout, stages: StageSelection) -
 
     run_dir = (config.output_dir / str(config.run_name)).absolute()
     rows = plan(with_layout(config, layout), run_dir, stages)
-    if any(row.stage == "data_prep" and row.action in ("run", "resume") for row in rows):
+    working = [row.stage for row in rows if row.action in ("run", "resume")]
+    if "data_prep" in working:
         check_sources(config)
+    if "pretrain" in working and config.init_from.path is not None:
+        from ray_pipeline.training.initial import open_initial  # imports torch
+
+        folder = open_initial(config)
+        if folder is not None and folder.fresh:
+            names = ", ".join(folder.fresh[:4]) + (", ..." if len(folder.fresh) > 4 else "")
+            click.echo(f"--init-from {folder.path}: {len(folder.fresh)} parameters start from fresh weights: {names}")
 
 
 @contextmanager

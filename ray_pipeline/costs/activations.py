@@ -1,72 +1,20 @@
 """What the forward pass keeps for the backward pass, tensor by tensor, in bytes per token of one rank.
 
-Read off autograd's saved tensors of the layers in `model/`; a test holds every sum against them. `e` is the width of a
-number in the residual stream (fp32), `a` of a matmul's operand: under autocast every matmul keeps its own bf16 copy
-of its input, in fp32 all readers share one tensor.
+Read off autograd's saved tensors of the layers in `model/`; a test holds every sum against them. The residual stream is
+fp32, `a` is the width of a matmul's operand in bytes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 
 from model.config import ModelConfig
+from ray_pipeline.costs.attention import attention_pairs, attention_tokens
+from ray_pipeline.costs.kernels import Kernels, block_norm_bytes, read_bytes
 from ray_pipeline.costs.weights import Weight, head_weight, layer_weights, mtp_projection
 from ray_pipeline.costs.workload import BF16, FP32, Part, Workload
 
 INDEX = 8  # bytes of an int64
-
-
-@dataclass(frozen=True)
-class Kernels:
-    """What differs between devices.
-
-    Attributes:
-        fused_norm: RMSNorm is one kernel; else the normalised input is kept too.
-    """
-
-    fused_norm: bool
-
-
-def kernels(device: str) -> Kernels:
-    """On CPU torch computes RMSNorm from smaller operations."""
-    return Kernels(fused_norm=device != "cpu")
-
-
-def _norm(width: int, on: Kernels, kept: int = FP32) -> int:
-    """Its input in fp32 (`kept` bytes a number) and the inverse root mean square; the output is its reader's."""
-    return kept * width + FP32 + (0 if on.fused_norm else FP32 * width)
-
-
-def _reads(width: int, work: Workload, matmuls: int, *, as_fp32: bool = False) -> int:
-    """One fp32 tensor read by `matmuls` matrix products, and by an fp32 operation that keeps it."""
-    if not work.bf16:
-        return FP32 * width
-    return BF16 * width * matmuls + (FP32 * width if as_fp32 else 0)
-
-
-def attention_tokens(work: Workload, on: Kernels, copies: int = 2) -> int:
-    """Norm and MLA, per token of the rank."""
-    model, a, heads = work.model, work.element, work.model.num_attention_heads // work.layout.tp
-    latent, rope = model.kv_lora_rank, model.qk_rope_head_dim
-    total = _norm(model.hidden_size, on) + _reads(model.hidden_size, work, copies)
-    if model.q_lora_rank is not None:
-        total += _norm(model.q_lora_rank, on) + _reads(model.q_lora_rank, work, 1)
-    # In fp32 the latent is a view that keeps the rotary key beside it alive.
-    total += _norm(latent, on) + _reads(latent, work, 1) + (0 if work.bf16 else FP32 * rope)
-    width, value = model.qk_head_dim, model.v_head_dim
-    padded = max(width, value)
-    total += heads * a * 2 * width  # queries and keys
-    total += heads * a * (padded if value < width else model.qk_nope_head_dim + value)  # values, padded or a view
-    total += heads * (a * padded + FP32)  # output and log-sum-exp
-    if value < width or work.layout.sp > 1:
-        total += heads * a * value  # the output without padding, as the projection reads it
-    return total
-
-
-def attention_mask(work: Workload) -> int:
-    """Per layer and micro-batch: SDPA turns the documents' mask into a bias of the queries' dtype and keeps it."""
-    return work.rows_at_once * work.seq_len**2 * work.element
 
 
 def dense_tokens(work: Workload, on: Kernels, copies: int = 2) -> int:
@@ -74,7 +22,7 @@ def dense_tokens(work: Workload, on: Kernels, copies: int = 2) -> int:
     model = work.model
     inner = model.intermediate_size // work.layout.tp
     # gate, silu(gate), up and their product
-    return _norm(model.hidden_size, on) + _reads(model.hidden_size, work, copies) + 4 * inner * work.element
+    return block_norm_bytes(work, on) + read_bytes(model.hidden_size, work, copies) + 4 * inner * work.element
 
 
 def expert_tokens(work: Workload, on: Kernels, copies: int = 2) -> int:
@@ -82,7 +30,7 @@ def expert_tokens(work: Workload, on: Kernels, copies: int = 2) -> int:
     model, a, k = work.model, work.element, work.model.num_experts_per_tok
     hidden, inner = model.hidden_size, model.moe_intermediate_size // work.layout.tp
     copies = copies if model.n_shared_experts else 0
-    total = _norm(hidden, on) + _reads(hidden, work, copies, as_fp32=True)
+    total = block_norm_bytes(work, on) + read_bytes(hidden, work, copies, as_fp32=True)
     total += _router(model)
     exchanged = work.layout.ep > 1
     # Four permutations of the chosen rows as int64: by expert (rows, weights), and back; two more after an exchange.
@@ -94,9 +42,9 @@ def expert_tokens(work: Workload, on: Kernels, copies: int = 2) -> int:
 
 
 def _router(model: ModelConfig) -> int:
-    """Scores, chosen experts, their weights before and after normalisation."""
+    """Scores, chosen experts, their weights before and after normalisation; a balancing loss, the scores' sum."""
     k = model.num_experts_per_tok
-    total = FP32 * model.n_routed_experts + INDEX * k
+    total = FP32 * (model.n_routed_experts + (model.aux_loss_alpha > 0)) + INDEX * k
     return total + (FP32 * (k + 1) if model.norm_topk_prob else 0)
 
 
@@ -112,7 +60,7 @@ def layer_bytes(work: Workload, on: Kernels, layer: int) -> int:
     rest = tokens * feed_forward(work, on, copies)
     if checkpointing == "selective":
         return tokens * FP32 * model.hidden_size + rest
-    return tokens * attention_tokens(work, on, copies) + attention_mask(work) + rest
+    return tokens * attention_tokens(work, on, copies) + attention_pairs(work, on) + rest
 
 
 def cast_weights(work: Workload, weights: Iterable[Weight]) -> int:
@@ -126,8 +74,8 @@ def cast_weights(work: Workload, weights: Iterable[Weight]) -> int:
 def tail_bytes(work: Workload, on: Kernels) -> int:
     """What the end of the model keeps of one micro-batch besides its layers and logits: norm, head, MTP modules."""
     model, tokens = work.model, work.tokens_at_once
-    head = _reads(model.hidden_size, work, 1) + INDEX + 1  # labels, and which of them count
-    total = tokens * (_norm(model.hidden_size, on) + head)
+    head = read_bytes(model.hidden_size, work, 1) + INDEX + 1  # labels, and which of them count
+    total = tokens * (block_norm_bytes(work, on) + head)
     if work.trains_mtp:
         per_module = tokens * (_joined(work, on) + head) + layer_bytes(work, on, model.num_hidden_layers)
         total += model.num_nextn_predict_layers * (per_module + rotation_bytes(work))
@@ -146,13 +94,18 @@ def num_heads(work: Workload) -> int:
 
 def _joined(work: Workload, on: Kernels) -> int:
     """An MTP module around its block: two norms, their outputs side by side into one matmul, and a norm after it."""
-    hidden = work.model.hidden_size
-    return 3 * _norm(hidden, on) + work.element * 2 * hidden
+    return 3 * block_norm_bytes(work, on) + work.element * 2 * work.model.hidden_size
 
 
 def rotation_bytes(work: Workload) -> int:
     """Complex rotations of a micro-batch's positions, which all layers of a part share."""
-    return work.tokens_at_once * 2 * FP32 * work.model.qk_rope_head_dim // 2
+    return work.tokens_at_once * 2 * FP32 * work.model.rotary_dim // 2
+
+
+def recursion_bytes(work: Workload) -> int:
+    """What every pass through the stack made; its input is the first norm's, or a checkpoint's."""
+    model = work.model
+    return model.recursion_depth * work.tokens_at_once * FP32 * model.hidden_size if model.recursion_depth > 1 else 0
 
 
 def carried_bytes(work: Workload, part: Part) -> int:
@@ -171,7 +124,9 @@ def kept_casts(work: Workload, part: Part) -> Iterator[Weight]:
         for layer in trained:
             for weight in layer_weights(model, layer):
                 if checkpointing == "none" or weight.kind != "attention":
-                    yield weight
+                    # Autocast keeps one copy for all passes, but of experts' weights, which are cast by hand.
+                    again = model.recursion_depth if weight.expert and layer < model.num_hidden_layers else 1
+                    yield from [weight] * again
     if part.last:
         yield head_weight(model)
         if work.trains_mtp:
@@ -180,7 +135,8 @@ def kept_casts(work: Workload, part: Part) -> Iterator[Weight]:
 
 def part_bytes(work: Workload, on: Kernels, part: Part) -> int:
     """Everything that one micro-batch in flight keeps on a part of the pipeline, its log-probabilities left out."""
-    total = sum(layer_bytes(work, on, layer) for layer in part.layers)
+    total = work.model.recursion_depth * sum(layer_bytes(work, on, layer) for layer in part.layers)
+    total += recursion_bytes(work)
     total += rotation_bytes(work) + carried_bytes(work, part) + cast_weights(work, kept_casts(work, part))
     if work.layout.activation_checkpointing != "none":
         total += work.rows_at_once * work.seq_len**2  # the documents' mask, for the second forward

@@ -9,15 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-from ray_pipeline.costs.activations import (
-    Kernels,
-    cast_weights,
-    kernels,
-    layer_bytes,
-    logits_bytes,
-    num_heads,
-    part_bytes,
-)
+from ray_pipeline.costs.activations import cast_weights, layer_bytes, logits_bytes, num_heads, part_bytes
+from ray_pipeline.costs.kernels import Kernels, kernels
 from ray_pipeline.costs.weights import Weight, layer_weights, part_weights
 from ray_pipeline.costs.workload import FP32, Part, Workload, without_checkpointing
 from ray_pipeline.engine import zero_settings
@@ -65,6 +58,7 @@ class _Held:
     Attributes:
         full: before ZeRO. shard: of them, its own under ZeRO. largest: of a single parameter.
         persistent: too small for ZeRO 3 to take apart. gathered: what ZeRO 3 brings together from other ranks.
+        maps: weights of matrix products but for the head, which Muon moves. largest_map: of a single parameter.
     """
 
     full: int
@@ -72,21 +66,25 @@ class _Held:
     largest: int
     persistent: int
     gathered: int
+    maps: int
+    largest_map: int
 
 
 def _held(work: Workload, weights: Iterable[Weight]) -> _Held:
-    layout, full, shard, largest, persistent, gathered = work.layout, 0, 0, 0, 0, 0
+    layout, full, shard, largest, persistent, gathered, maps, largest_map = work.layout, 0, 0, 0, 0, 0, 0, 0
     for weight in weights:
         local, single = weight.local(layout.tp, layout.ep), weight.local_largest(layout.tp, layout.ep)
         replicas = work.expert_replicas if weight.expert else work.replicas
         full += local
         shard += -(-local // replicas)
         largest = max(largest, single)
+        if weight.matmul and weight.kind != "head":
+            maps, largest_map = maps + local, max(largest_map, single)
         if replicas > 1 and single < zero_settings.PERSISTENT:
             persistent += local
         elif replicas > 1:
             gathered += local
-    return _Held(full, shard, largest, persistent, gathered)
+    return _Held(full, shard, largest, persistent, gathered, maps, largest_map)
 
 
 def rank_memory(work: Workload, pp_rank: int, device: str) -> Memory:
@@ -119,10 +117,10 @@ def _with(steady: Memory, moment: Memory) -> Memory:
 def _steady(work: Workload, held: _Held, parts: list[Part], device: str) -> Memory:
     zero, model = work.layout.zero_stage, work.model
     numbers = held.full if zero == 0 else held.shard
-    optimizer = FP32 * (work.moments + (zero > 0)) * numbers
+    optimizer = FP32 * ((work.moments + (zero > 0)) * numbers - (held.maps if work.muon else 0))
     gradients, weights = 0, FP32 * held.full
     buffers = {
-        "rotary table": len(parts) * 2 * FP32 * model.max_position_embeddings * model.qk_rope_head_dim // 2,
+        "rotary table": len(parts) * 2 * FP32 * model.max_position_embeddings * model.rotary_dim // 2,
         "batch": BATCH * work.rows_per_replica * work.seq_len,
     }
     if zero == 3:
@@ -239,6 +237,8 @@ def _update(work: Workload, held: _Held) -> Memory:
         buffers["own share of the gradients"] = FP32 * held.shard
         if zero == 1:
             buffers |= {"bucket": FP32 * zero_settings.reduce_bucket(held.full)}
+    if work.muon:  # what is orthogonalised, and two rounds of it
+        buffers["orthogonalised momentum"] = 3 * FP32 * held.largest_map
     return Memory("update", 0, gradients, 0, 0, buffers)
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from ray_pipeline.costs.attention import core_flops
 from ray_pipeline.costs.hardware_table import Hardware
+from ray_pipeline.costs.kernels import kernels
 from ray_pipeline.costs.traffic import Group, Traffic, boundary_bytes, groups, part_messages, rank_traffic
 from ray_pipeline.costs.weights import layer_weights
 from ray_pipeline.costs.workload import Part, Workload
@@ -42,13 +44,13 @@ def flops_per_token(work: Workload) -> int:
 def part_flops(work: Workload, part: Part) -> tuple[int, int]:
     """What one rank computes for one micro-batch of a part: (forward, what checkpointing computes again).
 
-    With packed documents attention is computed over whole rows under a mask, also where it is not causal.
+    With packed documents attention is computed under a mask, on a GPU over whole rows.
     """
     model, layout = work.model, work.layout
     depths = model.num_nextn_predict_layers if part.last and work.trains_mtp else 0
-    layers = [*part.layers, *range(model.num_hidden_layers, model.num_hidden_layers + depths)]
-    heads = model.num_attention_heads // layout.tp
-    scores = 2 * heads * (model.qk_head_dim + max(model.qk_head_dim, model.v_head_dim)) * work.seq_len
+    layers = [*part.layers] * model.recursion_depth
+    layers += range(model.num_hidden_layers, model.num_hidden_layers + depths)
+    scores = core_flops(work, kernels(layout.device))
     forward = again = 0
     for layer in layers:
         products = {"attention": scores, "rest": 0}

@@ -13,7 +13,9 @@ from itertools import pairwise
 from model.config import ModelConfig
 from model.parallel.placement import ranks_of
 from ray_pipeline.costs.activations import num_heads
+from ray_pipeline.costs.attention import entering, key_heads
 from ray_pipeline.costs.hardware_table import Hardware
+from ray_pipeline.costs.indexer import indexer_messages
 from ray_pipeline.costs.weights import part_weights
 from ray_pipeline.costs.workload import FP32, Part, Workload
 from ray_pipeline.engine import zero_settings
@@ -73,24 +75,30 @@ def layer_messages(work: Workload, layer: int) -> dict[str, tuple[int, int]]:
     """Axis -> bytes sent by one block in forward and backward of one micro-batch."""
     model, layout, tokens, a = work.model, work.layout, work.tokens_at_once, work.element
     moe = model.is_moe_layer(layer)
-    heads = model.num_attention_heads // layout.tp
     # tp: both halves of the block sum their outputs; backward sums the gradients of what every rank read.
     attention_out = model.hidden_size * a
     out = model.hidden_size * (FP32 if moe else a)
-    queries = model.hidden_size * FP32 if model.q_lora_rank is None else model.q_lora_rank * a
-    read = queries + (model.kv_lora_rank + model.qk_rope_head_dim) * a + model.hidden_size * FP32
+    read = entering(work) + model.hidden_size * FP32
     read += model.num_experts_per_tok * FP32 if moe else 0
     # sp: queries, keys and values turn positions into heads, the output turns them back.
-    exchanged = heads * (2 * model.qk_head_dim + 2 * model.v_head_dim) * a
+    heads, keys = model.num_attention_heads // layout.tp, key_heads(work)
+    exchanged = (heads + keys) * (model.qk_head_dim + model.value_head_dim) * a
     # ep: the chosen rows and their weights go out, in the stream's fp32, and results come back.
     rows = model.num_experts_per_tok * (model.hidden_size * (FP32 + a) + FP32) if moe else 0
     again = _repeated(layout.activation_checkpointing)
     tp_forward = 2 * _ring(tokens * (attention_out + out), layout.tp)
     tp_again = 2 * _ring(tokens * (attention_out * again["attention"] + out * again["feed-forward"]), layout.tp)
     sp_forward, ep_forward = _ring(tokens * exchanged, layout.sp), _ring(tokens * rows, layout.ep)
+    sp_backward = sp_forward
+    if model.attention == "dsa":
+        given = indexer_messages(work)
+        tp_forward += _ring(given["tp"][0], layout.tp)
+        tp_again += _ring(given["tp"][0], layout.tp) * again["attention"]
+        sp_forward += _ring(given["sp"][0], layout.sp)
+        sp_backward += _ring(given["sp"][1], layout.sp)
     return {
         "tp": (tp_forward, 2 * _ring(tokens * read, layout.tp) + tp_again),
-        "sp": (sp_forward, sp_forward * (1 + again["attention"])),
+        "sp": (sp_forward, sp_backward + sp_forward * again["attention"]),
         "ep": (ep_forward, ep_forward * (1 + again["feed-forward"])),
     }
 
@@ -103,7 +111,7 @@ def _repeated(checkpointing: str) -> dict[str, int]:
 def part_messages(work: Workload, part: Part) -> dict[str, tuple[int, int]]:
     """Axis -> bytes sent by one part in forward and backward of one micro-batch, pipeline apart."""
     model, tp = work.model, work.layout.tp
-    layers = list(part.layers)
+    layers = list(part.layers) * model.recursion_depth
     if part.last and work.trains_mtp:
         layers += range(model.num_hidden_layers, model.num_hidden_layers + model.num_nextn_predict_layers)
     total = {axis: [0, 0] for axis in ("tp", "sp", "ep")}

@@ -47,7 +47,30 @@ def _norm(*widths: int) -> Weight:
     return Weight("norms", sum(widths), sum(widths), max(widths), matmul=False)
 
 
+def _block_norms(model: ModelConfig, number: int) -> Weight:
+    """Norms in front of sublayers and around the stack."""
+    each = (model.hidden_size, model.hidden_size, 1) if model.norm == "dyt" else (model.hidden_size,)
+    return _norm(*each * number)
+
+
 def _attention(model: ModelConfig) -> Iterator[Weight]:
+    yield from _latent_attention(model) if model.is_latent else _grouped_attention(model)
+    if model.position == "cope":
+        yield _matrix("attention", model.cope_positions, model.qk_head_dim)
+
+
+def _grouped_attention(model: ModelConfig) -> Iterator[Weight]:
+    hidden, width, name = model.hidden_size, model.num_attention_heads * model.head_dim, "attention"
+    yield _matrix(name, hidden, width, tp=True)
+    if model.attention == "mqa":  # one key and one value head, whole on every rank
+        yield _matrix(name, hidden, 2 * model.head_dim)
+    else:
+        for _ in range(2):
+            yield _matrix(name, hidden, model.num_kv_heads * model.head_dim, tp=True)
+    yield _matrix(name, width, hidden, tp=True)
+
+
+def _latent_attention(model: ModelConfig) -> Iterator[Weight]:
     heads, hidden, name = model.num_attention_heads, model.hidden_size, "attention"
     if model.q_lora_rank is None:
         yield _matrix(name, hidden, heads * model.qk_head_dim, tp=True)
@@ -59,6 +82,18 @@ def _attention(model: ModelConfig) -> Iterator[Weight]:
     yield _norm(model.kv_lora_rank)
     yield _matrix(name, model.kv_lora_rank, heads * (model.qk_nope_head_dim + model.v_head_dim), tp=True)
     yield _matrix(name, heads * model.v_head_dim, hidden, tp=True)
+    if model.attention == "dsa":
+        yield from _indexer(model)
+
+
+def _indexer(model: ModelConfig) -> Iterator[Weight]:
+    assert model.q_lora_rank is not None
+    heads, width, name = model.index_n_heads, model.index_head_dim, "attention"
+    # Its inputs are detached: no gradient needs autocast's copies of these, so none are kept.
+    yield replace(_matrix(name, model.q_lora_rank, heads * width), matmul=False)
+    yield replace(_matrix(name, model.hidden_size, width), matmul=False)
+    yield _norm(width, width)
+    yield replace(_matrix(name, model.hidden_size, heads), matmul=False)
 
 
 def _swiglu(kind: str, hidden: int, inner: int) -> Iterator[Weight]:
@@ -82,7 +117,7 @@ def layer_weights(model: ModelConfig, layer: int) -> list[Weight]:
     """One block; MTP blocks have indices from `num_hidden_layers` on."""
     dense = _swiglu("dense ffn", model.hidden_size, model.intermediate_size)
     feed_forward = _experts(model) if model.is_moe_layer(layer) else dense
-    return [*_attention(model), _norm(model.hidden_size, model.hidden_size), *feed_forward]
+    return [*_attention(model), _block_norms(model, 2), *feed_forward]
 
 
 def mtp_projection(model: ModelConfig) -> Weight:
@@ -92,8 +127,7 @@ def mtp_projection(model: ModelConfig) -> Weight:
 
 def mtp_weights(model: ModelConfig) -> list[Weight]:
     """All multi-token prediction modules; embedding and head are the main model's."""
-    hidden = model.hidden_size
-    around = [mtp_projection(model), _norm(hidden, hidden, hidden)]
+    around = [mtp_projection(model), _block_norms(model, 3)]
     blocks = range(model.num_hidden_layers, model.num_hidden_layers + model.num_nextn_predict_layers)
     modules = (weight for layer in blocks for weight in [*layer_weights(model, layer), *around])
     return [replace(weight, kind="MTP") for weight in modules]
@@ -116,7 +150,9 @@ def part_weights(model: ModelConfig, layers: range) -> list[Weight]:
     if layers.start == 0:
         out.append(embedding_weight(model))
     if layers.stop == model.num_hidden_layers:
-        out += [_norm(model.hidden_size), head_weight(model), *mtp_weights(model)]
+        if model.recursion_depth > 1:
+            out.append(_norm(model.recursion_params()))
+        out += [_block_norms(model, 1), head_weight(model), *mtp_weights(model)]
     return out
 
 

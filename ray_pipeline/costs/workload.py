@@ -39,7 +39,7 @@ class Workload:
         rows: per optimizer step, over all replicas. micro_batch: rows per rank and forward pass.
         trains_mtp: the MTP modules take part in the loss.
         frozen: a second model that is only read (GRPO's reference, distillation's teacher).
-        moments: fp32 numbers that the optimizer keeps per weight.
+        moments: fp32 numbers that the optimizer keeps per weight. muon: one less for each weight of a matrix product.
     """
 
     stage: str
@@ -53,6 +53,7 @@ class Workload:
     trains_mtp: bool = True
     frozen: ModelConfig | None = None
     moments: int = 2
+    muon: bool = False
 
     @property
     def element(self) -> int:
@@ -122,9 +123,9 @@ def workload(config: PipelineFields, layout: Layout, stage: str) -> Workload:
         frozen, model = model, config.distillation.student.applied_to(model)
     return Workload(
         stage, model, layout, rows=rows, seq_len=config.data.seq_len, micro_batch=config.layout.micro_batch,
-        steps=settings.steps, bf16=settings.precision == "bf16", frozen=frozen,
+        steps=settings.steps, bf16=settings.precision != "fp32", frozen=frozen,
         trains_mtp=model.num_nextn_predict_layers > 0 and getattr(settings, "mtp_loss_weight", 0.0) > 0,
-        moments=2 if settings.optimizer.name == "adamw" else 0,
+        moments=0 if settings.optimizer.name == "sgd" else 2, muon=settings.optimizer.name == "muon",
     )  # fmt: skip
 
 

@@ -3,36 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from model.auxiliary import LOSSES, AuxiliarySums, auxiliary_scale
 from model.config import ModelConfig
 from model.moe.router import Router
 from model.parallel.mesh import Mesh
 from model.parallel.placement import parts_of, stage_layers
 from model.parallel.shard import build_part
+from model.precision import use_fp8
 from model.transformer import Recompute, Transformer
 from ray_pipeline.config import OptimizerConfig
 from ray_pipeline.data.batch import Batch
+from ray_pipeline.engine.expert_balance import KEPT, SAVED, ExpertBalance
 from ray_pipeline.engine.gather import gather_state
 from ray_pipeline.engine.pipeline import Finish, Pipeline
 from ray_pipeline.engine.updater import PlainUpdater, Updater
 from ray_pipeline.objectives.base import Objective
 
-BIAS = "e_score_correction_bias"
-
 
 @dataclass(frozen=True)
 class StepStats:
-    """One optimizer step as every rank knows it: mean loss, norm before clipping, sums of the objective's metrics."""
+    """One optimizer step as every rank knows it.
+
+    Attributes:
+        loss: mean. grad_norm: before clipping. metrics: sums of the objective's, to be divided by `weight`.
+        figures: losses of single layers (means per token and layer), and how evenly experts were used.
+    """
 
     loss: float
     grad_norm: float
     weight: float
     metrics: dict[str, float]
+    figures: dict[str, float] = field(default_factory=dict)
 
 
 class Parts(nn.Module):
@@ -72,7 +79,7 @@ class Engine:
         optimizer: None for a model that is only read (reference, teacher).
         zero_stage: 0 is our own; 1, 2, 3 shard optimizer state, gradients, weights over replicas through DeepSpeed.
         precision: "bf16" computes matmuls in bf16 under autocast; weights, gradients, residual stream and optimizer
-            stay fp32.
+            stay fp32. "fp8" is the same but for the linear layers of the blocks, which multiply in 8 bits.
         micro_batch: rows of one forward pass.
         initial: whole parameters by name; else they are drawn from the seed.
         on_phase: told when a training step is past its backward passes, for the error of a rank that is lost.
@@ -106,15 +113,10 @@ class Engine:
         for part in self.parts:
             part.to(self.device).train(optimizer is not None).requires_grad_(optimizer is not None)
             part.set_recompute(activation_checkpointing)
-        self.module = Parts(self.parts, torch.bfloat16 if precision == "bf16" else None)
-        self.routers = {
-            f"{name}.": module
-            for part in self.parts
-            for name, module in part.named_modules()
-            if isinstance(module, Router)
-        }
-        # Tokens each expert of this rank's routers got in the last step, over all replicas.
-        self.expert_loads: dict[str, Tensor] = {}
+            if precision == "fp8":
+                use_fp8(part)
+        self.module = Parts(self.parts, None if precision == "fp32" else torch.bfloat16)
+        self.experts = ExpertBalance(config, self.parts, mesh)
         self.updater: Updater | None = None
         run_part: Any = self.module
         before_backward = None
@@ -133,6 +135,16 @@ class Engine:
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """This rank's parameters, or slices of them, by their names in the whole model."""
         return {name: parameter for part in self.parts for name, parameter in part.named_parameters()}
+
+    @property
+    def routers(self) -> dict[str, Router]:
+        """This rank's routers by their prefix in the whole model."""
+        return self.experts.routers
+
+    @property
+    def expert_loads(self) -> dict[str, Tensor]:
+        """Tokens each expert of this rank's routers got in the last step, over all replicas."""
+        return self.experts.loads
 
     @property
     def last_part(self) -> Transformer | None:
@@ -184,14 +196,15 @@ class Engine:
 
         micro_batches = self._micro_batches(mine)
         self.updater.expect(len(micro_batches))
-        self.pipeline.run(micro_batches, finish, train=True)
+        with auxiliary_scale(scale / batch.tokens.numel()) as auxiliary:
+            self.pipeline.run(micro_batches, finish, train=True)
         self.on_phase("optimizer step")
         for group in self.updater.optimizer.param_groups:
             group["lr"] = lr
         norm = self.updater.step()
-        self._balance_experts()
+        self.experts.step()
         loss, metrics = self._totals(sums, objective)
-        return StepStats(loss / weight, norm, weight, metrics)
+        return StepStats(loss / weight, norm, weight, metrics, self._figures(auxiliary, batch.tokens.numel()))
 
     def evaluate(self, batch: Batch, objective: Objective) -> StepStats:
         """The objective on a global batch, forward only: loss is the mean over the batch's weight."""
@@ -226,15 +239,6 @@ class Engine:
         full[start : start + len(mine), mine.window or slice(None)] = joined
         return full
 
-    def _balance_experts(self) -> None:
-        routers = list(self.routers.values())
-        if routers:
-            loads = self.mesh.all_reduce(torch.stack([router.load for router in routers]), "replica")
-            self.expert_loads = dict(zip(self.routers, loads, strict=True))
-            for router, load in zip(routers, loads, strict=True):
-                router.load.copy_(load)
-                router.balance()
-
     def _totals(self, sums: Sequence[Tensor], objective: Objective) -> tuple[float, dict[str, float]]:
         """Loss sum and metric sums over all micro-batches and replicas, known to every rank."""
         total = torch.zeros(1 + len(objective.metric_names), dtype=torch.float64, device=self.device)
@@ -244,24 +248,32 @@ class Engine:
         loss, *metrics = total.tolist()
         return loss, dict(zip(objective.metric_names, metrics, strict=True))
 
-    def _biases(self) -> dict[str, Tensor]:
-        return {name + BIAS: router.e_score_correction_bias for name, router in self.routers.items()}
+    def _figures(self, auxiliary: AuxiliarySums, tokens: int) -> dict[str, float]:
+        """Of a training step on a global batch of `tokens` tokens."""
+        pairs = torch.tensor([auxiliary.pair(name) for name in LOSSES], dtype=torch.float64, device=self.device)
+        losses = self.mesh.all_reduce(pairs, "replica")
+        measured = self.experts.measured(tokens).to(self.device)
+        both = torch.cat([losses.flatten(), measured.flatten()])
+        self.mesh.all_reduce(both, "pp")
+        found = both[: losses.numel()].view(-1, 2).tolist()
+        means = {name: total / count for name, (total, count) in zip(LOSSES, found, strict=True) if count}
+        return means | self.experts.figures(both[losses.numel() :].view(-1, 3).tolist())
 
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint holds of this rank's slices: `model.*`, `exp_avg.*`, `exp_avg_sq.*`, `step`."""
         assert self.updater is not None
-        return self.updater.state() | {f"model.{name}": bias for name, bias in self._biases().items()}
+        return self.updater.state() | {f"model.{name}": kept for name, kept in self.experts.buffers(KEPT).items()}
 
     @torch.no_grad()
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Inverse of `state`, in place."""
         assert self.updater is not None
         self.updater.load_state(state)
-        for name, bias in self._biases().items():
-            bias.copy_(state[f"model.{name}"])
+        for name, kept in self.experts.buffers(KEPT).items():
+            kept.copy_(state[f"model.{name}"])
 
     @torch.no_grad()
     def full_state(self) -> dict[str, Tensor]:
         """The whole model's state dict, in fp32 on the CPU of every rank."""
         weights = self.updater.weights() if self.updater is not None else dict(self.named_parameters())
-        return gather_state({**weights, **self._biases()}, self.mesh)
+        return gather_state({**weights, **self.experts.buffers(SAVED)}, self.mesh)

@@ -1,8 +1,9 @@
-"""AdamW with weight decay on matrices alone, learning-rate schedules, and the global gradient norm over all ranks."""
+"""AdamW and Muon with weight decay on matrices alone, learning-rate schedules, the gradient norm over all ranks."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,8 +11,21 @@ from torch import Tensor, nn
 from model.parallel.mesh import Mesh
 from model.parallel.shard import shard_of
 from ray_pipeline.config import OptimizerConfig
+from ray_pipeline.engine.muon import Muon, is_orthogonalised
 
-MOMENTS = {"adamw": ("exp_avg", "exp_avg_sq"), "sgd": ()}
+MOMENTS = {"adamw": ("exp_avg", "exp_avg_sq"), "sgd": (), "muon": ("momentum_buffer",)}
+
+
+def moments_of(name: str, parameter: Tensor, optimizer: str) -> tuple[str, ...]:
+    """What the optimizer keeps of a parameter between steps; Muon leaves some of them to AdamW."""
+    if optimizer == "muon" and not is_orthogonalised(name, parameter):
+        return MOMENTS["adamw"]
+    return MOMENTS[optimizer]
+
+
+def is_decayed(name: str, parameter: Tensor) -> bool:
+    """Matrices are; norms, other vectors and the scales of a recursion, a vector each, are not."""
+    return parameter.dim() > 1 and not name.endswith("recursion.weight")
 
 
 def is_cut_expert(name: str, mesh: Mesh) -> bool:
@@ -25,22 +39,31 @@ def expert_group_name(mesh: Mesh) -> str:
 
 
 def build_optimizer(named: dict[str, nn.Parameter], config: OptimizerConfig, mesh: Mesh) -> torch.optim.Optimizer:
-    """AdamW (arXiv:1711.05101), or plain SGD, which shows a wrong gradient scale that Adam hides.
+    """AdamW (arXiv:1711.05101), Muon, or plain SGD, which shows a wrong gradient scale that Adam hides.
 
     Norms are not decayed. Fused: the per-tensor loop costs three times as much.
     """
-    experts = [p for name, p in named.items() if is_cut_expert(name, mesh)]
-    dense = [p for name, p in named.items() if not is_cut_expert(name, mesh)]
-    groups = [
-        {"params": [p for p in dense if p.dim() > 1], "weight_decay": config.weight_decay, "name": "matrices"},
-        {"params": [p for p in dense if p.dim() <= 1], "weight_decay": 0.0, "name": "vectors"},
+    assert config.name != "muon" or mesh.sizes.tp == 1, "layout_rules refuses parts of matrices"
+    orthogonal = {n: p for n, p in named.items() if config.name == "muon" and is_orthogonalised(n, p)}
+    experts = [p for n, p in named.items() if is_cut_expert(n, mesh) and n not in orthogonal]
+    dense = {n: p for n, p in named.items() if not is_cut_expert(n, mesh) and n not in orthogonal}
+    matrices = [p for n, p in dense.items() if is_decayed(n, p)]
+    vectors = [p for n, p in dense.items() if not is_decayed(n, p)]
+    groups: list[dict[str, Any]] = [
+        {"params": matrices, "weight_decay": config.weight_decay, "name": "matrices"},
+        {"params": vectors, "weight_decay": 0.0, "name": "vectors"},
         {"params": experts, "weight_decay": config.weight_decay, "name": expert_group_name(mesh), "moe": True},
     ]
+    if orthogonal:
+        marked = {"params": list(orthogonal.values()), "names": list(orthogonal), "name": "muon", "muon": True}
+        groups.append(marked | {"weight_decay": config.weight_decay})
     groups = [group for group in groups if group["params"]]
     if config.name == "sgd":
         for group in groups:
             group["weight_decay"] = 0.0
         return torch.optim.SGD(groups, lr=config.lr)
+    if config.name == "muon":
+        return Muon(groups, lr=config.lr, betas=config.betas, eps=config.eps, momentum=config.momentum)
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from model.parallel.mesh import Mesh
 from ray_pipeline.config import OptimizerConfig
-from ray_pipeline.engine.optimizer import MOMENTS, build_optimizer, clip_by_global_norm, is_cut_expert
+from ray_pipeline.engine.optimizer import build_optimizer, clip_by_global_norm, is_cut_expert, moments_of
 from ray_pipeline.engine.reduction import GradientReduction
 
 
@@ -36,7 +36,7 @@ class Updater(Protocol):
         ...
 
     def state(self) -> dict[str, Tensor]:
-        """fp32 weights and moments of this rank's slices: `model.*`, `exp_avg.*`, `exp_avg_sq.*`, `step`."""
+        """fp32 weights and moments of this rank's slices: `model.*`, `exp_avg.*` and so on, and `step`."""
         ...
 
     def load_state(self, state: dict[str, Tensor]) -> None:
@@ -55,7 +55,7 @@ class PlainUpdater:
 
     def __init__(self, named: dict[str, nn.Parameter], mesh: Mesh, config: OptimizerConfig):
         self.named, self.mesh, self.grad_clip = named, mesh, config.grad_clip
-        self.moments = MOMENTS[config.name]
+        self.moments = {name: moments_of(name, parameter, config.name) for name, parameter in named.items()}
         self.optimizer = build_optimizer(named, config, mesh)
         dense = [p for name, p in named.items() if not is_cut_expert(name, mesh)]
         experts = [p for name, p in named.items() if is_cut_expert(name, mesh)]
@@ -89,9 +89,9 @@ class PlainUpdater:
         for name, parameter in self.named.items():
             held = self.optimizer.state.get(parameter) or {}
             out[f"model.{name}"] = parameter.detach()
-            for key in self.moments:
+            for key in self.moments[name]:
                 out[f"{key}.{name}"] = held[key] if held else torch.zeros_like(parameter)
-            if held and self.moments:
+            if held and self.moments[name]:
                 out["step"] = held["step"].detach().float().cpu().reshape(())
         return out
 
@@ -99,6 +99,6 @@ class PlainUpdater:
     def load_state(self, state: dict[str, Tensor]) -> None:
         for name, parameter in self.named.items():
             parameter.copy_(state[f"model.{name}"])
-            if self.moments:
-                moments = {key: state[f"{key}.{name}"].clone() for key in self.moments}
+            if self.moments[name]:
+                moments = {key: state[f"{key}.{name}"].clone() for key in self.moments[name]}
                 self.optimizer.state[parameter] = {"step": state["step"].clone().to(parameter.device), **moments}

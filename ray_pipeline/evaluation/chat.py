@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from model.generate.stopping import ThinkBudget
+
 
 class PromptTokenizer(Protocol):
     """Turns a question into a prompt and tokens into text; `ray_pipeline.data.tokenizer.ChatTokenizer` is one."""
@@ -13,6 +15,10 @@ class PromptTokenizer(Protocol):
         """The token that ends an answer."""
         ...
 
+    def encode(self, text: str, /) -> list[int]:
+        """Ids of plain text; `<think>` and `</think>` are the marks."""
+        ...
+
     def encode_prompt(self, question: str, /) -> list[int]:
         """Chat template up to and including the assistant's turn token."""
         ...
@@ -20,6 +26,13 @@ class PromptTokenizer(Protocol):
     def decode(self, ids: list[int], /) -> str:
         """Text of the tokens; `<think>` and `</think>` stay."""
         ...
+
+
+def think_budget(tokenizer: PromptTokenizer, tokens: int | None) -> ThinkBudget | None:
+    """At most so many tokens between `<think>` and `</think>`; None for no limit."""
+    if tokens is None:
+        return None
+    return ThinkBudget(tokens, tuple(tokenizer.encode("<think>")), tuple(tokenizer.encode("</think>")))
 
 
 def completion_text(tokenizer: PromptTokenizer, tokens: list[int]) -> str:

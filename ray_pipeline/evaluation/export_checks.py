@@ -16,7 +16,9 @@ import torch
 from model.convert.gguf import GgufType
 from model.generate.decode import Decoder, generate
 from model.transformer import Transformer
-from ray_pipeline.data.tokenizer import ChatTokenizer
+from ray_pipeline.artifacts import load_model
+from ray_pipeline.data.tokenizer import ChatTokenizer, load_tokenizer
+from ray_pipeline.errors import UserError
 from ray_pipeline.evaluation.llama_cpp import LlamaCpp, LlamaMissing
 
 # What every tokenizer gets wrong first: digits, spaces, capitals, punctuation, other scripts, the thinking marks.
@@ -144,6 +146,38 @@ def check_hf(
         "greedy_answers_compared": float(len(answers)),
         "greedy_answers_different": float(different),
     }
+    return _outcome(folder.name, figures, problems)
+
+
+@torch.inference_mode()
+def check_native(
+    folder: Path, model: Transformer, tokenizer: ChatTokenizer, questions: Sequence[str], *, max_new_tokens: int = 32
+) -> Check:
+    """Load a folder of our own format: the same architecture, weights bit for bit, logits, ids and rendered chats.
+
+    Args:
+        model: on the CPU in fp32, with weights rounded to the folder's dtype.
+    """
+    try:
+        loaded = load_model(folder).eval()
+    except (UserError, RuntimeError) as error:
+        return Check(folder.name, "failed", detail=f"it does not load: {error}")
+    again, problems, worst = load_tokenizer(folder), [], 0.0
+    if loaded.config != model.config:
+        problems.append("config.json is of another architecture")
+    ours, theirs = model.state_dict(), loaded.state_dict()
+    different = [name for name in ours if name not in theirs or not torch.equal(ours[name], theirs[name])]
+    problems += [f"{name} differs" for name in different[:3]]
+    answers = [] if problems else reference_answers(model, tokenizer, questions, max_new_tokens)
+    for prompt, completion in answers:
+        ids = prompt + completion
+        worst = max(worst, float((_our_logits(model, ids) - _our_logits(loaded, ids)).abs().max()))
+    if worst:
+        problems.append(f"largest logit difference {worst:.3g} is over 0")
+    same = all(again.encode(t) == tokenizer.encode(t) for t in TEXTS)
+    if not same or any(again.encode_prompt(q) != tokenizer.encode_prompt(q) for q in questions):
+        problems.append("the tokenizer gives other ids")
+    figures = {"max_logit_difference": worst, "greedy_answers_compared": float(len(answers))}
     return _outcome(folder.name, figures, problems)
 
 

@@ -24,6 +24,9 @@ CHARTS = (
     ("Held-out accuracy", ("eval/accuracy",), ("input_accuracy", "teacher_accuracy")),
     ("Reward", ("train/reward", "train/answer_reward", "train/format_reward"), ()),
     ("Gradient norm", ("train/grad_norm",), ()),
+    ("Losses of layers", ("train/aux_loss", "train/indexer_kl"), ()),
+    ("Experts: entropy of the load, least even layer", ("train/load_entropy",), ()),
+    ("Experts: busiest over the mean, least even layer", ("train/largest_load",), ()),
     ("Tokens per second", ("tokens_per_second",), ()),
 )
 STYLE = """

@@ -39,7 +39,8 @@ def pack_rollouts(rollouts: Sequence[Rollout], advantages: Tensor, seq_len: int,
         advantages: [len(rollouts)].
     Returns:
         Position t predicts token t + 1: labels are set where that token belongs to a completion. Extras, zero where
-        there is no label: "advantages" and "old_logprobs". The last token of a rollout is only ever a label.
+        there is no label: "advantages" and "old_logprobs". The last token of a rollout is only ever a label. A forced
+        token is read but has no label.
     Raises:
         ValueError: for a rollout longer than a row, or advantages of another length.
     """
@@ -61,9 +62,10 @@ def pack_rollouts(rollouts: Sequence[Rollout], advantages: Tensor, seq_len: int,
             tokens[row, start:stop] = torch.tensor((rollout.prompt_ids + rollout.completion_ids)[:-1])
             doc_ids[row, start:stop] = document
             predicted = slice(start + len(rollout.prompt_ids) - 1, stop)
-            labels[row, predicted] = torch.tensor(rollout.completion_ids)
-            extras["old_logprobs"][row, predicted] = torch.tensor(rollout.logprobs)
-            extras["advantages"][row, predicted] = advantages[i].float()
+            free = ~torch.tensor(rollout.forced or [False] * len(rollout.completion_ids))
+            labels[row, predicted] = torch.tensor(rollout.completion_ids).where(free, torch.tensor(IGNORE))
+            extras["old_logprobs"][row, predicted] = torch.tensor(rollout.logprobs) * free
+            extras["advantages"][row, predicted] = advantages[i].float() * free
             start = stop
         doc_ids[row, start:] = len(members)  # padding is a document of its own
     return Batch(tokens, labels, doc_ids, extras)

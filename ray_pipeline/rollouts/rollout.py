@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass
@@ -15,6 +15,8 @@ class Rollout:
         reward: weighted sum of `parts`. parts: each reward before weighting.
         question_index: index among all questions of the step.
         finished: ended by itself rather than at a limit.
+        forced: for each completion token, whether it was written for the model, so that nothing can be learned from
+            its choice. Empty for none.
     """
 
     prompt_ids: list[int]
@@ -24,3 +26,4 @@ class Rollout:
     parts: dict[str, float]
     question_index: int
     finished: bool
+    forced: list[bool] = field(default_factory=list)

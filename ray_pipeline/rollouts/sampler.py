@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from model.generate.decode import Decoder, generate
-from ray_pipeline.evaluation.chat import PromptTokenizer, completion_text
+from ray_pipeline.evaluation.chat import PromptTokenizer, completion_text, think_budget
 from ray_pipeline.rewards.registry import get_reward
 from ray_pipeline.rollouts.advantages import group_advantages
 from ray_pipeline.rollouts.packing import pack_rollouts
@@ -33,6 +33,8 @@ def sample_groups(
     indices: Sequence[int] | None = None,
     max_new_tokens: int,
     temperature: float = 1.0,
+    think_tokens: int | None = None,
+    speculative: bool = False,
     weights: Mapping[str, float] | None = None,
     max_batch: int = 256,
 ) -> list[Rollout]:
@@ -42,6 +44,7 @@ def sample_groups(
         questions: {"prompt", "answer"}; this rank's slice of the step's questions.
         indices: their places among all questions of the step, so that a slice draws what the whole would; default:
             0, 1, 2, ...
+        think_tokens: tokens of thinking after which its end is forced. speculative: draft with the MTP modules.
         weights: reward name to weight; default: answer 1.0, format 0.1.
     Returns:
         Question by question, `group_size` rollouts each.
@@ -55,7 +58,8 @@ def sample_groups(
     which = [(i, sample) for i in range(len(questions)) for sample in range(group_size)]
     completions = generate(
         decoder, [prompts[i] for i, _ in which], max_new_tokens=max_new_tokens, eos_ids={tokenizer.eos_id},
-        temperature=temperature, seeds=[request_seed(seed, step, indices[i], s) for i, s in which], max_batch=max_batch,
+        temperature=temperature, think=think_budget(tokenizer, think_tokens), speculative=speculative,
+        seeds=[request_seed(seed, step, indices[i], s) for i, s in which], max_batch=max_batch,
     )  # fmt: skip
     out = []
     for (i, _), completion in zip(which, completions, strict=True):
@@ -63,6 +67,15 @@ def sample_groups(
         parts = {name: f(questions[i]["prompt"], text, str(questions[i]["answer"])) for name, f in rewards.items()}
         reward = sum(weights[name] * value for name, value in parts.items())
         out.append(
-            Rollout(prompts[i], completion.tokens, completion.logprobs, reward, parts, indices[i], completion.finished)
+            Rollout(
+                prompt_ids=prompts[i],
+                completion_ids=completion.tokens,
+                logprobs=completion.logprobs,
+                reward=reward,
+                parts=parts,
+                question_index=indices[i],
+                finished=completion.finished,
+                forced=completion.forced,
+            )
         )
     return out

@@ -1,5 +1,8 @@
 """EXPORT: the trained model as Hugging Face folder and GGUF files, the student beside it; each is loaded and compared.
 
+An architecture that transformers or llama.cpp has no class for is written in this project's own format instead, in a
+folder called native.
+
 Every artifact is whole or absent, so a stage that is killed goes on behind the last one it finished.
 """
 
@@ -14,13 +17,16 @@ import torch
 from model.convert.card import model_card
 from model.convert.gguf import save_gguf
 from model.convert.gguf_rules import check_gguf as check_gguf_config
+from model.convert.gguf_rules import gguf_gap
 from model.convert.gguf_tokenizer import read_tokenizer
 from model.convert.hf import save_hf
+from model.convert.hf_config import unpublished_reason
+from model.convert.native import save_native
 from model.transformer import Transformer
 from ray_pipeline.artifacts import atomic_folder, atomic_path, load_model, verify_folder, write_json
 from ray_pipeline.data.tokenizer import load_tokenizer
 from ray_pipeline.errors import StageFailed, UserError
-from ray_pipeline.evaluation.export_checks import Check, check_gguf, check_hf
+from ray_pipeline.evaluation.export_checks import Check, check_gguf, check_hf, check_native
 from ray_pipeline.progress import Progress
 from ray_pipeline.stages.base import StageContext, StageResult
 
@@ -48,23 +54,28 @@ def run(context: StageContext) -> StageResult:
     checks: list[Check] = []
     tokenizer_folder = context.inputs["data_prep"].folder / "tokenizer"
     tokenizer, questions = load_tokenizer(tokenizer_folder), _questions(context)
-    for name, stage in models.items():
+    for place, stage in models.items():
         model = load_model(context.inputs[stage].folder / "model").eval()
-        if name == "hf" and kinds:
+        reason = unpublished_reason(model.config)
+        name = place if reason is None else place.replace("hf", "native")
+        first = place == "hf"
+        gap = gguf_gap(model.config)
+        if first and kinds and gap is None:
             _check_convertible(model, tokenizer_folder)
         progress.phase(f"writing {name}")
-        _write_hf(context, name, stage, model, tokenizer_folder)
+        _write_folder(context, name, stage, model, tokenizer_folder)
         progress.update(done := done + 1)
-        if name == "hf":
-            for kind in kinds:
-                progress.phase(f"writing {kind} GGUF")
+        for kind in kinds if first else ():
+            if gap is not None:
+                checks.append(Check(_gguf_path(context, kind).name, "not run", detail=f"not written: {gap}"))
+            else:
+                progress.phase(f"writing and checking {kind} GGUF")
                 _write_gguf(context, kind, model, tokenizer_folder)
-                progress.update(done := done + 1)
-                progress.phase(f"checking {kind} GGUF")
                 checks.append(check_gguf(_gguf_path(context, kind), kind, model, tokenizer, questions))
-                progress.update(done := done + 1)
+            progress.update(done := done + 2)
         progress.phase(f"checking {name}")
-        checks.append(check_hf(context.folder / name, _rounded(context, model), tokenizer, questions))
+        check = check_hf if reason is None else check_native
+        checks.append(check(context.folder / name, _rounded(context, model), tokenizer, questions))
         progress.update(done := done + 1)
     write_json(context.folder / "checks.json", [check.as_json() for check in checks])
     _raise_failures(checks)
@@ -102,7 +113,7 @@ def _rounded(context: StageContext, model: Transformer) -> Transformer:
     return model
 
 
-def _write_hf(context: StageContext, name: str, stage: str, model: Transformer, tokenizer_folder: Path) -> None:
+def _write_folder(context: StageContext, name: str, stage: str, model: Transformer, tokenizer_folder: Path) -> None:
     folder = context.folder / name
     if folder.exists():
         try:
@@ -111,8 +122,9 @@ def _write_hf(context: StageContext, name: str, stage: str, model: Transformer, 
             pass  # damaged since: written again below
         else:
             return
+    save = save_hf if unpublished_reason(model.config) is None else save_native
     with atomic_folder(folder) as aside:
-        save_hf(
+        save(
             aside,
             model.config,
             model.state_dict(),

@@ -11,6 +11,7 @@ from ray_pipeline.data.loader import PackedRows
 from ray_pipeline.objectives.cross_entropy import CrossEntropy
 from ray_pipeline.stages.base import StageContext, StageResult
 from ray_pipeline.training.finish import save_trained_model
+from ray_pipeline.training.initial import initial_state
 from ray_pipeline.training.rank import Rank, rank_arguments, start_rank
 from ray_pipeline.training.sources import PackedSource
 from ray_pipeline.training.trainer import Trainer
@@ -20,16 +21,21 @@ STAGE = "pretrain"
 
 
 def train(arguments: dict[str, Any]) -> dict[str, Any]:
-    """On every rank: train from random weights; rank 0 leaves the model in `folder/model`."""
+    """On every rank: train from random weights, or those of `init_from`; rank 0 leaves the model in `folder/model`."""
     rank: Rank = start_rank(arguments)
     settings = rank.config.pretrain
-    engine = rank.trainer_engine(rank.config.model, None)
+    initial = initial_state(rank.config)
+    engine = rank.trainer_engine(rank.config.model, initial)
     objective = CrossEntropy(settings.mtp_loss_weight)
     source = PackedSource(PackedRows(rank.data / STAGE / "train"), rank.config.seed, settings.batch_size)
     validation = PackedRows(rank.data / STAGE / "validation")
+    given = {}
+    if initial is not None:
+        rank.phase("measuring the input")
+        given["input_loss"] = validation_loss(engine, validation, objective)["validation_loss"]
     figures = Trainer(rank, engine, objective).fit(source, lambda: validation_loss(engine, validation, objective))
     save_trained_model(rank, engine)
-    return figures
+    return figures | given
 
 
 def baselines(data: Path, vocab_size: int) -> dict[str, float]:
@@ -42,5 +48,7 @@ def run(context: StageContext) -> StageResult:
     """Launch the ranks and hold the result against the baselines."""
     figures = context.launcher.run(STAGE, train, rank_arguments(context, STAGE))
     held_against = baselines(context.inputs["data_prep"].folder, context.config.model.vocab_size)
+    if "input_loss" in figures:
+        held_against["input_loss"] = figures.pop("input_loss")
     learned = figures["validation_loss"] < min(held_against.values())
     return StageResult(context.folder, figures, held_against, learned)

@@ -67,6 +67,8 @@ class RolloutSource:
             indices=list(share),
             max_new_tokens=settings.max_new_tokens,
             temperature=settings.temperature,
+            think_tokens=settings.think_budget,
+            speculative=settings.speculative,
             weights={"answer": settings.answer_reward, "format": settings.format_reward},
         )
         gathered: list[Rollout] = [r for part in all_ranks_gather(rank.mesh, mine) for r in part]

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Protocol
 
+from model.attention.sparse import set_warm_up
+from model.auxiliary import LOSSES
 from ray_pipeline.data.batch import Batch
 from ray_pipeline.engine.checkpoint import (
     UnusableCheckpoint,
@@ -75,7 +77,8 @@ class Trainer:
         """Train to the last step. Checkpoints are written beside it; the last one is whole when this returns.
 
         Returns:
-            The last evaluation's figures and `train_loss` (mean of the last logged interval).
+            The last evaluation's figures, `train_loss` (mean of the last logged interval), and of the last step its
+            layers' own losses and how evenly experts were used.
         """
         start = self._resume()
         tracker = self._tracker(start)
@@ -101,6 +104,7 @@ class Trainer:
             place.at("next batch", done)
             batch = source.batch(step)
             place.at("forward/backward")
+            set_warm_up(self.engine.module, step < self.rank.config.dense_steps(self.rank.stage))
             stats = self.engine.train_step(batch, self.objective, rate)
             self._refuse_nan(stats, step)
             losses.append(stats.loss)
@@ -109,6 +113,7 @@ class Trainer:
             if done % settings.log_every == 0 or last:
                 speed = tokens / max(time.monotonic() - since, 1e-9)
                 self.history["train_loss"] = sum(losses) / len(losses)
+                self.history |= {name: value for name, value in stats.figures.items() if "/" not in name}
                 self._log(tracker, done, stats, rate, speed, source.metrics())
                 losses, tokens, since = [], 0, time.monotonic()
             paused = time.monotonic()
@@ -182,9 +187,11 @@ class Trainer:
             return
         figures = {"loss": self.history["train_loss"], "grad_norm": stats.grad_norm, "lr": rate}
         figures |= {name: value / stats.weight for name, value in stats.metrics.items()}
+        figures |= stats.figures
         tracker.log(done, {f"train/{k}": v for k, v in (figures | more).items()} | {"tokens_per_second": speed})
         if self.rank.progress is not None:
-            self.rank.progress.update(done, loss=figures["loss"], tokens_per_second=speed)
+            layers = {name: figures[name] for name in LOSSES if name in figures}
+            self.rank.progress.update(done, loss=figures["loss"], tokens_per_second=speed, layer_losses=layers)
 
     def _evaluated(self, tracker: Tracker | None, done: int, figures: dict[str, float]) -> bool:
         """Take note of an evaluation; whether its checkpoint is to be kept as the best so far."""

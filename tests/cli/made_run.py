@@ -49,7 +49,9 @@ def finish(run_dir: Path, run: RunFile, stage: str, metrics: dict[str, float] | 
     return folder
 
 
-def make_run(output_dir: Path, name: str = "toy", *, models: tuple[str, ...] = ("pretrain", "sft")) -> Path:
+def make_run(
+    output_dir: Path, name: str = "toy", *, models: tuple[str, ...] = ("pretrain", "sft"), toy: ModelConfig = TOY
+) -> Path:
     """DATA_PREP and the given training stages, finished."""
     run_dir = output_dir / name
     overrides = {"run_name": name, "output_dir": str(output_dir), "data.seq_len": SEQ_LEN}
@@ -68,7 +70,7 @@ def make_run(output_dir: Path, name: str = "toy", *, models: tuple[str, ...] = (
     write_text(data / "prompts" / "heldout.jsonl", prompt)
     torch.manual_seed(0)
     for stage in models:
-        model = Transformer(TOY)
-        init_weights(model, TOY, seed=0)
-        save_model(finish(run_dir, run, stage, {"validation_loss": 1.25}) / "model", TOY, model.state_dict())
+        model = Transformer(toy)
+        init_weights(model, toy, seed=0)
+        save_model(finish(run_dir, run, stage, {"validation_loss": 1.25}) / "model", toy, model.state_dict())
     return run_dir

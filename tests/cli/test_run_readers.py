@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ from ray_pipeline.data.inspect import render_rows
 from ray_pipeline.data.loader import PackedRows
 from ray_pipeline.data.tokenizer import load_tokenizer
 from ray_pipeline.errors import UserError
-from tests.cli.made_run import CHAT, SEQ_LEN, make_run
+from tests.cli.made_run import CHAT, SEQ_LEN, TOY, make_run
 
 
 @pytest.fixture(scope="module")
@@ -73,10 +75,90 @@ def test_generate_answers_by_chat_after_sft(capsys: pytest.CaptureFixture, outpu
     assert ask(capsys, output_dir, "generate", "toy", "the cat", "--raw", "--max-new-tokens", "5").startswith("the cat")
 
 
+RAW = ("generate", "toy", "the cat", "--stage", "pretrain", "--max-new-tokens", "30", "--temperature", "0")
+
+
+def test_generate_drafts_with_the_mtp_modules(capsys: pytest.CaptureFixture, output_dir: Path) -> None:
+    plain = ask(capsys, output_dir, *RAW)
+    assert main([*RAW, "--speculative", "--output-dir", str(output_dir)]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == plain
+    assert re.fullmatch(r"\d+ of \d+ drafted tokens accepted( \(\d+%\))?\n", captured.err)
+
+
+def test_generate_stops_before_a_stop_string(capsys: pytest.CaptureFixture, output_dir: Path) -> None:
+    written = ask(capsys, output_dir, *RAW).removeprefix("the cat").removesuffix("\n")
+    stop = written[5:8]
+    short = ask(capsys, output_dir, *RAW, "--stop", "\0never\0", "--stop", stop)
+    assert short == "the cat" + written[: written.index(stop)] + "\n"
+
+
+def test_generate_searches_with_beams(capsys: pytest.CaptureFixture, output_dir: Path) -> None:
+    beams = ask(capsys, output_dir, *RAW, "--num-beams", "3", "--length-penalty", "0.5")
+    assert beams.startswith("the cat") and beams.endswith("\n") and len(beams) > len("the cat\n")
+    assert beams == ask(capsys, output_dir, *RAW[:-2], "--num-beams", "3", "--length-penalty", "0.5")
+
+
+def test_generate_ends_thinking_when_the_budget_is_spent(capsys: pytest.CaptureFixture, output_dir: Path) -> None:
+    arguments = ("generate", "toy", "owl <think>", *RAW[3:], "--think-budget", "2")
+    tokenizer = load_tokenizer(next(output_dir.glob("toy/data_prep-*/tokenizer")))
+    text = ask(capsys, output_dir, *arguments)
+    thought = text.removeprefix("owl <think>").split("</think>")[0]
+    free = ask(capsys, output_dir, *arguments[:-2])
+    assert "</think>" in text and free.startswith("owl <think>" + thought)
+    assert len(tokenizer.encode(thought)) <= 2
+
+
+def test_generate_draws_by_every_setting(capsys: pytest.CaptureFixture, output_dir: Path) -> None:
+    arguments = (*RAW[:-1], "1.5")
+    free = ask(capsys, output_dir, *arguments)
+    assert ask(capsys, output_dir, *arguments, "--top-k", "1") == ask(capsys, output_dir, *RAW)
+    assert ask(capsys, output_dir, *arguments, "--min-p", "1") == ask(capsys, output_dir, *RAW)
+    assert ask(capsys, output_dir, *arguments, "--top-p", "0.000001") == ask(capsys, output_dir, *RAW)
+    assert ask(capsys, output_dir, *arguments, "--repetition-penalty", "9") != free
+
+
+def test_generate_needs_mtp_modules_to_draft(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+    make_run(tmp_path, models=("pretrain",), toy=replace(TOY, num_nextn_predict_layers=0))
+    message = ask(capsys, tmp_path, "generate", "toy", "a", "--speculative", code=2)
+    assert "has num_nextn_predict_layers=0, no MTP module to draft with. Leave it out." in message
+
+
+def test_generate_needs_a_tokenizer_of_the_model(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+    make_run(tmp_path, models=("pretrain",), toy=replace(TOY, vocab_size=20))
+    message = ask(capsys, tmp_path, "generate", "toy", "the cat", code=2)
+    assert "does not belong to" in message and "the vocabulary has 20." in message
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
         (["generate", "toy", ""], "PROMPT is empty"),
+        (["generate", "toy", "a", "--stop", ""], '--stop "": an empty text is part of every answer'),
+        (["generate", "toy", "a", "--length-penalty", "2"], "--length-penalty 2 ranks the answers of a beam search"),
+        *(
+            (["generate", "toy", "a", "--num-beams", "2", *option], f"--num-beams 2 cannot be combined with {named}: ")
+            for option, named in [
+                (["--temperature", "0.5"], "--temperature 0.5"),
+                (["--top-k", "3"], "--top-k 3"),
+                (["--top-p", "0.5"], "--top-p 0.5"),
+                (["--min-p", "0.1"], "--min-p 0.1"),
+                (["--repetition-penalty", "2"], "--repetition-penalty 2"),
+                (["--stop", "x"], "--stop"),
+                (["--think-budget", "0"], "--think-budget 0"),
+                (["--speculative"], "--speculative"),
+            ]
+        ),
+        (["generate", "toy", "a", "--chat", "--top-p", "0.5"], "--top-p 0.5 changes nothing at temperature 0"),
+        (["generate", "toy", "a", "--chat", "--top-k", "5"], "--top-k 5 changes nothing at temperature 0"),
+        (["generate", "toy", "a", "--temperature", "0", "--min-p", "0.5"], "--min-p 0.5 changes nothing"),
+        (["generate", "toy", "a", "--temperature", "inf"], "--temperature inf: must be a finite number."),
+        (["generate", "toy", "a", "--repetition-penalty", "nan"], "--repetition-penalty nan: must be a finite number."),
+        (["generate", "toy", "a", "--top-k", "-1"], "not in the range"),
+        (["generate", "toy", "a", "--min-p", "2"], "not in the range"),
+        (["generate", "toy", "a", "--repetition-penalty", "0"], "not in the range"),
+        (["generate", "toy", "a", "--think-budget", "-1"], "not in the range"),
+        (["generate", "toy", "a", "--num-beams", "0"], "not in the range"),
         (["generate", "toy", "a", "--stage", "sftt"], 'did you mean "sft"'),
         (["generate", "toy", "a", "--stage", "grpo"], "has not finished it (finished are pretrain, sft)"),
         (["generate", "toy", "a " * 200], "the model reads 128, answer included"),

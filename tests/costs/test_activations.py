@@ -8,12 +8,17 @@ from typing import Any
 import pytest
 import torch
 
+from model.attention import blocked, core
+from model.attention.blocked import LONGEST
+from model.attention.build import visible_tokens
+from model.auxiliary import auxiliary_scale
 from model.config import ModelConfig
 from model.layers.rope import rotary_table
 from model.parallel.mesh import Mesh, MeshSizes
 from model.parallel.shard import build_part
 from model.transformer import Block
-from ray_pipeline.costs.activations import cast_weights, kernels, layer_bytes, logits_bytes, num_heads, part_bytes
+from ray_pipeline.costs.activations import cast_weights, layer_bytes, logits_bytes, num_heads, part_bytes
+from ray_pipeline.costs.kernels import BLOCK, WORTH_CHOOSING, kernels
 from ray_pipeline.costs.weights import layer_weights
 from ray_pipeline.costs.workload import Workload
 from ray_pipeline.data.batch import Batch
@@ -27,25 +32,38 @@ SMALL = ModelConfig(
     first_k_dense_replace=1, num_attention_heads=4, q_lora_rank=40, kv_lora_rank=16, qk_nope_head_dim=8,
     qk_rope_head_dim=4, v_head_dim=8, n_routed_experts=4, num_experts_per_tok=2, max_position_embeddings=64,
 )  # fmt: skip
+MHA = replace(SMALL, attention="mha", head_dim=12, sliding_window=5, cope_positions=7)
+GQA = replace(MHA, attention="gqa", num_key_value_heads=2)
 MODELS = {
     "small": SMALL,
+    "grouped attention": GQA,
+    "multi-head attention": MHA,
+    "one key head": replace(MHA, attention="mqa"),
+    "sliding": replace(GQA, attention="sliding"),
+    "contextual positions": replace(SMALL, position="cope", cope_positions=7),
+    "contextual positions, grouped": replace(GQA, position="cope"),
+    "contextual positions, one key head": replace(MHA, attention="mqa", position="cope"),
     "queries without a latent": replace(SMALL, q_lora_rank=None),
     "values as wide as queries": replace(SMALL, v_head_dim=12),
     "no shared experts": replace(SMALL, n_shared_experts=0),
     "two shared experts, three chosen": replace(SMALL, n_shared_experts=2, num_experts_per_tok=3),
     "grouped routing": replace(SMALL, n_routed_experts=8, n_group=2),
     "weights not normalised": replace(SMALL, norm_topk_prob=False),
+    "dynamic tanh": replace(SMALL, norm="dyt"),
+    "softmax routing": replace(SMALL, scoring_func="softmax", topk_method="group_limited_greedy", n_group=2),
 }
 
 
-def kept_bytes(model: ModelConfig, layer: int, bf16: bool, recompute: Any) -> int:
+def kept_bytes(model: ModelConfig, layer: int, bf16: bool, recompute: Any, seq: int = 32) -> int:
     """Bytes of the distinct storages that one block's graph keeps, parameters and what layers share left out."""
-    block, rows, seq = Block(model, layer), 2, 32
+    block, rows = Block(model, layer), 2
     block.recompute = recompute
     for parameter in block.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     x = torch.randn(rows, seq, model.hidden_size, requires_grad=True)
-    rotation, mask = rotary_table(model)[None, :seq], torch.ones(rows, 1, seq, seq, dtype=torch.bool).tril()
+    rotation = rotary_table(model)[None, :seq]
+    mask = visible_tokens(model, torch.zeros(rows, seq, dtype=torch.long), seq, x.device)
+    assert mask is not None
     shared = {t.untyped_storage().data_ptr() for t in (*block.parameters(), rotation, mask)}
     kept: dict[int, torch.Tensor] = {}
 
@@ -77,6 +95,37 @@ def test_a_block_keeps_what_the_formula_says(name: str, layer: int, bf16: bool) 
 
 
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", ["small", "grouped attention", "one key head", "sliding"])
+def test_attention_by_blocks_keeps_the_probabilities_of_each_block(name: str, bf16: bool) -> None:
+    model = replace(MODELS[name], max_position_embeddings=300)
+    work = replace(of(model, bf16), seq_len=270)
+    weights = cast_weights(work, layer_weights(model, 0))
+    assert layer_bytes(work, kernels("cpu"), 0) + weights == kept_bytes(model, 0, bf16, "none", seq=270)
+
+
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("shares_heads", [False, True], ids=["heads repeated", "heads shared"])
+@pytest.mark.parametrize("name", MODELS)
+def test_fused_attention_keeps_what_the_formula_says(
+    monkeypatch: pytest.MonkeyPatch, name: str, shares_heads: bool, bf16: bool
+) -> None:
+    """As on a GPU, and as for rows too long for blocks."""
+    monkeypatch.setattr(core, "LONGEST", 0)
+    monkeypatch.setattr(core, "shares_heads", lambda device: shares_heads)
+    model, on = MODELS[name], replace(kernels("cpu"), blocked_attention=0, shares_heads=shares_heads)
+    work = of(model, bf16)
+    weights = cast_weights(work, layer_weights(model, 0))
+    assert layer_bytes(work, on, 0) + weights == kept_bytes(model, 0, bf16, "none")
+
+
+def test_the_sizes_of_blocks_are_the_models() -> None:
+    on = kernels("cpu")
+    assert (on.blocked_attention, BLOCK, on.shares_heads) == (LONGEST, blocked.BLOCK, core.shares_heads("cpu"))
+    assert WORTH_CHOOSING == blocked.WORTH_CHOOSING
+    assert kernels("cuda").shares_heads == core.shares_heads("cuda")
+
+
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
 def test_selective_checkpointing_keeps_the_feed_forward_alone(bf16: bool) -> None:
     work = of(SMALL, bf16, activation_checkpointing="selective")
     weights = cast_weights(work, (w for w in layer_weights(SMALL, 1) if w.kind != "attention"))
@@ -85,16 +134,27 @@ def test_selective_checkpointing_keeps_the_feed_forward_alone(bf16: bool) -> Non
     assert kept in (predicted := layer_bytes(work, kernels("cpu"), 1) + weights, predicted + mask)
 
 
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("topk", [8, 32], ids=["chosen", "all"])
+def test_sparse_attention_keeps_the_gradients_of_its_indexer(topk: int, bf16: bool) -> None:
+    model = replace(SMALL, attention="dsa", index_n_heads=3, index_head_dim=12, index_topk=topk)
+    work = of(model, bf16)
+    weights = cast_weights(work, layer_weights(model, 1))
+    with auxiliary_scale(1.0):
+        kept = kept_bytes(model, 1, bf16, "none")
+    assert layer_bytes(work, kernels("cpu"), 1) + weights == kept
+
+
 def test_checkpointing_keeps_less_and_less() -> None:
     sizes = [layer_bytes(of(SMALL, False, activation_checkpointing=c), kernels("cpu"), 1) for c in CHECKPOINTING]
     assert sizes == sorted(sizes, reverse=True) and sizes[-1] == 2 * 32 * SMALL.hidden_size * 4
 
 
-def last_part_bytes(bf16: bool, mtp_weight: float) -> int:
+def last_part_bytes(bf16: bool, mtp_weight: float, model: ModelConfig = SMALL) -> int:
     """Like `kept_bytes`, for the whole model with its loss."""
-    parts = Parts([build_part(SMALL, range(SMALL.num_hidden_layers), Mesh(MeshSizes())).train()], None)
+    parts = Parts([build_part(model, range(model.num_hidden_layers), Mesh(MeshSizes())).train()], None)
     parts.autocast_dtype = torch.bfloat16 if bf16 else None
-    tokens = torch.randint(0, SMALL.vocab_size, (2, 32))
+    tokens = torch.randint(0, model.vocab_size, (2, 32))
     batch = Batch(tokens, tokens.roll(-1, 1), torch.zeros_like(tokens))
     shared = {t.untyped_storage().data_ptr() for t in (*parts.parameters(), parts.parts[0].rotary, tokens)}
     kept: dict[int, torch.Tensor] = {}
@@ -104,7 +164,7 @@ def last_part_bytes(bf16: bool, mtp_weight: float) -> int:
             kept[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), auxiliary_scale(1.0):
         parts(0, [], batch, CrossEntropy(mtp_weight))
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
@@ -116,3 +176,15 @@ def test_the_whole_model_with_its_loss_keeps_what_the_formula_says(bf16: bool, m
     predicted = part_bytes(work, kernels("cpu"), work.parts[0]) + num_heads(work) * logits_bytes(work)
     # The last token of a row has no label two places on, which the formula leaves out of account.
     assert predicted == pytest.approx(last_part_bytes(bf16, mtp_weight), rel=2e-3)
+
+
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("changes", [{"recursion_depth": 3}, {"norm": "dyt"}, {"aux_loss_alpha": 0.1}], ids=str)
+def test_passes_norms_and_balancing_losses_add_what_the_formula_says(bf16: bool, changes: dict[str, Any]) -> None:
+    """To what the plain model keeps, the same loss at its end."""
+    model = replace(SMALL, **changes)
+    plain, work = (replace(of(each, bf16), trains_mtp=True) for each in (SMALL, model))
+    more = part_bytes(work, kernels("cpu"), work.parts[0]) - part_bytes(plain, kernels("cpu"), plain.parts[0])
+    measured = last_part_bytes(bf16, 0.3, model) - last_part_bytes(bf16, 0.3)
+    per_row = 4 * 2 * 4 * SMALL.n_routed_experts if "aux_loss_alpha" in changes else 0  # shares of choices: left out
+    assert more == measured - per_row

@@ -151,3 +151,11 @@ def test_live_bytes_count_storages_once_and_forget_freed_ones() -> None:
         assert (live.live, live.peak) == (400, 760)
         assert torch.empty(10**9, device="meta").numel() == 10**9
     assert live.peak == 760
+
+
+def test_muon_keeps_one_number_of_a_matrix_and_two_of_everything_else() -> None:
+    engine = Engine(MODEL, Mesh(MeshSizes()), optimizer=OptimizerConfig(name="muon", warmup_steps=0))
+    engine.train_step(make_batch(2), CrossEntropy(mtp_weight=0.3), 1e-3)
+    state = engine.state()
+    kept = sum(4 * tensor.numel() for name, tensor in state.items() if not name.startswith(("model.", "step")))
+    assert rank_memory(replace(work(), muon=True), 0, "cpu").optimizer == kept

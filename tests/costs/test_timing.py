@@ -89,3 +89,10 @@ def test_gradients_travel_beside_backward_but_for_zero_1() -> None:
     exposed = [step_timing(work(rows=4, dp=4, zero_stage=stage), H100).gradients for stage in (0, 1, 2)]
     assert exposed[0] < exposed[1]
     assert exposed[2] < exposed[1]
+
+
+def test_every_pass_through_the_stack_computes_it_anew() -> None:
+    once, thrice = (work(replace(EVEN, recursion_depth=depth)) for depth in (1, 3))
+    (first, _), (all_of_them, _) = (part_flops(each, each.parts[0]) for each in (once, thrice))
+    head = once.tokens_at_once * 2 * EVEN.vocab_size * EVEN.hidden_size
+    assert all_of_them - head == 3 * (first - head)

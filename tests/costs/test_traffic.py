@@ -112,10 +112,10 @@ class _Counted(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def count(rank: int, sizes: dict[str, int], zero_stage: int) -> dict[str, int]:
+def count(rank: int, sizes: dict[str, int], zero_stage: int, model: ModelConfig = MODEL) -> dict[str, int]:
     torch.set_num_threads(1)
     optimizer = OptimizerConfig(lr=1e-3, warmup_steps=0)
-    engine = Engine(MODEL, Mesh(MeshSizes(**sizes)), optimizer=optimizer, micro_batch=2, zero_stage=zero_stage)
+    engine = Engine(model, Mesh(MeshSizes(**sizes)), optimizer=optimizer, micro_batch=2, zero_stage=zero_stage)
     engine.train_step(make_batch(8), CrossEntropy(0.3), 1e-3)
     with _Counted() as counted:
         engine.train_step(make_batch(8), CrossEntropy(0.3), 1e-3)
@@ -144,3 +144,37 @@ def test_collectives_carry_what_is_predicted(
     mean = sum(rank[collective] for rank in counted) / 2  # routing sends one rank more rows than the other
     predicted = sent(work(zero_stage=zero_stage, **sizes))[(axis, operation)]
     assert share * mean == pytest.approx(predicted, rel=0.02)
+
+
+GQA = replace(MODEL, attention="gqa", num_attention_heads=8, num_key_value_heads=2)
+MQA = replace(MODEL, attention="mqa", num_attention_heads=8)
+
+
+@pytest.mark.parametrize(
+    ("model", "sp", "key_heads"),
+    [(GQA, 2, 2), (GQA, 4, 4), (MQA, 4, 4)],
+    ids=["a key head each", "a key head for two", "a key head for all"],
+)
+def test_sequence_parallelism_sends_every_rank_its_key_heads(model: ModelConfig, sp: int, key_heads: int) -> None:
+    layers = model.num_hidden_layers + 1
+    width = 2 * (8 + key_heads) * model.head_dim  # queries and output; keys and values
+    there_and_back = 2 * 4 * width * (8 * SEQ // sp) * layers * (sp - 1) // sp
+    assert sent(work(model, sp=sp))[("sp", "all-to-all")] == there_and_back
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("model", "sizes", "axis", "operation", "collective", "share"),
+    [
+        (GQA, {"tp": 2}, "tp", "all-reduce", "allreduce_", 1),
+        (MQA, {"tp": 2}, "tp", "all-reduce", "allreduce_", 1),
+        (GQA, {"sp": 2}, "sp", "all-to-all", "alltoall_base_", 0.5),
+        (MQA, {"sp": 2}, "sp", "all-to-all", "alltoall_base_", 0.5),
+    ],
+)
+def test_collectives_of_grouped_attention_carry_what_is_predicted(
+    model: ModelConfig, sizes: dict[str, int], axis: str, operation: str, collective: str, share: float
+) -> None:
+    counted = run_ranks(count, 2, sizes, 0, model)
+    mean = sum(rank[collective] for rank in counted) / 2
+    assert share * mean == pytest.approx(sent(work(model, **sizes))[(axis, operation)], rel=0.02)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -47,10 +48,13 @@ MODELS = st.builds(
     first_k_dense_replace=st.integers(0, 3),
     num_attention_heads=st.sampled_from([4, 8]),
     q_lora_rank=st.sampled_from([None, 12]),
+    attention=st.sampled_from(["mla", "mha", "gqa", "mqa"]),
+    position=st.sampled_from(["rope", "cope"]),
+    norm=st.sampled_from(["rmsnorm", "dyt"]),
     n_routed_experts=st.sampled_from([4, 8]),
     n_shared_experts=st.integers(0, 2),
     num_nextn_predict_layers=st.integers(0, 2),
-)
+).map(lambda model: replace(model, num_key_value_heads=4 if model.attention == "gqa" else None))
 
 
 def built_numbers(model: ModelConfig, layers: range, tp: int, ep: int) -> int:
@@ -89,3 +93,23 @@ def test_every_weight_in_a_dense_model_is_active_but_the_embedding() -> None:
 def test_a_kind_that_is_not_there_is_not_listed(kind: str) -> None:
     model = ModelConfig(first_k_dense_replace=99, num_nextn_predict_layers=0)
     assert kind not in counts(model)["total"]
+
+
+@given(MODELS.filter(lambda model: model.q_lora_rank is not None), st.sampled_from([1, 2]), st.integers(1, 6))
+def test_the_indexer_is_counted_whole_on_every_rank(model: ModelConfig, tp: int, heads: int) -> None:
+    model = replace(model, attention="mla", position="rope")
+    sparse = replace(model, attention="dsa", index_n_heads=heads, index_head_dim=12)
+    layers = range(sparse.num_hidden_layers)
+    counted = sum(weight.local(tp, 1) for weight in part_weights(sparse, layers))
+    assert counted == built_numbers(sparse, layers, tp, 1)
+    dense = sum(weight.local(tp, 1) for weight in part_weights(model, layers))
+    per_layer = 12 * heads * sparse.q_lora_rank + sparse.hidden_size * (12 + heads) + 2 * 12
+    assert counted - dense == per_layer * (sparse.num_hidden_layers + sparse.num_nextn_predict_layers)
+
+
+@given(MODELS, st.sampled_from([1, 2]), st.integers(2, 4))
+def test_a_recursion_has_one_scale_a_feature_and_pass(model: ModelConfig, tp: int, depth: int) -> None:
+    again, layers = replace(model, recursion_depth=depth), range(model.num_hidden_layers)
+    counted = sum(weight.local(tp, 1) for weight in part_weights(again, layers))
+    assert counted == built_numbers(again, layers, tp, 1)
+    assert counted - sum(weight.local(tp, 1) for weight in part_weights(model, layers)) == depth * model.hidden_size

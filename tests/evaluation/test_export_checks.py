@@ -13,11 +13,13 @@ import torch
 from model.config import ModelConfig, RopeScaling
 from model.convert.gguf import save_gguf
 from model.convert.hf import save_hf
+from model.convert.native import save_native
 from model.init import init_weights
 from model.transformer import Transformer
+from ray_pipeline.artifacts import atomic_folder, write_manifest
 from ray_pipeline.data.tokenizer import ChatTokenizer, load_tokenizer
 from ray_pipeline.data.tokenizer_files import save_trained, train_bpe
-from ray_pipeline.evaluation.export_checks import GGUF_TOLERANCES, check_gguf, check_hf
+from ray_pipeline.evaluation.export_checks import GGUF_TOLERANCES, check_gguf, check_hf, check_native
 
 CONFIG = ModelConfig(
     vocab_size=320,
@@ -87,6 +89,45 @@ def test_a_changed_weight_fails_with_the_figure(hf_folder, tokenizer):
     assert f"largest logit difference {check.figures['max_logit_difference']:.3g} is over 0.001" in check.detail
 
 
+NATIVE = dataclasses.replace(CONFIG, attention="gqa", num_key_value_heads=1, norm="dyt")
+
+
+@pytest.fixture
+def native_folder(tmp_path, tokenizer_folder) -> Path:
+    with atomic_folder(tmp_path / "native") as folder:
+        model = build(NATIVE)
+        save_native(folder, NATIVE, model.state_dict(), tokenizer_folder=tokenizer_folder, model_card="# t\n")
+    return tmp_path / "native"
+
+
+def test_a_faithful_folder_of_our_own_format_passes(native_folder, tokenizer):
+    check = check_native(native_folder, build(NATIVE), tokenizer, QUESTIONS)
+    assert (check.status, check.detail) == ("passed", "")
+    assert check.figures == {"max_logit_difference": 0.0, "greedy_answers_compared": len(QUESTIONS)}
+
+
+def test_what_is_wrong_with_a_folder_of_our_own_format_is_named(native_folder, tokenizer):
+    model = build(NATIVE)
+    with torch.no_grad():
+        model.layers["1"].input_layernorm.alpha.add_(0.1)
+    check = check_native(native_folder, model, tokenizer, QUESTIONS)
+    assert (check.status, check.detail) == ("failed", "layers.1.input_layernorm.alpha differs")
+    check = check_native(native_folder, build(dataclasses.replace(NATIVE, rope_theta=5e3)), tokenizer, QUESTIONS)
+    assert (check.status, check.detail) == ("failed", "config.json is of another architecture")
+    path = native_folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-4])
+    check = check_native(native_folder, build(NATIVE), tokenizer, QUESTIONS)
+    assert check.status == "failed" and "it does not load" in check.detail
+
+
+def test_another_tokenizer_in_a_folder_of_our_own_format_fails(native_folder, tokenizer, tmp_path):
+    save_trained(train_bpe(["zebra quagga okapi"] * 20, 300), tmp_path / "other")
+    (tmp_path / "other" / "tokenizer.json").replace(native_folder / "tokenizer.json")
+    write_manifest(native_folder)
+    check = check_native(native_folder, build(NATIVE), tokenizer, QUESTIONS)
+    assert (check.status, check.detail) == ("failed", "the tokenizer gives other ids")
+
+
 def test_a_changed_chat_template_fails(hf_folder, tokenizer):
     path = hf_folder / "tokenizer_config.json"
     settings = json.loads(path.read_text())
@@ -101,8 +142,13 @@ YARN = dataclasses.replace(
     CONFIG, rope_scaling=RopeScaling(4.0, 32), n_group=2, topk_group=1, routed_scaling_factor=2.5, n_shared_experts=2
 )
 
+V2 = dataclasses.replace(
+    CONFIG, scoring_func="softmax", topk_method="greedy", norm_topk_prob=False, n_shared_experts=2,
+    routed_scaling_factor=2.0,
+)  # fmt: skip
 
-@pytest.mark.parametrize("config", [CONFIG, YARN], ids=["plain", "yarn_groups"])
+
+@pytest.mark.parametrize("config", [CONFIG, YARN, V2], ids=["plain", "yarn_groups", "v2_router"])
 def test_llama_cpp_agrees_with_every_gguf(config, tmp_path, tokenizer_folder, tokenizer):
     pytest.importorskip("xllamacpp")
     for kind in GGUF_TOLERANCES:

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.config import ModelConfig, RopeScaling
+from model.convert.hf_config import to_hf
 from model.init import init_weights
 from model.loss import IGNORE, cross_entropy_sum, label_logprobs, shifted_labels
 from model.transformer import Transformer
@@ -43,7 +44,7 @@ def hugging_face(model: Transformer):
     """transformers' model with the same weights; its live module names are ours but for MTP."""
     from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
-    hf = DeepseekV3ForCausalLM(DeepseekV3Config(**model.config.to_hf())).float().eval()
+    hf = DeepseekV3ForCausalLM(DeepseekV3Config(**to_hf(model.config))).float().eval()
     state = {}
     for name, tensor in model.state_dict().items():
         if not name.startswith("mtp."):
@@ -184,7 +185,7 @@ def test_router_bias_moves_against_the_load():
     model = build().train()
     model(tokens())
     gate = model.layers["1"].mlp.gate
-    load, before = gate.load.clone(), gate.e_score_correction_bias.clone()
+    load, before = gate.load.double(), gate.e_score_correction_bias.clone()
     assert load.sum() == 2 * 48 * 3
     gate.balance()
     moved = gate.e_score_correction_bias - before

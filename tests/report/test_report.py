@@ -15,7 +15,7 @@ from rich.console import Console
 from ray_pipeline.ledger import Record, RunFile, begin_record, close_record, read_status
 from ray_pipeline.report.curves import LARGEST, chart, ticks
 from ray_pipeline.report.html import write_report
-from ray_pipeline.report.summary import figure_text, print_summary, summary_rows
+from ray_pipeline.report.summary import baseline_text, figure_text, print_summary, summary_rows
 
 FIGURES = {
     "data_prep": ({"documents": 12.0}, {}, None),
@@ -58,6 +58,13 @@ def test_rows_hold_every_figure_against_its_baseline(tmp_path):
     assert rows["grpo"].against == "input 61.3% (-1.3 points)"
     assert rows["distillation"].figure == "held-out accuracy 55.0%, 1.2M parameters"
     assert rows["distillation"].against == "input 10.0% (+45.0 points); teacher 60.0%, 2.61M parameters"
+
+
+def test_how_evenly_experts_were_used_stands_beside_the_loss():
+    figures = {"validation_loss": 1.931, "largest_load": 1.42, "load_entropy": 0.981, "dropped_tokens": 0.0}
+    text = figure_text("pretrain", figures)
+    experts = "busiest expert 1.4x the mean, load entropy 0.98, 0 tokens dropped"
+    assert text == f"validation loss 1.931 nats; {experts}"
 
 
 def test_reused_stage_that_learned_nothing_still_says_so(tmp_path):
@@ -149,3 +156,12 @@ def test_counts_and_export_checks_read_well():
     assert figure_text("export", checks) == "2 exports checked, GGUF greedy agreement 90.0% or more"
     assert figure_text("data_prep", {"tokens": float("nan")}) == "tokens nan"
     assert figure_text("data_prep", {"unigram_entropy": 3.78123}) == "unigram entropy 3.781"
+
+
+def test_weights_that_were_given_are_among_what_pretraining_is_held_against():
+    text = baseline_text("pretrain", {"ln_vocab": 6.24, "input_loss": 1.5}, {"validation_loss": 1.25})
+    assert text == "ln V 6.240; input 1.500"
+
+
+def test_an_export_without_gguf_says_how_many_files_were_checked():
+    assert figure_text("export", {"hf/x": 1.0, "checks_passed": 2.0, "checks_not_run": 0.0}) == "2 exports checked"

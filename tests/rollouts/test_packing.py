@@ -16,6 +16,15 @@ def rollout(prompt: list[int], completion: list[int]) -> Rollout:
     return Rollout(prompt, completion, [-float(t) for t in completion], 0.0, {}, 0, True)
 
 
+def test_a_forced_token_is_read_but_not_trained_on():
+    forced = Rollout([1, 2], [3, 4, 5], [-3.0, -4.0, -5.0], 0.0, {}, 0, True, [False, True, False])
+    batch = pack_rollouts([forced], torch.tensor([7.0]), 6, pad_id=0)
+    assert batch.tokens[0].tolist() == [1, 2, 3, 4, 0, 0]
+    assert batch.labels[0].tolist() == [IGNORE, 3, IGNORE, 5, IGNORE, IGNORE]
+    assert batch.extras["advantages"][0].tolist() == [0, 7, 0, 7, 0, 0]
+    assert batch.extras["old_logprobs"][0].tolist() == [0, -3, 0, -5, 0, 0]
+
+
 ids = st.lists(st.integers(1, 50), min_size=1, max_size=8)
 
 

@@ -43,6 +43,9 @@ class Digits:
     def encode_prompt(self, question: str, /) -> list[int]:
         return [0, *(2 + int(c) for c in question)]
 
+    def encode(self, text: str, /) -> list[int]:
+        return [{"<think>": 12, "</think>": 13}[text]]
+
     def decode(self, ids: list[int], /) -> str:
         names = {12: "<think>", 13: "</think>"} | {2 + d: str(d) for d in range(10)}
         return "".join(names.get(i, " ") for i in ids)
@@ -103,6 +106,27 @@ def test_logprobs_are_of_the_sampling_policy(decoder):
         expected = logits.log_softmax(-1).gather(1, torch.tensor(rollout.completion_ids)[:, None])[:, 0]
         torch.testing.assert_close(torch.tensor(rollout.logprobs), expected, rtol=1e-5, atol=1e-5)
         assert math.isfinite(sum(rollout.logprobs))
+
+
+def test_a_think_budget_marks_the_tokens_it_forces(decoder):
+    many = sample_groups(decoder, Digits(), QUESTIONS, 60, 1, 2, max_new_tokens=8, think_tokens=1)
+    free = sample_groups(decoder, Digits(), QUESTIONS, 60, 1, 2, max_new_tokens=8)
+    assert any(any(r.forced) for r in many) and not any(any(r.forced) for r in free)
+    for rollout in many:
+        marked = [token for token, forced in zip(rollout.completion_ids, rollout.forced, strict=True) if forced]
+        assert marked == [13] * len(marked)
+        opened = [i for i, token in enumerate(rollout.completion_ids[:-2]) if token == 12]
+        if opened:
+            assert 13 in rollout.completion_ids[opened[0] + 1 : opened[0] + 3] or 1 in rollout.completion_ids
+
+
+def test_drafted_rollouts_are_of_the_same_policy(decoder):
+    for rollout in sample(decoder, speculative=True):
+        ids = rollout.prompt_ids + rollout.completion_ids
+        with torch.no_grad():
+            logits = decoder.model(torch.tensor([ids]))[0, len(rollout.prompt_ids) - 1 : -1]
+        expected = logits.log_softmax(-1).gather(1, torch.tensor(rollout.completion_ids)[:, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(rollout.logprobs), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_an_unknown_reward_is_refused(decoder):

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,11 +16,13 @@ import torch
 from model.config import ModelConfig
 from model.init import init_weights
 from model.transformer import Transformer
-from ray_pipeline.artifacts import save_model
+from ray_pipeline.artifacts import load_model, save_model
 from ray_pipeline.config import PipelineFields
+from ray_pipeline.config_checks import warnings
 from ray_pipeline.data.tokenizer_files import save_trained, train_bpe
 from ray_pipeline.errors import StageFailed, UserError
 from ray_pipeline.evaluation.export_checks import Check
+from ray_pipeline.report.summary import figure_text
 from ray_pipeline.stages import export
 from ray_pipeline.stages.base import StageContext, StageResult
 
@@ -86,6 +89,30 @@ def test_every_file_is_written_and_checked(tmp_path):
     card = (folder / "hf" / "README.md").read_text()
     assert "| accuracy | 0.5 |" in card and "| input_accuracy | 0.25 |" in card
     assert json.loads((folder / "hf-student" / "config.json").read_text())["num_hidden_layers"] == 1
+
+
+def test_an_architecture_without_a_published_class_is_written_in_our_own_format(tmp_path):
+    other = {"attention": "gqa", "num_key_value_heads": 1, "norm": "dyt"}
+    context = make_context(tmp_path, **other)
+    model = ModelConfig(**{**CONFIG.__dict__, **other})
+    context = replace(context, config=context.config.model_copy(update={"model": model}))
+    save_stage(tmp_path / "distillation", num_hidden_layers=1, num_nextn_predict_layers=0, **other)
+    result = export.run(context)
+    folder = tmp_path / "export"
+    assert {p.name for p in folder.iterdir()} == {"native", "native-student", "checks.json", "progress.json"}
+    checks = {c["name"]: c for c in json.loads((folder / "checks.json").read_text())}
+    assert checks["native"]["status"] == checks["native-student"]["status"] == "passed"
+    assert checks["model-f16.gguf"]["status"] == "not run"
+    assert checks["model-f16.gguf"]["detail"] == "not written: llama.cpp's deepseek2 has no attention=gqa"
+    assert load_model(folder / "native").config == model
+    assert figure_text("export", result.metrics) == (
+        "2 exports checked in this project's format (transformers has no such class), 3 GGUF not"
+    )
+    card = (folder / "native" / "README.md").read_text()
+    assert "A model with attention=gqa" in card and "library_name" not in card
+    again = warnings(context.config)
+    assert any("no transformers class has attention=gqa: exported in this project's format" in text for text in again)
+    assert any("has no attention=gqa: no GGUF file is written" in text for text in again)
 
 
 def test_bfloat16_is_compared_with_the_rounded_weights(tmp_path):

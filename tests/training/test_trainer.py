@@ -51,7 +51,9 @@ def test_the_last_checkpoints_and_the_best_are_kept_and_the_best_is_named(unbrok
     assert best == {"checkpoint": f"step_{page['extra']['best']['step']:08d}", **page["extra"]["best"]}
     assert best["figure"] == "validation_loss" and best["step"] in (4, 8)
     assert names(folder) == sorted({best["step"], 6, 8})
-    assert page["extra"]["history"] == {k: figures[k] for k in ("train_loss", "validation_loss")}
+    experts = ("load_entropy", "largest_load", "dropped_tokens")
+    assert page["extra"]["history"] == {k: figures[k] for k in ("train_loss", "validation_loss", *experts)}
+    assert figures["dropped_tokens"] == 0 and 0 < figures["load_entropy"] <= 1 <= figures["largest_load"]
 
 
 def test_a_stage_that_was_interrupted_ends_with_the_same_weights(unbroken, tmp_path):
@@ -61,6 +63,31 @@ def test_a_stage_that_was_interrupted_ends_with_the_same_weights(unbroken, tmp_p
     resumed = fit(tmp_path)
     assert resumed["started"] == 4
     assert resumed | {"started": 0} == unbroken[1]
+
+
+MECHANISMS = {
+    "muon": ({}, {"optimizer": {"name": "muon", "warmup_steps": 0, "lr": 1e-2}}),
+    "balance over the batch": ({"aux_loss_alpha": 0.1, "seq_aux": False, "topk_method": "greedy"}, {}),
+    "dyt and recursion": ({"norm": "dyt", "recursion_depth": 2, "aux_loss_alpha": 0.1}, {}),
+}
+
+
+@pytest.mark.parametrize("name", MECHANISMS)
+def test_with_every_mechanism_an_interrupted_stage_ends_with_the_same_weights(tmp_path, name):
+    model, settings = MECHANISMS[name]
+
+    def run(folder: str, **more: Any) -> dict[str, Any]:
+        job = arguments(tmp_path / folder, **settings, **more)
+        job["config"]["model"] |= model
+        return InlineLauncher().run("pretrain", train, job)
+
+    whole = run("whole")
+    with pytest.raises(ZeroDivisionError):
+        run("cut", fault={"kind": "bug", "rank": 0, "step": 5})
+    resumed = run("cut")
+    assert resumed["started"] == 4
+    assert resumed | {"started": 0} == whole
+    assert ("aux_loss" in whole) == ("aux_loss_alpha" in model)
 
 
 def test_the_best_is_kept_however_often_checkpoints_are_due(tmp_path):

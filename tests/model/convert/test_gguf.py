@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from model.config import ModelConfig, RopeScaling
-from model.convert.gguf import check_gguf, gguf_tensors, save_gguf
+from model.convert.gguf import gguf_tensors, save_gguf
+from model.convert.gguf_rules import check_gguf, gguf_gap
 from model.convert.gguf_tokenizer import CONTROL, NORMAL, UNUSED, USER_DEFINED, pre_tokenizer_name, read_tokenizer
 from model.init import init_weights
 from model.transformer import Transformer
@@ -221,6 +222,26 @@ def test_a_tokenizer_that_is_no_bpe_is_refused(tokenizer_folder):
 def test_models_llama_cpp_would_misread_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         check_gguf(dataclasses.replace(CONFIG, **change))
+
+
+@pytest.mark.parametrize(
+    ("change", "gap"),
+    [
+        ({"attention": "gqa"}, "attention=gqa"),
+        ({"attention": "dsa"}, "attention=dsa"),
+        ({"position": "cope"}, "position=cope"),
+        ({"norm": "dyt"}, "norm=dyt"),
+        ({"recursion_depth": 2}, "recursion_depth=2"),
+        ({"scoring_func": "softmax"}, "scoring_func=softmax with topk_method=noaux_tc"),
+        ({"scoring_func": "softmax", "topk_method": "group_limited_greedy"}, "topk_method=group_limited_greedy"),
+    ],
+)
+def test_architectures_deepseek2_has_no_place_for_are_named(change, gap):
+    config = dataclasses.replace(CONFIG, **change)
+    assert gguf_gap(config) == f"llama.cpp's deepseek2 has no {gap}"
+    with pytest.raises(ValueError, match=r"Set export\.gguf=\[\]"):
+        check_gguf(config)
+    assert gguf_gap(CONFIG) is None
 
 
 def test_deepseek_v2_lites_layer_count_may_have_direct_queries():

@@ -6,7 +6,7 @@ import pytest
 
 from model.config import ModelConfig, RopeScaling
 from model.convert.card import model_card
-from model.convert.hf import config_from_hf
+from model.convert.hf_config import config_from_hf, to_hf
 
 BASE = ModelConfig()
 
@@ -64,7 +64,7 @@ def test_deepseek_v3s_own_config_is_read():
     ("change", "message"),
     [
         ({"scoring_func": "softmax"}, "scoring_func='softmax' is not supported, only 'sigmoid'"),
-        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
+        ({"quantization_config": {"quant_method": "awq"}}, "quant_method='awq' is not supported, only 'fp8'"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling of type 'linear'"),
         ({"model_type": "llama"}, "model_type='llama'"),
         ({"num_experts_per_tok": 99}, "num_experts_per_tok=99"),
@@ -72,7 +72,7 @@ def test_deepseek_v3s_own_config_is_read():
 )
 def test_a_config_that_would_be_wrong_is_refused(change, message):
     with pytest.raises(ValueError, match=message):
-        config_from_hf(BASE.to_hf() | change)
+        config_from_hf(to_hf(BASE) | change)
 
 
 def test_model_card_states_licence_figures_and_baselines():

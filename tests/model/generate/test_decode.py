@@ -9,16 +9,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.config import ModelConfig, RopeScaling
+from model.config import RopeScaling
 from model.generate.decode import Decoder, generate
+from model.generate.stopping import StopStrings, ThinkBudget
 from model.init import init_weights
 from model.transformer import Transformer
+from tests.model.generate.models import PROMPTS, TINY, build, greedy_uncached
 
-TINY = ModelConfig(
-    vocab_size=48, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=3,
-    num_attention_heads=2, q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=12,
-    n_routed_experts=8, num_experts_per_tok=2, max_position_embeddings=64, initializer_range=0.25,
-)  # fmt: skip
 YARN = RopeScaling(factor=4.0, original_max_position_embeddings=16)
 VARIANTS = {
     "merged": TINY,
@@ -28,25 +25,6 @@ VARIANTS = {
         TINY, n_group=4, topk_group=2, n_shared_experts=0, routed_scaling_factor=2.5, rope_scaling=YARN
     ),
 }
-PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11], [4, 4, 4, 4], [1, 2, 3]]
-
-
-def build(config: ModelConfig) -> Transformer:
-    model = Transformer(config)
-    init_weights(model, config, seed=1)
-    generator = torch.Generator().manual_seed(2)
-    for name, buffer in model.named_buffers():
-        if name.endswith("e_score_correction_bias"):
-            buffer.copy_(torch.randn(buffer.shape, generator=generator) * 0.3)
-    return model.eval()
-
-
-@torch.no_grad()
-def greedy_uncached(model: Transformer, prompt: list[int], count: int) -> list[int]:
-    row = list(prompt)
-    for _ in range(count):
-        row.append(int(model(torch.tensor([row]))[0, -1].argmax()))
-    return row[len(prompt) :]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -146,6 +124,76 @@ def test_on_token_sees_every_token_in_order():
     assert [seen[i] for i in range(len(PROMPTS))] == [c.tokens for c in out]
 
 
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuv"
+
+
+def spell(tokens: list[int]) -> str:
+    return "".join(LETTERS[t] for t in tokens)
+
+
+def test_a_stop_string_ends_the_answer_where_it_is_complete():
+    decoder = Decoder(SHARED)
+    free = generate(decoder, PROMPTS, max_new_tokens=30, eos_ids={7}, seeds=[3, 1, 4, 1, 5])
+    stop = StopStrings((spell(free[0].tokens[4:7]), spell(free[2].tokens[9:10])), spell)
+    out = generate(decoder, PROMPTS, max_new_tokens=30, eos_ids={7}, seeds=[3, 1, 4, 1, 5], stop=stop)
+    for full, short in zip(free, out, strict=True):
+        text = spell([t for t in full.tokens if t != 7])
+        met = [(text.index(s) + len(s), text.index(s)) for s in stop.strings if s in text]
+        end, cut = min(met, default=(len(text), len(text)))
+        assert short.text == text[:cut]
+        assert short.tokens == (full.tokens[:end] if met else full.tokens)
+        assert short.finished == (bool(met) or full.finished)
+        assert len(short.tokens) == len(short.logprobs) == len(short.forced)
+    assert sum(a.tokens != b.tokens for a, b in zip(free, out, strict=True)) >= 2
+
+
+def test_without_stop_strings_there_is_no_text():
+    assert generate(Decoder(SHARED), [[1]], max_new_tokens=3, eos_ids=set())[0].text is None
+
+
+def test_a_spent_think_budget_forces_the_end_of_thinking():
+    decoder, opening, closing = Decoder(SHARED), 40, (41, 42)
+    prompts = [[1, 2, opening], [1, 2]]
+    free = generate(decoder, prompts, max_new_tokens=12, eos_ids=set(), seeds=[3, 4])
+    budget = ThinkBudget(5, (opening,), closing)
+    out = generate(decoder, prompts, max_new_tokens=12, eos_ids=set(), seeds=[3, 4], think=budget)
+    assert opening not in free[1].tokens and out[1].tokens == free[1].tokens and not any(out[1].forced)
+    assert out[0].tokens[:7] == free[0].tokens[:5] + list(closing)
+    assert out[0].forced == [False] * 5 + [True] * 2 + [False] * 5
+    row = torch.tensor([prompts[0] + out[0].tokens])
+    with torch.no_grad():
+        expected = SHARED(row)[0, 2:-1].log_softmax(-1).gather(1, row[0, 3:, None])[:, 0]
+    # A forced token still has the probability that the model gave it.
+    torch.testing.assert_close(torch.tensor(out[0].logprobs), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("tokens", [0, 2])
+def test_a_think_budget_holds_for_thinking_that_the_model_begins(tokens):
+    free = generate(Decoder(SHARED), PROMPTS, max_new_tokens=12, eos_ids=set(), temperature=0)
+    opening = free[0].tokens[3]
+    budget = ThinkBudget(tokens, (opening,), (47,))
+    out = generate(Decoder(SHARED), PROMPTS, max_new_tokens=12, eos_ids=set(), temperature=0, think=budget)
+    begin = free[0].tokens.index(opening)
+    assert out[0].tokens[: begin + 1 + tokens] == free[0].tokens[: begin + 1 + tokens]
+    assert out[0].tokens[begin + 1 + tokens] == 47 and out[0].forced[begin + 1 + tokens]
+
+
+@torch.no_grad()
+def test_a_repetition_penalty_counts_prompt_and_answer():
+    penalty, row = 1.8, [1, 2, 3]
+    [c] = generate(
+        Decoder(SHARED), [row], max_new_tokens=20, eos_ids=set(), temperature=0, repetition_penalty=penalty
+    )
+    for token, logprob in zip(c.tokens, c.logprobs, strict=True):
+        logits = SHARED(torch.tensor([row]))[0, -1]
+        punished = logits.clone()
+        for seen in set(row):
+            punished[seen] = logits[seen] * penalty if logits[seen] < 0 else logits[seen] / penalty
+        assert int(punished.argmax()) == token
+        assert float(logits.log_softmax(-1)[token]) == pytest.approx(logprob, abs=1e-4)  # the model's own
+        row = [*row, token]
+
+
 @pytest.mark.parametrize(
     ("prompts", "options", "message"),
     [
@@ -155,6 +203,8 @@ def test_on_token_sees_every_token_in_order():
         ([[1]], {"max_new_tokens": 0}, "max_new_tokens=0"),
         ([[1]], {"top_p": 0.0}, "top_p=0.0"),
         ([[1]], {"temperature": -1.0}, "temperature=-1.0"),
+        ([[1]], {"max_batch": 0}, "max_batch=0"),
+        ([[1]], {"think": ThinkBudget(3, (48,), (1,))}, "the vocabulary has 48 tokens; give the ids of this model"),
         ([[1]], {"seeds": [1, 2]}, "2 seeds for 1 prompts"),
     ],
 )

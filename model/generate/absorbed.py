@@ -1,0 +1,121 @@
+"""Multi-head Latent Attention for one new token a row, in the absorbed form.
+
+The key expansion W_UK is absorbed into the query and the value expansion W_UV into the output projection (DeepSeek-V2,
+arXiv:2405.04434, §2.1.2), so a step reads only the cached latents.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model.attention.cope import position_logits
+from model.attention.mla import MultiHeadLatentAttention
+from model.layers.rope import apply_rotary
+
+
+class AbsorbedAttention:
+    """One layer's MLA for one new token a row. Weights are stored [in, out]."""
+
+    def __init__(self, attention: MultiHeadLatentAttention):
+        config = self.config = attention.config
+        self.inner = attention
+        heads, latent = config.num_attention_heads, config.kv_lora_rank
+        first = attention.q_proj if config.q_lora_rank is None else attention.q_a_proj
+        self.width = latent + config.qk_rope_head_dim
+        self.first_width = first.weight.shape[0]
+        self.down = torch.cat([first.weight, attention.kv_a_proj_with_mqa.weight]).t().contiguous()
+        key, value = attention.kv_b_proj.weight.unflatten(0, (heads, -1)).split(
+            [config.qk_nope_head_dim, config.v_head_dim], 1
+        )  # [heads, nope, latent], [heads, v, latent]
+        self.key, self.value = key.contiguous(), value.transpose(1, 2).contiguous()
+        self.out = attention.o_proj.weight.t().contiguous()  # [heads * v, hidden]
+        self.query = None if config.q_lora_rank is None else attention.q_b_proj.weight.t() * attention.scale
+        self.contextual = config.position == "cope"
+        # Multiplying the factors together saves two operations a step, but is more work where the latent is much wider
+        # than a head (DeepSeek-V3: 512 against 128). Contextual positions read the query itself.
+        self.merged = (
+            config.q_lora_rank is not None and latent <= 2 * config.qk_nope_head_dim and not self.contextual
+        )
+        if self.merged:
+            assert self.query is not None
+            nope, rope = self.query.unflatten(1, (heads, -1)).split(
+                [config.qk_nope_head_dim, config.qk_rope_head_dim], 2
+            )
+            absorbed = torch.einsum("qhn,hnl->qhl", nope, self.key)
+            self.query = torch.cat([absorbed, rope], 2).flatten(1).contiguous()
+            self.out = torch.einsum("hlv,hvd->hld", self.value, self.out.unflatten(0, (heads, -1))).flatten(0, 1)
+
+    def queries(self, first: Tensor) -> Tensor:
+        """Scaled and not yet rotated: [rows, first_width] -> [rows, heads, qk_head_dim], where merged [..., width]."""
+        inner = self.inner
+        if self.query is None:
+            q = first * inner.scale
+        else:
+            norm = inner.q_a_layernorm
+            q = torch.mm(F.rms_norm(first, norm.weight.shape, norm.weight, norm.eps), self.query)
+        return q.unflatten(1, (self.config.num_attention_heads, -1))
+
+    def in_latent_space(self, q: Tensor, rotation: Tensor) -> Tensor:
+        """What `queries` gave, as the cache's columns are to be met: [rows, heads, width]."""
+        config = self.config
+        if not self.merged:
+            nope, rope = q.split([config.qk_nope_head_dim, config.qk_rope_head_dim], 2)
+            q = torch.cat([torch.bmm(nope.transpose(0, 1), self.key).transpose(0, 1), rope], 2)
+        if not self.contextual:
+            rotate_in_place(q[:, :, config.kv_lora_rank :], rotation)
+        return q
+
+    def remember(self, y: Tensor, rotation: Tensor, into: Tensor) -> None:
+        """Normalised latents and rotated keys of a prefix, y [rows, n, hidden_size], into [rows, n, width]."""
+        self._write(into, self.inner.kv_a_proj_with_mqa(y), rotation)
+
+    def _write(self, into: Tensor, projected: Tensor, rotation: Tensor) -> None:
+        norm = self.inner.kv_a_layernorm
+        write_latent(into, projected, norm.weight, norm.eps, None if self.contextual else rotation)
+
+    def step(self, x: Tensor, residual: Tensor, rotation: Tensor, cache: Tensor, bias: Tensor, column: int) -> Tensor:
+        """Attend to the columns up to `column`, which is written first.
+
+        Args:
+            x: [rows, hidden_size], normalised; residual: same, added to the result.
+            rotation: complex [rows, 1, qk_rope_head_dim / 2].
+            cache: this layer's [rows, capacity, kv_lora_rank + qk_rope_head_dim]; bias: [rows, 1, column + 1].
+        """
+        down = torch.mm(x, self.down)
+        self._write(cache[:, column : column + 1], down[:, None, self.first_width :], rotation)
+        seen = cache[:, : column + 1]
+        q = self.queries(down[:, : self.first_width])
+        scores = torch.baddbmm(bias, self.in_latent_space(q, rotation), seen.transpose(1, 2))
+        if self.contextual:
+            # The product with the table is not scaled, and the query is.
+            positions = q @ self.inner.position_embedding.t() / self.inner.scale
+            exact = scores.float()
+            scores = (exact + position_logits(exact, positions)).to(scores.dtype)
+        return self.attend(scores, seen, residual)
+
+    def attend(self, scores: Tensor, seen: Tensor, residual: Tensor) -> Tensor:
+        """scores [rows, heads, n] over the columns seen [rows, n, width] -> residual + output, [rows, hidden_size]."""
+        o = torch.bmm(torch.softmax(scores, -1), seen[:, :, : self.config.kv_lora_rank])  # [rows, heads, latent]
+        if not self.merged:
+            o = torch.bmm(o.transpose(0, 1), self.value).transpose(0, 1)
+        return torch.addmm(residual, o.flatten(1), self.out)
+
+
+def rotate_in_place(x: Tensor, rotation: Tensor) -> None:
+    """Turn the pairs of x [rows, n, dim] by complex rotation [rows, 1 or n, dim / 2]."""
+    if x.dtype == torch.float32:
+        torch.view_as_complex(x.unflatten(2, (-1, 2))).mul_(rotation)
+    else:  # complex numbers of half precision barely exist in torch
+        x.copy_(apply_rotary(x.unsqueeze(2), rotation.expand(-1, x.shape[1], -1)).squeeze(2))
+
+
+def write_latent(into: Tensor, projected: Tensor, weight: Tensor, eps: float, rotation: Tensor | None) -> None:
+    """Normalised latent and shared key, rotated if at all, into the cache: both [rows, n, width]."""
+    latent = weight.shape[0]
+    into[:, :, :latent] = F.rms_norm(projected[:, :, :latent], weight.shape, weight, eps)
+    key = into[:, :, latent:]
+    key.copy_(projected[:, :, latent:])
+    if rotation is not None:
+        rotate_in_place(key, rotation)

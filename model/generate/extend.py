@@ -1,0 +1,129 @@
+"""Several new tokens a row in one pass over the cache: what verifying a draft takes.
+
+Every matrix is read once for all of them, which is where speculative decoding gains. Kinds of attention that choose
+what a token reads (contextual positions, windows, top-k) attend token by token; their projections, like all of the
+rest, are shared only across rows there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model.generate.absorbed import AbsorbedAttention, rotate_in_place, write_latent
+from model.generate.attention_steps import DecodeAttention
+from model.generate.cache import LatentCache
+from model.generate.decoder import Decoder, DecoderLayer
+from model.generate.grouped_step import GroupedStep
+
+
+@dataclass(frozen=True)
+class Span:
+    """Where n new tokens of every row are.
+
+    Attributes:
+        column: the first one's column in the cache.
+        rotation: complex [rows, n, rotary_dim / 2].
+        bias: [rows, n, column + n], added to attention scores: -inf over padding and over later tokens.
+    """
+
+    column: int
+    rotation: Tensor
+    bias: Tensor
+
+    @classmethod
+    def at(cls, rotary: Tensor, cache: LatentCache, column: int, n: int) -> Span:
+        """Columns `column` to `column + n` of `cache`, whose rows may begin inside them."""
+        device = cache.padding.device
+        new = torch.arange(n, device=device)
+        positions = column + new - cache.padding[:, None]
+        later = torch.arange(column + n, device=device) > column + new[:, None]
+        bias = cache.bias[:, :, : column + n].masked_fill(later, -torch.inf)
+        # In the padding there is nothing to attend to, and a softmax over nothing would be nan: let it read anything.
+        bias = bias.masked_fill(positions[:, :, None] < 0, 0.0)
+        # Drafts may go past the end of the context; such tokens are never kept.
+        return cls(column, rotary[positions.clamp(0, len(rotary) - 1)], bias)
+
+
+@torch.inference_mode()
+def extend(decoder: Decoder, tokens: Tensor, cache: LatentCache) -> tuple[Tensor, Tensor]:
+    """Append tokens [rows, n] to every row, as n calls of `Decoder.step` would.
+
+    Returns:
+        Logits [rows, n, vocab_size] of the token after each, and the hidden states [rows, n, hidden_size] behind the
+        final norm.
+    """
+    model, n = decoder.model, tokens.shape[1]
+    span = Span.at(model.rotary, cache, cache.length, n)
+    x = F.embedding(tokens, model.embed_tokens.weight)
+    for index, passed in enumerate(decoder.passes(cache.layers)):
+        before = x
+        for layer, layer_cache in zip(decoder.layers, passed, strict=True):
+            x = extend_layer(layer, x, layer_cache, span)
+        x = decoder.after_pass(before, x, index)
+    cache.length += n
+    hidden = model.norm(x)
+    return hidden @ decoder.head, hidden
+
+
+def extend_layer(layer: DecoderLayer, x: Tensor, cache: Tensor, span: Span) -> Tensor:
+    """One block: x [rows, n, hidden_size] -> same; cache: this layer's [rows, capacity, width]."""
+    y = layer.input_norm(x)
+    attention = layer.attention
+    # Exactly these kinds: what derives from them reads the cache in a way of its own.
+    if type(attention) is AbsorbedAttention and not attention.contextual:
+        attended = _extend_absorbed(attention, y, x, cache, span)
+    elif type(attention) is GroupedStep:
+        attended = _extend_grouped(attention, y, x, cache, span)
+    else:
+        attended = _extend_by_steps(attention, y, x, cache, span)
+    return layer.feed_forward(attended.flatten(0, 1)).view_as(x)
+
+
+def _extend_by_steps(attention: DecodeAttention, y: Tensor, x: Tensor, cache: Tensor, span: Span) -> Tensor:
+    out = []
+    for i in range(y.shape[1]):
+        column = span.column + i
+        rotation, bias = span.rotation[:, i : i + 1], span.bias[:, i : i + 1, : column + 1]
+        out.append(attention.step(y[:, i], x[:, i], rotation, cache, bias, column))
+    return torch.stack(out, 1)
+
+
+def _extend_absorbed(attention: AbsorbedAttention, y: Tensor, x: Tensor, cache: Tensor, span: Span) -> Tensor:
+    """`AbsorbedAttention.step` where the new tokens of a row stand as further heads of it."""
+    rows, n, _ = y.shape
+    rotation, heads = span.rotation.flatten(0, 1).unsqueeze(1), attention.config.num_attention_heads
+    down = torch.mm(y.flatten(0, 1), attention.down)
+    norm, new = attention.inner.kv_a_layernorm, cache[:, span.column : span.column + n]
+    projected = down[:, attention.first_width :].unflatten(0, (rows, n))
+    write_latent(new, projected, norm.weight, norm.eps, span.rotation)
+    q = attention.in_latent_space(attention.queries(down[:, : attention.first_width]), rotation)
+    seen = cache[:, : span.column + n]
+    bias = span.bias.repeat_interleave(heads, 1)
+    scores = torch.baddbmm(bias, q.reshape(rows, n * heads, -1), seen.transpose(1, 2))
+    o = torch.bmm(torch.softmax(scores, -1), seen[:, :, : attention.config.kv_lora_rank])
+    o = o.reshape(rows * n, heads, -1)
+    if not attention.merged:
+        o = torch.bmm(o.transpose(0, 1), attention.value).transpose(0, 1)
+    return torch.addmm(x.flatten(0, 1), o.flatten(1), attention.out).view_as(x)
+
+
+def _extend_grouped(attention: GroupedStep, y: Tensor, x: Tensor, cache: Tensor, span: Span) -> Tensor:
+    """`GroupedStep.step` where the new tokens of a row stand as further queries of each group."""
+    rows, n, _ = y.shape
+    config = attention.config
+    heads, dim, groups = config.num_attention_heads, config.head_dim, config.num_kv_heads
+    projected = torch.mm(y.flatten(0, 1), attention.project)
+    turned = projected[:, : heads * dim + attention.keys].unflatten(1, (-1, dim))
+    rotate_in_place(turned, span.rotation.flatten(0, 1).unsqueeze(1))
+    cache[:, span.column : span.column + n] = projected[:, heads * dim :].unflatten(0, (rows, n))
+    q = projected[:, : heads * dim].view(rows, n, groups, heads // groups, dim).transpose(1, 2)
+    seen = cache[:, : span.column + n].unflatten(2, (2, groups, dim))
+    k, v = seen.permute(2, 0, 3, 1, 4).unbind(0)  # [rows, groups, columns, dim]
+    bias = span.bias.repeat_interleave(heads // groups, 1).unsqueeze(1)
+    out = F.scaled_dot_product_attention(q.flatten(2, 3), k, v, attn_mask=bias, scale=attention.inner.scale)
+    out = out.unflatten(2, (n, -1)).transpose(1, 2).reshape(rows * n, heads * dim)
+    return torch.addmm(x.flatten(0, 1), out, attention.out).view_as(x)

@@ -1,0 +1,98 @@
+"""Moving tokens to the rows where experts read them and back: gathers in both directions, forward and backward.
+
+Autograd would turn the backward of a gather into an accumulating scatter, several times slower than the gather that
+undoes it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which row each choice of a token is computed in.
+
+    Attributes:
+        source: [rows] the token that a row reads; a row of padding reads token 0.
+        place: [tokens, k] the row of each token's k-th choice.
+        counts: [experts] rows of each expert, padding included.
+    """
+
+    source: Tensor
+    place: Tensor
+    counts: Tensor
+
+
+def plan_rows(chosen: Tensor, num_experts: int, multiple: int = 1) -> Plan:
+    """Rows sorted by expert, each expert's rounded up to a multiple.
+
+    Args:
+        chosen: [tokens, k] the experts of each token.
+    """
+    flat, k = chosen.flatten(), chosen.shape[1]
+    order = flat.argsort(stable=True)
+    counts = torch.bincount(flat, minlength=num_experts)
+    places = torch.arange(flat.numel(), device=flat.device)
+    source = order // k
+    if multiple > 1:
+        padded = (counts + multiple - 1) // multiple * multiple
+        places = places + ((padded.cumsum(0) - padded) - (counts.cumsum(0) - counts)).index_select(0, flat[order])
+        source = source.new_zeros(int(padded.sum())).index_copy_(0, places, source)
+        counts = padded
+    place = torch.empty_like(order).index_copy_(0, order, places)
+    return Plan(source, place.view(-1, k), counts)
+
+
+class _Spread(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, source: Tensor, place: Tensor) -> Tensor:
+        ctx.save_for_backward(place)
+        return x.index_select(0, source)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (place,) = ctx.saved_tensors
+        return _sum_of_choices(grads[0], place), None, None
+
+
+class _Collect(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, source: Tensor, place: Tensor) -> Tensor:
+        ctx.save_for_backward(source)
+        return _sum_of_choices(rows, place)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (source,) = ctx.saved_tensors
+        return grads[0].index_select(0, source), None, None
+
+
+def _sum_of_choices(rows: Tensor, place: Tensor) -> Tensor:
+    """[rows, width] -> [tokens, width]."""
+    if place.shape[1] == 1:
+        return rows.index_select(0, place.flatten())
+    return F.embedding_bag(place, rows, mode="sum")  # gathers and adds in one pass
+
+
+def spread(x: Tensor, plan: Plan) -> Tensor:
+    """Every token into its rows: [tokens, width] -> [rows, width]. Gradients of rows of padding are lost."""
+    return _Spread.apply(x, plan.source, plan.place)
+
+
+def collect(rows: Tensor, plan: Plan) -> Tensor:
+    """Sum of every token's rows: [rows, width] -> [tokens, width].
+
+    Rows of padding get the gradient of token 0: the caller makes sure that nothing comes of it.
+    """
+    return _Collect.apply(rows, plan.source, plan.place)
+
+
+def spread_scales(scales: Tensor, plan: Plan) -> Tensor:
+    """[tokens, k] -> [rows, 1], zero for padding."""
+    return scales.new_zeros(len(plan.source), 1).index_put((plan.place.flatten(),), scales.reshape(-1, 1))

@@ -1,0 +1,46 @@
+"""Attention by blocks equals the formula, values and gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from model.attention.blocked import BlockedAttention
+from model.attention.core import document_mask
+
+
+def plain(q, k, v, mask, scale):
+    scores = q @ k.transpose(-1, -2) * scale
+    return scores.masked_fill(~mask, -torch.inf).softmax(-1) @ v
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 150), st.integers(1, 3), st.sampled_from([(8, 8), (12, 4), (4, 6)]), st.booleans(),
+       st.integers(0, 99))  # fmt: skip
+def test_blocks_equal_the_formula_for_any_length_and_widths(seq, heads, widths, packed, seed):
+    generator = torch.Generator().manual_seed(seed)
+    q, k = (torch.randn(2, heads, seq, widths[0], generator=generator, dtype=torch.float64) for _ in range(2))
+    v = torch.randn(2, heads, seq, widths[1], generator=generator, dtype=torch.float64)
+    doc_ids = torch.randint(0, 2, (2, seq), generator=generator).cumsum(1) if packed else torch.zeros(2, seq).long()
+    mask = document_mask(doc_ids)
+    inputs = [t.requires_grad_() for t in (q, k, v)]
+    # The block's softmax is in fp32.
+    ours = BlockedAttention.apply(q, k, v, mask if packed else None, 0.3, None)
+    expected = plain(q, k, v, mask, 0.3)
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+    grad = torch.randn(expected.shape, generator=generator, dtype=torch.float64)
+    for a, b in zip(torch.autograd.grad(ours, inputs, grad), torch.autograd.grad(expected, inputs, grad), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("seq", [64, 65, 200])
+def test_in_bf16_it_is_as_close_to_the_exact_result_as_torchs_kernel(seq):
+    generator = torch.Generator().manual_seed(seq)
+    q, k, v = (torch.randn(1, 2, seq, 16, generator=generator) for _ in range(3))
+    exact = plain(q, k, v, document_mask(torch.zeros(1, seq).long()), 0.25)
+    half = [t.bfloat16() for t in (q, k, v)]
+    ours = BlockedAttention.apply(*half, None, 0.25, None).float()
+    torchs = torch.nn.functional.scaled_dot_product_attention(*half, is_causal=True, scale=0.25).float()
+    assert (ours - exact).norm() < 1.5 * (torchs - exact).norm()

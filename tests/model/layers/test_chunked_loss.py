@@ -1,0 +1,100 @@
+"""The loss without logits equals the loss of logits, values and gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from model.layers import chunked_loss
+from model.layers.chunked_loss import loss_per_token, loss_sum
+from model.layers.linear import deferred_weight_gradients
+from model.parallel.collectives import LOCAL
+
+ROWS, VOCAB, WIDTH = 700, 96, 24
+
+
+def inputs(dtype: torch.dtype = torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(ROWS, WIDTH, generator=generator).to(dtype).requires_grad_()
+    weight = torch.nn.Parameter(torch.randn(VOCAB, WIDTH, generator=generator).to(dtype))
+    return x, weight, torch.randint(0, VOCAB, (ROWS,), generator=generator)
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    """Three chunks, the last one smaller."""
+    monkeypatch.setattr(chunked_loss, "CHUNK_ELEMENTS", {"cpu": 1})
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_per_token_loss_equals_cross_entropy_of_logits(temperature):
+    x, weight, labels = inputs()
+    ours = loss_per_token(x, weight, labels, LOCAL, temperature)
+    plain = F.cross_entropy(F.linear(x, weight) / temperature, labels, reduction="none")
+    torch.testing.assert_close(ours, plain)
+    grad = torch.randn(ROWS, generator=torch.Generator().manual_seed(1))
+    for a, b in zip(
+        torch.autograd.grad(ours, (x, weight), grad), torch.autograd.grad(plain, (x, weight), grad), strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_sum_equals_cross_entropy_of_logits_whatever_it_is_scaled_by():
+    x, weight, labels = inputs()
+    ours, plain = loss_sum(x, weight, labels, LOCAL), F.cross_entropy(F.linear(x, weight), labels, reduction="sum")
+    torch.testing.assert_close(ours, plain)
+    for a, b in zip(
+        torch.autograd.grad(ours / 3, (x, weight)), torch.autograd.grad(plain / 3, (x, weight)), strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_under_autocast_products_are_in_bf16_and_the_softmax_in_fp32():
+    x, weight, labels = inputs()
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = loss_sum(x, weight, labels, LOCAL)
+    logits = (x.bfloat16() @ weight.bfloat16().t()).float()
+    torch.testing.assert_close(ours, F.cross_entropy(logits, labels, reduction="sum"), rtol=1e-6, atol=0)
+    exact = torch.autograd.grad(loss_sum(x, weight, labels, LOCAL), weight)[0]
+    found = torch.autograd.grad(ours, weight)[0]
+    assert found.dtype == torch.float32
+    assert float((found - exact).norm() / exact.norm()) < 0.01
+
+
+@pytest.mark.parametrize("per_token", [False, True])
+def test_a_deferred_weight_gradient_is_the_same(per_token):
+    x, weight, labels = inputs()
+
+    def loss():
+        return loss_per_token(x, weight, labels, LOCAL, 1.0).sum() if per_token else loss_sum(x, weight, labels, LOCAL)
+
+    loss().backward()
+    expected, weight.grad = weight.grad, None
+    with deferred_weight_gradients() as queue:
+        loss().backward()
+    assert weight.grad is None
+    queue.run()
+    assert torch.equal(weight.grad, expected)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Numbers in the largest tensor that anything returned."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(tensor, torch.Tensor):
+                self.numel = max(self.numel, tensor.numel())
+        return out
+
+
+def test_no_tensor_is_as_large_as_the_logits():
+    x, weight, labels = inputs()
+    with LargestTensor() as seen:
+        loss_sum(x, weight, labels, LOCAL).backward()
+        loss_per_token(x, weight, labels, LOCAL, 1.0).sum().backward()
+    assert seen.numel == 256 * VOCAB < ROWS * VOCAB

@@ -1,0 +1,57 @@
+"""DyT against its formula; what a config makes of `norm`."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from model.config import ModelConfig
+from model.init import init_weights
+from model.layers.norm import DynamicTanh, RMSNorm, build_norm
+from model.transformer import Transformer
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dyt_is_weight_times_tanh_of_alpha_x_plus_bias(dtype):
+    generator = torch.Generator().manual_seed(0)
+    norm = DynamicTanh(6)
+    with torch.no_grad():
+        for parameter in norm.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    x = torch.randn(2, 3, 6, generator=generator).to(dtype)
+    want = norm.weight * torch.tanh(norm.alpha * x.float()) + norm.bias
+    assert norm(x).dtype == dtype
+    torch.testing.assert_close(norm(x), want.to(dtype))
+    torch.testing.assert_close(norm(x[0]), norm(x)[0], rtol=0, atol=0)
+
+
+def test_a_model_with_dyt_starts_as_the_paper_says_and_counts_its_weights():
+    config = ModelConfig(norm="dyt", initializer_range=0.1)
+    model = Transformer(config)
+    init_weights(model, config, seed=0)
+    assert sum(p.numel() for p in model.parameters()) == config.num_params()
+    norms = [module for module in model.modules() if isinstance(module, DynamicTanh)]
+    assert len(norms) == 2 * (config.num_hidden_layers + 1) + 1 + 3
+    for norm in norms:
+        assert norm.alpha.tolist() == [0.5] and (norm.weight == 1).all() and (norm.bias == 0).all()
+    # MLA's latents keep their own norm.
+    assert sum(isinstance(module, RMSNorm) for module in model.modules()) == 2 * (config.num_hidden_layers + 1)
+
+
+def test_the_default_is_rmsnorm_with_the_configs_epsilon():
+    norm = build_norm(ModelConfig(rms_norm_eps=0.5))
+    assert isinstance(norm, RMSNorm) and norm.eps == 0.5
+
+
+def test_rms_norm_trains_as_torchs_own():
+    generator = torch.Generator().manual_seed(0)
+    norm = RMSNorm(6, 1e-6)
+    with torch.no_grad():
+        norm.weight.copy_(torch.randn(6, generator=generator))
+    x = torch.randn(2, 3, 6, generator=generator, requires_grad=True)
+    ours, theirs = norm(x), torch.nn.functional.rms_norm(x, (6,), norm.weight, 1e-6)
+    torch.testing.assert_close(ours, theirs)
+    grad = torch.randn(x.shape, generator=generator)
+    inputs = (x, norm.weight)
+    for a, b in zip(torch.autograd.grad(ours, inputs, grad), torch.autograd.grad(theirs, inputs, grad), strict=True):
+        torch.testing.assert_close(a, b)
