@@ -7,11 +7,11 @@ arXiv:2405.04434, §2.1.2), so a step reads only the cached latents.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from model.attention.cope import position_logits
 from model.attention.mla import MultiHeadLatentAttention
+from model.layers.norm import rms_norm
 from model.layers.rope import apply_rotary
 
 
@@ -54,7 +54,7 @@ class AbsorbedAttention:
             q = first * inner.scale
         else:
             norm = inner.q_a_layernorm
-            q = torch.mm(F.rms_norm(first, norm.weight.shape, norm.weight, norm.eps), self.query)
+            q = torch.mm(rms_norm(first, norm.weight, norm.eps), self.query)
         return q.unflatten(1, (self.config.num_attention_heads, -1))
 
     def in_latent_space(self, q: Tensor, rotation: Tensor) -> Tensor:
@@ -114,7 +114,7 @@ def rotate_in_place(x: Tensor, rotation: Tensor) -> None:
 def write_latent(into: Tensor, projected: Tensor, weight: Tensor, eps: float, rotation: Tensor | None) -> None:
     """Normalised latent and shared key, rotated if at all, into the cache: both [rows, n, width]."""
     latent = weight.shape[0]
-    into[:, :, :latent] = F.rms_norm(projected[:, :, :latent], weight.shape, weight, eps)
+    into[:, :, :latent] = rms_norm(projected[:, :, :latent], weight, eps)
     key = into[:, :, latent:]
     key.copy_(projected[:, :, latent:])
     if rotation is not None:

@@ -15,54 +15,14 @@ from torch import Tensor
 
 from model.generate.attention_steps import build_decode_attention
 from model.generate.cache import LatentCache
+from model.generate.fast_experts import FastExperts
 from model.layers.feed_forward import FeedForward
-from model.moe.experts import MixtureOfExperts, RoutedExperts
+from model.moe.experts import MixtureOfExperts
 from model.mtp import MultiTokenPredictor
 from model.transformer import Block, Transformer
 
-# Up to this many rows, running every expert on every row is quicker than sorting rows by expert (measured on CPU).
-DENSE_EXPERT_ROWS = 32
 # Tokens of prefix that run through the model at once; bounds the memory of masks and activations.
 PREFILL_TOKENS = 16384
-
-
-class FastExperts:
-    """Routed experts without autograd's bookkeeping. Weights are stored [experts, in, out]."""
-
-    def __init__(self, experts: RoutedExperts):
-        self.gate_up = experts.gate_up_proj.transpose(1, 2).contiguous()
-        self.down = experts.down_proj.transpose(1, 2).contiguous()
-        self.num_experts, self.hidden, width = self.gate_up.shape
-        self.inner = width // 2
-
-    def __call__(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
-        """x [rows, hidden]; indices, weights [rows, k] -> [rows, hidden]."""
-        if x.shape[0] <= DENSE_EXPERT_ROWS and self.num_experts <= DENSE_EXPERT_ROWS:
-            return self._all(x, indices, weights)
-        return self._sorted(x, indices, weights)
-
-    def _all(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
-        share = torch.zeros(x.shape[0], self.num_experts, device=x.device).scatter_(1, indices, weights).to(x.dtype)
-        inner = self._activate(torch.matmul(x, self.gate_up))  # [experts, rows, inner]
-        return torch.bmm(inner.mul_(share.t().unsqueeze(2)), self.down).sum(0)
-
-    def _sorted(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
-        chosen = indices.flatten()
-        order = chosen.argsort(stable=True)
-        counts = torch.bincount(chosen, minlength=self.num_experts).tolist()
-        row = order // indices.shape[1]
-        gate_up = self._per_expert(x[row], self.gate_up, counts)
-        inner = self._activate(gate_up).mul_(weights.flatten()[order].unsqueeze(1).to(x.dtype))
-        return torch.zeros_like(x).index_add_(0, row, self._per_expert(inner, self.down, counts))
-
-    def _activate(self, gate_up: Tensor) -> Tensor:
-        return F.silu(gate_up[..., : self.inner]).mul_(gate_up[..., self.inner :])
-
-    def _per_expert(self, x: Tensor, weight: Tensor, counts: list[int]) -> Tensor:
-        out = x.new_empty(x.shape[0], weight.shape[2])
-        for rows, into, w in zip(x.split(counts), out.split(counts), weight, strict=True):
-            torch.mm(rows, w, out=into)
-        return out
 
 
 class DecoderLayer:

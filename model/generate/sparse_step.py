@@ -7,12 +7,12 @@ then reads the latents of the `index_topk` tokens it chose: attention's work no 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from model.attention.indexer import highest, index_scores
 from model.attention.sparse import SparseAttention
 from model.generate.absorbed import AbsorbedAttention
+from model.layers.norm import rms_norm
 
 
 class SparseStep(AbsorbedAttention):
@@ -53,7 +53,7 @@ class SparseStep(AbsorbedAttention):
     def _chosen(self, x: Tensor, first: Tensor, rotation: Tensor, seen: Tensor, bias: Tensor) -> Tensor:
         """Columns the new token reads, in any order: [rows, index_topk]; a short row fills up with its padding."""
         norm, indexer = self.inner.q_a_layernorm, self.indexer
-        query_latent = F.rms_norm(first, norm.weight.shape, norm.weight, norm.eps)
+        query_latent = rms_norm(first, norm.weight, norm.eps)
         q = torch.mm(query_latent, self.index_query).view(len(x), 1, indexer.heads, indexer.dim)
         q, weights = indexer.rotate(q, rotation), indexer.weights(x).unsqueeze(1)
         scores = index_scores(q, seen[:, :, self.latent_width :], weights) + bias

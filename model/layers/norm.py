@@ -11,6 +11,13 @@ from torch import Tensor, nn
 from model.config import ModelConfig
 
 
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / rms(x) * weight, without gradients: [..., dim] -> same. On a CPU torch's own takes half as long again."""
+    if x.device.type != "cpu" or x.dtype != torch.float32:
+        return F.rms_norm(x, weight.shape, weight, eps)
+    return (x * x.square().mean(-1, keepdim=True).add_(eps).rsqrt_()).mul_(weight)
+
+
 class _RmsNorm(torch.autograd.Function):
     """x / rms(x) * weight in fp32, in fewer passes over memory than autograd makes of it."""
 
@@ -40,9 +47,15 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., dim] -> [..., dim], in the dtype of `x`."""
-        if x.device.type == "cpu" and torch.is_grad_enabled():
-            return _RmsNorm.apply(x.float(), self.weight.float(), self.eps).to(x.dtype)
-        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+        exact = x if x.dtype == torch.float32 else x.float()
+        weight = self.weight if self.weight.dtype == torch.float32 else self.weight.float()
+        if not torch.is_grad_enabled():
+            out = rms_norm(exact, weight, self.eps)
+        elif x.device.type == "cpu":
+            out = _RmsNorm.apply(exact, weight, self.eps)
+        else:
+            out = F.rms_norm(exact, weight.shape, weight, self.eps)
+        return out if x.dtype == torch.float32 else out.to(x.dtype)
 
 
 class DynamicTanh(nn.Module):

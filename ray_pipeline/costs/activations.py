@@ -10,35 +10,46 @@ from collections.abc import Iterable, Iterator
 
 from model.config import ModelConfig
 from ray_pipeline.costs.attention import attention_pairs, attention_tokens
-from ray_pipeline.costs.kernels import Kernels, block_norm_bytes, read_bytes
+from ray_pipeline.costs.kernels import Kernels, block_norm_bytes, expected_rows, read_bytes
+from ray_pipeline.costs.loss import INDEX, loss_tokens, makes_gradients_ahead, num_heads
 from ray_pipeline.costs.weights import Weight, head_weight, layer_weights, mtp_projection
 from ray_pipeline.costs.workload import BF16, FP32, Part, Workload
 
-INDEX = 8  # bytes of an int64
 
-
-def dense_tokens(work: Workload, on: Kernels, copies: int = 2) -> int:
+def dense_tokens(work: Workload, copies: int = 2) -> int:
     """Norm and SwiGLU, per token."""
     model = work.model
     inner = model.intermediate_size // work.layout.tp
     # gate, silu(gate), up and their product
-    return block_norm_bytes(work, on) + read_bytes(model.hidden_size, work, copies) + 4 * inner * work.element
+    return block_norm_bytes(work) + read_bytes(model.hidden_size, work, copies) + 4 * inner * work.element
 
 
-def expert_tokens(work: Workload, on: Kernels, copies: int = 2) -> int:
-    """Norm, router, routed and shared experts, per token, with routing in balance."""
+def expert_tokens(work: Workload, copies: int = 2) -> int:
+    """Norm, router and shared experts, per token, and where its rows among the routed ones are."""
     model, a, k = work.model, work.element, work.model.num_experts_per_tok
     hidden, inner = model.hidden_size, model.moe_intermediate_size // work.layout.tp
     copies = copies if model.n_shared_experts else 0
-    total = block_norm_bytes(work, on) + read_bytes(hidden, work, copies, as_fp32=True)
-    total += _router(model)
-    exchanged = work.layout.ep > 1
-    # Four permutations of the chosen rows as int64: by expert (rows, weights), and back; two more after an exchange.
-    total += k * INDEX * (3 if not exchanged else 6)
-    rows = hidden * a + 5 * inner * a  # input; gate and up, silu(gate), silu(gate) * up, and that times the weight
-    total += k * (rows + a)
-    total += 4 * (model.n_shared_experts * inner) * a
-    return total
+    total = block_norm_bytes(work) + read_bytes(hidden, work, copies, as_fp32=True)
+    total += _router(model) + k * INDEX
+    if work.layout.ep > 1:  # the places of the rows that are sent, and the tokens that they are of
+        total += 2 * k * INDEX
+    return total + 4 * (model.n_shared_experts * inner) * a
+
+
+def routed_rows(work: Workload, on: Kernels) -> int:
+    """Rows that this rank's routed experts compute of a micro-batch, with routing in balance."""
+    model = work.model
+    # Of all ranks that share the experts out: this rank has 1 / ep of the experts, and of what they are sent.
+    tokens, multiple = work.tokens_at_once * work.layout.ep, on.row_multiple if work.bf16 else 1
+    return expected_rows(tokens, model.num_experts_per_tok, model.n_routed_experts, multiple) // work.layout.ep
+
+
+def routed_bytes(work: Workload, on: Kernels) -> int:
+    """What the routed experts keep of a micro-batch."""
+    hidden, inner = work.model.hidden_size, work.model.moe_intermediate_size // work.layout.tp
+    # The token it is of; input; gate and up; the weight; silu(gate) * up times the weight.
+    row = INDEX + work.element * (hidden + 2 * inner + 1 + inner)
+    return routed_rows(work, on) * row
 
 
 def _router(model: ModelConfig) -> int:
@@ -56,8 +67,10 @@ def layer_bytes(work: Workload, on: Kernels, layer: int) -> int:
         return tokens * FP32 * model.hidden_size  # its input alone
     # The matmul before an MTP block makes its stream bf16, of which matmuls share one tensor.
     copies = 1 if layer >= model.num_hidden_layers else 2
-    feed_forward = expert_tokens if model.is_moe_layer(layer) else dense_tokens
-    rest = tokens * feed_forward(work, on, copies)
+    if model.is_moe_layer(layer):
+        rest = tokens * expert_tokens(work, copies) + routed_bytes(work, on)
+    else:
+        rest = tokens * dense_tokens(work, copies)
     if checkpointing == "selective":
         return tokens * FP32 * model.hidden_size + rest
     return tokens * attention_tokens(work, on, copies) + attention_pairs(work, on) + rest
@@ -72,29 +85,18 @@ def cast_weights(work: Workload, weights: Iterable[Weight]) -> int:
 
 
 def tail_bytes(work: Workload, on: Kernels) -> int:
-    """What the end of the model keeps of one micro-batch besides its layers and logits: norm, head, MTP modules."""
+    """What the end of the model keeps of one micro-batch besides its layers: norm, loss, MTP modules."""
     model, tokens = work.model, work.tokens_at_once
-    head = read_bytes(model.hidden_size, work, 1) + INDEX + 1  # labels, and which of them count
-    total = tokens * (block_norm_bytes(work, on) + head)
+    total = tokens * (block_norm_bytes(work) + num_heads(work) * loss_tokens(work))
     if work.trains_mtp:
-        per_module = tokens * (_joined(work, on) + head) + layer_bytes(work, on, model.num_hidden_layers)
+        per_module = tokens * _joined(work) + layer_bytes(work, on, model.num_hidden_layers)
         total += model.num_nextn_predict_layers * (per_module + rotation_bytes(work))
     return total
 
 
-def logits_bytes(work: Workload) -> int:
-    """Log-probabilities of one head on one micro-batch: this rank's slice of the vocabulary, fp32 at any precision."""
-    return work.tokens_at_once * FP32 * work.model.vocab_size // work.layout.tp
-
-
-def num_heads(work: Workload) -> int:
-    """Times that the head is applied: by the model itself and by each MTP module in training."""
-    return 1 + (work.model.num_nextn_predict_layers if work.trains_mtp else 0)
-
-
-def _joined(work: Workload, on: Kernels) -> int:
+def _joined(work: Workload) -> int:
     """An MTP module around its block: two norms, their outputs side by side into one matmul, and a norm after it."""
-    return 3 * block_norm_bytes(work, on) + work.element * 2 * work.model.hidden_size
+    return 3 * block_norm_bytes(work) + work.element * 2 * work.model.hidden_size
 
 
 def rotation_bytes(work: Workload) -> int:
@@ -128,13 +130,14 @@ def kept_casts(work: Workload, part: Part) -> Iterator[Weight]:
                     again = model.recursion_depth if weight.expert and layer < model.num_hidden_layers else 1
                     yield from [weight] * again
     if part.last:
-        yield head_weight(model)
+        if not makes_gradients_ahead(work):
+            yield head_weight(model)
         if work.trains_mtp:
             yield from [mtp_projection(model)] * model.num_nextn_predict_layers
 
 
 def part_bytes(work: Workload, on: Kernels, part: Part) -> int:
-    """Everything that one micro-batch in flight keeps on a part of the pipeline, its log-probabilities left out."""
+    """Everything that one micro-batch in flight keeps on a part of the pipeline, but for the loss's `kept_bytes`."""
     total = work.model.recursion_depth * sum(layer_bytes(work, on, layer) for layer in part.layers)
     total += recursion_bytes(work)
     total += rotation_bytes(work) + carried_bytes(work, part) + cast_weights(work, kept_casts(work, part))

@@ -20,17 +20,17 @@ def attention_tokens(work: Workload, on: Kernels, copies: int = 2) -> int:
     """
     model = work.model
     matmuls = copies if copies == 1 or model.is_latent else 2 if model.attention == "mqa" else 3
-    total = block_norm_bytes(work, on) + read_bytes(model.hidden_size, work, matmuls)
-    total += (_latents(work, on) if model.is_latent else 0) + _core_tokens(work, on)
+    total = block_norm_bytes(work) + read_bytes(model.hidden_size, work, matmuls)
+    total += (_latents(work) if model.is_latent else 0) + _core_tokens(work, on)
     return total + (indexer_tokens(work, copies) if model.attention == "dsa" else 0)
 
 
-def _latents(work: Workload, on: Kernels) -> int:
+def _latents(work: Workload) -> int:
     model, total = work.model, 0
     if model.q_lora_rank is not None:
-        total += norm_bytes(model.q_lora_rank, on) + read_bytes(model.q_lora_rank, work, 1)
+        total += norm_bytes(model.q_lora_rank) + read_bytes(model.q_lora_rank, work, 1)
     # In fp32 the latent is a view that keeps the rotary key beside it alive.
-    total += norm_bytes(model.kv_lora_rank, on) + read_bytes(model.kv_lora_rank, work, 1)
+    total += norm_bytes(model.kv_lora_rank) + read_bytes(model.kv_lora_rank, work, 1)
     return total + (0 if work.bf16 else FP32 * model.qk_rope_head_dim)
 
 

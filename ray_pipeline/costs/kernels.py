@@ -7,6 +7,8 @@ fp32 all readers share one tensor.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
+from math import erf, sqrt
 
 from ray_pipeline.costs.workload import BF16, FP32, Workload
 
@@ -16,35 +18,37 @@ class Kernels:
     """What differs between devices.
 
     Attributes:
-        fused_norm: RMSNorm is one kernel; else the normalised input is kept too.
         blocked_attention: rows of up to so many tokens keep attention's probabilities, by blocks of `BLOCK` queries.
         shares_heads: fused attention reads one key head for several query heads; else keys and values are repeated.
+        row_multiple: an expert's rows are rounded up to it where matrix products are in bf16.
+        loss_elements: logits that a loss has at a time (`model.layers.chunked_loss`).
     """
 
-    fused_norm: bool
     blocked_attention: int = 0
     shares_heads: bool = False
+    row_multiple: int = 1
+    loss_elements: int = 2**27
 
 
 BLOCK, WORTH_CHOOSING = 64, 128  # queries and keys (`model.attention.blocked`)
 
 
 def kernels(device: str) -> Kernels:
-    """On CPU torch computes RMSNorm from smaller operations, and attention is our own (`model.attention.core`)."""
+    """On CPU attention is our own (`model.attention.core`), and experts' rows are padded (`model.moe.experts`)."""
     if device == "cpu":
-        return Kernels(fused_norm=False, blocked_attention=2048, shares_heads=True)
-    return Kernels(fused_norm=True)
+        return Kernels(blocked_attention=2048, shares_heads=True, row_multiple=64, loss_elements=2**21)
+    return Kernels()
 
 
-def norm_bytes(width: int, on: Kernels, kept: int = FP32) -> int:
-    """Its input in fp32 (`kept` bytes a number) and the inverse root mean square; the output is its reader's."""
-    return kept * width + FP32 + (0 if on.fused_norm else FP32 * width)
+def norm_bytes(width: int) -> int:
+    """Its input in fp32 and the inverse root mean square; the output is its reader's."""
+    return FP32 * width + FP32
 
 
-def block_norm_bytes(work: Workload, on: Kernels) -> int:
+def block_norm_bytes(work: Workload) -> int:
     """The norm in front of a sublayer; DyT keeps its input and the hyperbolic tangent."""
     width = work.model.hidden_size
-    return 2 * FP32 * width if work.model.norm == "dyt" else norm_bytes(width, on)
+    return 2 * FP32 * width if work.model.norm == "dyt" else norm_bytes(width)
 
 
 def read_bytes(width: int, work: Workload, matmuls: int, *, as_fp32: bool = False) -> int:
@@ -52,3 +56,19 @@ def read_bytes(width: int, work: Workload, matmuls: int, *, as_fp32: bool = Fals
     if not work.bf16:
         return FP32 * width
     return BF16 * width * matmuls + (FP32 * width if as_fp32 else 0)
+
+
+@cache
+def expected_rows(tokens: int, chosen: int, experts: int, multiple: int) -> int:
+    """Rows that `experts` compute when tokens choose among them evenly and independently, padding included.
+
+    An expert's number of tokens is binomial, here as its normal limit; every multiple that it exceeds adds one more.
+    """
+    if multiple == 1:
+        return tokens * chosen
+    share = chosen / experts
+    mean, deviation = tokens * share, sqrt(tokens * share * (1 - share))
+    if not deviation:
+        return experts * -(-tokens // multiple) * multiple
+    begun = (0.5 * (1 - erf((i + 0.5 - mean) / (deviation * sqrt(2)))) for i in range(0, tokens, multiple))
+    return round(experts * multiple * sum(begun))

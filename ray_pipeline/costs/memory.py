@@ -1,7 +1,7 @@
 """Bytes that a rank holds at its fullest moment, by kind.
 
 The schedule is played once: activations come with every forward and go with its backward, gradients and buckets are
-there from the first backward on, and the optimizer's update is a moment of its own.
+there from the first backward on, and the loss and the optimizer's update are moments of their own.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-from ray_pipeline.costs.activations import cast_weights, layer_bytes, logits_bytes, num_heads, part_bytes
+from ray_pipeline.costs.activations import cast_weights, layer_bytes, part_bytes
 from ray_pipeline.costs.kernels import Kernels, kernels
+from ray_pipeline.costs.loss import backward_bytes, forward_bytes, kept_bytes
 from ray_pipeline.costs.weights import Weight, layer_weights, part_weights
 from ray_pipeline.costs.workload import FP32, Part, Workload, without_checkpointing
 from ray_pipeline.engine import zero_settings
@@ -70,6 +71,24 @@ class _Held:
     largest_map: int
 
 
+@dataclass(frozen=True)
+class _Moment:
+    """Of a pass over the schedule.
+
+    Attributes:
+        activations: bytes. losses: micro-batches whose loss waits for its backward.
+        have: weights have gradients. sending: they are being moved into messages to replicas.
+        part: what runs, if anything.
+    """
+
+    name: str
+    activations: int
+    losses: int
+    have: bool
+    sending: bool = False
+    part: Part | None = None
+
+
 def _held(work: Workload, weights: Iterable[Weight]) -> _Held:
     layout, full, shard, largest, persistent, gathered, maps, largest_map = work.layout, 0, 0, 0, 0, 0, 0, 0
     for weight in weights:
@@ -96,7 +115,7 @@ def rank_memory(work: Workload, pp_rank: int, device: str) -> Memory:
     parts = work.parts_of_rank(pp_rank)
     held = _held(work, (weight for part in parts for weight in part_weights(work.model, part.layers)))
     steady = _steady(work, held, parts, device)
-    moments = [_with(steady, moment) for moment in _backwards(work, held, parts, pp_rank, device)]
+    moments = [_with(steady, moment) for moment in _passes(work, held, parts, pp_rank, device)]
     moments.append(_with(steady, _update(work, held)))
     return max(moments, key=lambda memory: memory.total)
 
@@ -144,48 +163,61 @@ def _frozen_numbers(work: Workload, stages: list[int]) -> int:
     return sum(weight.local(work.layout.tp, work.layout.ep) for weight in weights)
 
 
-def _backwards(work: Workload, held: _Held, parts: list[Part], pp_rank: int, device: str) -> Iterator[Memory]:
-    """Begin and end of every backward, deduplicated."""
+def _passes(work: Workload, held: _Held, parts: list[Part], pp_rank: int, device: str) -> Iterator[Memory]:
+    """Every loss, and begin and end of every backward, deduplicated."""
     on, layout = kernels(device), work.layout
+    by_stage = {part.stage: part for part in parts}
     size = {part.stage: part_bytes(work, on, part) for part in parts}
-    logits = {part.stage: num_heads(work) * logits_bytes(work) if part.last else 0 for part in parts}
-    passing = {part.stage: _passing(work, held, on, part) for part in parts}
     # Once the pipeline is full, further micro-batches only repeat what was there.
-    schedule = build_schedule(layout.schedule, layout.pp, min(work.micro_batches, 4 * layout.pp))
-    gradients = FP32 * {0: held.full, 1: held.full, 2: held.shard, 3: 0}[layout.zero_stage]
-    if layout.offload_optimizer:
-        gradients = 0  # they gather in CPU memory
-    live = kept_logits = 0
-    after_first = False
+    count = min(work.micro_batches, 4 * layout.pp)
+    schedule = build_schedule(layout.schedule, layout.pp, count)
+    sends = layout.zero_stage == 0 and work.replicas > 1 and not schedule.splits_backward
+    live = losses = 0  # bytes of activations; micro-batches whose loss waits for its backward
+    have = False
     seen = set()
     for action in schedule.actions[pp_rank]:
-        stage = action.stage
+        part, found = by_stage[action.stage], []
         if action.kind == "F":
-            live, kept_logits = live + size[stage], kept_logits + logits[stage]
-            continue
-        ends = action.kind in ("B", "W")
-        found = [(live, kept_logits, stage, after_first)] if action.kind in ("B", "I") else []
-        if ends:
-            live, kept_logits = live - size[stage], kept_logits - logits[stage]
-            after_first = True
-            found.append((live, kept_logits, -1, True))
+            live, losses = live + size[part.stage], losses + part.last
+            found = [_Moment("loss", live, losses, have, part=part)] if part.last else []
+        elif action.kind in ("B", "I"):
+            found = [_Moment("backward", live, losses, have, sends and action.micro_batch == count - 1, part)]
+        if action.kind in ("B", "W"):
+            live, losses, have = live - size[part.stage], losses - part.last, True
+            found.append(_Moment("backward", live, losses, have))
         for moment in found:
-            if moment in seen:
-                continue
-            seen.add(moment)
-            activations, held_logits, running, have = moment
-            buffers = {"logits": held_logits} | _messages(work)
-            if have:
-                buffers |= _reducing(work, held, device)
-            if layout.zero_stage == 3:
-                buffers["gathered weights"] = FP32 * min(held.gathered, zero_settings.LIVE)
-            for name, extra in passing.get(running, {}).items():
-                buffers[name] = buffers.get(name, 0) + extra
-            yield Memory("backward", 0, gradients if have else 0, 0, activations, buffers)
+            if moment not in seen:
+                seen.add(moment)
+                yield from _filled(work, held, device, moment)
 
 
-def _passing(work: Workload, held: _Held, on: Kernels, part: Part) -> dict[str, int]:
-    """What one backward needs besides what it finds: whichever of its beginnings takes most."""
+def _filled(work: Workload, held: _Held, device: str, moment: _Moment) -> Iterator[Memory]:
+    """What is there at a moment, with each of the things that what runs may need for a while."""
+    layout, part, on = work.layout, moment.part, kernels(device)
+    # Offloaded, they gather in CPU memory.
+    kept = 0 if layout.offload_optimizer else {0: held.full, 1: held.full, 2: held.shard, 3: 0}[layout.zero_stage]
+    buffers = {key: moment.losses * size for key, size in kept_bytes(work).items()} | _messages(work)
+    if moment.have:
+        buffers |= _reducing(work, held, device)
+    if moment.sending:
+        buffers["message of gradients"] = _message_bytes(held)
+    if layout.zero_stage == 3:
+        buffers["gathered weights"] = FP32 * min(held.gathered, zero_settings.LIVE)
+    needs: list[dict[str, int]] = [{}]
+    if part is not None:
+        loss = moment.name == "loss"
+        needs = [forward_bytes(work, on)] if loss else _passing(work, held, on, part, moment.have)
+    for need in needs:
+        both = {key: buffers.get(key, 0) + need.get(key, 0) for key in buffers | need}
+        yield Memory(moment.name, 0, FP32 * kept if moment.have else 0, 0, moment.activations, both)
+
+
+def _passing(work: Workload, held: _Held, on: Kernels, part: Part, have: bool) -> list[dict[str, int]]:
+    """What one backward needs besides what it finds, at each of its beginnings: the loss's, and the deepest layer's.
+
+    Args:
+        have: weights have gradients already, to which those of the head are added at once.
+    """
     model, tokens, layout = work.model, work.tokens_at_once, work.layout
     layer = part.layers.stop - 1
     if part.last and work.trains_mtp:
@@ -199,12 +231,12 @@ def _passing(work: Workload, held: _Held, on: Kernels, part: Part) -> dict[str, 
         again = layer_bytes(fully, on, layer) - layer_bytes(work, on, layer) + cast_weights(work, kept)
     rows = tokens * (model.num_experts_per_tok if model.is_moe_layer(layer) else 1)
     flowing = 2 * rows * model.hidden_size * work.element + work.element * held.largest
+    within = {"gradients in passing": flowing, "computed again": again}
     if not part.last:
-        return {"gradients in passing": flowing, "computed again": again}
-    # Gradients of the log-probabilities and of the logits, before anything of the head is let go.
-    if 2 * logits_bytes(work) >= flowing + again - logits_bytes(work):
-        return {"logits": 2 * logits_bytes(work)}
-    return {"gradients in passing": flowing, "computed again": again, "logits": -logits_bytes(work)}
+        return [within]
+    if have and not work.trains_mtp:  # else the head's gradients wait for those of its first use, or are the first
+        within |= {name: -size for name, size in kept_bytes(work).items()}
+    return [backward_bytes(work, on), within]
 
 
 def _messages(work: Workload) -> dict[str, int]:
@@ -224,14 +256,18 @@ def _reducing(work: Workload, held: _Held, device: str) -> dict[str, int]:
     return {"bucket": buckets * FP32 * zero_settings.reduce_bucket(held.full)}
 
 
+def _message_bytes(held: _Held) -> int:
+    """ZeRO 0 moves gradients into messages, one after another, and lets go of what was moved."""
+    return FP32 * min(held.full, max(zero_settings.MESSAGE, held.largest))
+
+
 def _update(work: Workload, held: _Held) -> Memory:
-    """Reduce, clip, step: ZeRO 0 copies gradients into messages, one at a time."""
+    """Reduce, clip, step."""
     zero = work.layout.zero_stage
     gradients = FP32 * {0: held.full, 1: held.full, 2: held.shard, 3: 0}[zero]
     buffers: dict[str, int] = {}
     if zero == 0:
-        message = min(held.full, max(zero_settings.MESSAGE, held.largest))
-        buffers["message of gradients"] = FP32 * message if work.replicas > 1 else 0
+        buffers["message of gradients"] = _message_bytes(held) if work.replicas > 1 else 0
         buffers["squares of gradients"] = FP32 * held.largest if work.replicas == 1 else 0
     elif zero < 3:
         buffers["own share of the gradients"] = FP32 * held.shard

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from ray_pipeline.costs.attention import core_flops
 from ray_pipeline.costs.hardware_table import Hardware
 from ray_pipeline.costs.kernels import kernels
+from ray_pipeline.costs.loss import computes_logits_again
 from ray_pipeline.costs.traffic import Group, Traffic, boundary_bytes, groups, part_messages, rank_traffic
 from ray_pipeline.costs.weights import layer_weights
 from ray_pipeline.costs.workload import Part, Workload
@@ -42,7 +43,7 @@ def flops_per_token(work: Workload) -> int:
 
 
 def part_flops(work: Workload, part: Part) -> tuple[int, int]:
-    """What one rank computes for one micro-batch of a part: (forward, what checkpointing computes again).
+    """What one rank computes for one micro-batch of a part: (forward, what is computed again in backward).
 
     With packed documents attention is computed under a mask, on a GPU over whole rows.
     """
@@ -64,6 +65,7 @@ def part_flops(work: Workload, part: Part) -> tuple[int, int]:
     if part.last:
         head = 2 * model.vocab_size * model.hidden_size // layout.tp
         forward += (1 + depths) * head + depths * 4 * model.hidden_size**2
+        again += head if computes_logits_again(work) else 0
     return work.tokens_at_once * forward, work.tokens_at_once * again
 
 

@@ -12,10 +12,10 @@ from itertools import pairwise
 
 from model.config import ModelConfig
 from model.parallel.placement import ranks_of
-from ray_pipeline.costs.activations import num_heads
 from ray_pipeline.costs.attention import entering, key_heads
 from ray_pipeline.costs.hardware_table import Hardware
 from ray_pipeline.costs.indexer import indexer_messages
+from ray_pipeline.costs.loss import computes_logits_again, num_heads
 from ray_pipeline.costs.weights import part_weights
 from ray_pipeline.costs.workload import FP32, Part, Workload
 from ray_pipeline.engine import zero_settings
@@ -123,8 +123,9 @@ def part_messages(work: Workload, part: Part) -> dict[str, tuple[int, int]]:
     if part.first:
         total["tp"][0] += stream  # every rank looks up its slice of the vocabulary
     if part.last:
-        total["tp"][0] += num_heads(work) * 2 * _ring(3 * FP32 * work.tokens_at_once, tp)  # normalisers, not logits
-        total["tp"][1] += num_heads(work) * stream
+        normalisers = 2 * _ring(3 * FP32 * work.tokens_at_once, tp)  # logits are not sent
+        total["tp"][0] += num_heads(work) * normalisers
+        total["tp"][1] += num_heads(work) * (stream + (normalisers if computes_logits_again(work) else 0))
     return {axis: (forward, backward) for axis, (forward, backward) in total.items()}
 
 

@@ -66,6 +66,7 @@ def test_one_rank_needs_what_is_predicted(precision: str) -> None:
 @pytest.mark.parametrize(
     ("sizes", "options"),
     [
+        ({"dp": 2}, {}),
         ({"pp": 2, "dp": 2}, {"zero_stage": 1}),
         ({"tp": 2, "sp": 2}, {"zero_stage": 2}),
         ({"dp": 2, "ep": 2}, {"zero_stage": 3}),
@@ -79,7 +80,6 @@ def test_ranks_need_what_is_predicted(sizes: dict[str, int], options: dict[str, 
 @pytest.mark.parametrize(
     ("sizes", "options"),
     [
-        ({"dp": 2}, {}),
         ({"dp": 2}, {"zero_stage": 1}),
         ({"dp": 2}, {"zero_stage": 2}),
         ({"dp": 2}, {"zero_stage": 3}),

@@ -96,3 +96,9 @@ def test_every_pass_through_the_stack_computes_it_anew() -> None:
     (first, _), (all_of_them, _) = (part_flops(each, each.parts[0]) for each in (once, thrice))
     head = once.tokens_at_once * 2 * EVEN.vocab_size * EVEN.hidden_size
     assert all_of_them - head == 3 * (first - head)
+
+
+def test_grpo_computes_its_logits_twice() -> None:
+    plain, grpo = work(), replace(work(), stage="grpo")
+    head = plain.tokens_at_once * 2 * EVEN.vocab_size * EVEN.hidden_size
+    assert part_flops(grpo, grpo.parts[0]) == (part_flops(plain, plain.parts[0])[0], head)

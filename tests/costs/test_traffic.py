@@ -85,6 +85,13 @@ def test_checkpointing_repeats_the_messages_of_what_it_computes_again() -> None:
     assert ep[0] == ep[1] and 2 * ep[2] == 3 * ep[0]
 
 
+def test_grpo_exchanges_the_normalisers_of_its_logits_in_backward_too() -> None:
+    """Highest logit, sum and the label's own, of every token: an all-reduce among two sends each once, in fp32."""
+    plain = replace(work(tp=2), trains_mtp=False)
+    more = sent(replace(plain, stage="grpo"))["tp", "all-reduce"] - sent(plain)["tp", "all-reduce"]
+    assert more == plain.micro_batches * 3 * 4 * plain.tokens_at_once
+
+
 def test_rank_numbers_decide_which_groups_leave_a_node() -> None:
     h100 = find_hardware("h100")
     sizes = groups(work(pp=2, dp=4, sp=2, tp=2))

@@ -1,0 +1,91 @@
+"""What the loss keeps for the backward pass, and what it needs while it is computed, by training stage.
+
+Cross-entropy makes its gradients in the forward pass, a few rows of logits at a time (`model.layers.chunked_loss`).
+GRPO, which learns a token's weight only afterwards, computes logits again. Distillation holds whole distributions.
+"""
+
+from __future__ import annotations
+
+from ray_pipeline.costs.kernels import Kernels
+from ray_pipeline.costs.workload import BF16, FP32, Workload
+
+INDEX = 8  # bytes of an int64
+
+
+def num_heads(work: Workload) -> int:
+    """Times that the head is applied: by the model itself and by each MTP module in training."""
+    return 1 + (work.model.num_nextn_predict_layers if work.trains_mtp else 0)
+
+
+def _head_numbers(work: Workload) -> int:
+    """This rank's slice of the head's weight."""
+    return work.model.vocab_size // work.layout.tp * work.model.hidden_size
+
+
+def logits_bytes(work: Workload) -> int:
+    """One distribution over this rank's slice of the vocabulary for every token of a micro-batch, in fp32."""
+    return work.tokens_at_once * FP32 * work.model.vocab_size // work.layout.tp
+
+
+def makes_gradients_ahead(work: Workload) -> bool:
+    """Whether the forward pass ends with the gradients of the head and of its input; else it keeps what they need."""
+    return work.stage not in ("grpo", "distillation")
+
+
+def computes_logits_again(work: Workload) -> bool:
+    """Whether the backward pass begins with the head's forward."""
+    return work.stage == "grpo"
+
+
+def loss_tokens(work: Workload) -> int:
+    """Per token and head: the head's input or its gradient, and which tokens count.
+
+    GRPO's labels too, and four numbers that its ratio, clipping and advantage leave.
+    """
+    return work.element * work.model.hidden_size + 1 + (INDEX + 4 * FP32 if computes_logits_again(work) else 0)
+
+
+def kept_bytes(work: Workload) -> dict[str, int]:
+    """What a micro-batch keeps besides, by name; cross-entropy the same for any number of tokens."""
+    if work.stage == "distillation":  # the student's log-probabilities and the teacher's probabilities
+        return {"logits": 2 * logits_bytes(work)}
+    if makes_gradients_ahead(work):
+        return {"gradients of the head": num_heads(work) * FP32 * _head_numbers(work)}
+    return {}
+
+
+def _chunk_bytes(work: Workload, on: Kernels, *, gradients: bool) -> int:
+    """Logits at a time: a chunk in fp32 and, as the product made it, in bf16, while the one before is still held.
+
+    Args:
+        gradients: they are made of it: in bf16 a tensor of their own, and a product with the states of the chunk.
+    """
+    vocab, other = work.model.vocab_size // work.layout.tp, BF16 if work.bf16 else 0
+    size = max(256, on.loss_elements // vocab)
+    now, before = min(size, work.tokens_at_once), min(size, max(0, work.tokens_at_once - size))
+    product = other * _head_numbers(work) * gradients
+    return now * vocab * (FP32 + other) + max(before * vocab * (FP32 + other * gradients), product)
+
+
+def forward_bytes(work: Workload, on: Kernels) -> dict[str, int]:
+    """What the end of the model has besides what it keeps, when its last loss is computed: by name."""
+    if work.stage == "distillation":  # logits, the teacher's log-probabilities, their difference and its product
+        return {"logits": 4 * logits_bytes(work)}
+    # The hidden states and those that count; under autocast once more, and the head's weight. GRPO keeps what it reads.
+    ahead, numbers = makes_gradients_ahead(work), work.tokens_at_once * work.model.hidden_size
+    states = numbers * (FP32 + (FP32 if ahead or work.bf16 else 0))
+    casts = BF16 * (numbers + _head_numbers(work)) if work.bf16 and ahead else 0
+    return {"chunk of logits": _chunk_bytes(work, on, gradients=ahead), "loss": states + casts}
+
+
+def backward_bytes(work: Workload, on: Kernels) -> dict[str, int]:
+    """What the backward pass of the loss needs besides what it finds, by name."""
+    if work.stage == "distillation":
+        return {"logits": logits_bytes(work)}
+    if makes_gradients_ahead(work):  # in bf16 once more, on their way to the weight
+        return {"loss": BF16 * _head_numbers(work) if work.bf16 else 0}
+    return {
+        "chunk of logits": _chunk_bytes(work, on, gradients=True),
+        "gradients of the head": FP32 * _head_numbers(work),
+        "loss": work.tokens_at_once * work.model.hidden_size * work.element,
+    }

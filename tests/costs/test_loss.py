@@ -1,0 +1,105 @@
+"""What a loss takes, by training stage, against the bytes that are live while it runs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from model.config import ModelConfig
+from model.layers.chunked_loss import CHUNK_ELEMENTS
+from model.parallel.mesh import Mesh, MeshSizes
+from model.parallel.shard import build_part
+from ray_pipeline.costs.kernels import kernels
+from ray_pipeline.costs.loss import backward_bytes, forward_bytes, kept_bytes, logits_bytes, loss_tokens
+from ray_pipeline.costs.measure import LiveBytes, reachable_tensors
+from ray_pipeline.costs.memory import rank_memory
+from ray_pipeline.costs.workload import FP32, Workload
+from ray_pipeline.data.batch import Batch
+from ray_pipeline.layout import Layout
+from ray_pipeline.objectives.cross_entropy import CrossEntropy
+from ray_pipeline.objectives.distillation import ForwardKl
+from ray_pipeline.objectives.grpo import Grpo
+
+MODEL = ModelConfig(
+    vocab_size=4096, hidden_size=192, intermediate_size=64, num_hidden_layers=1, first_k_dense_replace=1,
+    num_nextn_predict_layers=0, max_position_embeddings=1024,
+)  # fmt: skip
+ROWS, SEQ = 2, 1024
+STAGES = ("pretrain", "grpo", "distillation")
+PRECISIONS = pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+
+
+def of(stage: str, bf16: bool, **changes: Any) -> Workload:
+    model = replace(MODEL, **changes)
+    ahead = model.num_nextn_predict_layers > 0
+    return Workload(
+        stage, model, Layout(), rows=ROWS, seq_len=SEQ, micro_batch=ROWS, steps=1, bf16=bf16, trains_mtp=ahead
+    )
+
+
+def measured(stage: str, bf16: bool) -> tuple[int, int, int]:
+    """Bytes above those before: at the fullest moment of the forward, after it, and at the fullest of the backward."""
+    part = build_part(MODEL, range(1), Mesh(MeshSizes())).train()
+    hidden = torch.randn(ROWS, SEQ, MODEL.hidden_size, requires_grad=True)
+    tokens = torch.randint(0, MODEL.vocab_size, (ROWS, SEQ))
+    extras = {
+        "advantages": torch.randn(ROWS, SEQ), "old_logprobs": torch.randn(ROWS, SEQ),
+        "teacher_hidden": torch.randn(ROWS, SEQ, MODEL.hidden_size),
+    }  # fmt: skip
+    batch = Batch(tokens, tokens.roll(-1, 1), torch.zeros_like(tokens), extras)
+    teacher = build_part(MODEL, range(1), Mesh(MeshSizes())).lm_head.requires_grad_(False)
+    objective: Any = {
+        "pretrain": CrossEntropy(), "distillation": ForwardKl(2.0, teacher),
+        "grpo": Grpo(beta=0.0, clip_low=0.2, clip_high=0.2, temperature=1.0),
+    }[stage]  # fmt: skip
+    for tensor in (hidden, part.lm_head.weight):
+        tensor.grad = torch.zeros_like(tensor)
+    with LiveBytes(reachable_tensors()) as live:
+        before = live.live
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            loss = objective(part, hidden, None, batch)[0]
+        forward, kept = live.peak - before, live.live - before
+        live.peak = live.live
+        loss.backward()
+        return forward, kept, live.peak - before
+
+
+@PRECISIONS
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_loss_keeps_and_needs_what_the_formula_says(stage: str, bf16: bool) -> None:
+    work, on = of(stage, bf16), kernels("cpu")
+    forward, kept, backward = measured(stage, bf16)
+    cast = 2 * MODEL.vocab_size * MODEL.hidden_size if bf16 and stage != "pretrain" else 0  # `kept_casts`
+    predicted = work.tokens_at_once * loss_tokens(work) + sum(kept_bytes(work).values()) + cast
+    assert predicted == pytest.approx(kept, rel=0.02)
+    states = work.tokens_at_once * FP32 * MODEL.hidden_size  # the hidden states themselves: here before
+    assert predicted + sum(forward_bytes(work, on).values()) - states == pytest.approx(forward, rel=0.05)
+    assert predicted + sum(backward_bytes(work, on).values()) == pytest.approx(backward, rel=0.05)
+
+
+def test_what_cross_entropy_keeps_does_not_grow_with_the_vocabulary_times_tokens() -> None:
+    """A head's gradient, however long the rows; distillation holds two distributions a token."""
+    ce, kl = of("pretrain", False), of("distillation", False)
+    longer = [replace(work, seq_len=2 * SEQ) for work in (ce, kl)]
+    assert kept_bytes(longer[0]) == kept_bytes(ce) == {"gradients of the head": 4 * 4096 * MODEL.hidden_size}
+    assert kept_bytes(longer[1]) == {"logits": 4 * logits_bytes(kl)}
+    assert forward_bytes(longer[0], kernels("cpu"))["chunk of logits"] == 2 * FP32 * CHUNK_ELEMENTS["cpu"]
+
+
+def test_every_mtp_module_keeps_gradients_of_the_head_of_its_own() -> None:
+    plain, ahead = of("pretrain", False), of("pretrain", False, num_nextn_predict_layers=2)
+    assert kept_bytes(ahead)["gradients of the head"] == 3 * kept_bytes(plain)["gradients of the head"]
+
+
+def test_logits_at_a_time_are_the_models() -> None:
+    for device in ("cpu", "cuda"):
+        assert kernels(device).loss_elements == CHUNK_ELEMENTS[device]
+
+
+def test_a_loss_can_be_the_fullest_moment() -> None:
+    wide = of("distillation", False, vocab_size=65536)
+    memory = rank_memory(wide, 0, "cpu")
+    assert memory.moment == "loss" and memory.buffers["logits"] == 6 * logits_bytes(wide)
