@@ -73,7 +73,9 @@ def jobs(kinds: Sequence[str], shapes: Sequence[str], threads: Sequence[int], *,
         rows = 2 if quick else {"tiny": 16, "14m": 8}[shape]
         for precision in ("fp32", "bf16"):
             for count in threads:
-                common: dict[str, Any] = {"shape": shape, "precision": precision, "threads": count, "rounds": rounds, "device": device}
+                common: dict[str, Any] = {
+                    "shape": shape, "precision": precision, "threads": count, "rounds": rounds, "device": device,
+                }  # fmt: skip
                 if "train" in kinds:
                     out.append(Job("train", rows=rows, **common))
                 if "decode" in kinds and precision == "fp32":
