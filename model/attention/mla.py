@@ -48,24 +48,16 @@ class MultiHeadLatentAttention(nn.Module):
         if config.position == "cope":
             self.position_embedding = nn.Parameter(torch.zeros(config.cope_positions, config.qk_head_dim))
 
-    def queries(self, x: Tensor) -> Tensor:
-        """[batch, seq, hidden] -> [batch, seq, heads / tp, qk_head_dim], not yet rotated (eqs. 6-9)."""
-        if self.config.q_lora_rank is None:
-            q = self.q_proj(copy_to(x, self.tp))
-        else:
-            q = self.q_b_proj(copy_to(self.q_a_layernorm(self.q_a_proj(x)), self.tp))
-        return q.unflatten(-1, (-1, self.config.qk_head_dim))
+    def query_latent(self, x: Tensor) -> Tensor:
+        """What queries are expanded from: [batch, seq, q_lora_rank] (eq. 6), or x itself where there is no rank."""
+        return x if self.config.q_lora_rank is None else self.q_a_layernorm(self.q_a_proj(x))
 
-    def forward(self, x: Tensor, rotation: Tensor, mask: Tensor | None) -> Tensor:
-        """Attend within documents.
-
-        Args:
-            x: [batch, seq / sp, hidden_size].
-            rotation: complex [batch or 1, seq / sp, qk_rope_head_dim / 2]; contextual positions leave it aside.
-            mask: bool [batch, 1, seq, seq], or None for plain causal attention.
-        """
+    def heads(self, query_latent: Tensor, x: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of whole rows (eqs. 1-9): [batch, seq, heads / (tp * sp), width]."""
         config = self.config
-        q_nope, q_rope = self.queries(x).split([config.qk_nope_head_dim, config.qk_rope_head_dim], -1)
+        expand = self.q_proj if config.q_lora_rank is None else self.q_b_proj
+        q = expand(copy_to(query_latent, self.tp)).unflatten(-1, (-1, config.qk_head_dim))
+        q_nope, q_rope = q.split([config.qk_nope_head_dim, config.qk_rope_head_dim], -1)
         latent, k_rope = self.kv_a_proj_with_mqa(x).split([config.kv_lora_rank, config.qk_rope_head_dim], -1)
         # Every rank has the whole latent; each expands its own heads from it.
         latent, k_rope = copy_to(self.kv_a_layernorm(latent), self.tp), copy_to(k_rope, self.tp)
@@ -76,11 +68,22 @@ class MultiHeadLatentAttention(nn.Module):
             q_rope, k_rope = apply_rotary(q_rope, rotation), apply_rotary(k_rope, rotation)
         q = torch.cat([q_nope, q_rope], -1)
         k = torch.cat([k_nope, k_rope.expand(*k_nope.shape[:3], -1)], -1)
-        if self.sp.size > 1:  # one message for all three
-            widths = [q.shape[-1], k.shape[-1], v.shape[-1]]
-            q, k, v = heads_for_positions(torch.cat([q, k, v], -1), self.sp).split(widths, -1)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        if config.position == "cope":
+        if self.sp.size == 1:
+            return q, k, v
+        widths = [q.shape[-1], k.shape[-1], v.shape[-1]]  # one message for all three
+        q, k, v = heads_for_positions(torch.cat([q, k, v], -1), self.sp).split(widths, -1)
+        return q, k, v
+
+    def forward(self, x: Tensor, rotation: Tensor, mask: Tensor | None) -> Tensor:
+        """Attend within documents.
+
+        Args:
+            x: [batch, seq / sp, hidden_size].
+            rotation: complex [batch or 1, seq / sp, qk_rope_head_dim / 2]; contextual positions leave it aside.
+            mask: bool [batch, 1, seq, seq], or None for plain causal attention.
+        """
+        q, k, v = (t.transpose(1, 2) for t in self.heads(self.query_latent(x), x, rotation))
+        if self.config.position == "cope":
             # Each rank has the whole table and uses it for its heads alone.
             table = copy_to(self.position_embedding, self.tp)
             out = contextual_attention(q, k, v, table, scale=self.scale, mask=mask)

@@ -17,8 +17,7 @@ from model.attention.indexer import Indexer, select
 from model.attention.mla import MultiHeadLatentAttention
 from model.auxiliary import add_loss, current_scale
 from model.config import ModelConfig
-from model.layers.rope import apply_rotary
-from model.parallel.collectives import copy_to, heads_for_positions, positions_for_heads, reduce_from
+from model.parallel.collectives import heads_for_positions, positions_for_heads, reduce_from
 
 
 class SparseAttention(MultiHeadLatentAttention):
@@ -40,8 +39,8 @@ class SparseAttention(MultiHeadLatentAttention):
 
     def forward(self, x: Tensor, rotation: Tensor, mask: Tensor | None) -> Tensor:
         """Attend within documents; arguments as MLA's."""
-        query_latent = self.q_a_layernorm(self.q_a_proj(x))
-        q, k, v = self._heads(query_latent, x, rotation)
+        query_latent = self.query_latent(x)
+        q, k, v = self.heads(query_latent, x, rotation)
         seq = q.shape[1]
         dense = seq <= self.config.index_topk or (self.warming_up and self.training)
         wants_loss = current_scale() is not None
@@ -60,24 +59,6 @@ class SparseAttention(MultiHeadLatentAttention):
             return out
         loss = indexer_kl(index, q.detach(), k.detach(), read, self.scale, tp=self.tp, sp=self.sp)
         return add_loss(out, loss, "indexer_kl")
-
-    def _heads(self, query_latent: Tensor, x: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values of whole rows: [batch, seq, heads / (tp * sp), width] (V3's eqs. 1-9)."""
-        config = self.config
-        q = self.q_b_proj(copy_to(query_latent, self.tp)).unflatten(-1, (-1, config.qk_head_dim))
-        q_nope, q_rope = q.split([config.qk_nope_head_dim, config.qk_rope_head_dim], -1)
-        latent, k_rope = self.kv_a_proj_with_mqa(x).split([config.kv_lora_rank, config.qk_rope_head_dim], -1)
-        latent, k_rope = copy_to(self.kv_a_layernorm(latent), self.tp), copy_to(k_rope, self.tp)
-        kv = self.kv_b_proj(latent).unflatten(-1, (-1, config.qk_nope_head_dim + config.v_head_dim))
-        k_nope, v = kv.split([config.qk_nope_head_dim, config.v_head_dim], -1)
-        k_rope = apply_rotary(k_rope.unsqueeze(2), rotation).expand(*k_nope.shape[:3], -1)
-        q = torch.cat([q_nope, apply_rotary(q_rope, rotation)], -1)
-        k = torch.cat([k_nope, k_rope], -1)
-        if self.sp.size == 1:
-            return q, k, v
-        widths = [q.shape[-1], k.shape[-1], v.shape[-1]]
-        q, k, v = heads_for_positions(torch.cat([q, k, v], -1), self.sp).split(widths, -1)
-        return q, k, v
 
     def _selected(self, index: Index, visible: Tensor) -> Tensor:
         """What every query of whole rows reads: bool [batch, seq, seq]."""
