@@ -1,6 +1,7 @@
 """Losses of the first 50 steps of a preset, written down once: a change of arithmetic anywhere shows here.
 
-The data are sequences with a rule, so that the loss (MTP's tenth included) falls. Medium and large presets do not fit a test machine.
+The data are sequences with a rule, so that the loss (MTP's tenth included) falls. Medium and large presets do not fit
+a test machine.
 """
 
 from __future__ import annotations
