@@ -16,6 +16,7 @@ from torch import Tensor
 
 BLOCK = 64
 WORTH_CHOOSING = 128  # keys before the window: of fewer it is quicker to meet all (measured)
+NARROW = 32  # heads below are no quicker by blocks in fp32 (measured), and the fused kernel keeps no probabilities
 LONGEST = 2048  # probabilities are kept for backward, [seq, seq / 2] a head; behind this the fused kernel is used
 
 

@@ -8,7 +8,15 @@ from __future__ import annotations
 from math import gcd
 
 from ray_pipeline.costs.indexer import indexer_flops, indexer_tokens
-from ray_pipeline.costs.kernels import BLOCK, WORTH_CHOOSING, Kernels, block_norm_bytes, norm_bytes, read_bytes
+from ray_pipeline.costs.kernels import (
+    BLOCK,
+    NARROW,
+    WORTH_CHOOSING,
+    Kernels,
+    block_norm_bytes,
+    norm_bytes,
+    read_bytes,
+)
 from ray_pipeline.costs.workload import BF16, FP32, Workload
 
 
@@ -74,8 +82,10 @@ def entering(work: Workload) -> int:
 
 
 def _by_blocks(work: Workload, on: Kernels) -> bool:
-    window = work.model.sliding_window if work.model.attention == "sliding" else work.seq_len
-    return min(window, work.seq_len) <= on.blocked_attention
+    sliding = work.model.attention == "sliding"
+    window = work.model.sliding_window if sliding else work.seq_len
+    quicker = work.model.qk_head_dim >= NARROW or work.bf16 or sliding
+    return quicker and min(window, work.seq_len) <= on.blocked_attention
 
 
 def _met(work: Workload) -> int:

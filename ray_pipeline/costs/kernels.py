@@ -30,7 +30,7 @@ class Kernels:
     loss_elements: int = 2**27
 
 
-BLOCK, WORTH_CHOOSING = 64, 128  # queries and keys (`model.attention.blocked`)
+BLOCK, WORTH_CHOOSING, NARROW = 64, 128, 32  # queries, keys, features of a head (`model.attention.blocked`)
 
 
 def kernels(device: str) -> Kernels:

@@ -18,7 +18,7 @@ from model.parallel.mesh import Mesh, MeshSizes
 from model.parallel.shard import build_part
 from model.transformer import Block
 from ray_pipeline.costs.activations import cast_weights, layer_bytes, part_bytes
-from ray_pipeline.costs.kernels import BLOCK, WORTH_CHOOSING, expected_rows, kernels
+from ray_pipeline.costs.kernels import BLOCK, NARROW, WORTH_CHOOSING, expected_rows, kernels
 from ray_pipeline.costs.loss import kept_bytes as kept_by_loss
 from ray_pipeline.costs.weights import layer_weights
 from ray_pipeline.costs.workload import Workload
@@ -123,7 +123,7 @@ def test_fused_attention_keeps_what_the_formula_says(
 def test_the_sizes_of_blocks_are_the_models() -> None:
     on = kernels("cpu")
     assert (on.blocked_attention, BLOCK, on.shares_heads) == (LONGEST, blocked.BLOCK, core.shares_heads("cpu"))
-    assert WORTH_CHOOSING == blocked.WORTH_CHOOSING
+    assert (WORTH_CHOOSING, NARROW) == (blocked.WORTH_CHOOSING, blocked.NARROW)
     assert kernels("cuda").shares_heads == core.shares_heads("cuda")
 
 
