@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
@@ -13,7 +13,7 @@ from ray_pipeline.data.chat import DEEPSEEK_TEMPLATE
 from ray_pipeline.data.tasks import SFT_MIX, draw_unique
 from ray_pipeline.data.text import document_at
 from ray_pipeline.data.tokenizer import load_tokenizer
-from ray_pipeline.data.tokenizer_files import BOS, EOS, copy_pretrained, save_trained, train_bpe
+from ray_pipeline.data.tokenizer_files import BOS, EOS, SPECIAL, THINK, copy_pretrained, save_trained, train_bpe
 from ray_pipeline.errors import UserError
 
 TEXTS = [document_at(0, index) for index in range(400)]
@@ -29,7 +29,9 @@ LATER_TURNS_REWRITE = DEEPSEEK_TEMPLATE.replace(
     "message['content'] + eos_token",
     "(message['content'] if loop.last else message['content'].split('</think>')[-1]) + eos_token",
 )
-plain = st.text(alphabet=st.characters(exclude_categories=["Cs"]), max_size=60)
+anything = st.text(alphabet=st.characters(exclude_categories=["Cs"]), max_size=60)
+# transformers reads the name of a special token inside a text as that token, ours does not: no equality there.
+plain = anything.filter(lambda text: not any(token in text for token in SPECIAL + THINK))
 roles = st.lists(st.tuples(plain, plain), min_size=1, max_size=3)
 
 
@@ -103,7 +105,8 @@ def test_documents_take_100_to_200_tokens(tokenizer):
     assert 100 < sum(lengths) / len(lengths) < 200
 
 
-@given(plain)
+@given(anything)
+@example("<｜▁pad▁｜>")
 def test_text_comes_back_byte_for_byte(tokenizer, text):
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
