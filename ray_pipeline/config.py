@@ -5,23 +5,57 @@ This file is the schema alone; `config_load` reads YAML, environment and flags i
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
 
 from model.config import ModelConfig
+from ray_pipeline.config_base import Fraction, OptimizerConfig, Section, TrainingConfig
+from ray_pipeline.config_post_training import (
+    DistillationConfig,
+    DpoConfig,
+    EvaluationConfig,
+    GrpoConfig,
+    LoraConfig,
+    RolloutConfig,
+    ScoringConfig,
+    SftConfig,
+    StudentConfig,
+    ToolsConfig,
+)
 
-STAGES = ("data_prep", "pretrain", "sft", "grpo", "distillation", "export")
-TRAINING_STAGES = ("pretrain", "sft", "grpo", "distillation")
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+__all__ = [
+    "STAGES",
+    "TRAINING_STAGES",
+    "DataConfig",
+    "DistillationConfig",
+    "DpoConfig",
+    "EvaluationConfig",
+    "ExportConfig",
+    "GrpoConfig",
+    "InitFromConfig",
+    "LayoutConfig",
+    "LoraConfig",
+    "ModalConfig",
+    "OptimizerConfig",
+    "PipelineFields",
+    "PretrainConfig",
+    "RolloutConfig",
+    "ScoringConfig",
+    "Section",
+    "SftConfig",
+    "SourceConfig",
+    "StudentConfig",
+    "TokenizerConfig",
+    "ToolsConfig",
+    "TrackingConfig",
+    "TrainingConfig",
+]
 
-
-class Section(BaseModel):
-    """A group of settings. Unknown keys are refused."""
-
-    model_config = ConfigDict(extra="forbid", validate_default=True, protected_namespaces=())
+STAGES = ("data_prep", "pretrain", "sft", "dpo", "grpo", "distillation", "export")
+TRAINING_STAGES = ("pretrain", "sft", "dpo", "grpo", "distillation")
+StageName = Literal["data_prep", "pretrain", "sft", "dpo", "grpo", "distillation", "export"]
 
 
 class LayoutConfig(Section):
@@ -69,7 +103,10 @@ class DataConfig(Section):
 
     pretrain: list[SourceConfig] = Field(default_factory=lambda: [SourceConfig(name="builtin", licence="Apache-2.0")])
     sft: str = Field("builtin", description="conversations: builtin, jsonl/parquet path or datasets name")
-    prompts: str = Field("builtin", description="questions with answers for GRPO and evaluation, same forms")
+    prompts: str = Field(
+        "builtin", description='questions with answers for GRPO and evaluation, same forms, or "reasoning_gym:task"'
+    )
+    preferences: str = Field("builtin", description="pairs of a chosen and a rejected answer for DPO, same forms")
     seq_len: PositiveInt = Field(256, description="tokens per packed row")
     builtin_documents: PositiveInt = Field(20000, description="documents the built-in text generator writes")
     builtin_conversations: PositiveInt = 20000
@@ -101,42 +138,6 @@ class InitFromConfig(Section):
     max_file_bytes: PositiveInt = Field(100_000_000_000, description="a larger weight file is refused")
 
 
-class OptimizerConfig(Section):
-    """AdamW (arXiv:1711.05101) with a warm-up and a cosine or warm-up-stable-decay schedule (arXiv:2404.06395)."""
-
-    name: Literal["adamw", "muon", "sgd"] = Field(
-        "adamw",
-        description="muon: orthogonalised momentum for matrices (arXiv:2502.16982), with AdamW's lr and decay; "
-        "sgd: no moments, no decay; to check gradients with",
-    )
-    momentum: Fraction = Field(0.95, description="of muon")
-    lr: PositiveFloat = 1e-3
-    min_lr_ratio: Fraction = 0.1
-    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
-    warmup_steps: NonNegativeInt = 20
-    decay_fraction: Fraction = Field(0.2, description="wsd: the last share of steps in which the rate falls")
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: PositiveFloat = 1e-8
-    weight_decay: float = Field(0.1, ge=0.0)
-    grad_clip: PositiveFloat = 1.0
-
-
-class TrainingConfig(Section):
-    """What every training stage has."""
-
-    steps: PositiveInt = 100
-    batch_size: PositiveInt = Field(32, description="rows of seq_len tokens per optimizer step, over all ranks")
-    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
-    precision: Literal["fp32", "bf16", "fp8"] = Field(
-        "fp32", description="of matrix products; fp8: bf16, and the blocks' linear layers in 8 bits (DeepSeek-V3, §3.3)"
-    )
-    eval_every: PositiveInt = 100
-    checkpoint_every: PositiveInt = 50
-    keep_checkpoints: PositiveInt = 2
-    keep_best: bool = Field(True, description="keep the checkpoint with the best evaluation too, and name it")
-    log_every: PositiveInt = 5
-
-
 class PretrainConfig(TrainingConfig):
     """Next-token cross-entropy plus multi-token prediction."""
 
@@ -148,73 +149,13 @@ class PretrainConfig(TrainingConfig):
     )
 
 
-class SftConfig(TrainingConfig):
-    """Cross-entropy on the assistant's tokens and their stop token."""
-
-    mtp_loss_weight: float = Field(0.1, ge=0.0)
-
-
-class GrpoConfig(TrainingConfig):
-    """Group-relative policy optimisation (arXiv:2402.03300). `batch_size` is not used: rollouts decide the rows."""
-
-    prompts_per_step: PositiveInt = 32
-    group_size: Annotated[int, Field(ge=2)] = 8
-    updates_per_rollout: PositiveInt = Field(1, description="optimizer steps per batch of rollouts")
-    beta: float = Field(0.01, ge=0.0, description="weight of the KL to the frozen SFT model; 0 drops the reference")
-    clip_low: PositiveFloat = 0.2
-    clip_high: PositiveFloat = 0.2
-    max_new_tokens: PositiveInt = 96
-    think_budget: NonNegativeInt | None = Field(
-        None, description="tokens inside <think> before </think> is written for the model; no limit without"
-    )
-    speculative: bool = Field(False, description="the MTP modules draft tokens of the rollouts; the same distribution")
-    temperature: PositiveFloat = 1.0
-    answer_reward: float = 1.0
-    format_reward: float = 0.1
-
-
-class StudentConfig(Section):
-    """What of the teacher's architecture is smaller in the student; the rest is copied from `model`."""
-
-    num_hidden_layers: PositiveInt = 3
-    num_nextn_predict_layers: NonNegativeInt = 0
-    hidden_size: PositiveInt | None = None
-    intermediate_size: PositiveInt | None = None
-    moe_intermediate_size: PositiveInt | None = None
-    n_routed_experts: PositiveInt | None = None
-    num_experts_per_tok: PositiveInt | None = None
-
-    def applied_to(self, teacher: ModelConfig) -> ModelConfig:
-        """The student's architecture: the teacher's with the keys given here."""
-        return replace(teacher, **{key: value for key, value in self.model_dump().items() if value is not None})
-
-
-class DistillationConfig(TrainingConfig):
-    """Forward KL from the teacher's logits (arXiv:1503.02531) on conversations and the teacher's own answers."""
-
-    student: StudentConfig = Field(default_factory=StudentConfig)
-    temperature: PositiveFloat = 1.0
-    init: Literal["teacher_layers", "random"] = Field("teacher_layers", description="where the student's weights start")
-    teacher_answers: NonNegativeInt = Field(
-        2000, description="answers the teacher writes to training prompts; the right ones are added to the data"
-    )
-
-
-class EvaluationConfig(Section):
-    """Held-out questions, answered greedily."""
-
-    questions: PositiveInt = Field(300, description="of data.heldout_questions, how many each evaluation asks")
-    max_new_tokens: PositiveInt = 96
-    min_gain: Fraction = Field(0.01, description="a stage that gains less over its input LEARNED NOTHING")
-
-
 class ExportConfig(Section):
     """What is written at the end and how it is checked."""
 
-    source: Literal["grpo", "distillation"] = Field(
-        "grpo", description="the stage whose weights are exported as the model; the student is exported beside it"
+    source: Literal["pretrain", "sft", "dpo", "grpo", "distillation"] | None = Field(
+        None, description="whose weights are exported; default: the last before distillation, the student beside it"
     )
-    gguf: list[Literal["f32", "f16", "q8_0"]] = ["f32", "f16", "q8_0"]
+    gguf: list[Literal["f32", "f16", "q8_0"]] = Field(["f32", "f16", "q8_0"], description="kinds of GGUF file")
     dtype: Literal["float32", "bfloat16"] = "float32"
     licence: str = Field("apache-2.0", description="of the exported weights, written into the model card and GGUF")
 
@@ -248,6 +189,10 @@ class PipelineFields(Section):
     model_size: Literal["tiny", "small", "medium", "large"] | None = Field(
         None, description="a preset for `model`; keys given there win"
     )
+    stages: list[StageName] = Field(
+        ["data_prep", "pretrain", "sft", "grpo", "distillation", "export"],
+        description="those of the run; dpo is optional, and pretrain can be left out with init_from",
+    )
     model: ModelConfig = Field(default_factory=ModelConfig)
     layout: LayoutConfig = Field(default_factory=LayoutConfig)
     data: DataConfig = Field(default_factory=DataConfig)
@@ -255,6 +200,7 @@ class PipelineFields(Section):
     init_from: InitFromConfig = Field(default_factory=InitFromConfig)
     pretrain: PretrainConfig = Field(default_factory=PretrainConfig)
     sft: SftConfig = Field(default_factory=SftConfig)
+    dpo: DpoConfig = Field(default_factory=DpoConfig)
     grpo: GrpoConfig = Field(default_factory=GrpoConfig)
     distillation: DistillationConfig = Field(default_factory=DistillationConfig)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)

@@ -9,7 +9,8 @@ from typing import Any
 
 from model.convert.gguf_rules import check_gguf, gguf_gap
 from model.convert.hf_config import published_family, unpublished_reason
-from ray_pipeline.config import TRAINING_STAGES, PipelineFields
+from ray_pipeline.config import STAGES, TRAINING_STAGES, PipelineFields
+from ray_pipeline.stage_chain import POLICY_STAGES, chain, exported_stage
 
 _FOLDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
@@ -18,6 +19,7 @@ def problems(config: PipelineFields) -> list[str]:
     """Everything that cannot work, as `key=value: reason. Way out.`"""
     return [
         *_not_finite(config.model_dump(), ""),
+        *_chain(config),
         *_architecture(config),
         *_lengths(config),
         *_data(config),
@@ -66,6 +68,26 @@ def _not_finite(value: Any, key: str) -> Iterator[str]:
         yield f"{key}={value}: must be a finite number"
 
 
+def _chain(config: PipelineFields) -> Iterator[str]:
+    """Stages without what they read."""
+    stages, listed = chain(config), config.stages
+    if len(set(listed)) < len(listed):
+        yield f"stages={listed}: a stage is named twice; each runs once, in the order {', '.join(STAGES)}"
+    if "data_prep" not in stages:
+        yield f"stages={listed}: every other stage reads data_prep's data. Add data_prep; what is done is reused."
+    policies = [stage for stage in stages if stage in POLICY_STAGES]
+    needs_weights = policies[:1] or [stage for stage in stages if stage == "distillation"]
+    teacher = config.distillation.teacher is not None and not policies
+    if needs_weights and needs_weights[0] != "pretrain" and config.init_from.path is None and not teacher:
+        yield (
+            f"stages={listed}: {needs_weights[0]} starts from weights that no stage makes. Add pretrain, or give a "
+            "model folder with --init-from."
+        )
+    source = config.export.source
+    if "export" in stages and (exported_stage(config) is None or (source is not None and source not in stages)):
+        yield f"stages={listed}, export.source={source}: no stage makes these weights. Add it, or leave out export."
+
+
 def _architecture(config: PipelineFields) -> Iterator[str]:
     try:
         config.model.validate()
@@ -79,7 +101,7 @@ def _architecture(config: PipelineFields) -> Iterator[str]:
         yield f"distillation.student: {error}"
         return
     if config.export.gguf:
-        exported = config.model if config.export.source == "grpo" else student
+        exported = student if exported_stage(config) == "distillation" else config.model
         try:
             if gguf_gap(exported) is None:  # else none is written
                 check_gguf(exported)

@@ -16,21 +16,15 @@ from typing import Any
 from ray_pipeline.artifacts import file_sha256
 from ray_pipeline.config import STAGES, TRAINING_STAGES, PipelineFields
 from ray_pipeline.errors import UserError
+from ray_pipeline.stage_chain import chain, input_stage, upstream
 
-UPSTREAM: dict[str, tuple[str, ...]] = {
-    "data_prep": (),
-    "pretrain": ("data_prep",),
-    "sft": ("data_prep", "pretrain"),
-    "grpo": ("data_prep", "sft"),
-    "distillation": ("data_prep", "grpo"),
-    "export": ("data_prep", "grpo", "distillation"),
-}
 # Raised when a stage's code writes something else for the same settings, so that old outputs are not taken for new.
 FORMATS = dict.fromkeys(STAGES, 1)
 _SECTIONS: dict[str, tuple[str, ...]] = {
     "data_prep": ("data", "tokenizer"),
     "pretrain": ("model", "pretrain", "init_from"),
     "sft": ("sft", "evaluation"),
+    "dpo": ("dpo", "evaluation"),
     "grpo": ("grpo", "evaluation"),
     "distillation": ("distillation", "evaluation"),
     "export": ("export",),
@@ -41,7 +35,8 @@ _NO_RESULT = {
     for s in TRAINING_STAGES
     for k in ("eval_every", "checkpoint_every", "keep_checkpoints", "keep_best", "log_every")
 }
-_NO_RESULT |= {"grpo.batch_size", "init_from.max_vocab_size", "init_from.max_file_bytes"}
+_NO_RESULT |= {"grpo.batch_size", "grpo.rollout.workers", "grpo.scoring.processes"}
+_NO_RESULT |= {"init_from.max_vocab_size", "init_from.max_file_bytes"}
 
 
 @dataclass(frozen=True)
@@ -113,7 +108,7 @@ def source_digests(config: PipelineFields, known: Mapping[str, str] | None = Non
 
 
 def identities(config: PipelineFields, digests: Mapping[str, str] | None = None) -> dict[str, Identity]:
-    """Every stage's identity. A pure function of the settings and the digests of local files."""
+    """The identity of each stage of the run. A pure function of the settings and the digests of local files."""
     digests = source_digests(config) if digests is None else digests
     everything = flat(config.model_dump(mode="json") | {"model": asdict(config.model)})
     if config.init_from.path is None:  # a model that starts from random weights is what it was before the key existed
@@ -122,11 +117,14 @@ def identities(config: PipelineFields, digests: Mapping[str, str] | None = None)
         if name in digests:  # where a file lies does not matter, what it holds and how it is read does
             everything[key] = f"sha256:{digests[name]}{_reading(name)}"
     out: dict[str, Identity] = {}
-    for stage in STAGES:
-        heads = tuple(f"{section}." for section in _SECTIONS[stage])
+    for stage in chain(config):
+        sections = _SECTIONS[stage]
+        if stage not in ("data_prep", "pretrain", "export") and input_stage(config, stage) is None:
+            sections += ("model", "init_from")  # given weights, read by this stage itself
+        heads = tuple(f"{section}." for section in sections)
         decides = {k: v for k, v in everything.items() if k.startswith(heads) and k not in _NO_RESULT}
         decides["seed"] = config.seed
-        parts = [stage, FORMATS[stage], decides, {name: out[name].key for name in UPSTREAM[stage]}]
+        parts = [stage, FORMATS[stage], decides, {name: out[name].key for name in upstream(config, stage)}]
         text = json.dumps(parts, sort_keys=True, ensure_ascii=True)
         out[stage] = Identity(hashlib.sha256(text.encode()).hexdigest(), decides)
     return out
@@ -140,4 +138,4 @@ def _reading(name: str) -> str:
 
 def default_run_name(config: PipelineFields) -> str:
     """`<recipe>-<hash of what decides the result>`: the same settings find their earlier run."""
-    return f"{config.recipe}-{identities(config)['export'].key[:8]}"
+    return f"{config.recipe}-{list(identities(config).values())[-1].key[:8]}"

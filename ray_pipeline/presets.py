@@ -98,12 +98,12 @@ STUDENTS: dict[str, dict[str, Any]] = {
     "medium": {"num_hidden_layers": 9, "moe_intermediate_size": None, "intermediate_size": None},
     "large": {"num_hidden_layers": 11, "moe_intermediate_size": None, "intermediate_size": None},
 }
-# pretrain, sft, grpo, distillation
-LEARNING_RATES: dict[str, tuple[float, float, float, float]] = {
-    "tiny": (5e-3, 3e-3, 1e-4, 2e-3),
-    "small": (8e-4, 2e-4, 3e-5, 4e-4),
-    "medium": (6e-4, 1e-4, 1e-5, 2e-4),
-    "large": (4e-4, 5e-5, 5e-6, 1e-4),
+# pretrain, sft, dpo, grpo, distillation
+LEARNING_RATES: dict[str, tuple[float, float, float, float, float]] = {
+    "tiny": (5e-3, 3e-3, 3e-4, 1e-4, 2e-3),
+    "small": (8e-4, 2e-4, 2e-5, 3e-5, 4e-4),
+    "medium": (6e-4, 1e-4, 5e-6, 1e-5, 2e-4),
+    "large": (4e-4, 5e-5, 1e-6, 5e-6, 1e-4),
 }
 
 

@@ -16,7 +16,7 @@ from ray_pipeline.artifacts import write_text
 from ray_pipeline.config import PipelineFields
 from ray_pipeline.config_load import config_yaml
 from ray_pipeline.errors import StageFailed, UserError
-from ray_pipeline.identity import UPSTREAM, default_run_name, local_path, source_digests, source_names
+from ray_pipeline.identity import default_run_name, local_path, source_digests, source_names
 from ray_pipeline.launcher import RayLauncher
 from ray_pipeline.layout import Layout, with_layout
 from ray_pipeline.ledger import (
@@ -31,6 +31,7 @@ from ray_pipeline.ledger import (
 from ray_pipeline.progress import ProgressView
 from ray_pipeline.report.html import write_report
 from ray_pipeline.report.summary import print_summary, summary_rows
+from ray_pipeline.stage_chain import upstream
 from ray_pipeline.stage_task import StageFunction, StageJob, execute_stage
 from ray_pipeline.stages.base import StageResult
 from ray_pipeline.workflow_plan import (
@@ -217,11 +218,12 @@ def _execute(
         pending: dict[str, ray.ObjectRef] = {}
         for row in rows:
             if row.action in ("run", "resume"):
+                inputs = upstream(config, row.stage)
                 job = StageJob(
-                    row, config, run_dir.name, run_dir, UPSTREAM[row.stage], run.wandb_id(row.stage, row.identity),
+                    row, config, run_dir.name, run_dir, inputs, run.wandb_id(row.stage, row.identity),
                     layout.device, (functions or {}).get(row.stage),
                 )  # fmt: skip
-                ref = task.options(name=row.stage).remote(job, *(done[name] for name in UPSTREAM[row.stage]))
+                ref = task.options(name=row.stage).remote(job, *(done[name] for name in inputs))
                 done[row.stage] = pending[row.stage] = ref
             elif row.action == "reuse":
                 record = read_record(row.folder)

@@ -12,10 +12,11 @@ from ray_pipeline.costs.memory import stage_memory
 from ray_pipeline.costs.workload import workload
 from ray_pipeline.errors import UserError, did_you_mean
 from ray_pipeline.hardware import has_nvidia_driver
-from ray_pipeline.identity import UPSTREAM, Identity, identities, source_digests
+from ray_pipeline.identity import Identity, identities, source_digests
 from ray_pipeline.layout import Layout
 from ray_pipeline.ledger import Record, RunFile, read_record, stage_folder
 from ray_pipeline.progress import seconds_text
+from ray_pipeline.stage_chain import chain, upstream
 
 Action = Literal["run", "resume", "reuse", "skip"]
 FP32, PROCESS = 4, 600 << 20  # bytes: one number; a process that imported torch and Ray
@@ -43,6 +44,18 @@ class StageSelection:
             raise UserError(f"--stage {self.only} runs one stage and --from/--until a range: give one or the other.")
         if self.from_ and self.until and STAGES.index(self.from_) > STAGES.index(self.until):
             raise UserError(f"--from {self.from_} --until {self.until}: {self.from_} comes after {self.until}.")
+
+    def check_chain(self, stages: tuple[str, ...]) -> None:
+        """Refuse a stage that this run does not have.
+
+        Raises:
+            UserError: naming the key that adds it.
+        """
+        for flag, name in (("--stage", self.only), ("--from", self.from_), ("--until", self.until)):
+            if name is not None and name not in stages:
+                raise UserError(
+                    f"{flag} {name}: this run has the stages {', '.join(stages)}. Add {name} to `stages` to have it."
+                )
 
     def selects(self, stage: str) -> bool:
         """Whether the stage may run."""
@@ -91,18 +104,25 @@ def plan(config: PipelineFields, run_dir: Path, selection: StageSelection) -> li
         UserError: unknown stage names, or a selected stage whose inputs are not finished.
     """
     selection.check()
+    selection.check_chain(chain(config))
     run = RunFile(run_dir)
     rows: dict[str, PlannedStage] = {}
     for stage, identity in run_identities(config, run).items():
         folder = stage_folder(run_dir, stage, identity.key)
-        row = _decide(stage, identity, folder, run, selection, rows)
+        row = _decide(stage, upstream(config, stage), identity, folder, run, selection, rows)
         row = replace(row, ranks=num_ranks(config, stage), estimated_memory_bytes=estimate_memory(config, stage))
         rows[stage] = row
     return list(rows.values())
 
 
 def _decide(
-    stage: str, identity: Identity, folder: Path, run: RunFile, selection: StageSelection, rows: dict[str, PlannedStage]
+    stage: str,
+    inputs: tuple[str, ...],
+    identity: Identity,
+    folder: Path,
+    run: RunFile,
+    selection: StageSelection,
+    rows: dict[str, PlannedStage],
 ) -> PlannedStage:
     record = _whole_record(folder)
     finished = record is not None and record.is_finished
@@ -110,9 +130,9 @@ def _decide(
     if not selection.selects(stage):
         state = f"finished, {seconds_text(record.seconds)}" if record is not None and finished else "not finished"
         return replace(row, action="reuse" if finished else "skip", reason=f"not asked for; {state}")
-    _need_inputs(stage, selection, rows)
+    _need_inputs(stage, inputs, selection, rows)
     flag = selection.forces(stage)
-    rerun = [name for name in UPSTREAM[stage] if rows[name].action in ("run", "resume")]
+    rerun = [name for name in inputs if rows[name].action in ("run", "resume")]
     if record is not None and finished:
         if flag is not None:
             return replace(row, reason=f"asked for by {flag}", fresh=True)
@@ -123,9 +143,11 @@ def _decide(
     return replace(row, reason=_why_new(stage, identity, run, rerun))
 
 
-def _need_inputs(stage: str, selection: StageSelection, rows: dict[str, PlannedStage]) -> None:
+def _need_inputs(
+    stage: str, inputs: tuple[str, ...], selection: StageSelection, rows: dict[str, PlannedStage]
+) -> None:
     """A stage left out by the selection must be finished before one that reads it."""
-    for name in UPSTREAM[stage]:
+    for name in inputs:
         if rows[name].action == "skip":
             flag = f"--stage {stage}" if selection.only else f"--from {selection.from_}"
             raise UserError(

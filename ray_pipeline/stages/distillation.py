@@ -12,9 +12,10 @@ from ray_pipeline.data.batch import Batch
 from ray_pipeline.data.loader import PackedRows
 from ray_pipeline.engine.engine import Engine
 from ray_pipeline.objectives.distillation import ForwardKl
+from ray_pipeline.stage_chain import input_stage
 from ray_pipeline.stages.base import StageContext, StageResult
 from ray_pipeline.stages.judge import judge_accuracy
-from ray_pipeline.training.finish import read_upstream, save_trained_model
+from ray_pipeline.training.finish import read_input, save_trained_model
 from ray_pipeline.training.heldout import HeldOut, WholeModel
 from ray_pipeline.training.rank import Rank, rank_arguments, start_rank
 from ray_pipeline.training.student import initial_student
@@ -49,7 +50,7 @@ def train(arguments: dict[str, Any]) -> dict[str, Any]:
     """On every rank: let the teacher answer, train the student on its distribution, measure both."""
     rank = start_rank(arguments)
     settings = rank.config.distillation
-    teacher_config, teacher_state = read_upstream(rank, "grpo")
+    teacher_config, teacher_state = read_input(rank)
     rows = PackedRows(rank.data / "sft" / "train")
     mixed = MixedRows(rows, teacher_answer_rows(rank, WholeModel(rank, teacher_config).load(teacher_state)))
     config: ModelConfig = settings.student.applied_to(teacher_config)
@@ -75,4 +76,7 @@ def train(arguments: dict[str, Any]) -> dict[str, Any]:
 def run(context: StageContext) -> StageResult:
     """Launch the ranks; learning means answering more held-out questions than the student did at its start."""
     figures = context.launcher.run(STAGE, train, rank_arguments(context, STAGE))
-    return judge_accuracy(context, figures, teacher_accuracy=context.inputs["grpo"].metrics["accuracy"])
+    teacher = input_stage(context.config, STAGE)
+    measured = context.inputs[teacher].metrics if teacher is not None else {}
+    given = {"teacher_accuracy": measured["accuracy"]} if "accuracy" in measured else {}
+    return judge_accuracy(context, figures, **given)

@@ -24,10 +24,12 @@ from model.convert.hf_config import unpublished_reason
 from model.convert.native import save_native
 from model.transformer import Transformer
 from ray_pipeline.artifacts import atomic_folder, atomic_path, load_model, verify_folder, write_json
+from ray_pipeline.config import TRAINING_STAGES
 from ray_pipeline.data.tokenizer import load_tokenizer
 from ray_pipeline.errors import StageFailed, UserError
 from ray_pipeline.evaluation.export_checks import Check, check_gguf, check_hf, check_native
 from ray_pipeline.progress import Progress
+from ray_pipeline.stage_chain import chain, exported_stage
 from ray_pipeline.stages.base import StageContext, StageResult
 
 STAGE = "export"
@@ -36,8 +38,10 @@ CHECKED_QUESTIONS = 8
 
 def exported_models(context: StageContext) -> dict[str, str]:
     """Folder name -> stage whose weights it holds."""
-    source = context.config.export.source
-    return {"hf": source} if source == "distillation" else {"hf": source, "hf-student": "distillation"}
+    source = exported_stage(context.config)
+    assert source is not None, "the settings were checked: a run with EXPORT trains something"
+    beside = "distillation" in context.config.stages and source != "distillation"
+    return {"hf": source} | ({"hf-student": "distillation"} if beside else {})
 
 
 def run(context: StageContext) -> StageResult:
@@ -160,7 +164,9 @@ def _card(context: StageContext, stage: str, model: Transformer) -> str:
     data = {source.name: source.licence for source in config.data.pretrain}
     data |= {f"conversations: {config.data.sft}": "see source", f"questions: {config.data.prompts}": "see source"}
     recipe: dict[str, float | str] = {"recipe": config.recipe, "seed": str(config.seed), "weights of stage": stage}
-    for name in ("pretrain", "sft", "grpo", "distillation"):
+    for name in chain(config):
+        if name not in TRAINING_STAGES:
+            continue
         settings = getattr(config, name)
         recipe[f"{name} steps"] = str(settings.steps)
         recipe[f"{name} learning rate"] = settings.optimizer.lr

@@ -7,7 +7,7 @@ from typing import Any
 from ray_pipeline.objectives.grpo import Grpo
 from ray_pipeline.stages.base import StageContext, StageResult
 from ray_pipeline.stages.judge import judge_accuracy
-from ray_pipeline.training.finish import read_upstream, save_trained_model
+from ray_pipeline.training.finish import read_input, save_trained_model
 from ray_pipeline.training.heldout import HeldOut, WholeModel
 from ray_pipeline.training.rank import rank_arguments, start_rank
 from ray_pipeline.training.rollout_source import RolloutSource
@@ -20,7 +20,7 @@ def train(arguments: dict[str, Any]) -> dict[str, Any]:
     """On every rank: measure the input, alternate rollouts and updates, measure the result."""
     rank = start_rank(arguments)
     settings = rank.config.grpo
-    config, initial = read_upstream(rank, "sft")
+    config, initial = read_input(rank)
     whole = WholeModel(rank, config).load(initial)
     heldout = HeldOut(rank, whole)
     input_accuracy = heldout.baseline("input")
@@ -44,5 +44,5 @@ def train(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def run(context: StageContext) -> StageResult:
-    """Launch the ranks; learning means answering more held-out questions than the SFT model."""
+    """Launch the ranks; learning means answering more held-out questions than the model it started from."""
     return judge_accuracy(context, context.launcher.run(STAGE, train, rank_arguments(context, STAGE)))

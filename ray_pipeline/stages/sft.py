@@ -1,4 +1,4 @@
-"""SFT: cross-entropy on the assistant's tokens and their stop token, from the pretrained weights."""
+"""SFT: cross-entropy on the assistant's tokens and their stop token, from the weights of the stage before."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from ray_pipeline.data.loader import PackedRows
 from ray_pipeline.objectives.cross_entropy import CrossEntropy
 from ray_pipeline.stages.base import StageContext, StageResult
 from ray_pipeline.stages.judge import judge_accuracy
-from ray_pipeline.training.finish import read_upstream, save_trained_model
+from ray_pipeline.training.finish import read_input, save_trained_model
 from ray_pipeline.training.heldout import HeldOut, WholeModel
 from ray_pipeline.training.rank import rank_arguments, start_rank
 from ray_pipeline.training.sources import PackedSource
@@ -22,7 +22,7 @@ def train(arguments: dict[str, Any]) -> dict[str, Any]:
     """On every rank: measure the input, train, measure the result."""
     rank = start_rank(arguments)
     settings = rank.config.sft
-    config, initial = read_upstream(rank, "pretrain")
+    config, initial = read_input(rank)
     whole = WholeModel(rank, config).load(initial)
     heldout = HeldOut(rank, whole)
     input_accuracy = heldout.baseline("input")
@@ -41,5 +41,5 @@ def train(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def run(context: StageContext) -> StageResult:
-    """Launch the ranks; learning means answering more held-out questions than the pretrained model."""
+    """Launch the ranks; learning means answering more held-out questions than the model it started from."""
     return judge_accuracy(context, context.launcher.run(STAGE, train, rank_arguments(context, STAGE)))

@@ -9,6 +9,8 @@ from model.config import ModelConfig
 from model.transformer import Transformer
 from ray_pipeline.artifacts import load_model, save_model
 from ray_pipeline.engine.engine import Engine
+from ray_pipeline.stage_chain import input_stage
+from ray_pipeline.training.initial import initial_state
 from ray_pipeline.training.rank import Rank
 
 
@@ -22,7 +24,16 @@ def save_trained_model(rank: Rank, engine: Engine) -> None:
         dist.barrier()
 
 
-def read_upstream(rank: Rank, stage: str) -> tuple[ModelConfig, dict[str, torch.Tensor]]:
-    """Config and whole state dict of a finished stage's model."""
+def read_input(rank: Rank) -> tuple[ModelConfig, dict[str, torch.Tensor]]:
+    """Config and whole state dict of the model this stage starts or learns from: an earlier stage's, or `init_from`'s.
+
+    Raises:
+        UserError: a file of it is damaged.
+    """
+    stage = input_stage(rank.config, rank.stage)
+    if stage is None:
+        state = initial_state(rank.config)
+        assert state is not None, "the settings were checked: without an earlier stage there is init_from"
+        return rank.config.model, state
     model: Transformer = load_model(rank.upstream[stage] / "model")
     return model.config, model.state_dict()

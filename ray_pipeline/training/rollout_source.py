@@ -69,7 +69,7 @@ class RolloutSource:
             temperature=settings.temperature,
             think_tokens=settings.think_budget,
             speculative=settings.speculative,
-            weights={"answer": settings.answer_reward, "format": settings.format_reward},
+            weights=settings.rewards,
         )
         gathered: list[Rollout] = [r for part in all_ranks_gather(rank.mesh, mine) for r in part]
         gathered.sort(key=lambda r: r.question_index)  # stable: the order no longer tells how many ranks sampled
@@ -93,8 +93,7 @@ class RolloutSource:
         count = len(rollouts)
         return {
             "reward": float(rewards.mean()),
-            "answer_reward": sum(r.parts["answer"] for r in rollouts) / count,
-            "format_reward": sum(r.parts["format"] for r in rollouts) / count,
+            **{f"{name}_reward": sum(r.parts[name] for r in rollouts) / count for name in self.settings.rewards},
             "zero_variance_groups": float((groups.std(1) == 0).float().mean()),
             "completion_tokens": sum(len(r.completion_ids) for r in rollouts) / count,
             "unfinished": sum(not r.finished for r in rollouts) / count,

@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 from model.config import ModelConfig
 from ray_pipeline.config import STAGES, PipelineFields
 from ray_pipeline.errors import UserError
-from ray_pipeline.identity import UPSTREAM, identities
+from ray_pipeline.identity import identities
 from ray_pipeline.ledger import Record, RunFile, begin_record, close_record, stage_folder
+from ray_pipeline.stage_chain import upstream
 from ray_pipeline.workflow_plan import StageSelection, changed_settings, estimate_memory, plan, refuse_other_config
 
-CONFIG = PipelineFields()
+CONFIG = PipelineFields(stages=list(STAGES))
 BETA = CONFIG.model_copy(update={"grpo": CONFIG.grpo.model_copy(update={"beta": 0.02})})
 
 
@@ -45,7 +46,7 @@ def test_new_run_runs_everything(tmp_path):
 def test_changed_beta_reruns_grpo_and_what_reads_it(tmp_path):
     make_run(tmp_path, CONFIG, STAGES)
     rows = {row.stage: row for row in plan(BETA, tmp_path, StageSelection())}
-    assert [rows[stage].action for stage in STAGES] == ["reuse", "reuse", "reuse", "run", "run", "run"]
+    assert [rows[stage].action for stage in STAGES] == ["reuse", "reuse", "reuse", "reuse", "run", "run", "run"]
     assert rows["sft"].reason == "finished, 0 s, unchanged"
     assert rows["grpo"].reason == "config changed: grpo.beta 0.01 → 0.02"
     assert rows["distillation"].reason == "upstream grpo reruns"
@@ -103,11 +104,11 @@ def test_selected_stage_always_has_its_inputs(finished, stage, only):
             rows = {row.stage: row for row in plan(CONFIG, Path(folder), selection)}
         except UserError as error:
             assert "which is not finished" in str(error)
-            assert any(name not in finished for s in STAGES if selection.selects(s) for name in UPSTREAM[s])
+            assert any(name not in finished for s in STAGES if selection.selects(s) for name in upstream(CONFIG, s))
             return
     for row in rows.values():
         if row.action == "run":
-            assert all(rows[name].action in ("run", "reuse") for name in UPSTREAM[row.stage])
+            assert all(rows[name].action in ("run", "reuse") for name in upstream(CONFIG, row.stage))
 
 
 @pytest.mark.parametrize(
