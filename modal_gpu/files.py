@@ -45,24 +45,6 @@ def remote_name(path: Path) -> str:
     return f"{INPUTS}/{digest.hexdigest()[:16]}/{path.name}"
 
 
-def with_remote_inputs(config: PipelineFields, places: dict[str, str]) -> PipelineFields:
-    """The settings with local sources replaced by where they lie in the container."""
-    data = config.data
-    pretrain = [source.model_copy(update={"name": places.get(source.name, source.name)}) for source in data.pretrain]
-    update = {
-        "pretrain": pretrain,
-        "sft": places.get(data.sft, data.sft),
-        "prompts": places.get(data.prompts, data.prompts),
-    }
-    name = config.tokenizer.name
-    tokenizer = config.tokenizer.model_copy(update={"name": places.get(name, name)})
-    start = config.init_from.path
-    init_from = config.init_from.model_copy(update={"path": start and places.get(start, start)})
-    return config.model_copy(
-        update={"data": data.model_copy(update=update), "tokenizer": tokenizer, "init_from": init_from}
-    )
-
-
 def fetch(volume: VolumeFiles, run_name: str, output_dir: Path) -> tuple[int, int]:
     """Copy a run's files to `output_dir/run_name`, each written aside and renamed. A file that is here with the same
     size and time is kept.

@@ -9,10 +9,10 @@ import modal
 from modal.config import config as modal_settings
 
 from modal_gpu.app import RUNS, app, configured
-from modal_gpu.files import fetch, local_inputs, remote_name, with_remote_inputs
+from modal_gpu.files import fetch, local_inputs, remote_name
 from ray_pipeline.config_load import config_yaml
 from ray_pipeline.errors import UserError, did_you_mean
-from ray_pipeline.identity import default_run_name
+from ray_pipeline.identity import default_run_name, moved_name, with_source_names
 from ray_pipeline.layout import Layout, with_layout
 from ray_pipeline.layout_choice import resolve_layout
 
@@ -117,8 +117,8 @@ def upload(config: PipelineFields, volume: modal.Volume) -> PipelineFields:
                 put = batch.put_directory if path.is_dir() else batch.put_file
                 put(path, place)
     # The name may go on after the path: data.parquet:column
-    names = {name: name.replace(str(path), f"{RUNS}/{places[path]}", 1) for name, path in inputs.items()}
-    config = with_remote_inputs(config, names)
+    names = {name: moved_name(name, path, f"{RUNS}/{places[path]}") for name, path in inputs.items()}
+    config = with_source_names(config, names)
     return config.model_copy(update={"backend": "cuda"})
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from model.config_rules import check
+
 Attention = Literal["mla", "dsa", "mha", "gqa", "mqa", "sliding"]
 GROUPED = ("mha", "gqa", "mqa", "sliding")  # keys and values per head, no latent
 
@@ -126,8 +128,6 @@ class ModelConfig:
         Raises:
             ValueError: naming the key, its value and the legal range.
         """
-        from model.config_rules import check
-
         check(self)
 
     def attention_params(self) -> int:

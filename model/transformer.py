@@ -22,6 +22,7 @@ from model.layers.norm import build_norm
 from model.layers.rope import rotary_table
 from model.layers.vocab import Embedding, Head
 from model.moe.experts import MixtureOfExperts
+from model.moe.replay import split_routing
 from model.mtp import MultiTokenPredictor
 from model.parallel.collectives import LOCAL, Axis
 from model.recursion import build_recursion
@@ -46,18 +47,19 @@ class Block(nn.Module):
         dense = FeedForward(config.hidden_size, config.intermediate_size)
         self.mlp: nn.Module = MixtureOfExperts(config) if config.is_moe_layer(layer) else dense
 
-    def forward(self, x: Tensor, rotation: Tensor, mask: Tensor | None) -> Tensor:
-        """x [batch, seq / sp, hidden_size] -> same."""
+    def forward(self, x: Tensor, rotation: Tensor, mask: Tensor | None, routing: Tensor | None = None) -> Tensor:
+        """x [batch, seq / sp, hidden_size] -> same; `routing` as `MixtureOfExperts` takes it."""
         if self.recompute == "full" and torch.is_grad_enabled():
-            return self._checkpointed(self._run, x, rotation, mask)
-        return self._run(x, rotation, mask)
+            return self._checkpointed(self._run, x, rotation, mask, routing)
+        return self._run(x, rotation, mask, routing)
 
-    def _run(self, x: Tensor, rotation: Tensor, mask: Tensor | None) -> Tensor:
+    def _run(self, x: Tensor, rotation: Tensor, mask: Tensor | None, routing: Tensor | None) -> Tensor:
         if self.recompute == "selective" and torch.is_grad_enabled():
             x = x + self._checkpointed(self._attend, x, rotation, mask)
         else:
             x = x + self._attend(x, rotation, mask)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        y = self.post_attention_layernorm(x)
+        return x + (self.mlp(y) if routing is None else self.mlp(y, routing))
 
     def _attend(self, x: Tensor, rotation: Tensor, mask: Tensor | None) -> Tensor:
         return self.self_attn(self.input_layernorm(x), rotation, mask)
@@ -147,16 +149,19 @@ class Transformer(nn.Module):
             return self.rotary[None, self.window(seq_len)], mask
         return self.rotary[document_positions(doc_ids)[:, self.window(seq_len)]], mask
 
-    def embed(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
+    def embed(self, tokens: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Embeddings of this rank's positions, and with MTP those of a few places more.
 
         Args:
-            tokens: whole rows [batch, seq].
+            tokens: whole rows [batch, seq]. noise: [batch, seq, hidden_size], added to the embeddings.
         Returns:
             [batch, seq / sp, hidden_size] and [batch, `ahead_length`, hidden_size].
         """
         mine = self.window(tokens.shape[1])
-        embedded = self.embed_tokens(tokens[:, mine.start : mine.start + self.ahead_length(tokens.shape[1])])
+        read = slice(mine.start, mine.start + self.ahead_length(tokens.shape[1]))
+        embedded = self.embed_tokens(tokens[:, read])
+        if noise is not None:
+            embedded = embedded + noise[:, read]
         length = mine.stop - mine.start
         hidden = embedded[:, :length] if embedded.shape[1] > length else embedded
         return hidden, embedded if self.config.num_nextn_predict_layers else None
@@ -166,24 +171,29 @@ class Transformer(nn.Module):
         mine = self.window(seq_len)
         return min(mine.stop + self.config.num_nextn_predict_layers, seq_len) - mine.start
 
-    def run_layers(self, hidden: Tensor, rotation: Tensor, mask: Tensor | None) -> Tensor:
-        """This stage's blocks, `recursion_depth` times: [batch, seq / sp, hidden_size] -> same."""
-        if self.recursion is None:
-            return self._run_once(hidden, rotation, mask)
-        for index in range(self.config.recursion_depth):
-            hidden = self.recursion(hidden, self._run_once(hidden, rotation, mask), index)
+    def run_layers(
+        self, hidden: Tensor, rotation: Tensor, mask: Tensor | None, routing: Tensor | None = None
+    ) -> Tensor:
+        """This stage's blocks, `recursion_depth` times: [batch, seq / sp, hidden_size] -> same.
+
+        Args:
+            routing: [batch, seq / sp, columns] experts to use in all layers of the model (`model.moe.replay`).
+        Raises:
+            ValueError: a routing of another model.
+        """
+        for index, given in enumerate(split_routing(self.config, self.layer_range, routing)):
+            before = hidden
+            for block, experts in zip(self.layers.values(), given, strict=True):
+                hidden = block(hidden, rotation, mask, experts)
+            if self.recursion is not None:
+                hidden = self.recursion(before, hidden, index)
         return hidden
 
-    def _run_once(self, hidden: Tensor, rotation: Tensor, mask: Tensor | None) -> Tensor:
-        for block in self.layers.values():
-            hidden = block(hidden, rotation, mask)
-        return hidden
-
-    def forward(self, tokens: Tensor, doc_ids: Tensor | None = None) -> Tensor:
-        """Logits [batch, seq, vocab_size] of the whole model for tokens [batch, seq]."""
+    def forward(self, tokens: Tensor, doc_ids: Tensor | None = None, routing: Tensor | None = None) -> Tensor:
+        """Logits [batch, seq, vocab_size] of the whole model for tokens [batch, seq]; `routing` as in `run_layers`."""
         assert self.is_first and self.is_last, "a pipeline stage is driven by the engine"
         rotation, mask = self.context(doc_ids, tokens.shape[1])
-        return self.lm_head(self.norm(self.run_layers(self.embed_tokens(tokens), rotation, mask)))
+        return self.lm_head(self.norm(self.run_layers(self.embed_tokens(tokens), rotation, mask, routing)))
 
     def predict_ahead(self, hidden: Tensor, embeddings: Tensor, doc_ids: Tensor | None) -> list[Tensor]:
         """Hidden states of the MTP modules, depth 1 first.

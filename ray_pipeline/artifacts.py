@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from model.transformer import Transformer
 
 MANIFEST = "manifest.json"
+RECORD = "record.json"  # of a stage, beside its outputs
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
 _CHUNK = 1 << 22

@@ -102,9 +102,15 @@ class DataConfig(Section):
     """What the model reads. `pretrain` may mix sources; SFT and prompts take one each."""
 
     pretrain: list[SourceConfig] = Field(default_factory=lambda: [SourceConfig(name="builtin", licence="Apache-2.0")])
-    sft: str = Field("builtin", description="conversations: builtin, jsonl/parquet path or datasets name")
+    sft: str = Field(
+        "builtin",
+        description="conversations: builtin, builtin_tools (a calculator), builtin_no_tools (the same without), "
+        "json/jsonl/parquet path or datasets name",
+    )
     prompts: str = Field(
-        "builtin", description='questions with answers for GRPO and evaluation, same forms, or "reasoning_gym:task"'
+        "builtin",
+        description="questions with answers for GRPO and evaluation: builtin, builtin_tools, path, datasets name, or "
+        '"reasoning_gym:task[:size]"',
     )
     preferences: str = Field("builtin", description="pairs of a chosen and a rejected answer for DPO, same forms")
     seq_len: PositiveInt = Field(256, description="tokens per packed row")
@@ -125,6 +131,7 @@ class TokenizerConfig(Section):
 
     name: str = "train"
     vocab_size: PositiveInt = 512
+    tools: bool = Field(False, description="train: with the tokens and the chat template of tool calls")
 
 
 class InitFromConfig(Section):

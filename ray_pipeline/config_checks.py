@@ -10,7 +10,8 @@ from typing import Any
 from model.convert.gguf_rules import check_gguf, gguf_gap
 from model.convert.hf_config import published_family, unpublished_reason
 from ray_pipeline.config import STAGES, TRAINING_STAGES, PipelineFields
-from ray_pipeline.stage_chain import POLICY_STAGES, chain, exported_stage
+from ray_pipeline.config_checks_post_training import post_training_problems
+from ray_pipeline.stage_chain import POLICY_STAGES, chain, exported_stage, reads_teacher
 
 _FOLDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
@@ -26,20 +27,23 @@ def problems(config: PipelineFields) -> list[str]:
         *_init_from(config),
         *_optimizers(config),
         *_indexer(config),
+        *post_training_problems(config),
     ]
 
 
 def warnings(config: PipelineFields) -> list[str]:
     """What works but is probably not meant."""
     out = []
+    if config.data.preferences != "builtin" and "dpo" not in config.stages:
+        out.append(f"data.preferences={config.data.preferences}: read by DPO alone, which this run has not: add --dpo.")
     teacher = config.model.num_params(mtp=False)
     student = config.distillation.student.applied_to(config.model).num_params(mtp=False)
-    if 2 * student > teacher:
+    if "distillation" in config.stages and config.distillation.teacher is None and 2 * student > teacher:
         out.append(
             f"the distillation student has {student / teacher:.0%} of its teacher's parameters, more than half: "
             "lower distillation.student.num_hidden_layers or its widths."
         )
-    return out + list(_export_notes(config))
+    return out + (list(_export_notes(config)) if "export" in config.stages else [])
 
 
 def _export_notes(config: PipelineFields) -> Iterator[str]:
@@ -77,7 +81,7 @@ def _chain(config: PipelineFields) -> Iterator[str]:
         yield f"stages={listed}: every other stage reads data_prep's data. Add data_prep; what is done is reused."
     policies = [stage for stage in stages if stage in POLICY_STAGES]
     needs_weights = policies[:1] or [stage for stage in stages if stage == "distillation"]
-    teacher = config.distillation.teacher is not None and not policies
+    teacher = (config.distillation.teacher is not None or not reads_teacher(config)) and not policies
     if needs_weights and needs_weights[0] != "pretrain" and config.init_from.path is None and not teacher:
         yield (
             f"stages={listed}: {needs_weights[0]} starts from weights that no stage makes. Add pretrain, or give a "
@@ -94,14 +98,16 @@ def _architecture(config: PipelineFields) -> Iterator[str]:
     except ValueError as error:
         yield f"model.{error}"
         return
-    try:
+    exported = config.model if exported_stage(config) != "distillation" else None
+    if "distillation" in config.stages and config.distillation.teacher is None:  # else the teacher's folder decides
         student = config.distillation.student.applied_to(config.model)
-        student.validate()
-    except ValueError as error:
-        yield f"distillation.student: {error}"
-        return
-    if config.export.gguf:
-        exported = student if exported_stage(config) == "distillation" else config.model
+        try:
+            student.validate()
+        except ValueError as error:
+            yield f"distillation.student: {error}"
+            return
+        exported = exported or student
+    if "export" in config.stages and config.export.gguf and exported is not None:
         try:
             if gguf_gap(exported) is None:  # else none is written
                 check_gguf(exported)
@@ -141,7 +147,8 @@ def _data(config: PipelineFields) -> Iterator[str]:
     data = config.data
     if not data.pretrain:
         yield 'data.pretrain=[]: at least one source of text is needed, for example [{name: "builtin"}]'
-    names = {"data.sft": data.sft, "data.prompts": data.prompts, "tokenizer.name": config.tokenizer.name}
+    names = {"data.sft": data.sft, "data.prompts": data.prompts, "data.preferences": data.preferences}
+    names["tokenizer.name"] = config.tokenizer.name
     names |= {f"data.pretrain.{index}.name": source.name for index, source in enumerate(data.pretrain)}
     for key, name in names.items():
         if not name.strip():
@@ -191,16 +198,3 @@ def _optimizers(config: PipelineFields) -> Iterator[str]:
         betas = getattr(config, stage).optimizer.betas
         if not all(0 <= beta < 1 for beta in betas):
             yield f"{stage}.optimizer.betas={list(betas)}: each must be at least 0 and below 1"
-    if config.grpo.clip_low >= 1:
-        yield f"grpo.clip_low={config.grpo.clip_low}: the ratio is clipped below at 1 - clip_low; use a value below 1"
-    grpo = config.grpo
-    if grpo.speculative and not config.model.num_nextn_predict_layers:
-        yield (
-            "grpo.speculative=True: model.num_nextn_predict_layers=0 leaves no MTP module to draft with. "
-            "Set it to 1, or grpo.speculative=false."
-        )
-    if grpo.checkpoint_every % grpo.updates_per_rollout:
-        yield (
-            f"grpo.checkpoint_every={grpo.checkpoint_every}: must be a multiple of updates_per_rollout="
-            f"{grpo.updates_per_rollout}, because rollouts are not part of a checkpoint"
-        )

@@ -15,6 +15,7 @@ from ray_pipeline.config_sources import Layer
 from ray_pipeline.errors import did_you_mean
 
 _UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument", "no_such_attribute")
+MOST_NAMED = 5  # keys that one suggestion lists
 _NOT_A_GROUP = ("model_type", "dataclass_type", "model_attributes_type")
 
 
@@ -59,13 +60,19 @@ def known_keys() -> dict[str, Any]:
     return out
 
 
+def _either(names: Sequence[str]) -> str:
+    """`"dpo.beta" or "grpo.beta"`"""
+    *others, last = (f'"{name}"' for name in names)
+    return f"{', '.join(others)} or {last}" if others else last
+
+
 def suggest(location: Sequence[int | str]) -> str:
-    """`(did you mean "grpo.beta"?)` for an unknown key: this name in another group, else a sibling, else any key."""
+    """`(did you mean "grpo.beta"?)` for an unknown key: this name in other groups, else a sibling, else any key."""
     known, leaf = known_keys(), str(location[-1])
     group = ".".join(str(part) for part in location[:-1])
     elsewhere = [name for name in known if name.rpartition(".")[2] == leaf]
     if elsewhere:
-        return f' (did you mean "{elsewhere[0]}"?)'
+        return f" (did you mean {_either(elsewhere[:MOST_NAMED])}?)"
     inner = _section(known.get(".".join(str(part) for part in location[:-1] if isinstance(part, str))))
     siblings = list(_fields(inner)) if inner else [name for name in known if "." not in name] if not group else []
     close = did_you_mean(leaf, siblings)

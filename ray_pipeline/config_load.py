@@ -18,6 +18,7 @@ from ray_pipeline.config_errors import explain
 from ray_pipeline.config_init_from import with_init_from
 from ray_pipeline.config_sources import Layer, env_layer, find_recipe, flag_layer, with_presets, yaml_layer
 from ray_pipeline.errors import UserError
+from ray_pipeline.stage_chain import edited
 
 RUN_FILE = "run.json"  # beside the settings that a run was accepted with
 
@@ -71,6 +72,8 @@ def load_config(
     env: Mapping[str, str] | None = None,
     *,
     max_steps: int | None = None,
+    skip: Sequence[str] = (),
+    dpo: bool = False,
 ) -> PipelineFields:
     """The settings of one run, checked.
 
@@ -79,6 +82,7 @@ def load_config(
         overrides: dotted keys from flags and `--set`.
         env: the environment; only names starting with RAY_PIPELINE_ are read.
         max_steps: upper limit for `steps` of every training stage.
+        skip, dpo: stages to leave out of `stages`, and whether DPO joins them.
     Raises:
         UserError: listing every unknown key and impossible value with its origin.
     """
@@ -93,6 +97,8 @@ def load_config(
         raise _refusal(explain(error, layers)) from None
     # A plain PipelineFields: copying or validating a BaseSettings would read its sources again.
     config = PipelineFields(**{name: getattr(loaded, name) for name in PipelineFields.model_fields})
+    if skip or dpo:
+        config = config.model_copy(update={"stages": edited(config.stages, skip, dpo=dpo)})
     if max_steps is not None:
         config = cap_steps(config, max_steps)
     if found := problems(config):

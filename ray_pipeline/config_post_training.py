@@ -106,7 +106,9 @@ class GrpoConfig(TrainingConfig):
     overlong_penalty: NonNegativeFloat = 1.0
     mask_truncated: bool = Field(False, description="answers cut off at max_new_tokens train nothing")
     recompute_logprobs: bool = Field(
-        True, description="the ratio's denominator by the trainer's own forward pass instead of the sampler's"
+        True,
+        description="the ratio's denominator by the trainer's own forward pass instead of the sampler's; answers of "
+        "older weights (max_staleness: 1) keep the sampler's, the only record of what that policy was",
     )
     replay_routing: bool = Field(True, description="training uses the experts that sampling chose for each token")
     max_new_tokens: PositiveInt = 96
@@ -140,6 +142,16 @@ class StudentConfig(Section):
         return replace(teacher, **{key: value for key, value in self.model_dump().items() if value is not None})
 
 
+class TeacherLayoutConfig(Section):
+    """The teacher's own arrangement of the run's ranks. Never changes a result."""
+
+    pp_size: PositiveInt = 1
+    dp_size: PositiveInt | None = Field(None, description="default: what is left of the ranks")
+    tp_size: PositiveInt = 1
+    ep_size: PositiveInt = 1
+    sp_size: PositiveInt = 1
+
+
 class DistillationConfig(TrainingConfig):
     """A smaller student learns from a teacher (arXiv:1503.02531), on conversations, on what the teacher writes, and on
     what the student itself writes (arXiv:2306.13649)."""
@@ -160,11 +172,15 @@ class DistillationConfig(TrainingConfig):
     temperature: PositiveFloat = 1.0
     on_policy: Fraction = Field(0.0, description="share of steps on the student's own answers (GKD's lambda)")
     prompts_per_step: PositiveInt = Field(32, description="questions the student answers in an on-policy step")
+    sampling_temperature: PositiveFloat = Field(1.0, description="at which the teacher and the student write")
     init: Literal["teacher_layers", "random"] = Field("teacher_layers", description="where the student's weights start")
     teacher_answers: NonNegativeInt = Field(
         2000, description="answers the teacher writes to training prompts; the right ones are added to the data"
     )
     conversations: bool = Field(True, description="learn on SFT's conversations too")
+    teacher_layout: TeacherLayoutConfig | None = Field(
+        None, description="how the ranks hold the teacher; default: as they hold the student"
+    )
 
 
 class EvaluationConfig(Section):

@@ -16,7 +16,8 @@ from typing import Any
 from ray_pipeline.artifacts import file_sha256
 from ray_pipeline.config import STAGES, TRAINING_STAGES, PipelineFields
 from ray_pipeline.errors import UserError
-from ray_pipeline.stage_chain import chain, input_stage, upstream
+from ray_pipeline.stage_chain import chain, input_stage, reads_teacher, reads_text, upstream
+from ray_pipeline.teacher_name import TOP_K, teacher_path
 
 # Raised when a stage's code writes something else for the same settings, so that old outputs are not taken for new.
 FORMATS = dict.fromkeys(STAGES, 1)
@@ -36,7 +37,11 @@ _NO_RESULT = {
     for k in ("eval_every", "checkpoint_every", "keep_checkpoints", "keep_best", "log_every")
 }
 _NO_RESULT |= {"grpo.batch_size", "grpo.rollout.workers", "grpo.scoring.processes"}
-_NO_RESULT |= {"init_from.max_vocab_size", "init_from.max_file_bytes"}
+_NO_RESULT |= {"init_from.max_vocab_size", "init_from.max_file_bytes", "distillation.teacher_layout"}
+_TEACHER = "distillation.teacher"
+# Of the data, these decide pretraining's rows alone, and a tokenizer that is trained; and DPO's pairs alone.
+_TEXT = ("data.pretrain.", "data.builtin_documents", "data.tokens_per_shard")
+_PAIRS = ("data.preferences",)
 
 
 @dataclass(frozen=True)
@@ -64,19 +69,52 @@ def source_names(config: PipelineFields) -> dict[str, str]:
     names = {f"data.pretrain.{index}.name": source.name for index, source in enumerate(config.data.pretrain)}
     if config.init_from.path is not None:
         names["init_from.path"] = config.init_from.path
+    if config.distillation.teacher is not None:
+        names[_TEACHER] = config.distillation.teacher
     return names | {
         "data.sft": config.data.sft,
         "data.prompts": config.data.prompts,
+        "data.preferences": config.data.preferences,
         "tokenizer.name": config.tokenizer.name,
     }
 
 
+def with_source_names(config: PipelineFields, names: Mapping[str, str]) -> PipelineFields:
+    """The settings with other names for the sources in `names`, old to new."""
+    data, start, teacher = config.data, config.init_from.path, config.distillation.teacher
+    pretrain = [s.model_copy(update={"name": names.get(s.name, s.name)}) for s in data.pretrain]
+    single = {key: names.get(getattr(data, key), getattr(data, key)) for key in ("sft", "prompts", "preferences")}
+    tokenizer = {"name": names.get(config.tokenizer.name, config.tokenizer.name)}
+    return config.model_copy(
+        update={
+            "data": data.model_copy(update={"pretrain": pretrain, **single}),
+            "tokenizer": config.tokenizer.model_copy(update=tokenizer),
+            "init_from": config.init_from.model_copy(update={"path": start and names.get(start, start)}),
+            "distillation": config.distillation.model_copy(update={"teacher": teacher and names.get(teacher, teacher)}),
+        }
+    )
+
+
 def local_path(name: str) -> Path | None:
-    """The existing file or folder that `name` means, without a `:column` at its end; None for anything else."""
+    """The existing file or folder that `name` means, without `topk:` before it or a `:column` at its end; None for
+    anything else."""
+    name = name.removeprefix(TOP_K)
     for candidate in (name, name.split(":")[0]):
         if candidate and candidate not in ("builtin", "train") and Path(candidate).exists():
             return Path(candidate)
     return None
+
+
+def absolute_name(name: str) -> str:
+    """The same source by its absolute path, where it is a local one."""
+    path = local_path(name)
+    return name if path is None else moved_name(name, path, str(path.absolute()))
+
+
+def moved_name(name: str, path: Path, place: str) -> str:
+    """The name of the source at `path` when it lies at `place`: what stands before and behind the path stays."""
+    before = TOP_K if name.startswith(TOP_K) else ""
+    return before + name.removeprefix(TOP_K).replace(str(path), place, 1)
 
 
 def content_digest(path: Path) -> str:
@@ -98,10 +136,10 @@ def content_digest(path: Path) -> str:
 def source_digests(config: PipelineFields, known: Mapping[str, str] | None = None) -> dict[str, str]:
     """Name -> digest of the local files the config reads. `known` speaks for files that are gone since."""
     out = {}
-    for name in source_names(config).values():
+    for key, name in source_names(config).items():
         path = local_path(name)
-        if path is not None:
-            out[name] = content_digest(path)
+        if path is not None:  # of a stage's folder the model alone is read
+            out[name] = content_digest(teacher_path(name) if key == _TEACHER else path)
         elif known and name in known:
             out[name] = known[name]
     return out
@@ -111,29 +149,55 @@ def identities(config: PipelineFields, digests: Mapping[str, str] | None = None)
     """The identity of each stage of the run. A pure function of the settings and the digests of local files."""
     digests = source_digests(config) if digests is None else digests
     everything = flat(config.model_dump(mode="json") | {"model": asdict(config.model)})
+    hidden = ["distillation.teacher_layout."]
     if config.init_from.path is None:  # a model that starts from random weights is what it was before the key existed
-        everything = {key: value for key, value in everything.items() if not key.startswith("init_from.")}
+        hidden.append("init_from.")
+    if not reads_text(config):
+        hidden += _TEXT
+    everything = {key: value for key, value in everything.items() if not key.startswith(tuple(hidden))}
     for key, name in source_names(config).items():
-        if name in digests:  # where a file lies does not matter, what it holds and how it is read does
+        if (
+            name in digests and key in everything
+        ):  # where a file lies does not matter, what it holds and how it is read does
             everything[key] = f"sha256:{digests[name]}{_reading(name)}"
     out: dict[str, Identity] = {}
     for stage in chain(config):
-        sections = _SECTIONS[stage]
-        if stage not in ("data_prep", "pretrain", "export") and input_stage(config, stage) is None:
-            sections += ("model", "init_from")  # given weights, read by this stage itself
-        heads = tuple(f"{section}." for section in sections)
+        heads = tuple(f"{section}." for section in _sections(config, stage))
         decides = {k: v for k, v in everything.items() if k.startswith(heads) and k not in _NO_RESULT}
         decides["seed"] = config.seed
-        parts = [stage, FORMATS[stage], decides, {name: out[name].key for name in upstream(config, stage)}]
-        text = json.dumps(parts, sort_keys=True, ensure_ascii=True)
-        out[stage] = Identity(hashlib.sha256(text.encode()).hexdigest(), decides)
+        if stage == "data_prep":
+            # DPO may be added to a run, or left out, without training again what does not read its pairs.
+            others = {k: v for k, v in decides.items() if k not in _PAIRS}
+            decides = decides if "dpo" in config.stages else others
+            shared, whole = _key(stage, others, {}), _key(stage, decides, {})
+            out[stage] = Identity(whole, decides)
+            continue
+        read = {name: out[name].key for name in upstream(config, stage)}
+        read["data_prep"] = whole if stage == "dpo" else shared
+        out[stage] = Identity(_key(stage, decides, read), decides)
     return out
+
+
+def _sections(config: PipelineFields, stage: str) -> tuple[str, ...]:
+    """The groups of settings that a stage reads."""
+    if stage in ("data_prep", "pretrain", "export") or input_stage(config, stage) is not None:
+        return _SECTIONS[stage]
+    if stage == "distillation" and (config.distillation.teacher is not None or not reads_teacher(config)):
+        # A teacher that is no model of this project's, or none, leaves the student's architecture to `model`.
+        return (*_SECTIONS[stage], "model")
+    return (*_SECTIONS[stage], "model", "init_from")  # given weights, read by this stage itself
+
+
+def _key(stage: str, decides: Mapping[str, Any], read: Mapping[str, str]) -> str:
+    text = json.dumps([stage, FORMATS[stage], decides, read], sort_keys=True, ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _reading(name: str) -> str:
     """What of a local source's name decides how it is read: its ending and column."""
-    path, colon, column = name.partition(":")
-    return Path(path).suffix + colon + column
+    before = TOP_K if name.startswith(TOP_K) else ""
+    path, colon, column = name.removeprefix(TOP_K).partition(":")
+    return before + Path(path).suffix + colon + column
 
 
 def default_run_name(config: PipelineFields) -> str:

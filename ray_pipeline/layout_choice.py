@@ -69,7 +69,7 @@ def _by_changes(wanted: Layout, found: Iterable[dict[str, Any]]) -> dict[int, li
 
 
 def _divisors(number: int, most: int) -> list[int]:
-    return [size for size in range(1, min(number, most) + 1) if number % size == 0]
+    return [size for size in range(1, min(number or most, most) + 1) if number % size == 0]
 
 
 def _distance(wanted: Layout, found: Layout) -> tuple[float, ...]:
@@ -160,5 +160,3 @@ def device_notice(config: PipelineFields, layout: Layout) -> str | None:
         processes = "process" if layout.gpus == 1 else "processes"
         return f"no GPU here: {layout.gpus} CPU worker {processes} over gloo"
     return None
-
-

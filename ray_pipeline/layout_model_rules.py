@@ -6,16 +6,19 @@ from collections.abc import Callable, Iterator
 from math import gcd
 
 from model.config import ModelConfig
-from ray_pipeline.config import TRAINING_STAGES, PipelineFields
+from ray_pipeline.config import PipelineFields
 from ray_pipeline.layout import Layout, Refusal
+from ray_pipeline.layout_lora_rules import LORA_RULES
+from ray_pipeline.stage_chain import trained
 
 Check = Callable[[PipelineFields, Layout], Refusal | None]
 
 
 def models(config: PipelineFields) -> Iterator[tuple[str, ModelConfig]]:
-    """Key and architecture of every model a run lays out: the teacher and the distillation student."""
+    """Key and architecture of every model a run lays out: the run's own, and the distillation student."""
     yield "model", config.model
-    yield "distillation.student", config.distillation.student.applied_to(config.model)
+    if "distillation" in config.stages:
+        yield "distillation.student", config.distillation.student.applied_to(config.model)
 
 
 def _key_heads_are_shared(config: PipelineFields, layout: Layout) -> Refusal | None:
@@ -46,7 +49,7 @@ def _recursion_has_one_stage(config: PipelineFields, layout: Layout) -> Refusal 
 
 
 def _muon_has_whole_matrices(config: PipelineFields, layout: Layout) -> Refusal | None:
-    stage = next((name for name in TRAINING_STAGES if getattr(config, name).optimizer.name == "muon"), None)
+    stage = next((name for name in trained(config) if getattr(config, name).optimizer.name == "muon"), None)
     if stage is None or (layout.zero_stage == 0 and layout.tp == 1):
         return None
     zero = layout.zero_stage > 0
@@ -63,4 +66,5 @@ MODEL_RULES: dict[str, Check] = {
     "key and value heads are shared evenly by tp": _key_heads_are_shared,
     "a stack that is applied several times is on one pipeline rank": _recursion_has_one_stage,
     "Muon needs whole matrices": _muon_has_whole_matrices,
+    **LORA_RULES,
 }

@@ -12,19 +12,21 @@ from model.parallel.placement import PARTS_PER_RANK, V_SHAPED, num_stages, stage
 from ray_pipeline.config import PipelineFields
 from ray_pipeline.layout import Layout, Refusal
 from ray_pipeline.layout_model_rules import MODEL_RULES, Check, models
+from ray_pipeline.stage_chain import trained
 
 
 def batches(config: PipelineFields) -> dict[str, int]:
-    """Key -> rows per optimizer step, over all ranks."""
-    grpo = config.grpo
-    return {
-        "pretrain.batch_size": config.pretrain.batch_size,
-        "sft.batch_size": config.sft.batch_size,
-        "distillation.batch_size": config.distillation.batch_size,
-        "grpo.prompts_per_step x group_size / updates_per_rollout": grpo.prompts_per_step
-        * grpo.group_size
-        // grpo.updates_per_rollout,
+    """Key -> rows per optimizer step, over all ranks. DPO's pairs are padded to what the layout needs."""
+    grpo, stages = config.grpo, trained(config)
+    rows = {
+        f"{stage}.batch_size": getattr(config, stage).batch_size
+        for stage in ("pretrain", "sft", "distillation")
+        if stage in stages
     }
+    if "grpo" in stages:
+        sampled = grpo.prompts_per_step * grpo.group_size // grpo.updates_per_rollout
+        rows["grpo.prompts_per_step x group_size / updates_per_rollout"] = sampled
+    return rows
 
 
 def shared(config: PipelineFields, key: str) -> int:

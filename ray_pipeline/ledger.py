@@ -23,13 +23,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
-from ray_pipeline.artifacts import read_json, write_json, writing
-from ray_pipeline.config import STAGES
+from ray_pipeline.artifacts import RECORD, read_json, write_json, writing
+from ray_pipeline.config import STAGES, PipelineFields
 from ray_pipeline.errors import UserError
 from ray_pipeline.progress import read_progress
 from ray_pipeline.stages.base import StageResult
 
-RECORD, RUN_FILE, CONFIG_FILE, LOCK = "record.json", "run.json", "config.yaml", ".lock"
+RUN_FILE, CONFIG_FILE, LOCK = "run.json", "config.yaml", ".lock"
 Status = Literal["running", "done", "failed", "learned_nothing"]
 
 
@@ -108,7 +108,7 @@ def close_record(folder: Path, record: Record, status: Status, **values: Any) ->
 
 
 class RunFile:
-    """run.json: the run's uid and, per stage, its present identity and the settings behind it."""
+    """run.json: the run's uid, which stages it has and, per stage, its present identity and the settings behind it."""
 
     def __init__(self, run_dir: Path):
         self.path = run_dir / RUN_FILE
@@ -116,13 +116,14 @@ class RunFile:
         self.exists = bool(stored)
         self.uid: str = stored.get("uid") or uuid.uuid4().hex
         self.created: float = stored.get("created") or time.time()
+        self.chain: list[str] = stored.get("chain") or list(PipelineFields.model_fields["stages"].default)
         self.stages: dict[str, dict[str, Any]] = stored.get("stages", {})
         self.sources: dict[str, str] = stored.get("sources", {})
         self.reruns: dict[str, int] = stored.get("reruns", {})
 
     def save(self) -> None:
         """Atomically."""
-        keys = ("uid", "created", "stages", "sources", "reruns")
+        keys = ("uid", "created", "chain", "stages", "sources", "reruns")
         write_json(self.path, {key: getattr(self, key) for key in keys})
 
     def wandb_id(self, stage: str, identity: str) -> str:
@@ -186,7 +187,7 @@ def read_status(run_dir: Path) -> dict[str, Any]:
     """
     run, holder = RunFile(run_dir), lock_holder(run_dir)
     stages = []
-    for name in STAGES:
+    for name in (name for name in STAGES if name in run.chain):
         present = run.stages.get(name)
         if present is None:
             stages.append({"stage": name, "status": "pending"})

@@ -16,7 +16,7 @@ from ray_pipeline.artifacts import write_text
 from ray_pipeline.config import PipelineFields
 from ray_pipeline.config_load import config_yaml
 from ray_pipeline.errors import StageFailed, UserError
-from ray_pipeline.identity import default_run_name, local_path, source_digests, source_names
+from ray_pipeline.identity import absolute_name, default_run_name, source_digests, source_names, with_source_names
 from ray_pipeline.launcher import RayLauncher
 from ray_pipeline.layout import Layout, with_layout
 from ray_pipeline.ledger import (
@@ -112,22 +112,7 @@ def _go(
 
 def _with_absolute_paths(config: PipelineFields) -> PipelineFields:
     """Local sources by absolute path: stages and later resumes may start in another folder."""
-    names = {name: name.replace(str(path), str(path.absolute()), 1) for name in source_names(config).values()
-             if (path := local_path(name)) is not None}  # fmt: skip
-    pretrain = [s.model_copy(update={"name": names.get(s.name, s.name)}) for s in config.data.pretrain]
-    data = {
-        "sft": names.get(config.data.sft, config.data.sft),
-        "prompts": names.get(config.data.prompts, config.data.prompts),
-    }
-    tokenizer = {"name": names.get(config.tokenizer.name, config.tokenizer.name)}
-    start = config.init_from.path
-    return config.model_copy(
-        update={
-            "init_from": config.init_from.model_copy(update={"path": start and names.get(start, start)}),
-            "data": config.data.model_copy(update={"pretrain": pretrain, **data}),
-            "tokenizer": config.tokenizer.model_copy(update=tokenizer),
-        }
-    )
+    return with_source_names(config, {name: absolute_name(name) for name in source_names(config).values()})
 
 
 def _accept(config: PipelineFields, run_dir: Path, rows: Sequence[PlannedStage]) -> RunFile:
@@ -139,6 +124,7 @@ def _accept(config: PipelineFields, run_dir: Path, rows: Sequence[PlannedStage])
         row.stage: {"identity": row.identity, "folder": row.folder.name, "decides": dict(found[row.stage].decides)}
         for row in rows
     }
+    run.chain = list(run.stages)
     for row in rows:
         if row.fresh:
             run.reruns[row.identity] = run.reruns.get(row.identity, 0) + 1

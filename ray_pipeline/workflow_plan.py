@@ -143,9 +143,7 @@ def _decide(
     return replace(row, reason=_why_new(stage, identity, run, rerun))
 
 
-def _need_inputs(
-    stage: str, inputs: tuple[str, ...], selection: StageSelection, rows: dict[str, PlannedStage]
-) -> None:
+def _need_inputs(stage: str, inputs: tuple[str, ...], selection: StageSelection, rows: dict[str, PlannedStage]) -> None:
     """A stage left out by the selection must be finished before one that reads it."""
     for name in inputs:
         if rows[name].action == "skip":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from ray_pipeline.identity import (
     flat,
     identities,
     local_path,
+    moved_name,
     source_digests,
 )
 from ray_pipeline.stage_chain import upstream
@@ -31,7 +33,7 @@ OWNER = {
 WITHOUT_RESULT = ("eval_every", "checkpoint_every", "keep_checkpoints", "keep_best", "log_every")
 OTHER_CHOICE = {
     "schedule": "constant", "precision": "bf16", "init": "random", "source": "distillation", "dtype": "bfloat16",
-    "path": "elsewhere",
+    "path": "elsewhere", "teacher": "elsewhere",
 }  # fmt: skip
 
 
@@ -54,6 +56,8 @@ def _changed(part: Any, path: list[str], value: Any) -> Any:
         items = list(part)
         items[int(head)] = _changed(items[int(head)], rest, value) if rest else value
         return type(part)(items)
+    if isinstance(part, dict):
+        return part | {head: _changed(part[head], rest, value) if rest else value}
     new = _changed(getattr(part, head), rest, value) if rest else value
     if hasattr(part, "model_copy"):
         return part.model_copy(update={head: new})
@@ -63,22 +67,27 @@ def _changed(part: Any, path: list[str], value: Any) -> Any:
 
 
 def other(value: Any, key: str) -> Any:
+    name = key.split(".")[-1]
     if isinstance(value, bool):
         return not value
     if isinstance(value, (int, float)):
         return value + 1
-    if value is None:
-        return 3
-    return OTHER_CHOICE.get(key.split(".")[-1], f"{value}x")
+    if name in OTHER_CHOICE:
+        return OTHER_CHOICE[name]
+    return 3 if value is None else f"{value}x"
 
 
-def downstream(stage: str) -> set[str]:
-    """The stage and everything that reads it, directly or not."""
+def downstream(key: str, config: PipelineFields = BASE) -> set[str]:
+    """The stage that a key belongs to and everything that reads it, directly or not."""
+    stage = OWNER[key.split(".")[0]]
     found = {stage}
     for name in STAGES:
-        if found & set(upstream(BASE, name)):
+        if found & set(upstream(config, name)):
             found.add(name)
-    return found
+    if key.startswith("model.") and config.distillation.teacher is not None:
+        found |= {"distillation", "export"}  # what the student is made from, where the teacher is of another family
+    # Of the data, DPO alone reads the pairs.
+    return found - {"pretrain", "sft"} if key == "data.preferences" else found
 
 
 RESULT_KEYS = sorted(
@@ -87,6 +96,7 @@ RESULT_KEYS = sorted(
     if key.split(".")[0] in OWNER
     and key.split(".")[-1] not in WITHOUT_RESULT
     and key not in ("grpo.batch_size", "grpo.rollout.workers", "grpo.scoring.processes")
+    and key != "distillation.teacher_layout"
     and not (key.startswith("init_from.") and key != "init_from.path")
 )
 
@@ -99,7 +109,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Pydantic serializer warnings")
 def test_changed_setting_changes_its_stage_and_all_after_it_and_nothing_before(key):
     changed = keys_of(with_value(key, other(everything(BASE)[key], key)))
     base = keys_of(BASE)
-    assert {stage for stage in STAGES if changed[stage] != base[stage]} == downstream(OWNER[key.split(".")[0]])
+    assert {stage for stage in STAGES if changed[stage] != base[stage]} == downstream(key)
 
 
 OTHER_KEYS = sorted(key for key in set(everything(BASE)) - set(RESULT_KEYS) if not key.startswith("stages."))
@@ -134,7 +144,7 @@ def test_equal_identities_mean_equal_settings_upstream(first, second):
     one, two = build(first), build(second)
     values = everything(one), everything(two)
     for stage in STAGES:
-        relevant = [key for key in RESULT_KEYS if stage in downstream(OWNER[key.split(".")[0]])]
+        relevant = [key for key in RESULT_KEYS if stage in downstream(key, one) | downstream(key, two)]
         differs = any(values[0][key] != values[1][key] for key in relevant)
         assert (keys_of(one)[stage] != keys_of(two)[stage]) == differs
 
@@ -196,3 +206,42 @@ def test_flat_loses_no_leaf(value):
         return 1 if not items else sum(map(leaves, items))
 
     assert len(flat({"root": value})) == leaves(value)
+
+
+def test_dpo_joins_or_leaves_a_run_without_touching_what_does_not_read_its_pairs():
+    without = [stage for stage in STAGES if stage != "dpo"]
+    before, after = keys_of(PipelineFields(stages=without)), keys_of(BASE)
+    assert {stage for stage in before if before[stage] == after[stage]} == {"pretrain", "sft"}
+
+
+def test_with_a_tokenizer_and_without_pretrain_the_text_decides_nothing():
+    def config(documents: int, **values: Any) -> PipelineFields:
+        return PipelineFields(data={"builtin_documents": documents}, init_from={"path": "given"}, **values)
+
+    given = {"tokenizer": {"name": "given"}, "stages": ["data_prep", "sft"]}
+    assert keys_of(config(5, **given)) == keys_of(config(6, **given))
+    trained = {"stages": ["data_prep", "sft"]}
+    assert keys_of(config(5, **trained)) != keys_of(config(6, **trained))
+
+
+def test_contents_of_a_given_teacher_count_and_its_place_does_not(tmp_path):
+    def key(name: str) -> str:
+        return identities(PipelineFields(distillation={"teacher": name}))["distillation"].key
+
+    for name in ("one", "two"):
+        (tmp_path / name / "model").mkdir(parents=True)
+        (tmp_path / name / "model" / "config.json").write_text("{}")
+    before = key(str(tmp_path / "one"))
+    assert key(str(tmp_path / "two")) == before
+    (tmp_path / "one" / "checkpoints").mkdir()
+    (tmp_path / "one" / "checkpoints" / "step").write_text("")
+    assert key(str(tmp_path / "one")) == before, "the model alone is read"
+    (tmp_path / "one" / "model" / "config.json").write_text("{ }")
+    assert key(str(tmp_path / "one")) != before
+    assert key(f"topk:{tmp_path / 'two'}") != key(str(tmp_path / "two")), "a file of top-k is another kind of teacher"
+
+
+def test_names_move_with_their_source_alone(tmp_path):
+    path = Path("t")
+    assert moved_name("topk:t", path, "/there") == "topk:/there"
+    assert moved_name("t:text", path, "/there") == "/there:text"

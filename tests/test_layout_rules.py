@@ -129,6 +129,27 @@ BROKEN = {
             "Use --tp-size 1, or --set pretrain.optimizer.name=adamw",
         ),
     ],
+    "adapters are not cut by tp": [
+        (
+            {"tp_size": 2, "sft.lora.r": 4},
+            "tp_size=2 with sft.lora.r=4: tensor parallelism cuts the matrices that adapters are put on",
+            "Use --tp-size 1 (--sp-size, --pp-size and --dp-size work), or --set sft.lora.r=0",
+        )
+    ],
+    "ZeRO does not know frozen experts": [
+        (
+            {"gpus": 2, "ep_size": 2, "zero_stage": 2, "sft.lora.r": 4},
+            "zero_stage=2 with ep_size=2 and sft.lora.r=4: DeepSpeed takes frozen experts",
+            "Use --zero-stage 0 (the optimizer holds adapters alone), or --ep-size 1",
+        )
+    ],
+    "every pipeline rank has an adapter": [
+        (
+            {"pp_size": 2, "sft.lora.r": 4, "sft.lora.target_modules": ["eh_proj"]},
+            "pp_size=2 with sft.lora.target_modules=['eh_proj']: pipeline rank 0 has no layer of these names",
+            "Use --pp-size 1, or leave sft.lora.target_modules empty",
+        )
+    ],
     "fewer ranks than --gpus can go on": [
         ({"gpus": 4, "min_gpus": 5}, "min_gpus=5: more than gpus=4", "Use --min-gpus 4 or less"),
         ({"gpus": 4, "min_gpus": 3}, "no dp_size below 4 works with 3 to 3 ranks", "Use --min-gpus 2"),
@@ -177,6 +198,9 @@ def test_every_rule_of_the_table_has_a_test() -> None:
         {"sp_size": 4, "model.attention": "gqa", "model.num_key_value_heads": 2},
         {"gpus": 4, "tp_size": 2, "ep_size": 2, "zero_stage": 3, "model.recursion_depth": 2},
         {"gpus": 8, "pp_size": 2, "sp_size": 2, "ep_size": 2, "pretrain.optimizer.name": "muon"},
+        {"gpus": 8, "pp_size": 2, "sp_size": 2, "ep_size": 2, "sft.lora.r": 4},
+        {"gpus": 4, "pp_size": 2, "zero_stage": 3, "sft.lora.r": 4},
+        {"pp_size": 2, "schedule": "zbv", "zero_stage": 1, "sft.lora.r": 4, **SIX_LAYERS},
     ],
 )
 def test_what_the_engine_can_do_is_not_refused(settings: dict) -> None:

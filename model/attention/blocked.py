@@ -2,9 +2,10 @@
 
 A block of queries meets only the keys up to its own end, so that what the mask would hide above the diagonal is never
 computed; with a sliding window only those in reach, and before them those that someone in the block sees. Measured on
-two cores against torch's fused kernel: 0.4 to 0.8 of its time in fp32, 0.25 to 0.4 in bf16, for sequences from 256 to
-2048 and heads from 16 to 192 wide; keys and values may differ in width. A window of 64 with a stride of 64 takes rows
-of 2048 in 0.15 to 0.23 of the time without, one of 64 with a stride of 16 rows of 1024 in 0.35 to 0.45.
+two cores against torch's fused kernel, for sequences from 256 to 2048: 0.4 to 0.8 of its time in fp32 with heads from
+32 to 192 wide, 0.25 to 0.4 in bf16 with heads from 16 to 192; narrower heads in fp32 are no quicker and keep the fused
+kernel. Keys and values may differ in width. A window of 64 with a stride of 64 takes rows of 2048 in 0.15 to 0.23 of
+the time without, one of 64 with a stride of 16 rows of 1024 in 0.35 to 0.45.
 """
 
 from __future__ import annotations
@@ -18,6 +19,12 @@ BLOCK = 64
 WORTH_CHOOSING = 128  # keys before the window: of fewer it is quicker to meet all (measured)
 NARROW = 32  # heads below are no quicker by blocks in fp32 (measured), and the fused kernel keeps no probabilities
 LONGEST = 2048  # probabilities are kept for backward, [seq, seq / 2] a head; behind this the fused kernel is used
+
+
+def quicker_by_blocks(q: Tensor, window: int | None) -> bool:
+    """Whether queries [batch, heads, seq, qk_dim] are to attend here rather than in the fused kernel."""
+    met = q.shape[2] if window is None else min(window, q.shape[2])
+    return met <= LONGEST and (q.shape[-1] >= NARROW or q.dtype == torch.bfloat16 or window is not None)
 
 
 def columns_of(mask: Tensor | None, start: int, stop: int, window: int | None) -> slice | Tensor:

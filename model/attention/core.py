@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.attention.blocked import LONGEST, NARROW, BlockedAttention
+from model.attention.blocked import BlockedAttention, quicker_by_blocks
 
 
 def document_positions(doc_ids: Tensor) -> Tensor:
@@ -37,9 +37,7 @@ def softmax_attention(
         [batch, heads, seq, v_dim].
     """
     width, groups = v.shape[-1], q.shape[1] // k.shape[1]
-    met = q.shape[2] if window is None else min(window, q.shape[2])
-    quicker = q.shape[-1] >= NARROW or q.dtype == torch.bfloat16 or window is not None
-    if q.device.type == "cpu" and q.shape[2] == k.shape[2] and met <= LONGEST and quicker:
+    if q.device.type == "cpu" and q.shape[2] == k.shape[2] and quicker_by_blocks(q, window):
         if groups > 1:
             k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
         return BlockedAttention.apply(q, k, v, mask, scale, window)

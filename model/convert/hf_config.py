@@ -209,8 +209,9 @@ def check_types(kept: Mapping[str, Any]) -> None:
     Raises:
         ValueError: naming the first key of ModelConfig whose value is of another type.
     """
+    defaults = ModelConfig()
     for key, value in kept.items():
-        kind = type(getattr(ModelConfig(), key))
+        kind = type(getattr(defaults, key))
         if kind is bool and not isinstance(value, bool):
             raise ValueError(f"config.json: {key}={value!r}: must be true or false")
         whole = isinstance(value, int) and not isinstance(value, bool)

@@ -40,7 +40,8 @@ class Slot:
         return gate if self.part == "gate" else up
 
 
-def _published_name(config: ModelConfig, name: str) -> str:
+def published_name(config: ModelConfig, name: str) -> str:
+    """Where a tensor that belongs to no expert is published."""
     if name.startswith("mtp."):
         _, depth, rest = name.split(".", 2)
         rest = _MTP_OWN.get(rest, rest.removeprefix("block."))
@@ -57,7 +58,7 @@ def published_slots(config: ModelConfig, names: Iterable[str], *, mtp: bool = Tr
     for name in names:
         if name.startswith("mtp.") and not mtp:
             continue
-        target = _published_name(config, name)
+        target = published_name(config, name)
         prefix, _, last = target.rpartition(".")
         if not prefix.endswith("mlp.experts"):
             out[target] = Slot(name)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from model.generate.cache import LatentCache
+from model.generate.cache import KVCache
 from model.generate.decode import Completion, check_prompts
 from model.generate.decoder import Decoder
 
@@ -82,7 +82,7 @@ class _Search:
         scores = torch.full((self.num_beams,), -torch.inf, device=logits.device)
         scores[0] = 0.0
         rows = torch.zeros(self.num_beams, dtype=torch.long, device=logits.device)
-        cache: LatentCache = prefix.select(rows, self.limit)
+        cache: KVCache = prefix.select(rows, self.limit)
         logits = logits[rows]
         tokens = torch.zeros(self.num_beams, 0, dtype=torch.long, device=logits.device)
         logprobs = torch.zeros(self.num_beams, 0, device=logits.device)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 
-class LatentCache:
+class KVCache:
     """Preallocated [recursion_depth * num_layers][rows, capacity, width of the layer].
 
     Attributes:
@@ -31,7 +31,7 @@ class LatentCache:
         self.bias = torch.where(columns < padding[:, None], -torch.inf, visible).unsqueeze(1)
 
     @classmethod
-    def allocate(cls, widths: list[int], padding: Tensor, capacity: int, dtype: torch.dtype) -> LatentCache:
+    def allocate(cls, widths: list[int], padding: Tensor, capacity: int, dtype: torch.dtype) -> KVCache:
         """An empty cache for `len(padding)` rows of up to `capacity` columns, padding included.
 
         Args:
@@ -46,7 +46,7 @@ class LatentCache:
         """Position of the next token of each row: [rows]."""
         return self.length - self.padding
 
-    def select(self, rows: Tensor, capacity: int) -> LatentCache:
+    def select(self, rows: Tensor, capacity: int) -> KVCache:
         """A new cache of `rows` (indices, repeats allowed) with room for `capacity` more columns.
 
         Columns that are padding in every chosen row are dropped.
@@ -59,4 +59,4 @@ class LatentCache:
             new = old.new_empty(len(rows), kept + capacity, old.shape[2])
             torch.index_select(old[:, first : self.length], 0, rows, out=new[:, :kept])
             layers.append(new)
-        return LatentCache(layers, padding - first, self.length - first)
+        return KVCache(layers, padding - first, self.length - first)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.generate.attention_steps import build_decode_attention
-from model.generate.cache import LatentCache
+from model.generate.cache import KVCache
 from model.generate.fast_experts import FastExperts
 from model.layers.feed_forward import FeedForward
 from model.moe.experts import MixtureOfExperts
@@ -110,7 +110,7 @@ class Decoder:
     @torch.inference_mode()
     def prefill(
         self, prompts: list[list[int]], capacity: int, watch: Callable[[Tensor, slice], None] | None = None
-    ) -> tuple[Tensor, LatentCache]:
+    ) -> tuple[Tensor, KVCache]:
         """Run the prompts and remember them.
 
         Args:
@@ -124,7 +124,7 @@ class Decoder:
         padding = torch.tensor([longest - len(p) for p in prompts], device=self.device)
         tokens = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=self.device)
         widths = [layer.attention.width for layer in self.layers] * self.config.recursion_depth
-        cache = LatentCache.allocate(widths, padding, longest + capacity, self.head.dtype)
+        cache = KVCache.allocate(widths, padding, longest + capacity, self.head.dtype)
         rows = max(1, PREFILL_TOKENS // longest)
         last = []
         for part in (slice(i, i + rows) for i in range(0, len(prompts), rows)):
@@ -153,10 +153,11 @@ class Decoder:
         return x
 
     @torch.inference_mode()
-    def step(self, tokens: Tensor, cache: LatentCache) -> Tensor:
+    def step(self, tokens: Tensor, cache: KVCache) -> Tensor:
         """Append one token to every row: tokens [rows] -> logits of the next, [rows, vocab_size]."""
         column = cache.length
-        rotation = self.model.rotary[cache.positions].unsqueeze(1)
+        # Rows that ended stay in the batch for a while; what they go on with, past the context too, is thrown away.
+        rotation = self.model.rotary[cache.positions.clamp(max=len(self.model.rotary) - 1)].unsqueeze(1)
         bias = cache.bias[:, :, : column + 1]
         x = F.embedding(tokens, self.model.embed_tokens.weight)
         for index, passed in enumerate(self.passes(cache.layers)):

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.generate.cache import LatentCache
+from model.generate.cache import KVCache
 from model.generate.decoder import Decoder
 from model.generate.extend import Span, extend_layer
 from model.generate.sampler import distributions, draw
@@ -17,7 +17,7 @@ from model.generate.transcript import Transcript
 from model.mtp import MultiTokenPredictor
 
 
-def realign(cache: LatentCache, rows: Tensor | None, lengths: Tensor, lead: int) -> LatentCache:
+def realign(cache: KVCache, rows: Tensor | None, lengths: Tensor, lead: int) -> KVCache:
     """A cache in which all rows end in the same column, each after its first `lengths` tokens.
 
     Args:
@@ -37,7 +37,7 @@ def realign(cache: LatentCache, rows: Tensor | None, lengths: Tensor, lead: int)
         new = old.new_empty(len(rows), old.shape[1], old.shape[2])
         new[:, :length] = old[rows[:, None], columns]
         layers.append(new)
-    return LatentCache(layers, padding, length)
+    return KVCache(layers, padding, length)
 
 
 class Drafter:
@@ -59,7 +59,7 @@ class Drafter:
         # The window may begin before a short prompt does: that many columns of padding, zero so that they are finite.
         columns, dtype = self.window + longest + capacity, decoder.head.dtype
         widths = [layer.attention.width for layer in decoder.draft_layers]
-        self.cache = LatentCache.allocate(widths, self._padding + self.window, columns, dtype)
+        self.cache = KVCache.allocate(widths, self._padding + self.window, columns, dtype)
         for layer in self.cache.layers:
             layer[:, : self.window] = 0
         self.cache.length = self.window + longest

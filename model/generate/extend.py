@@ -15,7 +15,7 @@ from torch import Tensor
 
 from model.generate.absorbed import AbsorbedAttention, rotate_in_place, write_latent
 from model.generate.attention_steps import DecodeAttention
-from model.generate.cache import LatentCache
+from model.generate.cache import KVCache
 from model.generate.decoder import Decoder, DecoderLayer
 from model.generate.grouped_step import GroupedStep
 
@@ -35,7 +35,7 @@ class Span:
     bias: Tensor
 
     @classmethod
-    def at(cls, rotary: Tensor, cache: LatentCache, column: int, n: int) -> Span:
+    def at(cls, rotary: Tensor, cache: KVCache, column: int, n: int) -> Span:
         """Columns `column` to `column + n` of `cache`, whose rows may begin inside them."""
         device = cache.padding.device
         new = torch.arange(n, device=device)
@@ -49,7 +49,7 @@ class Span:
 
 
 @torch.inference_mode()
-def extend(decoder: Decoder, tokens: Tensor, cache: LatentCache) -> tuple[Tensor, Tensor]:
+def extend(decoder: Decoder, tokens: Tensor, cache: KVCache) -> tuple[Tensor, Tensor]:
     """Append tokens [rows, n] to every row, as n calls of `Decoder.step` would.
 
     Returns:

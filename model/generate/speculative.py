@@ -10,10 +10,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from model.generate.cache import LatentCache
+from model.generate.cache import KVCache
 from model.generate.decoder import Decoder
 from model.generate.drafter import Drafter, realign
 from model.generate.extend import extend
+from model.generate.routing_record import RoutingRecord, recording
 from model.generate.sampler import draw, draw_uniforms, inverse_cdf
 from model.generate.transcript import Completion, Request, Rules, Transcript, distinct_prompts
 
@@ -44,7 +45,7 @@ class SpeculativeWave:
     """Requests decoded together, each at its own pace. Finished rows stay until half of the batch is done."""
 
     def __init__(self, decoder: Decoder, requests: list[Request], rules: Rules):
-        self.decoder, self.requests = decoder, requests
+        self.decoder, self.requests, self.rules = decoder, requests, rules
         self.depth = decoder.config.num_nextn_predict_layers
         self.transcript = Transcript(requests, rules, decoder.config.vocab_size, decoder.device)
         longest = self.transcript.longest
@@ -57,11 +58,30 @@ class SpeculativeWave:
     @torch.inference_mode()
     def run(self) -> dict[int, Completion]:
         """Decode to the end: completions by request index."""
+        wanted = self.rules.record_routing
+        with recording(self.decoder, self.requests, wanted=wanted, ahead=self.depth + 1) as record:
+            self._decode(record)
+        out = self.transcript.completions()
+        for request, drafted, accepted in zip(
+            self.requests, self.drafted.tolist(), self.accepted.tolist(), strict=True
+        ):
+            out[request.index].drafted, out[request.index].accepted = drafted, accepted
+        if record is not None:
+            record.hand_over(out)
+        return out
+
+    def _decode(self, record: RoutingRecord | None) -> None:
         prompts, which = distinct_prompts([r.prompt for r in self.requests])
         batch = torch.arange(len(which), device=self.decoder.device)  # the request of each row of the batch
         capacity = self.transcript.longest + self.depth + 1
         drafter = Drafter(self.decoder, prompts, capacity)
-        logits, cache = self.decoder.prefill(prompts, capacity, drafter.read)
+
+        def watch(hidden: Tensor, part: slice) -> None:
+            drafter.read(hidden, part)
+            if record is not None:
+                record.prefix(prompts, which, part)
+
+        logits, cache = self.decoder.prefill(prompts, capacity, watch)
         prefix = torch.tensor(which, device=self.decoder.device)
         lengths = cache.positions[prefix]
         cache = realign(cache, prefix, lengths, 0)
@@ -74,19 +94,17 @@ class SpeculativeWave:
                 batch, alive, last, lengths = batch[rows], alive[rows], last[rows], lengths[rows]
             cache = realign(cache, rows, lengths, 0)
             drafter.realign(rows, lengths)
+            first = cache.positions
             tokens, alive, settled, hidden = self._round(batch, alive, last, cache, drafter)
+            if record is not None:
+                # Drafts that were dropped are fed again in the next round, at the same positions.
+                record.step(batch, first[:, None] + torch.arange(self.depth + 1, device=first.device))
             drafter.advance(hidden, tokens, settled)
             lengths = lengths + settled
             last = torch.where(settled > 0, tokens.gather(1, (settled - 1).clamp(min=0)[:, None])[:, 0], last)
-        out = self.transcript.completions()
-        for request, drafted, accepted in zip(
-            self.requests, self.drafted.tolist(), self.accepted.tolist(), strict=True
-        ):
-            out[request.index].drafted, out[request.index].accepted = drafted, accepted
-        return out
 
     def _round(
-        self, batch: Tensor, alive: Tensor, last: Tensor, cache: LatentCache, drafter: Drafter
+        self, batch: Tensor, alive: Tensor, last: Tensor, cache: KVCache, drafter: Drafter
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Draft and verify.
 

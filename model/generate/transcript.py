@@ -24,6 +24,8 @@ class Completion:
             learned from such a choice.
         text: where stop strings were asked for, the text without the one that was met and what follows it.
         drafted, accepted: tokens that speculative decoding proposed, and how many of them were kept.
+        routing: where it was asked for and the model routes, int16 [prompt + answer - 1, columns] (`model.moe.replay`):
+            the experts of every token that was fed to the model, which is all but the last.
     """
 
     tokens: list[int]
@@ -33,6 +35,7 @@ class Completion:
     text: str | None = None
     drafted: int = 0
     accepted: int = 0
+    routing: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,8 @@ def distinct_prompts(prompts: list[list[int]]) -> tuple[list[list[int]], list[in
 class Rules:
     """What holds for every request of a call: how tokens are chosen and what ends an answer.
 
-    `on_token` is called with (index of the request, token) for each token as it is made.
+    `on_token` is called with (index of the request, token) for each token as it is made; `record_routing` asks for
+    `Completion.routing`.
     """
 
     sampling: Sampling
@@ -64,6 +68,7 @@ class Rules:
     stop: StopStrings | None = None
     think: ThinkBudget | None = None
     on_token: Callable[[int, int], None] | None = None
+    record_routing: bool = False
 
 
 class Transcript:

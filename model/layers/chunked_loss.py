@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from model.layers.linear import weight_gradient_queue
+from model.layers.linear import operand_dtype, weight_gradient_queue
 from model.parallel.collectives import Axis, all_reduce
 
 CHUNK_ELEMENTS = {"cpu": 2**21, "cuda": 2**27}  # logits at a time: 8 MB stay in a CPU's cache, a GPU wants more work
@@ -146,27 +146,33 @@ class _PerToken(torch.autograd.Function):
         return dx, _hand_over(dweight.value, ctx.owner[0]), None, None, None, None
 
 
-def _cast(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """As autocast would for a matrix product."""
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        return x.to(dtype), weight.to(dtype)
-    return x, weight
-
-
 def loss_sum(x: Tensor, weight: Tensor, labels: Tensor, axis: Axis) -> Tensor:
     """Sum of -log p(label) in nats, fp32.
 
     Args:
         x: [rows, hidden_size]. weight: a parameter [vocab_size / tp, hidden_size]. labels: [rows], all to be counted.
     """
-    inputs, used = _cast(x, weight)
+    dtype = operand_dtype(x)
     with torch.autocast(x.device.type, enabled=False):
-        return _Sum.apply(inputs, used, labels, axis, (weight,))
+        return _Sum.apply(x.to(dtype), weight.to(dtype), labels, axis, (weight,))
 
 
 def loss_per_token(x: Tensor, weight: Tensor, labels: Tensor, axis: Axis, temperature: float) -> Tensor:
     """-log p(label) at the given temperature, fp32 [rows]; arguments as in `loss_sum`."""
-    inputs, used = _cast(x, weight)
+    dtype = operand_dtype(x)
     with torch.autocast(x.device.type, enabled=False):
-        return _PerToken.apply(inputs, used, labels, axis, (weight,), temperature)
+        return _PerToken.apply(x.to(dtype), weight.to(dtype), labels, axis, (weight,), temperature)
+
+
+@torch.no_grad()
+def loss_of_logits(logits: Tensor, labels: Tensor, axis: Axis) -> Tensor:
+    """-log p(label) in nats where the logits exist already, without gradients: fp32 [rows].
+
+    Args:
+        logits: [rows, vocab_size / tp]; left as they are. labels: [rows], all to be counted.
+    """
+    out = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
+    for rows in _chunks(logits, logits.shape[1]):
+        column, outside = _mine(labels[rows], logits.shape[1], axis)
+        out[rows] = _exponentials(logits[rows].to(torch.float32, copy=True), column, outside, axis)[2].squeeze(1)
+    return out

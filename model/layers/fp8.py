@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.layers.fp8_kernel import kernel_for, kernel_product
-from model.layers.linear import weight_gradient_queue
+from model.layers.linear import operand_dtype, weight_gradient_queue
 
 TILE = 128
 LARGEST = 448.0  # of E4M3
@@ -144,16 +144,10 @@ class _Fp8Linear(torch.autograd.Function):
         return dx, None, None, None, None
 
 
-def _output_dtype(x: Tensor) -> torch.dtype:
-    if torch.is_autocast_enabled(x.device.type):
-        return torch.get_autocast_dtype(x.device.type)
-    return x.dtype
-
-
 def fp8_linear(x: Tensor, weight: Tensor) -> Tensor:
     """[..., in] x [out, in] -> [..., out] in autocast's dtype, or that of `x`. `weight` is a parameter."""
     rows = x.reshape(-1, x.shape[-1])
-    out = _Fp8Linear.apply(rows, weight, [len(rows)], _output_dtype(x), (weight,))
+    out = _Fp8Linear.apply(rows, weight, [len(rows)], operand_dtype(x), (weight,))
     return out.view(*x.shape[:-1], -1)
 
 
@@ -163,5 +157,5 @@ def fp8_grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     Args:
         x: [rows, in], sorted by expert. weight: [experts, out, in], a parameter. counts: [experts] rows of each.
     """
-    return _Fp8Linear.apply(x, weight, counts.tolist(), _output_dtype(x), (weight,))
+    return _Fp8Linear.apply(x, weight, counts.tolist(), operand_dtype(x), (weight,))
 

@@ -110,15 +110,18 @@ class _SeparableLinear(torch.autograd.Function):
         return dx, None, None
 
 
+def operand_dtype(x: Tensor) -> torch.dtype:
+    """What a matrix product of x is computed in: autocast's dtype, or that of x where there is none."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """[..., in] x [out, in] -> [..., out]; `weight` is a parameter. Follows autocast as `F.linear` does."""
     if not backward_is_separable():
         return F.linear(x, weight)
-    used = weight
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, used = x.to(dtype), weight.to(dtype)
-    return _SeparableLinear.apply(x, used, (weight,))
+    dtype = operand_dtype(x)
+    return _SeparableLinear.apply(x.to(dtype), weight.to(dtype), (weight,))
 
 
 class Linear(nn.Linear):

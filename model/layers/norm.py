@@ -11,11 +11,16 @@ from torch import Tensor, nn
 from model.config import ModelConfig
 
 
+def _inverse_rms(x: Tensor, eps: float) -> Tensor:
+    """1 / rms(x): [..., dim] -> [..., 1]."""
+    return x.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / rms(x) * weight, without gradients: [..., dim] -> same. On a CPU torch's own takes half as long again."""
     if x.device.type != "cpu" or x.dtype != torch.float32:
         return F.rms_norm(x, weight.shape, weight, eps)
-    return (x * x.square().mean(-1, keepdim=True).add_(eps).rsqrt_()).mul_(weight)
+    return (x * _inverse_rms(x, eps)).mul_(weight)
 
 
 class _RmsNorm(torch.autograd.Function):
@@ -23,7 +28,7 @@ class _RmsNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        inverse = x.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+        inverse = _inverse_rms(x, eps)
         ctx.save_for_backward(x, weight, inverse)
         return (x * inverse).mul_(weight)
 

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.layers.chunked_loss import loss_per_token, loss_sum
+from model.layers.chunked_sums import ChunkLoss, chunked_sums
 from model.layers.linear import Linear
 from model.parallel.collectives import LOCAL, Axis, copy_to, reduce_from
 
@@ -33,22 +34,30 @@ class Embedding(nn.Module):
 class Head(Linear):
     """[..., hidden_size] -> logits [..., vocab_size / tp]: this rank's slice, never gathered.
 
-    With labels: -log p(label) instead, without the logits. Both go through the module's call, in which ZeRO 3 gathers
+    With labels: -log p(label) instead, without the logits. All go through the module's call, in which ZeRO 3 gathers
     the weight.
     """
 
     tp: Axis = LOCAL
 
     def forward(
-        self, x: Tensor, labels: Tensor | None = None, *, temperature: float = 1.0, per_token: bool = False
+        self,
+        x: Tensor,
+        labels: Tensor | None = None,
+        *,
+        temperature: float = 1.0,
+        per_token: bool = False,
+        chunk_loss: ChunkLoss | None = None,
     ) -> Tensor:
         """
         Args:
-            labels: [rows] for x [rows, hidden_size].
+            labels: [rows] for x [rows, hidden_size]. chunk_loss: of the logits of such an x.
         Returns:
-            Logits, the sum of -log p(label), or `per_token` [rows] of them at the temperature.
+            Logits, the sum of -log p(label), or `per_token` [rows] of them at the temperature, or `chunk_loss`'s sums.
         """
         x = copy_to(x, self.tp)
+        if chunk_loss is not None:
+            return chunked_sums(x, self.weight, chunk_loss)
         if labels is None:
             return super().forward(x)
         if per_token:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from model.config import ModelConfig
 from model.layers.feed_forward import FeedForward
-from model.layers.linear import backward_is_separable, weight_gradient_queue
+from model.layers.linear import backward_is_separable, operand_dtype, weight_gradient_queue
 from model.layers.swiglu import swiglu
 from model.moe.router import Router
 from model.moe.rows import collect, plan_rows, spread, spread_scales
@@ -77,10 +77,8 @@ def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     Args:
         x: [rows, in], sorted by expert. weight: [experts, out, in]. counts: [experts] rows of each expert.
     """
-    parameter = weight
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight = x.to(dtype), weight.to(dtype)
+    parameter, dtype = weight, operand_dtype(x)
+    x, weight = x.to(dtype), weight.to(dtype)
     groups: Groups
     if x.device.type == "cuda" and x.dtype == torch.bfloat16:
         groups = counts.cumsum(0).to(torch.int32)
@@ -97,10 +95,7 @@ def row_multiple(x: Tensor) -> int:
     oneDNN compiles a kernel for each number of rows in bf16, and routing makes new ones at every step: five times
     slower on a CPU than a few sizes that repeat.
     """
-    in_bf16 = x.dtype == torch.bfloat16 or (
-        torch.is_autocast_enabled(x.device.type) and torch.get_autocast_dtype(x.device.type) == torch.bfloat16
-    )
-    return 64 if x.device.type == "cpu" and in_bf16 else 1
+    return 64 if x.device.type == "cpu" and operand_dtype(x) == torch.bfloat16 else 1
 
 
 class RoutedExperts(nn.Module):
@@ -162,9 +157,14 @@ class MixtureOfExperts(nn.Module):
         width = config.n_shared_experts * config.moe_intermediate_size
         self.shared_experts = FeedForward(config.hidden_size, width) if width else None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, routing: Tensor | None = None) -> Tensor:
+        """
+        Args:
+            routing: [batch, seq, num_experts_per_tok] experts to use where they are not FREE.
+        """
         tokens = x.flatten(0, -2)
-        indices, weights = self.gate(tokens, rows=x.shape[0])
+        given = None if routing is None else routing.flatten(0, -2)
+        indices, weights = self.gate(tokens, rows=x.shape[0], given=given)
         entered = copy_to(tokens, self.tp)  # once for routed and shared experts: one message backward
         out = self.experts(entered, indices, copy_to(weights, self.tp)).view_as(x)
         if self.shared_experts is not None:

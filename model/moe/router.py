@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from model.auxiliary import add_loss, current_scale
 from model.config import ModelConfig
 from model.moe.balance import batch_loss, sequence_loss
+from model.moe.replay import FREE
 from model.parallel.collectives import LOCAL, Axis
 
 
@@ -58,11 +59,13 @@ class Router(nn.Module):
         """Whether the balancing loss is over the whole batch."""
         return self.config.aux_loss_alpha > 0 and not self.config.seq_aux
 
-    def forward(self, x: Tensor, rows: int = 1) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, rows: int = 1, given: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Choose experts for x [tokens, hidden_size].
 
         Args:
             rows: sequences that the tokens belong to, one after another, of equal length.
+            given: [tokens, num_experts_per_tok] experts to use in place of a choice, with the weights that their
+                scores have now; a token whose ids are FREE chooses by itself.
         Returns:
             indices [tokens, num_experts_per_tok] int64, and weights of the same shape in fp32 (V3, eqs. 12-16).
         """
@@ -71,6 +74,8 @@ class Router(nn.Module):
             logits = F.linear(x.float(), self.weight.float())
             scores = logits.sigmoid() if config.scoring_func == "sigmoid" else logits.softmax(-1)
             indices = self._choose(scores.detach())
+            if given is not None:
+                indices = torch.where(given[:, :1] == FREE, indices, given)
             weights = scores.gather(1, indices)
             if config.norm_topk_prob:
                 weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
@@ -105,10 +110,10 @@ class Router(nn.Module):
     def balance(self) -> None:
         """Take note of the load, which must already be summed over data-parallel ranks, and start counting anew.
 
-        The bias moves one step against it.
+        The bias moves one step against it, unless the router is frozen.
         """
         load = self.load.float()
-        if self.has_bias:
+        if self.has_bias and self.weight.requires_grad:
             self.e_score_correction_bias += self.config.router_bias_update_rate * torch.sign(load.mean() - load)
         if self.remembers_load:  # a module that did not run (MTP in some objectives) keeps what it knew
             total = load.sum()

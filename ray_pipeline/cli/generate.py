@@ -42,7 +42,7 @@ class Wishes:
 @click.command()
 @click.argument("run")
 @click.argument("prompt")
-@click.option("--stage", help="pretrain, sft, grpo or distillation. Default: pretrain, with --chat grpo or sft.")
+@click.option("--stage", help="pretrain, sft, dpo, grpo or distillation. Default: pretrain, with --chat the last.")
 @click.option("--raw/--chat", default=None, help="Continue the text, or answer it. Default: by stage.")
 @click.option("--max-new-tokens", type=click.IntRange(1), default=200, show_default=True)
 @click.option("--temperature", type=click.FloatRange(0), help="0 is greedy. Default: 0.8 for raw text, 0 for chat.")
@@ -68,15 +68,17 @@ def generate(
 ) -> int:
     """Continue PROMPT with the pretrained model of RUN, or answer it (--chat) with the post-trained one."""
     from ray_pipeline.cli.stage_folders import choose_stage, finished_stages
+    from ray_pipeline.ledger import RunFile
 
     if not prompt.strip():
         raise UserError('PROMPT is empty: give some text, for example "To be, or not to be".')
     check_wishes(temperature, wishes)
     run_dir = find_run(run, output_dir(runs_dir))
     # Post-trained models answer; the one that was only pretrained writes text. The student is asked for by name.
-    candidates: tuple[str, ...] = ("pretrain", "sft", "grpo", "distillation")
+    candidates: tuple[str, ...] = ("pretrain", "sft", "dpo", "grpo", "distillation")
     if stage is None:
-        candidates = ("sft", "grpo") if raw is False else ("pretrain",)
+        answers = raw is False or "pretrain" not in RunFile(run_dir).chain
+        candidates = ("sft", "dpo", "grpo") if answers else ("pretrain",)
     name, folder = choose_stage(run_dir, stage, candidates)
     raw = name == "pretrain" if raw is None else raw
     data = finished_stages(run_dir)["data_prep"]

@@ -19,6 +19,8 @@ VERBS = {
     "plan": ("plan", "plan"),
     "status": ("status", "status"),
     "generate": ("generate", "generate"),
+    "eval": ("eval", "evaluate"),
+    "teacher-topk": ("teacher_topk", "teacher_topk"),
     "inspect-batch": ("inspect_batch", "inspect_batch"),
     "config-show": ("config_show", "config_show"),
     "verify-parallel": ("verify_parallel", "verify_parallel"),

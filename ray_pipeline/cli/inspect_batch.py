@@ -14,16 +14,17 @@ from ray_pipeline.errors import UserError
 if TYPE_CHECKING:
     from rich.text import Text
 
-# What each stage trains on: packed rows, or questions.
-ROWS = {"pretrain": "pretrain", "sft": "sft", "distillation": "sft"}
-STAGES_WITH_DATA = (*ROWS, "grpo")
+# What each stage trains on: packed rows, pairs of answers, or questions.
+FOLDERS = {"pretrain": "pretrain", "sft": "sft", "dpo": "preferences", "distillation": "sft", "grpo": "prompts"}
+# Of a reference answer that is a whole puzzle.
+ANSWER_CHARACTERS = 100
 
 
 @click.command("inspect-batch")
 @click.argument("run")
-@click.option("--stage", required=True, help="pretrain, sft, grpo or distillation.")
+@click.option("--stage", required=True, help="pretrain, sft, dpo, grpo or distillation.")
 @click.option("--step", type=click.IntRange(0), default=0, show_default=True, help="The training step, from 0.")
-@click.option("--rows", type=click.IntRange(1), default=2, show_default=True, help="Rows of it to print.")
+@click.option("--rows", type=click.IntRange(1), default=2, show_default=True, help="Rows, or pairs, of it to print.")
 @click.option("--validation", is_flag=True, help="The held-out rows instead.")
 @click.option("--output-dir", help="Folder of all runs. Default: runs.")
 def inspect_batch(run: str, stage: str, step: int, rows: int, validation: bool, **options: str | None) -> int:
@@ -31,13 +32,13 @@ def inspect_batch(run: str, stage: str, step: int, rows: int, validation: bool, 
     from ray_pipeline.cli.stage_folders import choose_stage
     from ray_pipeline.errors import did_you_mean
 
-    if stage not in STAGES_WITH_DATA:
-        hint = did_you_mean(stage, STAGES_WITH_DATA)
-        raise UserError(f"--stage {stage}: reads no batches{hint}. Use one of {', '.join(STAGES_WITH_DATA)}.")
+    if stage not in FOLDERS:
+        hint = did_you_mean(stage, FOLDERS)
+        raise UserError(f"--stage {stage}: reads no batches{hint}. Use one of {', '.join(FOLDERS)}.")
     run_dir = find_run(run, output_dir(options["output_dir"]))
     _, data = choose_stage(run_dir, "data_prep", ("data_prep",))
     if stage == "grpo":
-        show_prompts(data / "prompts" / ("heldout.jsonl" if validation else "train.jsonl"), rows)
+        show_prompts(data / FOLDERS[stage] / ("heldout.jsonl" if validation else "train.jsonl"), rows)
     else:
         show_rows(run_dir, data, stage, step, rows, validation)
     return 0
@@ -52,28 +53,34 @@ def show_prompts(path: Path, count: int) -> None:
     for line in lines[:count]:
         prompt = json.loads(line)
         console.print(f"{prompt['prompt']}", style="bold", markup=False, highlight=False)
-        about = f"  answer {prompt['answer']}, {prompt['category']}, difficulty {prompt['difficulty']}"
-        console.print(about, markup=False)
+        answer = str(prompt["answer"])
+        answer = answer if len(answer) <= ANSWER_CHARACTERS else f"{answer[:ANSWER_CHARACTERS]}..."
+        console.print(f"  answer {answer}, {prompt['category']}, difficulty {prompt['difficulty']}", markup=False)
     console.print(f"{min(count, len(lines))} of {len(lines)} questions in {path}", style="dim", highlight=False)
 
 
 def show_rows(run_dir: Path, data: Path, stage: str, step: int, rows: int, validation: bool) -> None:
-    """Print packed rows."""
+    """Print packed rows, or pairs."""
     from rich.console import Console
 
     from ray_pipeline.config_load import load_config
-    from ray_pipeline.data.inspect import render_rows
-    from ray_pipeline.data.loader import PackedRows
+    from ray_pipeline.data.inspect import render_pairs, render_rows
+    from ray_pipeline.data.loader import PackedRows, row_order
+    from ray_pipeline.data.preferences import PairRows
     from ray_pipeline.data.tokenizer import load_tokenizer
 
     config = load_config(run_dir / CONFIG_FILE)
-    packed = PackedRows(data / ROWS[stage] / ("validation" if validation else "train"))
-    if validation:
-        batch = packed.slice(0, min(rows, len(packed)))
-    else:
-        batch = packed.batch(config.seed, step, getattr(config, stage).batch_size).rows(0, rows)
+    folder = data / FOLDERS[stage] / ("validation" if validation else "train")
+    if stage == "dpo" and not folder.is_dir():
+        raise UserError(
+            "--stage dpo: the run prepared no preferences, as dpo is not among its stages. Add it with --dpo."
+        )
+    stored = PairRows(folder) if stage == "dpo" else PackedRows(folder)
+    size = len(stored) if validation else getattr(config, stage).batch_size
+    indices = list(range(size)) if validation else row_order(len(stored), config.seed, step, size)
+    render = render_pairs if stage == "dpo" else render_rows
     console = Console(soft_wrap=True)
-    for text in render_rows(batch, load_tokenizer(data / "tokenizer")):
+    for text in render(stored.take(indices[:rows]), load_tokenizer(data / "tokenizer")):
         console.print(text if console.is_terminal else with_marks(text))
     console.print(LEGEND, highlight=False, markup=True)
 
@@ -85,11 +92,11 @@ def with_marks(text: Text) -> Text:
     """The same row readable without colour: what is trained on stands in « »."""
     from rich.text import Text
 
-    from ray_pipeline.data.inspect import SUPERVISED
+    from ray_pipeline.data.inspect import REJECTED, SUPERVISED
 
     out, end = Text(), 0
     for span in text.spans:
-        if span.style == SUPERVISED:
+        if span.style in (SUPERVISED, REJECTED):
             out.append(f"{text.plain[end : span.start]}«{text.plain[span.start : span.end]}»")
             end = span.end
     return out.append(text.plain[end:])

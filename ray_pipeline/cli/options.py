@@ -60,17 +60,18 @@ class Request:
 
     Attributes:
         overrides: dotted keys. max_steps: upper limit for every training stage.
+        skip: stages to leave out of the run. dpo: whether DPO joins them.
     """
 
     config: Path | None
     overrides: dict[str, Any]
     max_steps: int | None
+    skip: tuple[str, ...] = ()
+    dpo: bool = False
 
     def load(self) -> PipelineFields:
         """The settings of a new run."""
-        from ray_pipeline.config_load import load_config
-
-        return load_config(self.config, self.overrides, os.environ, max_steps=self.max_steps)
+        return self._load(self.config, self.overrides)
 
     def load_stored(self, run_dir: Path) -> PipelineFields:
         """The settings a run was started with, changed by what the command line gives.
@@ -78,13 +79,16 @@ class Request:
         A size of the layout given now replaces the stored layout whole: `--gpus 2 --dp-size 2` on a run that was
         started with `--pp-size 3` means two ranks.
         """
-        from ray_pipeline.config_load import load_config
-
         overrides = dict(self.overrides)
         if any(key in overrides for key in _SIZE_DEFAULTS):
             overrides = _SIZE_DEFAULTS | _FOLLOWS_SIZES | overrides
         overrides |= {"run_name": run_dir.name, "output_dir": str(run_dir.parent)}
-        return load_config(run_dir / "config.yaml", overrides, os.environ, max_steps=self.max_steps)
+        return self._load(run_dir / "config.yaml", overrides)
+
+    def _load(self, path: Path | None, overrides: dict[str, Any]) -> PipelineFields:
+        from ray_pipeline.config_load import load_config
+
+        return load_config(path, overrides, os.environ, max_steps=self.max_steps, skip=self.skip, dpo=self.dpo)
 
 
 def _options(*decorators: Callable) -> Callable:
@@ -121,6 +125,10 @@ layout_options = _options(
     click.option("--wandb/--no-wandb", default=None, help="Weights & Biases (offline without an API key)."),
     click.option("--time-sliced", is_flag=True, hidden=True),
 )
+chain_options = _options(
+    click.option("--skip", multiple=True, metavar="STAGE", help="Leave this stage out of the run. May be repeated."),
+    click.option("--dpo", is_flag=True, help="Train on preferences between SFT and GRPO."),
+)
 recipe_options = _options(
     click.option("--config", type=click.Path(path_type=Path), help="Recipe: YAML file or shipped name. Default: tiny."),
     click.option("--model-size", metavar="[tiny|small|medium|large]", help="A preset for the architecture."),
@@ -131,11 +139,12 @@ recipe_options = _options(
     click.option("--data", multiple=True, help="Pretraining text: a file or a datasets name. Repeat to mix."),
     click.option("--sft-data", help="Conversations for SFT: jsonl, parquet or a datasets name."),
     click.option("--prompt-data", help="Questions with answers for GRPO and evaluation, the same forms."),
-    click.option("--init-from", metavar="PATH", help="Start PRETRAIN from this model folder; it decides `model`."),
+    click.option("--init-from", metavar="PATH", help="Start from this model folder; it decides `model`. See --skip."),
     click.option("--include", multiple=True, help="With --init-from: take these tensors alone (glob or beginning)."),
     click.option("--exclude", multiple=True, help="With --init-from: leave these tensors; they start fresh."),
     click.option("--allow-missing", multiple=True, help="With --init-from: these tensors may be absent."),
     click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any setting: --set grpo.beta=0.02."),
+    chain_options,
 )
 place_options = _options(
     click.option("--run-name", help="Name of the run and its folder. Default: recipe and a hash of the settings."),
@@ -170,7 +179,9 @@ def take_request(options: dict[str, Any]) -> Request:
         if options.get(option):
             overrides[f"init_from.{option}"] = list(options[option])
     overrides |= parse_settings(options.get("settings") or ())
-    return Request(options.get("config"), overrides, options.get("max_steps"))
+    return Request(
+        options.get("config"), overrides, options.get("max_steps"), options.get("skip") or (), bool(options.get("dpo"))
+    )
 
 
 def parse_settings(settings: tuple[str, ...]) -> dict[str, str]:

@@ -6,8 +6,9 @@ from typing import Any
 
 import click
 
-from ray_pipeline.cli.options import layout_options, stage_options, take_request
-from ray_pipeline.cli.run import can_resume, check_data, layout_here
+from ray_pipeline.cli.input_checks import check_inputs
+from ray_pipeline.cli.options import chain_options, layout_options, stage_options, take_request
+from ray_pipeline.cli.run import can_resume, layout_here
 from ray_pipeline.cli.runs import find_run, output_dir
 
 
@@ -15,6 +16,7 @@ from ray_pipeline.cli.runs import find_run, output_dir
 @click.argument("run")
 @layout_options
 @stage_options
+@chain_options
 @click.option("--output-dir", help="Folder of all runs. Default: runs.")
 @click.option("--max-steps", type=click.IntRange(1), help="Lower the steps of every training stage.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change it; what depends on it reruns.")
@@ -28,7 +30,7 @@ def resume(run: str, **options: Any) -> int:
     stages = StageSelection(only=options["stage"], from_=options["from_"], until=options["until"])
     stages.check()
     layout = layout_here(config)
-    check_data(config, layout, stages)
+    check_inputs(config, layout, stages)
     with can_resume(run_dir.name):
         if config.backend == "modal":
             from modal_gpu.launch import run_on_modal

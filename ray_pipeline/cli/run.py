@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ray_pipeline.cli.group import Interrupted, program
+from ray_pipeline.cli.input_checks import check_inputs
 from ray_pipeline.cli.options import layout_options, place_options, recipe_options, stage_options, take_request
 from ray_pipeline.cli.runs import CONFIG_FILE, output_dir
 
 if TYPE_CHECKING:
     from ray_pipeline.config import PipelineFields
     from ray_pipeline.layout import Layout
-    from ray_pipeline.workflow_plan import StageSelection
 
 
 @click.command()
@@ -45,7 +45,7 @@ def launch(config: PipelineFields, options: dict[str, Any]) -> int:
     notices(config)
     config = config.model_copy(update={"run_name": config.run_name or default_run_name(config)})
     layout = layout_here(config)
-    check_data(config, layout, stages)
+    check_inputs(config, layout, stages)
     with can_resume(str(config.run_name)):
         if config.backend == "modal":
             from modal_gpu.launch import run_on_modal
@@ -54,30 +54,6 @@ def launch(config: PipelineFields, options: dict[str, Any]) -> int:
         from ray_pipeline.workflow import run_pipeline  # after the layout is known to be legal: Ray takes seconds
 
         return run_pipeline(config, layout=layout, stages=stages, dry_run=options["dry_run"])
-
-
-def check_data(config: PipelineFields, layout: Layout, stages: StageSelection) -> None:
-    """Look at the input files and names now, if a stage is going to read them in a run with this legal layout.
-
-    Raises:
-        UserError: naming the file, and the line where there is one.
-    """
-    from ray_pipeline.data.sources import check_sources
-    from ray_pipeline.layout import with_layout
-    from ray_pipeline.workflow_plan import plan
-
-    run_dir = (config.output_dir / str(config.run_name)).absolute()
-    rows = plan(with_layout(config, layout), run_dir, stages)
-    working = [row.stage for row in rows if row.action in ("run", "resume")]
-    if "data_prep" in working:
-        check_sources(config)
-    if "pretrain" in working and config.init_from.path is not None:
-        from ray_pipeline.training.initial import open_initial  # imports torch
-
-        folder = open_initial(config)
-        if folder is not None and folder.fresh:
-            names = ", ".join(folder.fresh[:4]) + (", ..." if len(folder.fresh) > 4 else "")
-            click.echo(f"--init-from {folder.path}: {len(folder.fresh)} parameters start from fresh weights: {names}")
 
 
 @contextmanager

@@ -1,7 +1,8 @@
 """What the loss keeps for the backward pass, and what it needs while it is computed, by training stage.
 
-Cross-entropy makes its gradients in the forward pass, a few rows of logits at a time (`model.layers.chunked_loss`).
-GRPO, which learns a token's weight only afterwards, computes logits again. Distillation holds whole distributions.
+Cross-entropy and distillation make their gradients in the forward pass, a few rows of logits at a time
+(`model.layers.chunked_loss`, `chunked_sums`). DPO and GRPO, which learn a token's weight only afterwards, compute
+logits again.
 """
 
 from __future__ import annotations
@@ -10,6 +11,9 @@ from ray_pipeline.costs.kernels import Kernels
 from ray_pipeline.costs.workload import BF16, FP32, Workload
 
 INDEX = 8  # bytes of an int64
+# Of a chunk, in fp32: the student's log-probabilities, the teacher's, their mixture, and two factors of a product; the
+# divergences without a mixture need one less.
+DISTRIBUTIONS = 5
 
 
 def num_heads(work: Workload) -> int:
@@ -22,36 +26,33 @@ def _head_numbers(work: Workload) -> int:
     return work.model.vocab_size // work.layout.tp * work.model.hidden_size
 
 
-def logits_bytes(work: Workload) -> int:
-    """One distribution over this rank's slice of the vocabulary for every token of a micro-batch, in fp32."""
-    return work.tokens_at_once * FP32 * work.model.vocab_size // work.layout.tp
-
-
 def makes_gradients_ahead(work: Workload) -> bool:
     """Whether the forward pass ends with the gradients of the head and of its input; else it keeps what they need."""
-    return work.stage not in ("grpo", "distillation")
+    return not computes_logits_again(work)
 
 
 def computes_logits_again(work: Workload) -> bool:
     """Whether the backward pass begins with the head's forward."""
-    return work.stage == "grpo"
+    return work.stage in ("dpo", "grpo")
 
 
 def loss_tokens(work: Workload) -> int:
     """Per token and head: the head's input or its gradient, and which tokens count.
 
-    GRPO's labels too, and four numbers that its ratio, clipping and advantage leave.
+    Labels too where logits are computed again, and four numbers: for GRPO what its ratio, clipping and advantage leave.
     """
     return work.element * work.model.hidden_size + 1 + (INDEX + 4 * FP32 if computes_logits_again(work) else 0)
 
 
 def kept_bytes(work: Workload) -> dict[str, int]:
-    """What a micro-batch keeps besides, by name; cross-entropy the same for any number of tokens."""
-    if work.stage == "distillation":  # the student's log-probabilities and the teacher's probabilities
-        return {"logits": 2 * logits_bytes(work)}
+    """What a micro-batch keeps besides, by name; the same for any number of tokens."""
     if makes_gradients_ahead(work):
         return {"gradients of the head": num_heads(work) * FP32 * _head_numbers(work)}
     return {}
+
+
+def _chunk_rows(vocab: int, on: Kernels) -> int:
+    return max(256, on.loss_elements // vocab)
 
 
 def _chunk_bytes(work: Workload, on: Kernels, *, gradients: bool) -> int:
@@ -61,7 +62,7 @@ def _chunk_bytes(work: Workload, on: Kernels, *, gradients: bool) -> int:
         gradients: they are made of it: in bf16 a tensor of their own, and a product with the states of the chunk.
     """
     vocab, other = work.model.vocab_size // work.layout.tp, BF16 if work.bf16 else 0
-    size = max(256, on.loss_elements // vocab)
+    size = _chunk_rows(vocab, on)
     now, before = min(size, work.tokens_at_once), min(size, max(0, work.tokens_at_once - size))
     product = other * _head_numbers(work) * gradients
     return now * vocab * (FP32 + other) + max(before * vocab * (FP32 + other * gradients), product)
@@ -69,19 +70,22 @@ def _chunk_bytes(work: Workload, on: Kernels, *, gradients: bool) -> int:
 
 def forward_bytes(work: Workload, on: Kernels) -> dict[str, int]:
     """What the end of the model has besides what it keeps, when its last loss is computed: by name."""
-    if work.stage == "distillation":  # logits, the teacher's log-probabilities, their difference and its product
-        return {"logits": 4 * logits_bytes(work)}
-    # The hidden states and those that count; under autocast once more, and the head's weight. GRPO keeps what it reads.
+    # The hidden states and those that count; under autocast once more, and the head's weight. Of the teacher the same,
+    # but for the hidden states, which came with the batch. What computes logits again keeps what it reads.
     ahead, numbers = makes_gradients_ahead(work), work.tokens_at_once * work.model.hidden_size
-    states = numbers * (FP32 + (FP32 if ahead or work.bf16 else 0))
-    casts = BF16 * (numbers + _head_numbers(work)) if work.bf16 and ahead else 0
-    return {"chunk of logits": _chunk_bytes(work, on, gradients=ahead), "loss": states + casts}
+    models = 2 if work.stage == "distillation" else 1
+    states = numbers * (FP32 + (models * FP32 if ahead or work.bf16 else 0))
+    casts = models * BF16 * (numbers + _head_numbers(work)) if work.bf16 and ahead else 0
+    if work.stage == "distillation":
+        vocab = work.model.vocab_size // work.layout.tp
+        chunk = min(_chunk_rows(vocab, on), work.tokens_at_once) * vocab * FP32 * DISTRIBUTIONS
+    else:
+        chunk = _chunk_bytes(work, on, gradients=ahead)
+    return {"chunk of logits": chunk, "loss": states + casts}
 
 
 def backward_bytes(work: Workload, on: Kernels) -> dict[str, int]:
     """What the backward pass of the loss needs besides what it finds, by name."""
-    if work.stage == "distillation":
-        return {"logits": logits_bytes(work)}
     if makes_gradients_ahead(work):  # in bf16 once more, on their way to the weight
         return {"loss": BF16 * _head_numbers(work) if work.bf16 else 0}
     return {

@@ -7,9 +7,10 @@ there from the first backward on, and the loss and the optimizer's update are mo
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ray_pipeline.costs.activations import cast_weights, layer_bytes, part_bytes
+from ray_pipeline.costs.adapters import trained_weights
 from ray_pipeline.costs.kernels import Kernels, kernels
 from ray_pipeline.costs.loss import backward_bytes, forward_bytes, kept_bytes
 from ray_pipeline.costs.weights import Weight, layer_weights, part_weights
@@ -113,7 +114,9 @@ def rank_memory(work: Workload, pp_rank: int, device: str) -> Memory:
         device: "cpu" or "cuda"; decides which kernels run, and whether reduction overlaps backward.
     """
     parts = work.parts_of_rank(pp_rank)
-    held = _held(work, (weight for part in parts for weight in part_weights(work.model, part.layers)))
+    held = _held(work, (weight for part in parts for weight in trained_weights(work, part.layers)))
+    if work.lora is not None:  # what ZeRO 3 brings together is the base above all
+        held = replace(held, gathered=_base(work, parts).gathered)
     steady = _steady(work, held, parts, device)
     moments = [_with(steady, moment) for moment in _passes(work, held, parts, pp_rank, device)]
     moments.append(_with(steady, _update(work, held)))
@@ -133,6 +136,11 @@ def _with(steady: Memory, moment: Memory) -> Memory:
     )
 
 
+def _base(work: Workload, parts: list[Part]) -> _Held:
+    """The weights that adapters are put on."""
+    return _held(work, (weight for part in parts for weight in part_weights(work.model, part.layers)))
+
+
 def _steady(work: Workload, held: _Held, parts: list[Part], device: str) -> Memory:
     zero, model = work.layout.zero_stage, work.model
     numbers = held.full if zero == 0 else held.shard
@@ -146,6 +154,9 @@ def _steady(work: Workload, held: _Held, parts: list[Part], device: str) -> Memo
         weights = FP32 * (held.shard + held.persistent)
         gradients = FP32 * held.shard
         buffers["bucket"] = FP32 * zero_settings.reduce_bucket(held.full)
+    if work.lora is not None:
+        base = _base(work, parts)
+        weights += FP32 * (base.shard + base.persistent if zero == 3 else base.full)
     if work.frozen is not None:
         frozen = _frozen_numbers(work, [part.stage for part in parts])
         weights += FP32 * frozen

@@ -10,13 +10,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 
-from model.config import ModelConfig
 from model.parallel.placement import ranks_of
+from ray_pipeline.costs.adapters import trained_weights
 from ray_pipeline.costs.attention import entering, key_heads
 from ray_pipeline.costs.hardware_table import Hardware
 from ray_pipeline.costs.indexer import indexer_messages
 from ray_pipeline.costs.loss import computes_logits_again, num_heads
-from ray_pipeline.costs.weights import part_weights
+from ray_pipeline.costs.weights import Weight, part_weights
 from ray_pipeline.costs.workload import FP32, Part, Workload
 from ray_pipeline.engine import zero_settings
 
@@ -141,23 +141,22 @@ def _crossings(work: Workload, pp_rank: int) -> int:
     return sum((a == pp_rank) + (b == pp_rank) for a, b in pairwise(held) if a != b)
 
 
-def _gradients(work: Workload, weights: int, n: int) -> dict[str, int]:
-    """Operation -> bytes per step for `weights` numbers that `n` ranks hold."""
+def _gradients(work: Workload, weights: int, frozen: int, n: int) -> dict[str, int]:
+    """Operation -> bytes per step for `weights` numbers that are trained and `frozen` ones, which `n` ranks hold."""
     zero, m, size = work.layout.zero_stage, work.micro_batches, FP32 * weights
-    if n == 1 or not weights:
+    if n == 1 or not weights + frozen * (zero == 3):
         return {}
     if zero == 0:
         return {"all-reduce": 2 * _ring(size, n)}
     if zero < 3:  # DeepSpeed reduces whole buckets everywhere; under ZeRO 2 after every micro-batch
         return {"all-reduce": 2 * _ring(size, n) * (m if zero == 2 else 1), "all-gather": _ring(size, n)}
     # Weights that fit below the limit stay from forward to backward; others come twice.
-    gathers = m * (2 if weights > zero_settings.LIVE else 1)
-    return {"reduce-scatter": m * _ring(size, n), "all-gather": gathers * _ring(size, n)}
+    gathers = m * (2 if weights + frozen > zero_settings.LIVE else 1)
+    return {"reduce-scatter": m * _ring(size, n), "all-gather": gathers * _ring(FP32 * (weights + frozen), n)}
 
 
-def _numbers(model: ModelConfig, parts: Iterable[Part], work: Workload, *, expert: bool) -> int:
+def _numbers(work: Workload, weights: Iterable[Weight], *, expert: bool) -> int:
     cut = work.layout.ep > 1
-    weights = (weight for part in parts for weight in part_weights(model, part.layers))
     return sum(w.local(work.layout.tp, work.layout.ep) for w in weights if (w.expert and cut) == expert)
 
 
@@ -170,7 +169,9 @@ def rank_traffic(work: Workload, pp_rank: int) -> list[Traffic]:
             found.append(Traffic(axis, operation, m * sent))
     if crossings := _crossings(work, pp_rank):
         found.append(Traffic("pp", "send", m * crossings * boundary_bytes(work)))
-    dense, experts = (_numbers(work.model, parts, work, expert=expert) for expert in (False, True))
-    for axis, numbers, n in (("dp", dense, work.replicas), ("dp, experts", experts, work.expert_replicas)):
-        found += [Traffic(axis, operation, size) for operation, size in _gradients(work, numbers, n).items()]
+    trained = [weight for part in parts for weight in trained_weights(work, part.layers)]
+    base = [] if work.lora is None else [weight for part in parts for weight in part_weights(work.model, part.layers)]
+    for axis, expert, n in (("dp", False, work.replicas), ("dp, experts", True, work.expert_replicas)):
+        numbers, frozen = _numbers(work, trained, expert=expert), _numbers(work, base, expert=expert)
+        found += [Traffic(axis, operation, size) for operation, size in _gradients(work, numbers, frozen, n).items()]
     return found

@@ -8,7 +8,9 @@ from functools import cached_property
 from model.config import ModelConfig
 from model.parallel.placement import num_stages, parts_of, stage_layers
 from ray_pipeline.config import PipelineFields, TrainingConfig
+from ray_pipeline.config_post_training import LoraConfig
 from ray_pipeline.layout import Layout
+from ray_pipeline.teacher_name import is_top_k
 
 FP32, BF16 = 4, 2  # bytes
 
@@ -40,6 +42,7 @@ class Workload:
         trains_mtp: the MTP modules take part in the loss.
         frozen: a second model that is only read (GRPO's reference, distillation's teacher).
         moments: fp32 numbers that the optimizer keeps per weight. muon: one less for each weight of a matrix product.
+        lora: adapters that are trained in place of the weights.
     """
 
     stage: str
@@ -54,6 +57,7 @@ class Workload:
     frozen: ModelConfig | None = None
     moments: int = 2
     muon: bool = False
+    lora: LoraConfig | None = None
 
     @property
     def element(self) -> int:
@@ -120,12 +124,15 @@ def workload(config: PipelineFields, layout: Layout, stage: str) -> Workload:
         rows = max(1, grpo.prompts_per_step * grpo.group_size // grpo.updates_per_rollout)
         frozen = model if grpo.beta else None
     elif stage == "distillation":
-        frozen, model = model, config.distillation.student.applied_to(model)
+        # Tokens alone, or log-probabilities on disk, need no teacher beside the student.
+        alone = config.distillation.loss == "cross_entropy" or is_top_k(config.distillation.teacher)
+        frozen, model = None if alone else model, config.distillation.student.applied_to(model)
     return Workload(
         stage, model, layout, rows=rows, seq_len=config.data.seq_len, micro_batch=config.layout.micro_batch,
         steps=settings.steps, bf16=settings.precision != "fp32", frozen=frozen,
         trains_mtp=model.num_nextn_predict_layers > 0 and getattr(settings, "mtp_loss_weight", 0.0) > 0,
         moments=0 if settings.optimizer.name == "sgd" else 2, muon=settings.optimizer.name == "muon",
+        lora=config.sft.lora if stage == "sft" and config.sft.lora.r else None,
     )  # fmt: skip
 
 

@@ -47,7 +47,10 @@ class Batch:
         )  # fmt: skip
 
     def pad_rows(self, count: int) -> Batch:
-        """At least `count` rows: added ones repeat the last row without labels and extras, so they train nothing."""
+        """At least `count` rows: added ones repeat the last row without labels and extras, so they train nothing.
+
+        Extras of whole numbers are ids; -1 is none.
+        """
         missing = count - len(self)
         if missing <= 0:
             return self
@@ -56,7 +59,7 @@ class Batch:
             last = tensor[-1:].expand(missing, *tensor.shape[1:])
             return torch.cat([tensor, last if fill is None else torch.full_like(last, fill)])
 
-        extras = {k: grow(v, 0.0) for k, v in self.extras.items()}
+        extras = {k: grow(v, 0.0 if v.is_floating_point() else -1) for k, v in self.extras.items()}
         return Batch(grow(self.tokens, None), grow(self.labels, IGNORE), grow(self.doc_ids, None), extras, self.window)
 
     def to(self, device: torch.device) -> Batch:

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ray_pipeline.config import PipelineFields
+from ray_pipeline.data.chat import Chat
 from ray_pipeline.data.cleaning import content_hash, validation_members
 from ray_pipeline.data.packing import pack_conversations
-from ray_pipeline.data.records import Conversation
 from ray_pipeline.data.shards import write_rows
-from ray_pipeline.data.sources import BUILTIN
+from ray_pipeline.data.sources import licence_of
 from ray_pipeline.data.tokenizer import ChatTokenizer
+from ray_pipeline.data.turns import Conversation
 from ray_pipeline.errors import UserError
 
 if TYPE_CHECKING:
@@ -24,14 +25,39 @@ Encoded = tuple[list[int], list[int]]
 
 
 def encode_all(
-    tokenizer: ChatTokenizer, conversations: Sequence[Conversation], progress: Progress, phase: str = "conversations"
+    tokenizer: ChatTokenizer, chats: Sequence[Chat], progress: Progress, phase: str, source: str
 ) -> list[Encoded]:
-    """(ids, mask) of every conversation, in order."""
+    """(ids, mask) of every conversation, in order.
+
+    Raises:
+        UserError: the template refuses or spoils one, naming it and `source`, or nothing of it would be trained.
+    """
     out: list[Encoded] = []
-    for start in range(0, len(conversations), CHUNK):
-        progress(phase, start, len(conversations))
-        out += tokenizer.encode_chats([c.messages for c in conversations[start : start + CHUNK]])
+    for start in range(0, len(chats), CHUNK):
+        progress(phase, start, len(chats))
+        chunk = chats[start : start + CHUNK]
+        try:
+            out += tokenizer.encode_chats(chunk)
+        except UserError:
+            _name_the_first(tokenizer, chunk, start, source)
+            raise
+    for number, (_, mask) in enumerate(out, start=1):
+        if not any(mask[1:]):
+            raise UserError(
+                f"{source}: no token of conversation {number} would be trained, as nothing in it is the assistant's. "
+                "Remove it."
+            )
     return out
+
+
+def _name_the_first(tokenizer: ChatTokenizer, chats: Sequence[Chat], start: int, source: str) -> None:
+    """Raise UserError for the first conversation that cannot be encoded, telling which it is."""
+    for number, chat in enumerate(chats, start=start + 1):
+        try:
+            tokenizer.encode_chats([chat])
+        except UserError as error:
+            asked = next(str(m["content"]) for m in chat.messages if m["role"] == "user")
+            raise UserError(f'{source}: conversation {number} ("{asked:.40}"): {error}') from None
 
 
 def write_conversations(
@@ -46,16 +72,17 @@ def write_conversations(
     Returns:
         The manifest entries, and how many conversations were dropped for not fitting into a row.
     Raises:
-        UserError: too few conversations fit.
+        UserError: too few conversations fit, or one cannot be trained with this tokenizer's template.
     """
-    seq_len = config.data.seq_len
-    digests = [content_hash("\n".join(m["content"] for m in c.messages)) for c in conversations]
-    encoded = encode_all(tokenizer, conversations, progress)
+    seq_len, source = config.data.seq_len, f"--sft-data {config.data.sft}"
+    digests = [content_hash(c.text) for c in conversations]
+    chats = [conversation.chat() for conversation in conversations]
+    encoded = encode_all(tokenizer, chats, progress, "conversations", source)
     fitting = [i for i, (ids, _) in enumerate(encoded) if len(ids) <= seq_len + 1]
     if len(fitting) < 2:
         shortest = min(len(ids) for ids, _ in encoded)
         raise UserError(
-            f"--sft-data {config.data.sft}: {len(fitting)} of {len(encoded)} conversations fit into seq_len={seq_len} "
+            f"{source}: {len(fitting)} of {len(encoded)} conversations fit into seq_len={seq_len} "
             f"tokens (the shortest has {shortest}), but at least 2 must. Use a larger --seq-len."
         )
     held = validation_members([digests[i] for i in fitting], config.data.validation_fraction)
@@ -78,8 +105,3 @@ def write_conversations(
             "sources": [{"name": config.data.sft, "licence": licence_of(config.data.sft), "documents": len(members)}],
         }
     return datasets, len(encoded) - len(fitting)
-
-
-def licence_of(source: str) -> str:
-    """Licence of a source the config has no field for."""
-    return "Apache-2.0" if source == BUILTIN else "unknown"

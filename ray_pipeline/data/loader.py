@@ -86,15 +86,23 @@ class PackedRows:
         maps = self._maps[name]
         return np.stack([maps[s][i - self._starts[s]] for s, i in zip(shards, indices, strict=True)])
 
-    def take(self, indices: list[int]) -> Batch:
-        """Rows by index, in the given order.
+    def fields(self, indices: list[int]) -> list[NDArray[Any]]:
+        """Tokens, segments and mask of rows by index, each [len(indices), seq_len + 1].
 
         Raises:
             IndexError: an index is not within 0..len-1.
         """
         if not indices or not all(0 <= i < len(self) for i in indices):
             raise IndexError(f"rows {indices[:8]} of {len(self)} in {self.folder}")
-        return rows_to_batch(*(self._gather(name, indices) for name in FIELDS))
+        return [self._gather(name, indices) for name in FIELDS]
+
+    def take(self, indices: list[int]) -> Batch:
+        """Rows by index, in the given order.
+
+        Raises:
+            IndexError: an index is not within 0..len-1.
+        """
+        return rows_to_batch(*self.fields(indices))
 
     def batch(self, seed: int, step: int, batch_size: int) -> Batch:
         """The rows of one step."""

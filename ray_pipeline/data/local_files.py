@@ -1,4 +1,4 @@
-"""Local .txt, .jsonl and .parquet files, read in pieces, with errors that name the line or the byte."""
+"""Local .txt, .json, .jsonl and .parquet files, read in pieces, with errors that name the line or the byte."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from ray_pipeline.errors import UserError, did_you_mean
 
-SUFFIXES = (".txt", ".jsonl", ".parquet")
+SUFFIXES = (".txt", ".json", ".jsonl", ".parquet")
 # Paragraphs of a text are merged up to this many characters, which is several packed rows of small models.
 DOCUMENT_CHARACTERS = 2000
 CHECKED_RECORDS = 20_000
@@ -29,8 +29,7 @@ def check_file(path: Path) -> None:
         hint = did_you_mean(path.name, siblings)
         raise UserError(f"{path}: no such file{where}{hint}. Give the path of an existing file.")
     if path.suffix not in SUFFIXES:
-        hint = " One JSON object per line makes it .jsonl." if path.suffix == ".json" else ""
-        raise UserError(f'{path}: files end in {", ".join(SUFFIXES)}, not "{path.suffix}".{hint}')
+        raise UserError(f'{path}: files end in {", ".join(SUFFIXES)}, not "{path.suffix}".')
     try:
         with path.open("rb") as handle:
             first = handle.read(1)
@@ -117,18 +116,20 @@ def _cut(text: str) -> Iterator[str]:
 
 
 def read_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """("file:line", record) of a .jsonl file, ("file:row", record) of a .parquet file.
+    """("file:line", record) of a .jsonl file, ("file:row", record) of a .parquet file or an array in a .json file.
 
     Raises:
-        UserError: a line that is not a JSON object, naming it, or a parquet file that is damaged.
+        UserError: a line or an entry that is not a JSON object, naming it, or a file that is damaged.
     """
     check_file(path)
     if path.suffix == ".parquet":
         yield from _read_parquet(path)
     elif path.suffix == ".jsonl":
         yield from _read_jsonl(path)
+    elif path.suffix == ".json":
+        yield from _read_json(path)
     else:
-        raise UserError(f"{path}: plain text has no records. Give a .jsonl or .parquet file.")
+        raise UserError(f"{path}: plain text has no records. Give a .json, .jsonl or .parquet file.")
 
 
 def _lines(path: Path) -> Iterator[str]:
@@ -148,11 +149,42 @@ def _read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         place = f"{path}:{number}"
         try:
             record = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{place}: not valid JSON ({error}). Every line must be one JSON object.") from None
-        if not isinstance(record, dict):
-            raise UserError(f"{place}: must be a JSON object, but is a {type(record).__name__}.")
-        yield place, record
+        yield place, _checked_object(record, place, line)
+
+
+def _read_json(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Entries of the array that is the file's whole content."""
+    text = "".join(read_utf8(path))
+    try:
+        entries = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{path}:{error.lineno}: not valid JSON ({error.msg}). A .json file holds one array of objects; with one "
+            "object per line it is called .jsonl."
+        ) from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not valid JSON ({error}). Mend it.") from None
+    if not isinstance(entries, list):
+        raise UserError(f"{path}: must hold an array of objects, but holds a {type(entries).__name__}. Put it in [ ].")
+    for number, entry in enumerate(entries):
+        place = f"{path}[{number}]"
+        yield place, _checked_object(entry, place, text)
+
+
+def _checked_object(record: Any, place: str, source: str) -> dict[str, Any]:
+    """The record parsed from `source`, if it is an object and all of it is text that can be written as UTF-8."""
+    if not isinstance(record, dict):
+        raise UserError(f"{place}: must be a JSON object, but is a {type(record).__name__}. Mend or remove it.")
+    if "\\ud" not in source and "\\uD" not in source:  # only escapes spell surrogates
+        return record
+    try:
+        json.dumps(record, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = error.object[error.start]
+        raise UserError(f"{place}: holds half a character ({half!a}), which is no text. Mend or remove it.") from None
+    return record
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:

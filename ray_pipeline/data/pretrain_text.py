@@ -20,6 +20,7 @@ from ray_pipeline.data.sources import BUILTIN, check_vocabulary, parse_source, r
 from ray_pipeline.data.text import document_at
 from ray_pipeline.data.tokenizer import ChatTokenizer
 from ray_pipeline.data.tokenizer_files import copy_pretrained, save_trained, train_bpe
+from ray_pipeline.data.turns import Conversation
 from ray_pipeline.errors import UserError
 
 # More text than this does not change a small vocabulary.
@@ -65,13 +66,28 @@ class Split:
             (self.validation if is_held else self.train)[index] = True
 
 
-def make_tokenizer(config: PipelineFields, corpus: Corpus, split: Split, folder: Path) -> ChatTokenizer:
-    """Train on the training documents, or load, as the config says; the folder is written either way."""
-    if config.tokenizer.name == "train":
-        texts = _up_to(itertools.compress(corpus.texts(), split.train), TOKENIZER_CHARACTERS)
-        tokenizer = save_trained(train_bpe(texts, config.tokenizer.vocab_size), folder)
-    else:
-        tokenizer = copy_pretrained(config.tokenizer.name, folder)
+def make_tokenizer(
+    config: PipelineFields, corpus: Corpus, split: Split, conversations: Iterable[Conversation], folder: Path
+) -> ChatTokenizer:
+    """Train on the training documents, or load, as the config says; the folder is written either way.
+
+    With tool calls, `conversations` are learned from too: pretraining text has no JSON to spell calls with.
+    """
+    settings = config.tokenizer
+    if settings.name != "train":
+        return given_tokenizer(config, folder)
+    texts = _up_to(itertools.compress(corpus.texts(), split.train), TOKENIZER_CHARACTERS)
+    if settings.tools:
+        written = (text for conversation in conversations for text in conversation.spelled())
+        texts = itertools.chain(texts, _up_to(written, TOKENIZER_CHARACTERS))
+    tokenizer = save_trained(train_bpe(texts, settings.vocab_size, tools=settings.tools), folder)
+    check_vocabulary(len(tokenizer), config.model.vocab_size)
+    return tokenizer
+
+
+def given_tokenizer(config: PipelineFields, folder: Path) -> ChatTokenizer:
+    """Load the tokenizer that the config names, and write it to the folder."""
+    tokenizer = copy_pretrained(config.tokenizer.name, folder)
     check_vocabulary(len(tokenizer), config.model.vocab_size)
     return tokenizer
 

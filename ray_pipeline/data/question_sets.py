@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from random import Random
 
 from ray_pipeline.config import PipelineFields
 from ray_pipeline.data.cleaning import content_hash
 from ray_pipeline.data.decontaminate import Decontaminator, words
-from ray_pipeline.data.records import Conversation
-from ray_pipeline.data.sources import BUILTIN, parse_source, read_conversations, read_questions
-from ray_pipeline.data.tasks import PROMPT_MIX, SFT_MIX, Question, draw_unique
+from ray_pipeline.data.reasoning_gym_source import gym_questions
+from ray_pipeline.data.sources import (
+    BUILTIN,
+    BUILTIN_NO_TOOLS,
+    BUILTIN_TOOLS,
+    PROMPTS_BUILTIN,
+    SFT_BUILTIN,
+    parse_source,
+    read_conversations,
+    read_questions,
+)
+from ray_pipeline.data.tasks import PROMPT_MIX, SFT_MIX, TOOLS_MIX, Mix, Question, draw_unique
 from ray_pipeline.data.tasks.mixes import GLANCE_SHARE
+from ray_pipeline.data.tool_conversations import tool_conversation
+from ray_pipeline.data.turns import Conversation
 from ray_pipeline.errors import UserError
+
+_SFT_MIXES: dict[str, Mix] = {BUILTIN: SFT_MIX, BUILTIN_TOOLS: TOOLS_MIX, BUILTIN_NO_TOOLS: TOOLS_MIX}
+_PROMPT_MIXES: dict[str, Mix] = {BUILTIN: PROMPT_MIX, BUILTIN_TOOLS: TOOLS_MIX}
 
 
 @dataclass
@@ -43,10 +57,12 @@ def gather_questions(config: PipelineFields) -> QuestionSets:
         UserError: too few questions, or no conversation left.
     """
     sets = _prompts(config)
-    if config.data.sft == BUILTIN:
+    name = config.data.sft
+    if name in _SFT_MIXES:
         taken = {q.prompt for q in sets.heldout} | {q.prompt for q in sets.train}
-        drawn = draw_unique(SFT_MIX, config.seed, "conversations", config.data.builtin_conversations, taken)
-        sets.conversations = [_demonstration(question, config.seed) for question in drawn]
+        count = config.data.builtin_conversations
+        drawn = draw_unique(_SFT_MIXES[name], config.seed, "conversations", count, taken)
+        sets.conversations = [_demonstration(question, config.seed, name) for question in drawn]
     else:
         _add_conversations(sets, config)
     if len(sets.conversations) < 2:
@@ -57,20 +73,30 @@ def gather_questions(config: PipelineFields) -> QuestionSets:
     return sets
 
 
-def _demonstration(question: Question, seed: int) -> Conversation:
-    """The question worked out or, for a share of them, answered at a glance."""
-    glance = Random(f"{seed}/glance/{question.prompt}").random() < GLANCE_SHARE
+def _demonstration(question: Question, seed: int, source: str) -> Conversation:
+    """The question worked out or, for a share of them, answered at a glance; with the calculator or always without."""
+    if source == BUILTIN_TOOLS:
+        return tool_conversation(question)
+    glance = source == BUILTIN_NO_TOOLS or Random(f"{seed}/glance/{question.prompt}").random() < GLANCE_SHARE
     answer = {"role": "assistant", "content": question.at_a_glance if glance else question.completion}
     return Conversation(({"role": "user", "content": question.prompt}, answer))
 
 
 def _prompts(config: PipelineFields) -> QuestionSets:
     data = config.data
-    if data.prompts == BUILTIN:
-        heldout = draw_unique(PROMPT_MIX, config.seed, "heldout", data.heldout_questions)
+    if data.prompts in _PROMPT_MIXES:
+        mix = _PROMPT_MIXES[data.prompts]
+        heldout = draw_unique(mix, config.seed, "heldout", data.heldout_questions)
         taken = {q.prompt for q in heldout}
-        return QuestionSets(heldout, draw_unique(PROMPT_MIX, config.seed, "prompts", data.builtin_prompts, taken), [])
-    questions, duplicates = _unique(read_questions(parse_source(data.prompts), data.max_documents))
+        return QuestionSets(heldout, draw_unique(mix, config.seed, "prompts", data.builtin_prompts, taken), [])
+    source = parse_source(data.prompts, PROMPTS_BUILTIN)
+    if source.kind == "gym":
+        size = source.size or data.heldout_questions + data.builtin_prompts
+        drawn = gym_questions(source.location, min(size, data.max_documents or size), config.seed)
+        # Puzzles may differ in signs alone.
+        questions, duplicates = _unique(drawn, str)
+    else:
+        questions, duplicates = _unique(read_questions(source, data.max_documents), same_question)
     if len(questions) < 2:
         raise UserError(
             f"--prompt-data {data.prompts}: holds {len(questions)} different questions, but at least 2 are needed, "
@@ -83,11 +109,12 @@ def _prompts(config: PipelineFields) -> QuestionSets:
     return QuestionSets(heldout, [q for q in questions if q.prompt not in chosen], [], duplicates)
 
 
-def _unique(questions: Iterable[Question]) -> tuple[list[Question], int]:
+def _unique(questions: Iterable[Question], key: Callable[[str], str]) -> tuple[list[Question], int]:
+    """The first question of each key, and how many more there were."""
     kept: dict[str, Question] = {}
     count = 0
     for count, question in enumerate(questions, start=1):  # noqa: B007  the count is used after the loop
-        kept.setdefault(same_question(question.prompt), question)
+        kept.setdefault(key(question.prompt), question)
     return list(kept.values()), count - len(kept)
 
 
@@ -99,8 +126,8 @@ def _add_conversations(sets: QuestionSets, config: PipelineFields) -> None:
     heldout = Decontaminator((q.prompt for q in sets.heldout), config.data.decontaminate_ngram)
     for_grpo = {same_question(q.prompt) for q in sets.train}
     for_sft, seen = set(), set()
-    for conversation in read_conversations(parse_source(config.data.sft), config.data.max_documents):
-        text = "\n".join(m["content"] for m in conversation.messages)
+    for conversation in read_conversations(parse_source(config.data.sft, SFT_BUILTIN), config.data.max_documents):
+        text = conversation.text
         if text in seen:
             sets.duplicates += 1
             continue

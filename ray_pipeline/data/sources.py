@@ -1,22 +1,37 @@
-"""Where text, conversations and questions come from: built-in generators, a local file, or a hub dataset by name."""
+"""Where text, conversations, questions and preferences come from: built-in generators, a local file, a hub dataset by
+name, or reasoning-gym."""
 
 from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal, TypeVar
 
 from ray_pipeline.config import PipelineFields
 from ray_pipeline.data import hub, local_files
-from ray_pipeline.data.records import BadRecord, Conversation, Record, as_conversation, as_document, as_question
-from ray_pipeline.data.tasks.question import Question
+from ray_pipeline.data.chat import ChatTemplate
+from ray_pipeline.data.fields import BadRecord, Record
+from ray_pipeline.data.preference_records import Preference, as_preference
+from ray_pipeline.data.reasoning_gym_source import check_task, parse_gym_name
+from ray_pipeline.data.records import as_conversation, as_document, as_question
+from ray_pipeline.data.tasks import TOOLS_MIX, draw_unique
+from ray_pipeline.data.tasks.question import THINK_OPEN, Question
 from ray_pipeline.data.tokenizer import load_tokenizer
+from ray_pipeline.data.tokenizer_files import trained_template
+from ray_pipeline.data.tool_conversations import tool_conversation
+from ray_pipeline.data.turns import Conversation
 from ray_pipeline.errors import UserError, did_you_mean
+from ray_pipeline.stage_chain import reads_text
 
 BUILTIN = "builtin"
+# Questions that a calculator is needed for: answered with one, and without.
+BUILTIN_TOOLS, BUILTIN_NO_TOOLS = "builtin_tools", "builtin_no_tools"
+SFT_BUILTIN = (BUILTIN, BUILTIN_TOOLS, BUILTIN_NO_TOOLS)
+PROMPTS_BUILTIN = (BUILTIN, BUILTIN_TOOLS)
 HUB_NAME = re.compile(r"^(?P<name>[\w.-]+/[\w.-]+)(?::(?P<split>[^:/]+))?(?::(?P<column>[^:]+))?$")
 # A hub dataset may have millions of documents; a run that names no limit should not download them all.
 HUB_DOCUMENTS = 100_000
@@ -28,14 +43,15 @@ class Source:
     """A parsed source name.
 
     Attributes:
-        location: file path or "org/name". split, column: hub only.
+        location: file path, "org/name" or a reasoning-gym task. split, column: hub only. size: reasoning-gym only.
     """
 
     given: str
-    kind: Literal["builtin", "file", "hub"]
+    kind: Literal["builtin", "file", "hub", "gym"]
     location: str = ""
     split: str = "train"
     column: str | None = None
+    size: int | None = None
 
     @property
     def category(self) -> str:
@@ -43,25 +59,41 @@ class Source:
         return Path(self.location).stem if self.kind == "file" else self.location.rpartition("/")[2]
 
 
-def parse_source(given: str) -> Source:
-    """Tell a file from a hub name. What looks like a file, or exists, is a file.
+def parse_source(given: str, builtin: Sequence[str] = (BUILTIN,)) -> Source:
+    """Tell a built-in from a file and a hub name. What looks like a file, or exists, is a file.
 
+    Args:
+        builtin: names of built-in generators that are known here.
     Raises:
-        UserError: neither.
+        UserError: none of them.
     """
-    if given == BUILTIN:
+    if given in builtin:
         return Source(given, "builtin")
+    gym = parse_gym_name(given)
+    if gym is not None:
+        return Source(given, "gym", gym[0], size=gym[1])
     path = Path(given)
-    looks_local = path.suffix in (*local_files.SUFFIXES, ".json", ".csv") or given.startswith((".", "/", "~"))
+    looks_local = path.suffix in (*local_files.SUFFIXES, ".csv") or given.startswith((".", "/", "~"))
     if looks_local or (given and path.exists()):
         return Source(given, "file", str(path.expanduser()))
     match = HUB_NAME.match(given)
     if match is None:
         raise UserError(
-            f'"{given}": no such file{did_you_mean(given, [BUILTIN])}. Give "builtin", a '
+            f'"{given}": no such file{did_you_mean(given, builtin)}. Give {_quoted(builtin)}, a '
             f"{', '.join(local_files.SUFFIXES)} file, or a datasets name like roneneldan/TinyStories:train:text."
         )
     return Source(given, "hub", match["name"], match["split"] or "train", match["column"])
+
+
+def _quoted(names: Sequence[str]) -> str:
+    return ", ".join(f'"{name}"' for name in names)
+
+
+def licence_of(source: str) -> str:
+    """Licence of a source the config has no field for."""
+    if source in SFT_BUILTIN:
+        return "Apache-2.0"
+    return "Apache-2.0 (reasoning-gym)" if parse_gym_name(source) else "unknown"
 
 
 def _records(source: Source) -> Iterator[tuple[str, Record]]:
@@ -102,6 +134,11 @@ def read_questions(source: Source, limit: int | None = None) -> Iterator[Questio
     return _convert(source, lambda record: as_question(record, source.category), limit)
 
 
+def read_preferences(source: Source, limit: int | None = None) -> Iterator[Preference]:
+    """Pairs of answers of a file or hub source, in its order."""
+    return _convert(source, as_preference, limit)
+
+
 def check_sources(config: PipelineFields) -> None:
     """Every cheap check of the data, before anything starts.
 
@@ -111,20 +148,58 @@ def check_sources(config: PipelineFields) -> None:
     Raises:
         UserError: what is wrong with which source.
     """
-    data = config.data
-    jobs: list[tuple[str, str, Callable[[Source], Iterable[object]]]] = [
-        ("--data", source.name, read_documents) for source in data.pretrain
+    data, template = config.data, _known_template(config)
+    documents = [("--data", s.name, (BUILTIN,), read_documents) for s in data.pretrain if reads_text(config)]
+    conversations = partial(_checked_conversations, template)
+    jobs: list[tuple[str, str, Sequence[str], Callable[[Source], Iterable[object]]]] = [
+        *documents,
+        ("--sft-data", data.sft, SFT_BUILTIN, conversations),
+        ("--prompt-data", data.prompts, PROMPTS_BUILTIN, read_questions),
     ]
-    jobs += [("--sft-data", data.sft, read_conversations), ("--prompt-data", data.prompts, read_questions)]
-    for flag, given, read in jobs:
+    if "dpo" in config.stages:
+        jobs.append(("data.preferences", data.preferences, (BUILTIN,), read_preferences))
+    for flag, given, builtin, read in jobs:
         try:
-            check_source(parse_source(given), read, questions_only=flag != "--data")
+            source = parse_source(given, builtin)
+            if source.kind == "gym" and flag != "--prompt-data":
+                raise UserError(f'"{given}": reasoning-gym makes questions, so it is for --prompt-data alone.')
+            check_source(source, read, documents=flag == "--data")
         except UserError as error:
             raise UserError(f"{flag} {error}") from None
-    if config.tokenizer.name == "train":
-        check_vocabulary(config.tokenizer.vocab_size, config.model.vocab_size)
-    elif Path(config.tokenizer.name).is_dir():
-        check_vocabulary(len(load_tokenizer(Path(config.tokenizer.name)).check()), config.model.vocab_size)
+    if template is not None and data.sft == BUILTIN_TOOLS:
+        template.spans(tool_conversation(draw_unique(TOOLS_MIX, config.seed, "check", 1)[0]).chat())
+
+
+def _known_template(config: PipelineFields) -> ChatTemplate | None:
+    """The chat template the data will be written with; None where it must be downloaded first."""
+    tokenizer = config.tokenizer
+    if tokenizer.name == "train":
+        check_vocabulary(tokenizer.vocab_size, config.model.vocab_size)
+        return trained_template(tools=tokenizer.tools)
+    if tokenizer.tools:
+        raise UserError(
+            f"tokenizer.tools=true with tokenizer.name={tokenizer.name}: a tokenizer that is loaded has its own tokens "
+            "and template. Leave tokenizer.tools away, or use --set tokenizer.name=train."
+        )
+    if not Path(tokenizer.name).is_dir():
+        return None
+    loaded = load_tokenizer(Path(tokenizer.name)).check()
+    check_vocabulary(len(loaded), config.model.vocab_size)
+    return loaded.template
+
+
+def _checked_conversations(template: ChatTemplate | None, source: Source) -> Iterator[Conversation]:
+    """`read_conversations`, rendering the first of each kind: with reasoning, with calls, of several turns."""
+    rendered = set()
+    for number, conversation in enumerate(read_conversations(source), start=1):
+        kind = (THINK_OPEN in conversation.text, conversation.calls_tools, len(conversation.messages) > 2)
+        if template is not None and kind not in rendered:
+            rendered.add(kind)
+            try:
+                template.spans(conversation.chat())
+            except UserError as error:
+                raise UserError(f"{source.given}: conversation {number}: {error}") from None
+        yield conversation
 
 
 def check_vocabulary(entries: int, vocab_size: int) -> None:
@@ -136,17 +211,21 @@ def check_vocabulary(entries: int, vocab_size: int) -> None:
         )
 
 
-def check_source(source: Source, read: Callable[[Source], Iterable[object]], *, questions_only: bool) -> None:
-    """Check one source; `read` is how it will be read."""
+def check_source(source: Source, read: Callable[[Source], Iterable[object]], *, documents: bool) -> None:
+    """Check one source; `read` is how it will be read, `documents` whether plain text will do."""
     if source.kind == "hub":
         hub.check_reachable(source.location)
+    if source.kind == "gym":
+        check_task(source.location)
     if source.kind != "file":
         return
     path = Path(source.location)
     local_files.check_file(path)
     if path.suffix == ".txt":
-        if questions_only:
-            raise UserError(f'{path}: plain text has no questions and answers. Give .jsonl, .parquet or "builtin".')
+        if not documents:
+            raise UserError(
+                f'{path}: plain text has no questions and answers. Give .json, .jsonl, .parquet or "builtin".'
+            )
         local_files.check_utf8(path)
         return
     found = 0

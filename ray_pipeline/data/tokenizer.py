@@ -13,7 +13,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from ray_pipeline.data.chat import ChatTemplate, Message
+from ray_pipeline.data.chat import Chat, ChatTemplate, Message, Tool
 from ray_pipeline.errors import UserError
 
 WAY_OUT = "Give a folder saved by save_pretrained of a fast tokenizer, or use --set tokenizer.name=train."
@@ -74,17 +74,18 @@ class ChatTokenizer:
         """The vocabulary's own spelling of one id (byte-level letters for bytes)."""
         return self._chat.id_to_token(token_id) or f"<{token_id}>"
 
-    def encode_chat(self, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
+    def encode_chat(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> tuple[list[int], list[int]]:
         """Ids of a conversation and, for each, 1 where it is the assistant's (stop token included), else 0.
 
         Raises:
-            UserError: the template refuses the messages, or rewrites earlier turns.
+            UserError: the template refuses the messages, drops something an assistant says, never ends an answer, or
+                rewrites earlier turns.
         """
-        return self.encode_chats([messages])[0]
+        return self.encode_chats([Chat(messages, tools)])[0]
 
-    def encode_chats(self, conversations: Sequence[Sequence[Message]]) -> list[tuple[list[int], list[int]]]:
+    def encode_chats(self, chats: Sequence[Chat]) -> list[tuple[list[int], list[int]]]:
         """`encode_chat` of many conversations on all cores."""
-        rendered = [self.template.spans(messages) for messages in conversations]
+        rendered = [self.template.spans(chat) for chat in chats]
         encodings = self._chat.encode_batch([text for text, _ in rendered], add_special_tokens=False)
         out = []
         for encoding, (_, spans) in zip(encodings, rendered, strict=True):
@@ -100,25 +101,29 @@ class ChatTokenizer:
         inside = [i for i, (a, b) in enumerate(offsets) if a >= start and b <= stop]
         while inside and ids[inside[-1]] != self.eos_id:
             inside.pop()  # templates such as ChatML write a line end behind the stop token; nobody samples that
-        for i in inside:
-            mask[i] = 1
-
-    def encode_prompt(self, question: str | Sequence[Message]) -> list[int]:
-        """Ids of a question (or of a conversation that waits for an answer), ending with the generation prompt."""
-        messages = [{"role": "user", "content": question}] if isinstance(question, str) else question
-        text = self.template.render(messages, generation_prompt=True)
-        return list(self._chat.encode(text, add_special_tokens=False).ids)
-
-    def check(self) -> ChatTokenizer:
-        """Raise UserError unless answers keep their reasoning and end with the stop token."""
-        self.template.check_keeps_thinking()
-        messages = [{"role": "user", "content": "What is 2+2?"}, {"role": "assistant", "content": "4"}]
-        ids, mask = self.encode_chat(messages)
-        if not any(mask):
+        if not inside:
             raise UserError(
                 f'the chat template does not end an answer with the eos token "{self.special["eos_token"]}", so '
                 "a model could never learn to stop. Set eos_token in tokenizer_config.json to what the template writes."
             )
+        for i in inside:
+            mask[i] = 1
+
+    def encode_prompt(self, question: str | Sequence[Message], tools: Sequence[Tool] = ()) -> list[int]:
+        """Ids of a question (or of a conversation that waits for an answer), ending with the generation prompt."""
+        messages = [{"role": "user", "content": question}] if isinstance(question, str) else question
+        text = self.template.render(messages, tools=tools, generation_prompt=True)
+        return list(self._chat.encode(text, add_special_tokens=False).ids)
+
+    def check(self) -> ChatTokenizer:
+        """Raise UserError unless answers end with the stop token and go on from the generation prompt.
+
+        What a template drops shows when conversations are encoded: not all data has reasoning or tool calls.
+        """
+        messages = [{"role": "user", "content": "What is 2+2?"}, {"role": "assistant", "content": "4"}]
+        if "What is 2+2?" not in self.template.render(messages):
+            raise UserError(f"the chat template drops what the user says. {WAY_OUT}")
+        ids, _ = self.encode_chat(messages)
         prompt = self.encode_prompt(messages[:1])
         if ids[: len(prompt)] != prompt:
             raise UserError(

@@ -10,18 +10,20 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from ray_pipeline.artifacts import atomic_path, write_json
-from ray_pipeline.data.chat import DEEPSEEK_TEMPLATE
+from ray_pipeline.data.chat import ChatTemplate
+from ray_pipeline.data.chat_templates import DEEPSEEK_TEMPLATE, DEEPSEEK_TOOLS_TEMPLATE
 from ray_pipeline.data.tasks.question import THINK_CLOSE, THINK_OPEN
 from ray_pipeline.data.tokenizer import ChatTokenizer, load_tokenizer
 from ray_pipeline.errors import UserError
+from ray_pipeline.tools.format import CALLS_BEGIN, TOOL_TOKENS
 
 # DeepSeek-V3's own strings.
 BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
 USER, ASSISTANT = "<｜User｜>", "<｜Assistant｜>"
+SPECIAL_STRINGS = {"bos_token": BOS, "eos_token": EOS, "pad_token": PAD}
 SPECIAL = (BOS, EOS, PAD, USER, ASSISTANT)
 # Known to the vocabulary but not "special": decoding keeps them, since the answer's format is graded on them.
 THINK = (THINK_OPEN, THINK_CLOSE)
-SMALLEST_VOCABULARY = 256 + len(SPECIAL) + len(THINK)
 COPIED = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -31,18 +33,22 @@ COPIED = (
 )
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+def train_bpe(texts: Iterable[str], vocab_size: int, *, tools: bool = False) -> Tokenizer:
     """Byte-level BPE (Sennrich et al., arXiv:1508.07909) in which each digit is a token of its own.
 
     The pre-tokenizer is the one llama.cpp calls "smollm". Little text gives fewer entries than asked for.
 
+    Args:
+        tools: with the tokens of tool calls.
     Raises:
         UserError: `vocab_size` leaves no room for the 256 bytes and the special tokens.
     """
-    if vocab_size < SMALLEST_VOCABULARY:
+    written = THINK + TOOL_TOKENS if tools else THINK
+    smallest = 256 + len(SPECIAL) + len(written)
+    if vocab_size < smallest:
         raise UserError(
-            f"tokenizer.vocab_size={vocab_size} is too small: 256 bytes and {len(SPECIAL) + len(THINK)} special tokens "
-            f"need {SMALLEST_VOCABULARY}. Use --set tokenizer.vocab_size=512."
+            f"tokenizer.vocab_size={vocab_size} is too small: 256 bytes and {len(SPECIAL) + len(written)} special "
+            f"tokens need {smallest}. Use --set tokenizer.vocab_size=512."
         )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -50,14 +56,19 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - len(THINK),
+        vocab_size=vocab_size - len(written),
         special_tokens=[AddedToken(text, normalized=False, special=True) for text in SPECIAL],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.add_tokens([AddedToken(text, normalized=False, special=False) for text in THINK])
+    tokenizer.add_tokens([AddedToken(text, normalized=False, special=False) for text in written])
     return tokenizer
+
+
+def trained_template(*, tools: bool) -> ChatTemplate:
+    """The chat template of a tokenizer trained here."""
+    return ChatTemplate(DEEPSEEK_TOOLS_TEMPLATE if tools else DEEPSEEK_TEMPLATE, SPECIAL_STRINGS)
 
 
 def save_trained(tokenizer: Tokenizer, folder: Path) -> ChatTokenizer:
@@ -65,21 +76,21 @@ def save_trained(tokenizer: Tokenizer, folder: Path) -> ChatTokenizer:
 
     How many tokens a model holds is the model's matter, so no `model_max_length` is written.
     """
-    special = {"bos_token": BOS, "eos_token": EOS, "pad_token": PAD}
+    tools = tokenizer.token_to_id(CALLS_BEGIN) is not None
     config: dict[str, Any] = {
-        **special,
+        **SPECIAL_STRINGS,
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
         "add_bos_token": False,
         "add_eos_token": False,
         "additional_special_tokens": [USER, ASSISTANT],
-        "chat_template": DEEPSEEK_TEMPLATE,
+        "chat_template": trained_template(tools=tools).source,
     }
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_path(folder / "tokenizer.json") as aside:
         aside.write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     write_json(folder / "tokenizer_config.json", config)
-    write_json(folder / "special_tokens_map.json", {**special, "additional_special_tokens": [USER, ASSISTANT]})
+    write_json(folder / "special_tokens_map.json", {**SPECIAL_STRINGS, "additional_special_tokens": [USER, ASSISTANT]})
     return load_tokenizer(folder).check()
 
 

@@ -22,6 +22,7 @@ from model.parallel.mesh import Mesh
 from ray_pipeline.artifacts import damage
 from ray_pipeline.engine.checkpoint_format import (
     FORMAT,
+    SOURCE_FOLDER,
     STATE_FILE,
     differences,
     global_shape,
@@ -93,6 +94,11 @@ def newest_whole(folder: Path, *, before: Path) -> Path | None:
     """The newest checkpoint older than `before` whose files are all as they were written."""
     older = [path for path in list_checkpoints(folder) if path.name < before.name]
     return next((path for path in reversed(older) if find_damage(path) is None), None)
+
+
+def source_files(folder: Path, step: int) -> dict[str, bytes]:
+    """What the source of batches put into the checkpoint of `step`, by name; held against the manifest on loading."""
+    return {path.name: path.read_bytes() for path in sorted((folder / step_name(step) / SOURCE_FOLDER).glob("*"))}
 
 
 def load_checkpoint(engine: Engine, path: Path) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from model.parallel.shard import Shard, shard_of
 
 FORMAT = 2
 STATE_FILE = "trainer.json"
+SOURCE_FOLDER = "source"  # files of the source of batches, beside it
 STEP = "step"  # a number, not a parameter's
 
 

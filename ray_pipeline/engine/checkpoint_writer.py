@@ -36,7 +36,7 @@ from ray_pipeline.artifacts import (
     writing,
 )
 from ray_pipeline.engine.checkpoint import WORLD, list_checkpoints, step_name
-from ray_pipeline.engine.checkpoint_format import STATE_FILE, my_share, page, placed, stored
+from ray_pipeline.engine.checkpoint_format import SOURCE_FOLDER, STATE_FILE, my_share, page, placed, stored
 from ray_pipeline.engine.engine import Engine
 from ray_pipeline.errors import UserError
 from ray_pipeline.rank_errors import lost_message
@@ -71,18 +71,28 @@ class CheckpointWriter:
             # The error that is on its way matters more than one in the thread, whom a lost peer may never answer.
             concurrent.futures.wait([self._in_flight], timeout=None if lost_message(error) is None else GRACE)
 
-    def save(self, engine: Engine, step: int, extra: Mapping[str, Any], *, best: int | None = None) -> None:
+    def save(
+        self,
+        engine: Engine,
+        step: int,
+        extra: Mapping[str, Any],
+        *,
+        best: int | None = None,
+        source: Mapping[str, bytes] | None = None,
+    ) -> None:
         """Start writing the checkpoint of `step` (optimizer steps taken), after the one in flight is whole.
 
         Args:
             extra: what else the trainer needs to go on, as JSON. best: the step whose checkpoint is kept as the best.
+            source: files of the source of batches, by name.
         Raises:
             UserError: the one before could not be written (disk full, no right to).
         """
         self.wait()
         self._stage(engine)
         contents = page(step, engine.config, extra)
-        self._in_flight = _in_thread(lambda: self._write(step, contents, best, engine.device))
+        files = dict(source or {})
+        self._in_flight = _in_thread(lambda: self._write(step, contents, best, files, engine.device))
 
     def wait(self) -> None:
         """Until the checkpoint in flight is whole; raises what went wrong with it."""
@@ -104,11 +114,13 @@ class CheckpointWriter:
         if engine.device.type == "cuda":
             torch.cuda.synchronize(engine.device)
 
-    def _write(self, step: int, contents: dict[str, Any], best: int | None, device: torch.device) -> None:
+    def _write(
+        self, step: int, contents: dict[str, Any], best: int | None, source: dict[str, bytes], device: torch.device
+    ) -> None:
         if device.type == "cuda":
             torch.cuda.set_device(device)  # threads start on device 0, where DCP would open a context
         aside = self.folder / f".{step_name(step)}.partial"
-        self._together(lambda: self._on_main(lambda: _make_empty(aside)))
+        self._together(lambda: self._on_main(lambda: _begin(aside, source)))
         state: dict[str, Any] = {
             key: placed(key, stored(key, tensor), self.mesh) for key, tensor in self._staging.items()
         }
@@ -147,7 +159,7 @@ class CheckpointWriter:
     ) -> None:
         """On rank 0: complete the folder, give it its name, drop those that are not kept."""
         (aside / STATE_FILE).write_text(json.dumps(contents) + "\n", encoding="utf-8")
-        rest = manifest_entries(aside, [aside / STATE_FILE, aside / ".metadata"])
+        rest = manifest_entries(aside, [aside / STATE_FILE, aside / ".metadata", *aside.glob(f"{SOURCE_FOLDER}/*")])
         files = {name: entry for part in [*entries, rest] for name, entry in part.items()}
         write_json(aside / MANIFEST, {"files": files})
         sync_to_disk(aside)
@@ -174,9 +186,12 @@ class CheckpointWriter:
             shutil.rmtree(leftover, ignore_errors=True)
 
 
-def _make_empty(folder: Path) -> None:
+def _begin(folder: Path, source: Mapping[str, bytes]) -> None:
+    """Empty but for the files of the source of batches."""
     shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    (folder / SOURCE_FOLDER).mkdir(parents=True)
+    for name, contents in source.items():
+        (folder / SOURCE_FOLDER / name).write_bytes(contents)
 
 
 def _drop(folder: Path) -> None:

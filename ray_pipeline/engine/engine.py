@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from model.auxiliary import LOSSES, AuxiliarySums, auxiliary_scale
+from model.auxiliary import auxiliary_scale
 from model.config import ModelConfig
 from model.moe.router import Router
 from model.parallel.mesh import Mesh
@@ -18,58 +18,16 @@ from model.parallel.shard import build_part
 from model.precision import use_fp8
 from model.transformer import Recompute, Transformer
 from ray_pipeline.config import OptimizerConfig
+from ray_pipeline.config_post_training import LoraConfig
 from ray_pipeline.data.batch import Batch
+from ray_pipeline.engine.adapters import Adapters, base_name
 from ray_pipeline.engine.expert_balance import KEPT, SAVED, ExpertBalance
 from ray_pipeline.engine.gather import gather_state
+from ray_pipeline.engine.parts import Parts
 from ray_pipeline.engine.pipeline import Finish, Pipeline
+from ray_pipeline.engine.step_stats import StepStats, auxiliary_sums, layer_figures, objective_sums, over_ranks
 from ray_pipeline.engine.updater import PlainUpdater, Updater
 from ray_pipeline.objectives.base import Objective
-
-
-@dataclass(frozen=True)
-class StepStats:
-    """One optimizer step as every rank knows it.
-
-    Attributes:
-        loss: mean. grad_norm: before clipping. metrics: sums of the objective's, to be divided by `weight`.
-        figures: losses of single layers (means per token and layer), and how evenly experts were used.
-    """
-
-    loss: float
-    grad_norm: float
-    weight: float
-    metrics: dict[str, float]
-    figures: dict[str, float] = field(default_factory=dict)
-
-
-class Parts(nn.Module):
-    """This rank's parts of the model as one module, which is what DeepSpeed wraps."""
-
-    def __init__(self, parts: Sequence[Transformer], autocast_dtype: torch.dtype | None):
-        super().__init__()
-        self.parts = nn.ModuleList(parts)
-        self.autocast_dtype = autocast_dtype
-
-    def forward(self, index: int, carried: list[Tensor], batch: Batch, finish: Finish) -> list[Tensor]:
-        """One part on one micro-batch.
-
-        Args:
-            carried: hidden states, and with MTP the embeddings, from the part before; empty for the first.
-        Returns:
-            What the next part is given; from the last one [finish's value].
-        """
-        part: Any = self.parts[index]
-        enabled = self.autocast_dtype is not None
-        with torch.autocast(batch.tokens.device.type, self.autocast_dtype, enabled=enabled):
-            rotation, mask = part.context(batch.doc_ids, batch.tokens.shape[1])
-            if part.is_first:
-                hidden, ahead = part.embed(batch.tokens)
-            else:
-                hidden, ahead = carried if len(carried) == 2 else (carried[0], None)
-            hidden = part.run_layers(hidden, rotation, mask)
-            if part.is_last:
-                return [finish(part, part.norm(hidden), ahead, batch)]
-        return [hidden] if ahead is None else [hidden, ahead]
 
 
 class Engine:
@@ -83,6 +41,7 @@ class Engine:
         micro_batch: rows of one forward pass.
         initial: whole parameters by name; else they are drawn from the seed.
         on_phase: told when a training step is past its backward passes, for the error of a rank that is lost.
+        lora: train adapters in place of the weights, which are frozen; so are the balancing biases.
         schedule, pp_layout: order of work in the pipeline, and layers of each part where set by hand.
     """
 
@@ -102,6 +61,7 @@ class Engine:
         pp_layout: str | None = None,
         activation_checkpointing: Recompute = "none",
         offload_optimizer: bool = False,
+        lora: LoraConfig | None = None,
         on_phase: Callable[[str], None] = lambda name: None,
     ):
         self.on_phase = on_phase
@@ -111,30 +71,37 @@ class Engine:
         layers = stage_layers(config, len(indices) * mesh.sizes.pp, pp_layout)
         self.parts = [build_part(config, layers[i], mesh, seed=seed, initial=initial) for i in indices]
         for part in self.parts:
-            part.to(self.device).train(optimizer is not None).requires_grad_(optimizer is not None)
+            part.to(self.device).requires_grad_(optimizer is not None)
             part.set_recompute(activation_checkpointing)
             if precision == "fp8":
                 use_fp8(part)
-        self.module = Parts(self.parts, None if precision == "fp32" else torch.bfloat16)
+        self.adapters = Adapters(self.parts, lora, seed) if lora is not None and lora.r else None
+        self.module = Parts(self.parts, None if precision == "fp32" else torch.bfloat16, self.adapters)
+        self.module.train(optimizer is not None)
         self.experts = ExpertBalance(config, self.parts, mesh)
         self.updater: Updater | None = None
         run_part: Any = self.module
         before_backward = None
         if optimizer is not None and zero_stage == 0:
-            self.updater = PlainUpdater(self.named_parameters(), mesh, optimizer)
+            self.updater = PlainUpdater(self.trained_parameters(), mesh, optimizer)
         elif optimizer is not None:
             from ray_pipeline.engine.zero import ZeroUpdater  # DeepSpeed takes seconds to import
 
             zero = ZeroUpdater(
-                self.module, self.named_parameters(), mesh, optimizer,
+                self.module, self.trained_parameters(), mesh, optimizer,
                 zero_stage=zero_stage, offload_optimizer=offload_optimizer,
             )  # fmt: skip
             self.updater, run_part, before_backward = zero, zero.run, zero.before_backward
         self.pipeline = Pipeline(mesh, schedule, self.device, run_part, self._carried_shapes, before_backward)
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
-        """This rank's parameters, or slices of them, by their names in the whole model."""
-        return {name: parameter for part in self.parts for name, parameter in part.named_parameters()}
+        """This rank's parameters, or slices of them, by their names in the whole model; not those of adapters."""
+        named = (item for part in self.parts for item in part.named_parameters())
+        return {own: parameter for name, parameter in named if (own := base_name(name)) is not None}
+
+    def trained_parameters(self) -> dict[str, nn.Parameter]:
+        """What the optimizer moves: all parameters, or those of adapters alone."""
+        return self.named_parameters() if self.adapters is None else self.adapters.named_parameters()
 
     @property
     def routers(self) -> dict[str, Router]:
@@ -203,15 +170,19 @@ class Engine:
             group["lr"] = lr
         norm = self.updater.step()
         self.experts.step()
-        loss, metrics = self._totals(sums, objective)
-        return StepStats(loss / weight, norm, weight, metrics, self._figures(auxiliary, batch.tokens.numel()))
+        totals = objective_sums(sums, 1 + len(objective.metric_names), self.device)
+        own = torch.cat([totals, auxiliary_sums(auxiliary, self.device)])
+        own, measured = over_ranks(self.mesh, own, self.experts.measured(batch.tokens.numel()).flatten())
+        loss, metrics = self._named(own[: len(totals)], objective)
+        figures = layer_figures(own[len(totals) :].tolist(), measured.view(-1, 3).tolist(), self.experts)
+        return StepStats(loss / weight, norm, weight, metrics, figures)
 
     def evaluate(self, batch: Batch, objective: Objective) -> StepStats:
         """The objective on a global batch, forward only: loss is the mean over the batch's weight."""
         mine = self.my_rows(batch)
         weight = objective.weight(batch)
-        sums = self.forward(mine, objective)
-        loss, metrics = self._totals(sums, objective)
+        sums = objective_sums(self.forward(mine, objective), 1 + len(objective.metric_names), self.device)
+        loss, metrics = self._named(over_ranks(self.mesh, sums)[0], objective)
         return StepStats(loss / max(weight, 1.0), 0.0, weight, metrics)
 
     def forward(self, mine: Batch, finish: Finish) -> list[Tensor]:
@@ -239,25 +210,10 @@ class Engine:
         full[start : start + len(mine), mine.window or slice(None)] = joined
         return full
 
-    def _totals(self, sums: Sequence[Tensor], objective: Objective) -> tuple[float, dict[str, float]]:
-        """Loss sum and metric sums over all micro-batches and replicas, known to every rank."""
-        total = torch.zeros(1 + len(objective.metric_names), dtype=torch.float64, device=self.device)
-        for values in sums:
-            total += values
-        self.mesh.all_reduce(self.mesh.all_reduce(total, "replica"), "pp")
-        loss, *metrics = total.tolist()
+    def _named(self, sums: Tensor, objective: Objective) -> tuple[float, dict[str, float]]:
+        """Loss sum and metric sums by name."""
+        loss, *metrics = sums.tolist()
         return loss, dict(zip(objective.metric_names, metrics, strict=True))
-
-    def _figures(self, auxiliary: AuxiliarySums, tokens: int) -> dict[str, float]:
-        """Of a training step on a global batch of `tokens` tokens."""
-        pairs = torch.tensor([auxiliary.pair(name) for name in LOSSES], dtype=torch.float64, device=self.device)
-        losses = self.mesh.all_reduce(pairs, "replica")
-        measured = self.experts.measured(tokens).to(self.device)
-        both = torch.cat([losses.flatten(), measured.flatten()])
-        self.mesh.all_reduce(both, "pp")
-        found = both[: losses.numel()].view(-1, 2).tolist()
-        means = {name: total / count for name, (total, count) in zip(LOSSES, found, strict=True) if count}
-        return means | self.experts.figures(both[losses.numel() :].view(-1, 3).tolist())
 
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint holds of this rank's slices: `model.*`, `exp_avg.*`, `exp_avg_sq.*`, `step`."""
@@ -274,6 +230,21 @@ class Engine:
 
     @torch.no_grad()
     def full_state(self) -> dict[str, Tensor]:
-        """The whole model's state dict, in fp32 on the CPU of every rank."""
-        weights = self.updater.weights() if self.updater is not None else dict(self.named_parameters())
-        return gather_state({**weights, **self.experts.buffers(SAVED)}, self.mesh)
+        """The whole model's state dict, adapters merged, in fp32 on the CPU of every rank."""
+        return gather_state({**self._weights(), **self.experts.buffers(SAVED)}, self.mesh)
+
+    def _weights(self) -> dict[str, Tensor]:
+        """This rank's slices, whole on every replica."""
+        named = self.named_parameters()
+        if self.updater is None:
+            return dict(named)
+        if self.adapters is None:
+            return self.updater.weights()
+        with self.updater.gathered([*named.values(), *self.trained_parameters().values()]):
+            return self.adapters.merged(named)
+
+    @torch.no_grad()
+    def adapter_state(self) -> dict[str, Tensor]:
+        """The whole model's adapters by name, in fp32 on the CPU of every rank."""
+        assert self.updater is not None
+        return gather_state(self.updater.weights(), self.mesh)

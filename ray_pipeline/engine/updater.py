@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 import torch
@@ -33,6 +35,10 @@ class Updater(Protocol):
 
     def weights(self) -> dict[str, Tensor]:
         """This rank's slices of the weights, on every replica whole."""
+        ...
+
+    def gathered(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[None]:
+        """Within, these parameters are whole on this rank, trained or frozen."""
         ...
 
     def state(self) -> dict[str, Tensor]:
@@ -83,6 +89,9 @@ class PlainUpdater:
 
     def weights(self) -> dict[str, Tensor]:
         return {name: parameter.detach() for name, parameter in self.named.items()}
+
+    def gathered(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def state(self) -> dict[str, Tensor]:
         out: dict[str, Tensor] = {"step": torch.zeros(())}

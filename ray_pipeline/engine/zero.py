@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -95,6 +97,11 @@ class ZeroUpdater:
         if self.zero_stage < 3:
             return {name: parameter.detach() for name, parameter in self.named.items()}
         return {n: safe_get_full_fp32_param(p).view(_shape(p)) for n, p in self.named.items()}
+
+    def gathered(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[None]:
+        import deepspeed
+
+        return deepspeed.zero.GatheredParameters(parameters) if self.zero_stage == 3 else nullcontext()
 
     def state(self) -> dict[str, Tensor]:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state

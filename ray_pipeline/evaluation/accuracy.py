@@ -5,31 +5,16 @@ Each rank may take a slice of the questions; `EvalResult.merge` joins the parts.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from model.generate.decode import Completion, Decoder, generate
 from ray_pipeline.evaluation.chat import PromptTokenizer, completion_text
-from ray_pipeline.rewards.answer import answer
-from ray_pipeline.rewards.think_format import think_format
+from ray_pipeline.evaluation.marking import is_right, is_well_formed
+from ray_pipeline.evaluation.statistics import wilson_interval
 
-
-def wilson_interval(correct: int, total: int, z: float = 1.96) -> tuple[float, float]:
-    """Bounds of a proportion, 95% by default (Wilson 1927): sound near 0 and 1, where the normal one is not.
-
-    Raises:
-        ValueError: unless 0 <= correct <= total.
-    """
-    if not 0 <= correct <= total:
-        raise ValueError(f"correct={correct} of total={total}: must be between 0 and the total")
-    if total == 0:
-        return 0.0, 1.0
-    p, shrink = correct / total, 1 + z * z / total
-    centre = (p + z * z / (2 * total)) / shrink
-    half = z / shrink * math.sqrt(p * (1 - p) / total + z * z / (4 * total * total))
-    return max(0.0, centre - half), min(1.0, centre + half)
+__all__ = ["EvalResult", "evaluate_questions", "wilson_interval"]
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -113,8 +98,8 @@ def _marked(question: dict[str, Any], text: str, completion: Completion, fits: b
         "prompt": question["prompt"],
         "completion": text,
         "answer": reference,
-        "correct": answer(question["prompt"], text, reference) == 1.0,
-        "well_formed": think_format(question["prompt"], text, reference) == 1.0,
+        "correct": is_right(question["prompt"], text, reference),
+        "well_formed": is_well_formed(question["prompt"], text, reference),
         "tokens": len(completion.tokens),
         "finished": completion.finished,
         "fits": fits,

@@ -1,44 +1,85 @@
-"""Forward KL from a teacher's distribution over the next token (arXiv:1503.02531)."""
+"""Learning a teacher's distribution over the next token (arXiv:1503.02531), and its hidden states."""
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from model.layers.chunked_sums import ChunkLoss
+from model.layers.linear import operand_dtype
 from model.layers.vocab import Head
-from model.loss import IGNORE, log_softmax, negative_log_likelihood
-from model.parallel.collectives import reduce_from
+from model.loss import IGNORE
+from model.parallel.collectives import Axis
 from model.transformer import Transformer
+from ray_pipeline.config import DistillationConfig
 from ray_pipeline.data.batch import Batch
+from ray_pipeline.objectives.base import Objective
+from ray_pipeline.objectives.cross_entropy import CrossEntropy
+from ray_pipeline.objectives.divergence import Divergence, TopKTeacher, WholeTeacher
+
+BETAS = {"forward_kl": 0.0, "hidden": 0.0, "reverse_kl": 1.0}
 
 
-class ForwardKl:
-    """Sum over labelled tokens of KL(teacher || student) at `temperature`, times temperature squared.
+class Distillation:
+    """Sum over labelled tokens of a divergence, plus `hidden_weight` times the squared error of final hidden states.
 
-    The batch brings the teacher's final hidden states (`teacher_hidden`, [rows, seq, teacher hidden_size]), not its
-    logits: those would be vocab_size wide for every token of the step at once.
+    The batch brings one of two things. `teacher_hidden` [rows, seq, teacher hidden_size] are the teacher's final hidden
+    states, not its logits: those would be vocab_size wide for every token of the step at once. `teacher_topk_ids` and
+    `teacher_topk_logprobs` [rows, seq, k] are its likeliest tokens, at the divergence's temperature.
+
+    Args:
+        hidden_weight: of the squared error's mean over dimensions; needs `teacher_hidden` as wide as the student's.
+        teacher_head: of the teacher whose hidden states the batch brings; cut as the student's, or whole.
     """
 
-    metric_names = ("kl", "cross_entropy")
+    metric_names = ("divergence", "cross_entropy", "hidden_error")
 
-    def __init__(self, temperature: float, teacher_head: Head | None):
-        self.temperature, self.teacher_head = temperature, teacher_head
+    def __init__(self, divergence: Divergence, *, hidden_weight: float = 0.0, teacher_head: Head | None = None):
+        self.divergence, self.hidden_weight, self.teacher_head = divergence, hidden_weight, teacher_head
 
     def weight(self, batch: Batch) -> float:
         return float((batch.local(batch.labels) != IGNORE).sum())
 
     def __call__(self, model: Transformer, hidden: Tensor, embeddings: Tensor | None, batch: Batch) -> Tensor:
-        assert self.teacher_head is not None
         labels = batch.local(batch.labels)
         kept = labels != IGNORE
-        axis = model.lm_head.tp
-        student_logits = model.lm_head(hidden[kept]).float()
-        with torch.no_grad():
-            teacher_hidden = batch.local(batch.extras["teacher_hidden"])[kept]
-            teacher = log_softmax(self.teacher_head(teacher_hidden).float() / self.temperature, axis)
-        student = log_softmax(student_logits / self.temperature, axis)
-        kl = F.kl_div(student, teacher, log_target=True, reduction="sum") * self.temperature**2
-        kl = reduce_from(kl, axis)
-        ce = negative_log_likelihood(student_logits.detach(), labels[kept], axis).sum()
-        return torch.stack([kl, kl.detach(), ce])
+        student = hidden[kept]
+        extras = {name: batch.local(value)[kept] for name, value in batch.extras.items() if name.startswith("teacher_")}
+        chunk_loss = self._chunk_loss(extras, labels[kept], model.lm_head.tp)
+        loss, cross_entropy = model.lm_head(student, chunk_loss=chunk_loss)
+        error = torch.zeros_like(loss)
+        if self.hidden_weight:
+            error = (student.float() - extras["teacher_hidden"].float()).square().mean(-1).sum()
+        total = loss + self.hidden_weight * error
+        return torch.stack([total, loss.detach(), cross_entropy.detach(), error.detach()])
+
+    def _chunk_loss(self, extras: dict[str, Tensor], labels: Tensor, axis: Axis) -> ChunkLoss:
+        if "teacher_topk_ids" in extras:
+            ids, logprobs = extras["teacher_topk_ids"].long(), extras["teacher_topk_logprobs"].float()
+            return TopKTeacher(self.divergence, ids, logprobs, labels, axis)
+        assert self.teacher_head is not None, "a batch without the teacher's top-k needs its head"
+        dtype = operand_dtype(extras["teacher_hidden"])
+        hidden, weight = extras["teacher_hidden"].to(dtype), self._teacher_slice(axis).to(dtype)
+        return WholeTeacher(self.divergence, lambda rows: (hidden[rows] @ weight.t()).float(), labels, axis)
+
+    def _teacher_slice(self, axis: Axis) -> Tensor:
+        """The rows of the teacher's head for this rank's part of the vocabulary."""
+        assert self.teacher_head is not None
+        weight = self.teacher_head.weight.detach()
+        return weight if self.teacher_head.tp.size == axis.size else weight.chunk(axis.size)[axis.index]
+
+
+def distillation_objective(settings: DistillationConfig, teacher_head: Head | None) -> Objective:
+    """What `distillation.loss` names.
+
+    Args:
+        teacher_head: where this rank has it; None without the last part of the model, and for a file of top-k.
+    """
+    if settings.loss == "cross_entropy":
+        return CrossEntropy()
+    beta = settings.jsd_beta if settings.loss == "jsd" else BETAS[settings.loss]
+    return Distillation(
+        Divergence(beta, settings.temperature),
+        hidden_weight=settings.hidden_weight if settings.loss == "hidden" else 0.0,
+        teacher_head=teacher_head,
+    )

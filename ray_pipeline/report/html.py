@@ -22,7 +22,13 @@ MOST_SAMPLES = 12
 CHARTS = (
     ("Loss", ("train/loss", "eval/validation_loss"), ("ln_vocab", "unigram_entropy")),
     ("Held-out accuracy", ("eval/accuracy",), ("input_accuracy", "teacher_accuracy")),
+    ("Held-out preference accuracy", ("eval/preference_accuracy",), ("input_preference_accuracy",)),
+    ("Margin of the chosen answer", ("train/margin", "eval/margin"), ()),
+    ("Divergence from the teacher", ("train/divergence",), ()),
     ("Reward", ("train/reward", "train/answer_reward", "train/format_reward"), ()),
+    ("KL to the reference", ("train/kl",), ()),
+    ("Gap of the sampler's log-probabilities to the trainer's", ("train/logprob_gap",), ()),
+    ("Tokens of an answer", ("train/completion_tokens", "train/answer_tokens"), ()),
     ("Gradient norm", ("train/grad_norm",), ()),
     ("Losses of layers", ("train/aux_loss", "train/indexer_kl"), ()),
     ("Experts: entropy of the load, least even layer", ("train/load_entropy",), ()),

@@ -68,6 +68,13 @@ def percent(share: float) -> str:
     return f"{100 * share:.1f}%"
 
 
+def interval_text(name: str, metrics: Mapping[str, float]) -> str:
+    """`81.0% (76.2% to 85.1%)`, with its 95% bounds where they were measured."""
+    low, high = metrics.get(f"{name}_low"), metrics.get(f"{name}_high")
+    bounds = "" if low is None or high is None else f" ({percent(low)} to {percent(high)})"
+    return percent(metrics[name]) + bounds
+
+
 def count_text(number: float) -> str:
     """`1.31M` parameters."""
     for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
@@ -82,6 +89,8 @@ def figure_text(stage: str, metrics: Mapping[str, float]) -> str:
         return f"validation loss {metrics['validation_loss']:.3f} nats{experts_text(metrics)}"
     if "accuracy" in metrics:
         text = f"held-out accuracy {percent(metrics['accuracy'])}"
+        if "preference_accuracy" in metrics:
+            text = f"held-out preference accuracy {interval_text('preference_accuracy', metrics)}, {text}"
         if "params" in metrics:
             text += f", {count_text(metrics['params'])} parameters"
         return text
@@ -120,15 +129,24 @@ def baseline_text(stage: str, baselines: Mapping[str, float], metrics: Mapping[s
         parts.append(f"unigram entropy {baselines['unigram_entropy']:.3f}")
     if "input_loss" in baselines:
         parts.append(f"input {baselines['input_loss']:.3f}")
-    if "input_accuracy" in baselines:
-        gain = ""
-        if "accuracy" in metrics:
-            gain = f" ({100 * (metrics['accuracy'] - baselines['input_accuracy']):+.1f} points)"
-        parts.append(f"input {percent(baselines['input_accuracy'])}{gain}")
+    preferences = _input_text("preference_accuracy", baselines, metrics)
+    accuracy = _input_text("accuracy", baselines, metrics)
+    if preferences:
+        parts.append(f"input's preference {preferences}")
+    if accuracy:
+        parts.append(f"input {accuracy}")
     if "teacher_accuracy" in baselines:
         size = f", {count_text(metrics['teacher_params'])} parameters" if "teacher_params" in metrics else ""
         parts.append(f"teacher {percent(baselines['teacher_accuracy'])}{size}")
     return "; ".join(parts)
+
+
+def _input_text(name: str, baselines: Mapping[str, float], metrics: Mapping[str, float]) -> str:
+    """`20.0% (+41.0 points)`: the figure of the stage's input, and what was gained over it."""
+    before = baselines.get(f"input_{name}")
+    if before is None:
+        return ""
+    return percent(before) + (f" ({100 * (metrics[name] - before):+.1f} points)" if name in metrics else "")
 
 
 def print_summary(console: Console, rows: Sequence[SummaryRow], run_dir: Path) -> None:

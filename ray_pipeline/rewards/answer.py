@@ -9,7 +9,10 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 
-CLOSE, OPEN = "</think>", "<think>"
+from ray_pipeline.reasoning import parse
+from ray_pipeline.rewards.registry import reward
+from ray_pipeline.tools.calls import own_words
+
 # Longer "numbers" are babble; exact arithmetic on them costs time and Python refuses to parse the longest.
 MAX_NUMBER_LENGTH = 200
 
@@ -24,10 +27,11 @@ _ANSWER_IS = re.compile(r"answer(?:\s+is)?\s*[:=]?\s+(?P<answer>\S.*)", re.IGNOR
 
 
 def final_text(completion: str) -> str | None:
-    """What follows the thinking; all of it where nothing was thought; None where the thinking never ended."""
-    if CLOSE in completion:
-        return completion.rpartition(CLOSE)[2]
-    return None if OPEN in completion else completion
+    """What follows the thinking; all of it where nothing was thought; None where the thinking never ended.
+
+    Calls of tools and what they gave are no part of it: the model has to say the answer itself.
+    """
+    return parse(own_words(completion)).answer
 
 
 def _boxed(text: str) -> str | None:
@@ -88,6 +92,7 @@ def _as_text(text: str) -> str:
     return " ".join(_clean(text).casefold().split()).strip(" .$\"'*")
 
 
+@reward("answer", isolated=False, judges=True)
 def answer(prompt: str, completion: str, reference: str) -> float:
     """1.0 where the completion's answer equals the reference's, else 0.0.
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from ray_pipeline.rewards.answer import CLOSE, OPEN
+from ray_pipeline.reasoning import parse
+from ray_pipeline.rewards.registry import reward
+from ray_pipeline.tools.calls import own_words
 
 
+@reward("format", isolated=False, full=1.0)
 def think_format(prompt: str, completion: str, reference: str) -> float:
     """1.0 for exactly one thinking block, at the start, and a non-empty answer behind it; else 0.0.
 
     Args:
-        completion: what the model wrote. prompt and reference are not looked at.
+        completion: what the model wrote; calls of tools may stand anywhere. prompt and reference are not looked at.
     """
     del prompt, reference
-    text = completion.strip()
-    once = text.count(OPEN) == 1 and text.count(CLOSE) == 1 and text.startswith(OPEN)
-    return float(once and bool(text.partition(CLOSE)[2].strip()))
+    reasoned = parse(own_words(completion))
+    once = reasoned.opened == reasoned.closed == 1 and not reasoned.before.strip() and not reasoned.unclosed
+    return float(once and bool((reasoned.answer or "").strip()))

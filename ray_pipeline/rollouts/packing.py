@@ -8,64 +8,74 @@ import torch
 from torch import Tensor
 
 from ray_pipeline.data.batch import IGNORE, Batch
+from ray_pipeline.data.packing import best_fit
 from ray_pipeline.rollouts.rollout import Rollout
 
 
-def assign_rows(lengths: Sequence[int], seq_len: int) -> list[list[int]]:
-    """Which documents share a row: longest first, each into the fullest row it fits (best-fit decreasing).
-
-    Returns:
-        Indices into `lengths` by row.
-    """
-    rows: list[list[int]] = []
-    room: list[int] = []
-    for i in sorted(range(len(lengths)), key=lambda j: -lengths[j]):
-        fitting = [r for r in range(len(rows)) if room[r] >= lengths[i]]
-        if fitting:
-            row = min(fitting, key=lambda r: room[r])
-        else:
-            row = len(rows)
-            rows.append([])
-            room.append(seq_len)
-        rows[row].append(i)
-        room[row] -= lengths[i]
-    return rows
+def positions(rollout: Rollout) -> int:
+    """Places it takes in a row: its last token is only ever a label."""
+    return len(rollout.prompt_ids) + len(rollout.completion_ids) - 1
 
 
-def pack_rollouts(rollouts: Sequence[Rollout], advantages: Tensor, seq_len: int, pad_id: int) -> Batch:
+def pack_rollouts(
+    rollouts: Sequence[Rollout],
+    advantages: Tensor,
+    seq_len: int,
+    pad_id: int,
+    *,
+    trained: Sequence[bool] | None = None,
+) -> Batch:
     """Several rollouts to a row, kept apart by `doc_ids`.
 
     Args:
         advantages: [len(rollouts)].
+        trained: which of them train anything; default: all. The others still count among the answers.
     Returns:
-        Position t predicts token t + 1: labels are set where that token belongs to a completion. Extras, zero where
-        there is no label: "advantages" and "old_logprobs". The last token of a rollout is only ever a label. A forced
-        token is read but has no label.
+        Position t predicts token t + 1: labels are set where that token belongs to a completion and was not forced.
+        Extras, zero where there is no label: "advantages", "sampler_logprobs", and with `trained` "trained". Where
+        experts were recorded, "routing", int64 [rows, seq_len, MoE layers * experts per token], -1 for none.
     Raises:
         ValueError: for a rollout longer than a row, or advantages of another length.
     """
     if len(advantages) != len(rollouts):
         raise ValueError(f"{len(advantages)} advantages for {len(rollouts)} rollouts: need one each")
-    lengths = [len(r.prompt_ids) + len(r.completion_ids) - 1 for r in rollouts]
+    lengths = [positions(r) for r in rollouts]
     if max(lengths, default=0) > seq_len:
         raise ValueError(f"a rollout takes {max(lengths)} positions: longer than seq_len={seq_len}")
-    rows = assign_rows(lengths, seq_len)
-    count = len(rows)
-    tokens = torch.full((count, seq_len), pad_id)
-    labels = torch.full((count, seq_len), IGNORE)
-    doc_ids = torch.zeros(count, seq_len, dtype=torch.long)
-    extras = {name: torch.zeros(count, seq_len) for name in ("advantages", "old_logprobs")}
+    rows = best_fit(lengths, seq_len)
+    batch = _empty(len(rows), seq_len, pad_id, rollouts)
+    if trained is not None:
+        batch.extras["trained"] = torch.zeros(len(rows), seq_len)
     for row, members in enumerate(rows):
         start = 0
         for document, i in enumerate(members):
-            rollout, stop = rollouts[i], start + lengths[i]
-            tokens[row, start:stop] = torch.tensor((rollout.prompt_ids + rollout.completion_ids)[:-1])
-            doc_ids[row, start:stop] = document
-            predicted = slice(start + len(rollout.prompt_ids) - 1, stop)
-            free = ~torch.tensor(rollout.forced or [False] * len(rollout.completion_ids))
-            labels[row, predicted] = torch.tensor(rollout.completion_ids).where(free, torch.tensor(IGNORE))
-            extras["old_logprobs"][row, predicted] = torch.tensor(rollout.logprobs) * free
-            extras["advantages"][row, predicted] = advantages[i].float() * free
-            start = stop
-        doc_ids[row, start:] = len(members)  # padding is a document of its own
-    return Batch(tokens, labels, doc_ids, extras)
+            place = slice(start, start + lengths[i])
+            _write(batch.rows(row, row + 1), place, document, rollouts[i], float(advantages[i]))
+            if trained is not None:
+                batch.extras["trained"][row, place] = (batch.labels[row, place] != IGNORE) * float(trained[i])
+            start = place.stop
+        batch.doc_ids[row, start:] = len(members)  # padding is a document of its own
+    return batch
+
+
+def _empty(rows: int, seq_len: int, pad_id: int, rollouts: Sequence[Rollout]) -> Batch:
+    shape = (rows, seq_len)
+    extras = {name: torch.zeros(shape) for name in ("advantages", "sampler_logprobs")}
+    width = next((r.routing.shape[1] for r in rollouts if r.routing is not None), None)
+    if width is not None:
+        extras["routing"] = torch.full((*shape, width), -1)
+    doc_ids = torch.zeros(shape, dtype=torch.long)
+    return Batch(torch.full(shape, pad_id), torch.full(shape, IGNORE), doc_ids, extras)
+
+
+def _write(row: Batch, place: slice, document: int, rollout: Rollout, advantage: float) -> None:
+    """One rollout into its place of a batch of one row, whose tensors are views."""
+    predicted = slice(place.start + len(rollout.prompt_ids) - 1, place.stop)
+    free = ~torch.tensor(rollout.forced or [False] * len(rollout.completion_ids))
+    row.tokens[0, place] = torch.tensor((rollout.prompt_ids + rollout.completion_ids)[:-1])
+    row.doc_ids[0, place] = document
+    row.labels[0, predicted] = torch.tensor(rollout.completion_ids).where(free, torch.tensor(IGNORE))
+    row.extras["sampler_logprobs"][0, predicted] = torch.tensor(rollout.logprobs) * free
+    row.extras["advantages"][0, predicted] = advantage * free
+    if rollout.routing is not None:
+        row.extras["routing"][0, place] = rollout.routing.long()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,15 +10,9 @@ from ray_pipeline.evaluation.chat import PromptTokenizer, completion_text, think
 from ray_pipeline.rewards.registry import get_reward
 from ray_pipeline.rollouts.advantages import group_advantages
 from ray_pipeline.rollouts.packing import pack_rollouts
-from ray_pipeline.rollouts.rollout import Rollout
+from ray_pipeline.rollouts.rollout import Rollout, request_seed
 
 __all__ = ["Rollout", "group_advantages", "pack_rollouts", "request_seed", "sample_groups"]
-
-
-def request_seed(seed: int, step: int, question: int, sample: int) -> int:
-    """A 63-bit seed of its own for every request of a run."""
-    digest = hashlib.sha256(f"{seed}/{step}/{question}/{sample}".encode()).digest()
-    return int.from_bytes(digest[:8], "little") >> 1
 
 
 def sample_groups(
@@ -38,7 +31,7 @@ def sample_groups(
     weights: Mapping[str, float] | None = None,
     max_batch: int = 256,
 ) -> list[Rollout]:
-    """Sample `group_size` answers to each question and mark them.
+    """Sample `group_size` answers to each question and mark them, in this process: for answers outside GRPO.
 
     Args:
         questions: {"prompt", "answer"}; this rank's slice of the step's questions.
@@ -65,13 +58,12 @@ def sample_groups(
     for (i, _), completion in zip(which, completions, strict=True):
         text = completion_text(tokenizer, completion.tokens)
         parts = {name: f(questions[i]["prompt"], text, str(questions[i]["answer"])) for name, f in rewards.items()}
-        reward = sum(weights[name] * value for name, value in parts.items())
         out.append(
             Rollout(
                 prompt_ids=prompts[i],
                 completion_ids=completion.tokens,
                 logprobs=completion.logprobs,
-                reward=reward,
+                reward=sum(weights[name] * value for name, value in parts.items()),
                 parts=parts,
                 question_index=indices[i],
                 finished=completion.finished,

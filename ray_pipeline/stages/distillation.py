@@ -1,76 +1,118 @@
-"""DISTILLATION: a smaller student learns the GRPO model's distribution over conversations and over its own answers."""
+"""DISTILLATION: a smaller student learns from a teacher: its distribution, its answers, its judgement of the student's.
+
+The teacher is the stage before, a folder, or a file of log-probabilities; a student that learns on conversations alone
+has none, which makes it the baseline that the others are held against.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+import torch
 
-from model.config import ModelConfig
-from model.transformer import Transformer
-from ray_pipeline.data.batch import Batch
 from ray_pipeline.data.loader import PackedRows
 from ray_pipeline.engine.engine import Engine
-from ray_pipeline.objectives.distillation import ForwardKl
+from ray_pipeline.errors import UserError
+from ray_pipeline.objectives.distillation import distillation_objective
 from ray_pipeline.stage_chain import input_stage
 from ray_pipeline.stages.base import StageContext, StageResult
 from ray_pipeline.stages.judge import judge_accuracy
-from ray_pipeline.training.finish import read_input, save_trained_model
-from ray_pipeline.training.heldout import HeldOut, WholeModel
+from ray_pipeline.teacher_name import is_top_k, teacher_path
+from ray_pipeline.training.distillation_batches import DistillationSource, MixedRows, Rows, Scorer, StudentAnswers
+from ray_pipeline.training.finish import save_trained_model
+from ray_pipeline.training.heldout import HeldOut, WholeModel, read_questions
 from ray_pipeline.training.rank import Rank, rank_arguments, start_rank
 from ray_pipeline.training.student import initial_student
-from ray_pipeline.training.teacher_answers import MixedRows, teacher_answer_rows
+from ray_pipeline.training.teacher import EngineTeacher, Teacher, load_teacher
+from ray_pipeline.training.teacher_answers import teacher_answer_rows
+from ray_pipeline.training.teacher_folder import check_widths
+from ray_pipeline.training.teacher_topk import TopKRows
 from ray_pipeline.training.trainer import Trainer
 
 STAGE = "distillation"
 
 
-class TeacherSource:
-    """Batches whose extras carry the teacher's final hidden states, computed through the same pipeline layout."""
-
-    def __init__(self, rank: Rank, rows: MixedRows, teacher: Engine):
-        self.rank, self.rows, self.teacher = rank, rows, teacher
-
-    def batch(self, step: int) -> Batch:
-        batch = self.rows.batch(self.rank.config.seed, step, self.rank.settings.batch_size)
-
-        def finish(model: Transformer, hidden: Tensor, embeddings: Tensor | None, rows: Batch) -> Tensor:
-            return hidden
-
-        hidden = self.teacher.per_token(batch, finish)
-        if hidden is not None:  # the rank with the last part, which alone reads it
-            batch.extras["teacher_hidden"] = hidden
-        return batch
-
-    def metrics(self) -> dict[str, float]:
-        return {}
-
-
 def train(arguments: dict[str, Any]) -> dict[str, Any]:
-    """On every rank: let the teacher answer, train the student on its distribution, measure both."""
+    """On every rank: let the teacher answer, train the student, measure both."""
     rank = start_rank(arguments)
     settings = rank.config.distillation
-    teacher_config, teacher_state = read_input(rank)
-    rows = PackedRows(rank.data / "sft" / "train")
-    mixed = MixedRows(rows, teacher_answer_rows(rank, WholeModel(rank, teacher_config).load(teacher_state)))
-    config: ModelConfig = settings.student.applied_to(teacher_config)
-    initial = initial_student(config, teacher_config, teacher_state, settings.init, rank.config.seed)
+    teacher = load_teacher(rank)
+    config = settings.student.applied_to(teacher.base)
+    rows = make_rows(rank, teacher)
+    figures = {"params": float(config.num_params())} | teacher_figures(rank, teacher)
+    initial = initial_student(config, teacher.base, teacher.state or {}, settings.init, rank.config.seed)
     whole = WholeModel(rank, config).load(initial)
     heldout = HeldOut(rank, whole)
-    input_accuracy = heldout.baseline("input")
+    figures["input_accuracy"] = heldout.baseline("input")
     engine = rank.trainer_engine(config, initial)
-    teacher = rank.engine(teacher_config, initial=teacher_state)
-    head = teacher.last_part.lm_head if teacher.last_part is not None else None
+    scorer = make_scorer(rank, engine, teacher)
+    answers = None
+    if settings.on_policy:
+        answers = StudentAnswers(rank, engine, whole, read_questions(rank.data / "prompts" / "train.jsonl"))
+    source = DistillationSource(rank, rows, answers, scorer)
 
     def evaluate() -> dict[str, float]:
         whole.sync(engine)
         return heldout.figures()
 
-    trainer = Trainer(rank, engine, ForwardKl(settings.temperature, head))
-    figures = trainer.fit(TeacherSource(rank, mixed, teacher), evaluate)
+    objective = distillation_objective(settings, None if scorer is None else scorer.head)
+    figures |= Trainer(rank, engine, objective).fit(source, evaluate)
     save_trained_model(rank, engine)
-    sizes = {"params": float(config.num_params()), "teacher_params": float(teacher_config.num_params())}
-    return figures | sizes | {"input_accuracy": input_accuracy}
+    return figures
+
+
+def make_rows(rank: Rank, teacher: Teacher) -> Rows | None:
+    """What is learned from in steps that are not on the student's own answers; None where there are none.
+
+    Raises:
+        UserError: the teacher has not answered a single question right, and there is nothing else.
+    """
+    settings = rank.config.distillation
+    if settings.on_policy == 1:
+        return None
+    stored = PackedRows(rank.data / "sft" / "train") if settings.conversations else None
+    if is_top_k(settings.teacher):
+        assert stored is not None and settings.teacher is not None, "the settings were checked"
+        return TopKRows(stored, rank.data / "tokenizer", teacher_path(settings.teacher), settings.temperature)
+    written = teacher_answer_rows(rank, teacher) if settings.teacher_answers else None
+    if stored is None and written is None:
+        raise UserError(
+            f"distillation.teacher_answers={settings.teacher_answers}: the teacher answered none of them right, and "
+            "with distillation.conversations=false there is nothing else to learn from. Use a better teacher, or "
+            "conversations=true."
+        )
+    return MixedRows(stored, written)
+
+
+def teacher_figures(rank: Rank, teacher: Teacher) -> dict[str, float]:
+    """Size of the teacher, and its held-out accuracy where no stage has measured it."""
+    if teacher.config is None or teacher.state is None:
+        return {}
+    figures = {"teacher_params": float(teacher.config.num_params())}
+    if input_stage(rank.config, STAGE) is None and teacher.same_tokenizer:
+        whole = WholeModel(rank, teacher.config).load(teacher.state)
+        figures["teacher_accuracy"] = HeldOut(rank, whole).baseline("teacher")
+    return figures
+
+
+def make_scorer(rank: Rank, student: Engine, teacher: Teacher) -> Scorer | None:
+    """What adds the teacher's hidden states to batches; None where tokens, or stored log-probabilities, are enough."""
+    settings = rank.config.distillation
+    if settings.loss == "cross_entropy" or is_top_k(settings.teacher):
+        return None
+    if teacher.config is not None:
+        assert teacher.state is not None
+        if settings.loss == "hidden":
+            check_widths(student.config.hidden_size, teacher.config.hidden_size)
+        return EngineTeacher(rank, student, teacher.config, teacher.state)
+    from ray_pipeline.training.teacher_transformers import TransformersTeacher  # transformers takes seconds to import
+
+    assert teacher.folder is not None
+    dtype = torch.float32 if settings.precision == "fp32" else torch.bfloat16
+    found = TransformersTeacher(teacher.folder.path, student, dtype=dtype)
+    if settings.loss == "hidden" and found.model is not None:
+        check_widths(student.config.hidden_size, found.width)
+    return found
 
 
 def run(context: StageContext) -> StageResult:
@@ -79,4 +121,6 @@ def run(context: StageContext) -> StageResult:
     teacher = input_stage(context.config, STAGE)
     measured = context.inputs[teacher].metrics if teacher is not None else {}
     given = {"teacher_accuracy": measured["accuracy"]} if "accuracy" in measured else {}
+    if "teacher_accuracy" in figures:
+        given["teacher_accuracy"] = figures.pop("teacher_accuracy")
     return judge_accuracy(context, figures, **given)

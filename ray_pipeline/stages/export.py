@@ -24,12 +24,11 @@ from model.convert.hf_config import unpublished_reason
 from model.convert.native import save_native
 from model.transformer import Transformer
 from ray_pipeline.artifacts import atomic_folder, atomic_path, load_model, verify_folder, write_json
-from ray_pipeline.config import TRAINING_STAGES
 from ray_pipeline.data.tokenizer import load_tokenizer
 from ray_pipeline.errors import StageFailed, UserError
 from ray_pipeline.evaluation.export_checks import Check, check_gguf, check_hf, check_native
 from ray_pipeline.progress import Progress
-from ray_pipeline.stage_chain import chain, exported_stage
+from ray_pipeline.stage_chain import exported_stage, lineage, reads_folder
 from ray_pipeline.stages.base import StageContext, StageResult
 
 STAGE = "export"
@@ -161,17 +160,22 @@ def _write_gguf(context: StageContext, kind: Any, model: Transformer, tokenizer_
 
 def _card(context: StageContext, stage: str, model: Transformer) -> str:
     config, result = context.config, context.inputs[stage]
-    data = {source.name: source.licence for source in config.data.pretrain}
+    stages = lineage(config, stage)
+    data = {source.name: source.licence for source in config.data.pretrain if "pretrain" in stages}
     data |= {f"conversations: {config.data.sft}": "see source", f"questions: {config.data.prompts}": "see source"}
+    if "dpo" in stages:
+        data[f"preferences: {config.data.preferences}"] = "see source"
     recipe: dict[str, float | str] = {"recipe": config.recipe, "seed": str(config.seed), "weights of stage": stage}
-    for name in chain(config):
-        if name not in TRAINING_STAGES:
-            continue
+    if reads_folder(config, stages[0]):
+        recipe["starts from"] = Path(str(config.init_from.path)).name
+    for name in stages:
         settings = getattr(config, name)
         recipe[f"{name} steps"] = str(settings.steps)
         recipe[f"{name} learning rate"] = settings.optimizer.lr
-        if name == stage:
-            break
+    if "distillation" in stages:
+        recipe["distillation loss"] = config.distillation.loss
+        if config.distillation.teacher is not None:
+            recipe["teacher"] = Path(config.distillation.teacher).name
     return model_card(
         f"{context.run_name} ({stage})",
         model.config,

@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from ray_pipeline.objectives.grpo import Grpo
+from ray_pipeline.objectives.sampler_gap import SamplerGap
 from ray_pipeline.stages.base import StageContext, StageResult
 from ray_pipeline.stages.judge import judge_accuracy
 from ray_pipeline.training.finish import read_input, save_trained_model
 from ray_pipeline.training.heldout import HeldOut, WholeModel
 from ray_pipeline.training.rank import rank_arguments, start_rank
-from ray_pipeline.training.rollout_source import RolloutSource
+from ray_pipeline.training.rollout_setup import rollout_source
 from ray_pipeline.training.trainer import Trainer
 
 STAGE = "grpo"
@@ -24,21 +25,24 @@ def train(arguments: dict[str, Any]) -> dict[str, Any]:
     whole = WholeModel(rank, config).load(initial)
     heldout = HeldOut(rank, whole)
     input_accuracy = heldout.baseline("input")
-    engine = rank.trainer_engine(config, initial)
-    reference = rank.engine(config, initial=initial) if settings.beta else None
+    engine, gap = rank.trainer_engine(config, initial), SamplerGap()
     objective = Grpo(
         beta=settings.beta,
         clip_low=settings.clip_low,
         clip_high=settings.clip_high,
         temperature=settings.temperature,
+        loss_type=settings.loss_type,
+        importance_sampling_level=settings.importance_sampling_level,
+        max_new_tokens=settings.max_new_tokens,
+        gap=gap,
     )
-    source = RolloutSource(rank, engine, reference, whole)
 
     def evaluate() -> dict[str, float]:
         whole.sync(engine)
         return heldout.figures()
 
-    figures = Trainer(rank, engine, objective).fit(source, evaluate)
+    with rollout_source(rank, engine, whole, initial, gap) as source:
+        figures = Trainer(rank, engine, objective).fit(source, evaluate)
     save_trained_model(rank, engine)
     return figures | {"input_accuracy": input_accuracy}
 

@@ -1,4 +1,4 @@
-"""Whether a stage that answers questions learned anything."""
+"""Whether a stage that answers questions, or prefers answers, learned anything."""
 
 from __future__ import annotations
 
@@ -17,3 +17,22 @@ def judge_accuracy(context: StageContext, figures: dict[str, float], **baselines
     start = metrics.pop("input_accuracy")
     learned = metrics["accuracy"] >= start + context.config.evaluation.min_gain
     return StageResult(context.folder, metrics, {"input_accuracy": start, **baselines}, learned)
+
+
+def judge_preferences(context: StageContext, figures: dict[str, float]) -> StageResult:
+    """Hold held-out preferences against the model the stage started from.
+
+    Args:
+        figures: what the ranks measured: `preference_accuracy` and `accuracy`, both with `input_` too, and
+            `reward_accuracy_low`, the lower bound of the share of pairs whose chosen answer gained more.
+    Returns:
+        A result that learned if the chosen answer is the likelier one in at least `evaluation.min_gain` more pairs,
+        or surely gained more in as many above a half: where the rejected answer is much the shorter one, it may stay
+        the likelier one for all that was learned (arXiv:2405.19534).
+    """
+    metrics, least = dict(figures), context.config.evaluation.min_gain
+    baselines = {name: metrics.pop(name) for name in ("input_preference_accuracy", "input_accuracy")}
+    baselines["chance_reward_accuracy"] = 0.5
+    likelier = metrics["preference_accuracy"] >= baselines["input_preference_accuracy"] + least
+    learned = likelier or metrics["reward_accuracy_low"] >= 0.5 + least
+    return StageResult(context.folder, metrics, baselines, learned)

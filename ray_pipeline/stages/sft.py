@@ -1,4 +1,7 @@
-"""SFT: cross-entropy on the assistant's tokens and their stop token, from the weights of the stage before."""
+"""SFT: cross-entropy on the assistant's tokens and their stop token, from the weights of the stage before.
+
+All weights are trained, or low-rank adapters; the model that is left has these merged.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,9 @@ from ray_pipeline.stages.base import StageContext, StageResult
 from ray_pipeline.stages.judge import judge_accuracy
 from ray_pipeline.training.finish import read_input, save_trained_model
 from ray_pipeline.training.heldout import HeldOut, WholeModel
+from ray_pipeline.training.lora import save_adapter
 from ray_pipeline.training.rank import rank_arguments, start_rank
+from ray_pipeline.training.seeded_source import SeededSource
 from ray_pipeline.training.sources import PackedSource
 from ray_pipeline.training.trainer import Trainer
 from ray_pipeline.training.validation import validation_loss
@@ -26,7 +31,8 @@ def train(arguments: dict[str, Any]) -> dict[str, Any]:
     whole = WholeModel(rank, config).load(initial)
     heldout = HeldOut(rank, whole)
     input_accuracy = heldout.baseline("input")
-    engine = rank.trainer_engine(config, initial)
+    lora = settings.lora if settings.lora.r else None
+    engine = rank.trainer_engine(config, initial, lora=lora)
     objective = CrossEntropy(settings.mtp_loss_weight)
     validation = PackedRows(rank.data / STAGE / "validation")
 
@@ -34,9 +40,14 @@ def train(arguments: dict[str, Any]) -> dict[str, Any]:
         whole.sync(engine)
         return validation_loss(engine, validation, objective) | heldout.figures()
 
-    source = PackedSource(PackedRows(rank.data / STAGE / "train"), rank.config.seed, settings.batch_size)
+    rows = PackedSource(PackedRows(rank.data / STAGE / "train"), rank.config.seed, settings.batch_size)
+    source = SeededSource(
+        rows, rank.config.seed, neftune_alpha=settings.neftune_alpha, hidden_size=config.hidden_size
+    )
     figures = Trainer(rank, engine, objective).fit(source, evaluate)
     save_trained_model(rank, engine)
+    if lora is not None:
+        save_adapter(rank, engine, lora)
     return figures | {"input_accuracy": input_accuracy}
 
 

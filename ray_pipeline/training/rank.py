@@ -15,6 +15,7 @@ import torch.distributed as dist
 from model.config import ModelConfig
 from model.parallel.mesh import Mesh, MeshSizes
 from ray_pipeline.config import LayoutConfig, OptimizerConfig, PipelineFields, TrainingConfig
+from ray_pipeline.config_post_training import LoraConfig
 from ray_pipeline.engine.engine import Engine
 from ray_pipeline.progress import Progress
 from ray_pipeline.rank_errors import Place
@@ -73,10 +74,12 @@ class Rank:
         same = model.num_hidden_layers == self.config.model.num_hidden_layers
         return self.config.layout.pp_layout if same else None
 
-    def trainer_engine(self, model: ModelConfig, initial: dict[str, torch.Tensor] | None) -> Engine:
+    def trainer_engine(
+        self, model: ModelConfig, initial: dict[str, torch.Tensor] | None, *, lora: LoraConfig | None = None
+    ) -> Engine:
         """An engine with this stage's optimizer."""
         optimizer: OptimizerConfig = self.settings.optimizer
-        return self.engine(model, optimizer=optimizer, initial=initial)
+        return self.engine(model, optimizer=optimizer, initial=initial, lora=lora)
 
 
 def rank_arguments(context: StageContext, stage: str) -> dict[str, Any]:

@@ -1,100 +1,115 @@
-"""GRPO's batches: rollouts by every rank with the whole model, rewards, advantages, reference log-probabilities."""
+"""GRPO's batches: answers from a rollout engine, marked and packed; the next ones already on their way where they may
+be one iteration old."""
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+import io
+import time
 
-from model.loss import label_logprobs
-from model.transformer import Transformer
+import torch
+
 from ray_pipeline.data.batch import Batch
 from ray_pipeline.engine.engine import Engine
-from ray_pipeline.engine.gather import all_ranks_gather
-from ray_pipeline.rollouts.sampler import Rollout, group_advantages, pack_rollouts, sample_groups
-from ray_pipeline.training.heldout import WholeModel, read_questions
+from ray_pipeline.objectives.sampler_gap import SamplerGap
+from ray_pipeline.rollouts.collector import Asked, Collected, Collector, is_informative
+from ray_pipeline.rollouts.engine import RolloutEngine, synchronise
 from ray_pipeline.training.rank import Rank
+from ray_pipeline.training.rollout_batch import BatchBuilder
+from ray_pipeline.training.rollout_figures import rollout_figures
+
+STATE_FILE = "rollouts.pt"
 
 
 class RolloutSource:
     """Samples at steps that are multiples of `updates_per_rollout`; the steps between reuse the same rollouts.
 
-    The prompts of a step, and every draw of the sampler, depend on (seed, step) and the weights alone. The trainer
-    checkpoints between rollouts only, so a resumed run samples exactly what the unbroken one did.
+    The prompts of an iteration and every draw of the sampler depend on (seed, iteration, place in the order of
+    prompts) and the weights alone. The trainer checkpoints between iterations only, with `state`: the place, and the
+    rollouts that were sampled ahead with weights which nobody has any more. So a resumed run goes on exactly as the
+    unbroken one did.
+
+    With `rollout.max_staleness: 1` the answers of the next iteration are sampled while this one trains, by the
+    weights before its updates.
+
+    Args:
+        gap: what the objective measures between the sampler's log-probabilities and the trainer's.
+        left_out: prompts that are too long to be asked.
     """
 
-    def __init__(self, rank: Rank, engine: Engine, reference: Engine | None, whole: WholeModel):
-        self.rank, self.engine, self.reference, self.whole = rank, engine, reference, whole
+    def __init__(
+        self,
+        rank: Rank,
+        policy: Engine,
+        sampling: RolloutEngine,
+        collector: Collector,
+        builder: BatchBuilder,
+        gap: SamplerGap,
+        *,
+        left_out: int = 0,
+    ):
+        self.rank, self.policy, self.sampling = rank, policy, sampling
+        self.collector, self.builder, self.gap, self.left_out = collector, builder, gap, left_out
         self.settings = rank.config.grpo
-        self.questions = read_questions(rank.data / "prompts" / "train.jsonl")
+        self.iterations = -(-self.settings.steps // self.settings.updates_per_rollout)
+        self._asked: Asked | None = None
+        self._ready: Collected | None = None
+        self._place: int | None = None
         self._batch: Batch | None = None
-        self._metrics: dict[str, float] = {}
+        self._iteration = -1
+        self._figures: dict[str, float] = {}
+        self._began = time.monotonic()
 
-    def batch(self, step: int) -> Batch:
-        updates = self.settings.updates_per_rollout
-        if step % updates == 0 or self._batch is None:
-            assert step % updates == 0, "resumed in the middle of a batch of rollouts"
-            self._batch = self._roll_out(step // updates)
+    def batch(self, step: int) -> Batch | None:
+        """The batch of an optimizer step; None where no group of its iteration has anything to learn from."""
+        iteration, inside = divmod(step, self.settings.updates_per_rollout)
+        if iteration != self._iteration:
+            assert inside == 0, "resumed in the middle of a batch of rollouts"
+            self._roll_out(iteration, step)
+        self._began = time.monotonic()
         return self._batch
 
     def metrics(self) -> dict[str, float]:
-        return self._metrics
+        """Figures of the latest rollouts, and of the update that was just made on them.
 
-    def prompts(self, iteration: int) -> list[int]:
-        """Indices of the questions of one iteration; an epoch asks each question once, in a seeded order."""
-        count, total = self.settings.prompts_per_step, len(self.questions)
-        chosen = []
-        for place in range(iteration * count, (iteration + 1) * count):
-            epoch, index = divmod(place, total)
-            generator = torch.Generator().manual_seed(self.rank.config.seed * 1_000_003 + epoch)
-            if index == 0 or place == iteration * count:
-                order = torch.randperm(total, generator=generator)
-            chosen.append(int(order[index]))
-        return chosen
+        `update_seconds` is the time since the batch was handed out: ask once after each update.
+        """
+        update = {"update_seconds": time.monotonic() - self._began}
+        return self._figures | update | self.gap.figures(self.rank.mesh)
 
-    def _roll_out(self, iteration: int) -> Batch:
-        rank, settings = self.rank, self.settings
-        self.whole.sync(self.engine)
-        rank.phase("sampling")
-        chosen = self.prompts(iteration)
-        share = range(rank.mesh.rank, len(chosen), rank.mesh.world)
-        mine = sample_groups(
-            self.whole.decoder,
-            self.whole.tokenizer,
-            [self.questions[chosen[i]] for i in share],
-            group_size=settings.group_size,
-            seed=rank.config.seed,
-            step=iteration,
-            indices=list(share),
-            max_new_tokens=settings.max_new_tokens,
-            temperature=settings.temperature,
-            think_tokens=settings.think_budget,
-            speculative=settings.speculative,
-            weights=settings.rewards,
-        )
-        gathered: list[Rollout] = [r for part in all_ranks_gather(rank.mesh, mine) for r in part]
-        gathered.sort(key=lambda r: r.question_index)  # stable: the order no longer tells how many ranks sampled
-        rewards = torch.tensor([r.reward for r in gathered])
-        advantages = group_advantages(rewards, settings.group_size)
-        self._metrics = self._summary(gathered, rewards, advantages)
-        rank.phase("training")
-        batch = pack_rollouts(gathered, advantages, rank.config.data.seq_len, self.whole.tokenizer.pad_id)
-        batch = batch.pad_rows(self.engine.fitting_rows(len(batch)))
-        if self.reference is not None:
-            logprobs = self.reference.per_token(batch, self._reference_logprobs)
-            batch.extras["ref_logprobs"] = torch.zeros(batch.labels.shape) if logprobs is None else logprobs
-        return batch
+    def state(self) -> dict[str, bytes]:
+        """Files of a checkpoint that is written between two iterations. Waits for rollouts that are on their way."""
+        if self._asked is not None:
+            self._ready, self._asked = self.collector.collect(self._asked), None
+        ahead = None if self._ready is None else self._ready.plain()
+        contents = io.BytesIO()
+        torch.save({"place": self._place, "ahead": ahead}, contents)
+        return {STATE_FILE: contents.getvalue()}
 
-    def _reference_logprobs(self, model: Transformer, hidden: Tensor, _: Tensor | None, rows: Batch) -> Tensor:
-        """log p of the frozen model for one micro-batch: [rows, seq / sp]."""
-        return label_logprobs(hidden, model.lm_head, rows.local(rows.labels), self.settings.temperature)
+    def load_state(self, files: dict[str, bytes]) -> None:
+        """Go on from what `state` gave."""
+        saved = torch.load(io.BytesIO(files[STATE_FILE]), weights_only=True)
+        self._place = saved["place"]
+        self._ready = None if saved["ahead"] is None else Collected.of(saved["ahead"])
 
-    def _summary(self, rollouts: list[Rollout], rewards: Tensor, advantages: Tensor) -> dict[str, float]:
-        groups = rewards.view(-1, self.settings.group_size)
-        count = len(rollouts)
-        return {
-            "reward": float(rewards.mean()),
-            **{f"{name}_reward": sum(r.parts[name] for r in rollouts) / count for name in self.settings.rewards},
-            "zero_variance_groups": float((groups.std(1) == 0).float().mean()),
-            "completion_tokens": sum(len(r.completion_ids) for r in rollouts) / count,
-            "unfinished": sum(not r.finished for r in rollouts) / count,
+    def _roll_out(self, iteration: int, step: int) -> None:
+        """Make this iteration's batch, and ask for the next one's answers where they may be older than its weights."""
+        self.rank.phase("sampling")
+        collected = self._ready or self.collector.collect(self._asked or self._ask(iteration))
+        assert collected.iteration == iteration, f"rollouts of iteration {collected.iteration}, not {iteration}"
+        self._ready = self._asked = None
+        self._place, self._iteration = collected.place, iteration
+        if self.settings.rollout.max_staleness and iteration + 1 < self.iterations:
+            self._asked = self._ask(iteration + 1)
+        began = time.monotonic()
+        self.rank.phase("training" if any(map(is_informative, collected.groups)) else "no group to learn from")
+        self._batch = self.builder.build(collected.groups, step)
+        self._figures = rollout_figures(collected) | {
+            "preparing_seconds": time.monotonic() - began,
+            "left_out_prompts": float(self.left_out),
+            "untrained_step": float(self._batch is None),
         }
+
+    def _ask(self, iteration: int) -> Asked:
+        place = self._place if self._place is not None else iteration * self.settings.prompts_per_step
+        synchronise(self.sampling, self.policy.full_state(), iteration)
+        return self.collector.ask(iteration, place)

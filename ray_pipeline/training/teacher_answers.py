@@ -2,53 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 
 from ray_pipeline.artifacts import atomic_path
 from ray_pipeline.data.batch import Batch
-from ray_pipeline.data.loader import PackedRows, row_order
+from ray_pipeline.data.tokenizer import ChatTokenizer, load_tokenizer
 from ray_pipeline.engine.gather import all_ranks_gather
-from ray_pipeline.rollouts.sampler import Rollout, pack_rollouts, sample_groups
+from ray_pipeline.evaluation.chat import completion_text
+from ray_pipeline.rewards.registry import get_reward
+from ray_pipeline.rollouts.rollout import request_seed
+from ray_pipeline.training.answers import Answer, longest_answer, pack_answers, write_answers
 from ray_pipeline.training.heldout import WholeModel, read_questions
 from ray_pipeline.training.rank import Rank
+from ray_pipeline.training.teacher import Teacher
 
 CHUNK = 128  # questions per rank between progress reports
 
 
-class MixedRows:
-    """Packed rows from disk followed by rows in memory, drawn in one seeded order per epoch."""
-
-    def __init__(self, stored: PackedRows, extra: Batch | None):
-        self.stored, self.extra = stored, extra
-
-    def __len__(self) -> int:
-        return len(self.stored) + (0 if self.extra is None else len(self.extra))
-
-    def batch(self, seed: int, step: int, batch_size: int) -> Batch:
-        """Rows of one step; a pure function of its arguments."""
-        picked = []
-        for index in row_order(len(self), seed, step, batch_size):
-            if index < len(self.stored):
-                picked.append(self.stored.slice(index, index + 1))
-            else:
-                assert self.extra is not None
-                at = index - len(self.stored)
-                picked.append(self.extra.rows(at, at + 1))
-        return Batch(
-            torch.cat([row.tokens for row in picked]),
-            torch.cat([row.labels for row in picked]),
-            torch.cat([row.doc_ids for row in picked]),
-        )
-
-
-def teacher_answer_rows(rank: Rank, teacher: WholeModel) -> Batch | None:
-    """Packed rows of the teacher's right answers; sampled once and kept in `folder/teacher_answers.pt`."""
+def teacher_answer_rows(rank: Rank, teacher: Teacher) -> Batch | None:
+    """Packed rows of the teacher's right answers; written once and kept in `folder/teacher_answers.pt`."""
     path = rank.folder / "teacher_answers.pt"
     if not all(all_ranks_gather(rank.mesh, path.exists())):
-        right = [r for r in _sample(rank, teacher) if r.parts["answer"] > 0]
-        # Advantages of one mark every completion token as trained; the packer is GRPO's.
-        seq_len, pad = rank.config.data.seq_len, teacher.tokenizer.pad_id
-        rows = pack_rollouts(right, torch.ones(len(right)), seq_len, pad) if right else None
+        own = load_tokenizer(rank.data / "tokenizer")
+        wanted = rank.config.distillation.teacher_answers
+        questions = read_questions(rank.data / "prompts" / "train.jsonl", wanted)
+        if teacher.config is not None:
+            right = _from_own_model(rank, teacher, questions, own)
+        else:
+            right = _from_transformers(rank, teacher, questions, own)
+        rows = pack_answers(right, rank.config.data.seq_len, own.pad_id) if right else None
         if rank.is_main:
             with atomic_path(path) as aside:
                 torch.save(None if rows is None else (rows.tokens, rows.labels, rows.doc_ids), aside)
@@ -57,26 +42,70 @@ def teacher_answer_rows(rank: Rank, teacher: WholeModel) -> Batch | None:
     return None if stored is None else Batch(*stored)
 
 
-def _sample(rank: Rank, teacher: WholeModel) -> list[Rollout]:
-    settings = rank.config
-    wanted = settings.distillation.teacher_answers
-    questions = read_questions(rank.data / "prompts" / "train.jsonl", wanted)
-    mine = list(range(rank.mesh.rank, len(questions), rank.mesh.world))
-    out: list[Rollout] = []
-    for start in range(0, len(mine), CHUNK):
-        rank.phase("teacher answers", start * rank.mesh.world, len(questions))
-        part = mine[start : start + CHUNK]
-        out += sample_groups(
-            teacher.decoder,
-            teacher.tokenizer,
-            [questions[i] for i in part],
-            group_size=1,
-            seed=settings.seed,
-            step=0,
-            indices=part,
-            max_new_tokens=settings.grpo.max_new_tokens,
-            temperature=settings.grpo.temperature,
-            weights={"answer": 1.0},
-        )
-    gathered = [rollout for part in all_ranks_gather(rank.mesh, out) for rollout in part]
-    return sorted(gathered, key=lambda rollout: rollout.question_index)
+def is_right(question: dict[str, Any], text: str) -> bool:
+    """Whether the answer's result is the question's."""
+    return get_reward("answer")(question["prompt"], text, str(question["answer"])) > 0
+
+
+def retokenised(tokenizer: ChatTokenizer, question: dict[str, Any], text: str, seq_len: int) -> Answer | None:
+    """A written answer in the student's tokens; None where it does not fit into a row."""
+    messages = [{"role": "user", "content": question["prompt"]}, {"role": "assistant", "content": text}]
+    ids, mask = tokenizer.encode_chat(messages)
+    if len(ids) > seq_len + 1 or not any(mask):
+        return None
+    start = mask.index(1)
+    return ids[:start], ids[start : len(mask) - mask[::-1].index(1)]
+
+
+def _from_own_model(
+    rank: Rank, teacher: Teacher, questions: Sequence[dict[str, Any]], own: ChatTokenizer
+) -> list[Answer]:
+    assert teacher.config is not None and teacher.state is not None
+    settings, seq_len = rank.config, rank.config.data.seq_len
+    whole = WholeModel(rank, teacher.config).load(teacher.state)
+    if teacher.folder is not None and teacher.folder.tokenizer is not None:
+        whole.tokenizer = load_tokenizer(teacher.folder.tokenizer)
+    room = teacher.config.max_position_embeddings
+    right: list[Answer | None] = []
+    for start in range(0, len(questions), CHUNK * rank.mesh.world):
+        rank.phase("teacher answers", start, len(questions))
+        part = questions[start : start + CHUNK * rank.mesh.world]
+        prompts = [whole.tokenizer.encode_prompt(question["prompt"]) for question in part]
+        fitting = [i for i, prompt in enumerate(prompts) if len(prompt) < room]
+        seeds = [request_seed(settings.seed, 0, start + i, 0) for i in fitting]
+        temperature = settings.distillation.sampling_temperature
+        written = write_answers(rank, whole, [prompts[i] for i in fitting], seeds, temperature=temperature)
+        for i, completion in zip(fitting, written, strict=True):
+            text = completion_text(whole.tokenizer, completion.tokens)
+            if not completion.finished or not is_right(part[i], text):
+                continue
+            same = teacher.same_tokenizer  # then what was sampled is what is trained: nothing is tokenised again
+            kept = (prompts[i], completion.tokens) if same else retokenised(own, part[i], text, seq_len)
+            right.append(kept)
+    return [answer for answer in right if answer is not None]
+
+
+def _from_transformers(
+    rank: Rank, teacher: Teacher, questions: Sequence[dict[str, Any]], own: ChatTokenizer
+) -> list[Answer]:
+    from ray_pipeline.training.teacher_transformers import AT_ONCE, load_causal_lm, write_texts
+
+    assert teacher.folder is not None and teacher.folder.tokenizer is not None
+    config = rank.config
+    model = load_causal_lm(teacher.folder.path, rank.device, torch.float32)
+    theirs = load_tokenizer(teacher.folder.tokenizer)
+    starts = range(0, len(questions), AT_ONCE)
+    mine: list[tuple[int, Answer]] = []
+    for start in starts[rank.mesh.rank :: rank.mesh.world]:  # whole groups, so that draws do not depend on the ranks
+        rank.phase("teacher answers", start, len(questions))
+        part = questions[start : start + AT_ONCE]
+        texts = write_texts(
+            model, theirs, [question["prompt"] for question in part], first=start, seed=config.seed,
+            max_new_tokens=longest_answer(config), temperature=config.distillation.sampling_temperature,
+        )  # fmt: skip
+        for i, (question, text) in enumerate(zip(part, texts, strict=True)):
+            answer = retokenised(own, question, text, config.data.seq_len) if is_right(question, text) else None
+            if answer is not None:
+                mine.append((start + i, answer))
+    everyone = [pair for part in all_ranks_gather(rank.mesh, mine) for pair in part]
+    return [answer for _, answer in sorted(everyone)]

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from model.attention.sparse import set_warm_up
 from model.auxiliary import LOSSES
@@ -16,25 +16,29 @@ from ray_pipeline.engine.checkpoint import (
     list_checkpoints,
     load_checkpoint,
     newest_whole,
+    source_files,
     step_of,
 )
 from ray_pipeline.engine.checkpoint_writer import CheckpointWriter
-from ray_pipeline.engine.engine import Engine, StepStats
+from ray_pipeline.engine.engine import Engine
 from ray_pipeline.engine.gather import all_ranks_gather
 from ray_pipeline.engine.optimizer import learning_rate
+from ray_pipeline.engine.step_stats import StepStats
 from ray_pipeline.errors import UserError
 from ray_pipeline.objectives.base import Objective
 from ray_pipeline.tracking import Tracker
 from ray_pipeline.training.rank import Rank
 
 Evaluate = Callable[[], dict[str, float]]
+FIGURES = ("preference_accuracy", "accuracy", "validation_loss")  # the first that is measured tells the best checkpoint
+NOTHING_LEARNED = StepStats(loss=0.0, grad_norm=0.0, weight=1.0, metrics={})  # a step without a batch
 
 
 class BatchSource(Protocol):
     """Where batches come from. A pure function of (seed, step), so that a resumed run reads the same."""
 
-    def batch(self, step: int) -> Batch:
-        """The global batch of optimizer step `step`; the same on every rank."""
+    def batch(self, step: int) -> Batch | None:
+        """The global batch of optimizer step `step`; the same on every rank. None: there is nothing to learn from."""
         ...
 
     def metrics(self) -> dict[str, float]:
@@ -42,9 +46,22 @@ class BatchSource(Protocol):
         ...
 
 
+@runtime_checkable
+class SourceWithState(Protocol):
+    """A source that depends on more than (seed, step), which checkpoints carry."""
+
+    def state(self) -> dict[str, bytes]:
+        """Files of a checkpoint, by name; the same on every rank."""
+        ...
+
+    def load_state(self, files: dict[str, bytes]) -> None:
+        """Go on from what `state` gave."""
+        ...
+
+
 @dataclass(frozen=True)
 class Best:
-    """The best evaluation so far: the stage's own figure, accuracy where it is measured, else validation loss."""
+    """The best evaluation so far: of preferences or of answers where they are measured, else of the validation loss."""
 
     step: int
     figure: str
@@ -53,14 +70,14 @@ class Best:
     @classmethod
     def of(cls, step: int, figures: dict[str, float]) -> Best | None:
         """From an evaluation's figures; None where there is nothing to compare."""
-        figure = next((name for name in ("accuracy", "validation_loss") if name in figures), None)
+        figure = next((name for name in FIGURES if name in figures), None)
         return None if figure is None or math.isnan(figures[figure]) else cls(step, figure, figures[figure])
 
     def beats(self, other: Best | None) -> bool:
         """Whether it is truly better; the earlier of equals stays."""
         if other is None or other.figure != self.figure:
             return True
-        return self.value > other.value if self.figure == "accuracy" else self.value < other.value
+        return self.value > other.value if self.figure != "validation_loss" else self.value < other.value
 
 
 class Trainer:
@@ -81,6 +98,8 @@ class Trainer:
             layers' own losses and how evenly experts were used.
         """
         start = self._resume()
+        if start and isinstance(source, SourceWithState):
+            source.load_state(source_files(self.checkpoints, start))
         tracker = self._tracker(start)
         with CheckpointWriter(self.rank.mesh, self.checkpoints, keep=self.settings.keep_checkpoints) as writer:
             self._steps(start, source, evaluate, tracker, writer)
@@ -105,14 +124,16 @@ class Trainer:
             batch = source.batch(step)
             place.at("forward/backward")
             set_warm_up(self.engine.module, step < self.rank.config.dense_steps(self.rank.stage))
-            stats = self.engine.train_step(batch, self.objective, rate)
-            self._refuse_nan(stats, step)
-            losses.append(stats.loss)
-            tokens += batch.tokens.numel()
+            stats = NOTHING_LEARNED
+            if batch is not None:
+                stats = self.engine.train_step(batch, self.objective, rate)
+                self._refuse_nan(stats, step)
+                losses.append(stats.loss)
+                tokens += batch.tokens.numel()
             last = done == settings.steps
             if done % settings.log_every == 0 or last:
                 speed = tokens / max(time.monotonic() - since, 1e-9)
-                self.history["train_loss"] = sum(losses) / len(losses)
+                self.history["train_loss"] = sum(losses) / len(losses) if losses else 0.0
                 self.history |= {name: value for name, value in stats.figures.items() if "/" not in name}
                 self._log(tracker, done, stats, rate, speed, source.metrics())
                 losses, tokens, since = [], 0, time.monotonic()
@@ -123,13 +144,14 @@ class Trainer:
                 better = self._evaluated(tracker, done, evaluate())
             if done % settings.checkpoint_every == 0 or last or better:
                 place.at("saving")
-                self._save(writer, done)
+                self._save(writer, done, source)
             since += time.monotonic() - paused
 
-    def _save(self, writer: CheckpointWriter, done: int) -> None:
+    def _save(self, writer: CheckpointWriter, done: int, source: BatchSource) -> None:
         best = self.best
         extra = {"history": self.history, "best": None if best is None else asdict(best)}
-        writer.save(self.engine, done, extra, best=None if best is None else best.step)
+        files = source.state() if isinstance(source, SourceWithState) else {}
+        writer.save(self.engine, done, extra, best=None if best is None else best.step, source=files)
 
     def _resume(self) -> int:
         """Steps taken by the newest checkpoint, which is loaded; 0 where there is none.

@@ -17,6 +17,7 @@ from ray_pipeline.data.inspect import render_rows
 from ray_pipeline.data.loader import PackedRows
 from ray_pipeline.data.tokenizer import load_tokenizer
 from ray_pipeline.errors import UserError
+from ray_pipeline.ledger import RunFile
 from tests.cli.made_run import CHAT, SEQ_LEN, TOY, make_run
 
 
@@ -73,6 +74,18 @@ def test_generate_answers_by_chat_after_sft(capsys: pytest.CaptureFixture, outpu
     chat = ask(capsys, output_dir, "generate", "toy", "the cat", "--chat", "--max-new-tokens", "5")
     assert not chat.startswith("the cat")
     assert ask(capsys, output_dir, "generate", "toy", "the cat", "--raw", "--max-new-tokens", "5").startswith("the cat")
+
+
+def test_generate_answers_where_nothing_was_pretrained(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+    run_dir = make_run(tmp_path, models=("sft", "dpo"))
+    run = RunFile(run_dir)
+    run.chain = ["data_prep", "sft", "dpo"]
+    run.save()
+    arguments = ("generate", "toy", "What is 2+2?", "--max-new-tokens", "5")
+    shown = ask(capsys, tmp_path, *arguments)
+    assert not shown.startswith("What is") and shown == ask(capsys, tmp_path, *arguments, "--stage", "dpo")
+    status = ask(capsys, tmp_path, "status", "toy")
+    assert "dpo" in status and "pretrain" not in status and "grpo" not in status
 
 
 RAW = ("generate", "toy", "the cat", "--stage", "pretrain", "--max-new-tokens", "30", "--temperature", "0")

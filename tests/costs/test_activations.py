@@ -23,7 +23,7 @@ from ray_pipeline.costs.loss import kept_bytes as kept_by_loss
 from ray_pipeline.costs.weights import layer_weights
 from ray_pipeline.costs.workload import Workload
 from ray_pipeline.data.batch import Batch
-from ray_pipeline.engine.engine import Parts
+from ray_pipeline.engine.parts import Parts
 from ray_pipeline.layout import Layout
 from ray_pipeline.objectives.cross_entropy import CrossEntropy
 

@@ -13,22 +13,24 @@ from model.layers.chunked_loss import CHUNK_ELEMENTS
 from model.parallel.mesh import Mesh, MeshSizes
 from model.parallel.shard import build_part
 from ray_pipeline.costs.kernels import kernels
-from ray_pipeline.costs.loss import backward_bytes, forward_bytes, kept_bytes, logits_bytes, loss_tokens
+from ray_pipeline.costs.loss import DISTRIBUTIONS, backward_bytes, forward_bytes, kept_bytes, loss_tokens
 from ray_pipeline.costs.measure import LiveBytes, reachable_tensors
 from ray_pipeline.costs.memory import rank_memory
 from ray_pipeline.costs.workload import FP32, Workload
 from ray_pipeline.data.batch import Batch
 from ray_pipeline.layout import Layout
 from ray_pipeline.objectives.cross_entropy import CrossEntropy
-from ray_pipeline.objectives.distillation import ForwardKl
+from ray_pipeline.objectives.distillation import Distillation
+from ray_pipeline.objectives.divergence import Divergence
 from ray_pipeline.objectives.grpo import Grpo
+from ray_pipeline.objectives.preference import Dpo
 
 MODEL = ModelConfig(
     vocab_size=4096, hidden_size=192, intermediate_size=64, num_hidden_layers=1, first_k_dense_replace=1,
     num_nextn_predict_layers=0, max_position_embeddings=1024,
 )  # fmt: skip
 ROWS, SEQ = 2, 1024
-STAGES = ("pretrain", "grpo", "distillation")
+STAGES = ("pretrain", "dpo", "grpo", "distillation")
 PRECISIONS = pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
 
 
@@ -47,12 +49,15 @@ def measured(stage: str, bf16: bool) -> tuple[int, int, int]:
     tokens = torch.randint(0, MODEL.vocab_size, (ROWS, SEQ))
     extras = {
         "advantages": torch.randn(ROWS, SEQ), "old_logprobs": torch.randn(ROWS, SEQ),
-        "teacher_hidden": torch.randn(ROWS, SEQ, MODEL.hidden_size),
+        "teacher_hidden": torch.randn(ROWS, SEQ, MODEL.hidden_size), "ref_logprobs": torch.randn(ROWS, SEQ),
+        "pair": torch.arange(ROWS).float().unsqueeze(1).expand(ROWS, SEQ),
+        "chosen": (torch.arange(SEQ) < SEQ // 2).float().expand(ROWS, SEQ),
     }  # fmt: skip
     batch = Batch(tokens, tokens.roll(-1, 1), torch.zeros_like(tokens), extras)
     teacher = build_part(MODEL, range(1), Mesh(MeshSizes())).lm_head.requires_grad_(False)
     objective: Any = {
-        "pretrain": CrossEntropy(), "distillation": ForwardKl(2.0, teacher),
+        "pretrain": CrossEntropy(), "dpo": Dpo(),
+        "distillation": Distillation(Divergence(0.5, 2.0), teacher_head=teacher),
         "grpo": Grpo(beta=0.0, clip_low=0.2, clip_high=0.2, temperature=1.0),
     }[stage]  # fmt: skip
     for tensor in (hidden, part.lm_head.weight):
@@ -72,7 +77,7 @@ def measured(stage: str, bf16: bool) -> tuple[int, int, int]:
 def test_a_loss_keeps_and_needs_what_the_formula_says(stage: str, bf16: bool) -> None:
     work, on = of(stage, bf16), kernels("cpu")
     forward, kept, backward = measured(stage, bf16)
-    cast = 2 * MODEL.vocab_size * MODEL.hidden_size if bf16 and stage != "pretrain" else 0  # `kept_casts`
+    cast = 2 * MODEL.vocab_size * MODEL.hidden_size if bf16 and stage in ("dpo", "grpo") else 0  # `kept_casts`
     predicted = work.tokens_at_once * loss_tokens(work) + sum(kept_bytes(work).values()) + cast
     assert predicted == pytest.approx(kept, rel=0.02)
     states = work.tokens_at_once * FP32 * MODEL.hidden_size  # the hidden states themselves: here before
@@ -80,13 +85,14 @@ def test_a_loss_keeps_and_needs_what_the_formula_says(stage: str, bf16: bool) ->
     assert predicted + sum(backward_bytes(work, on).values()) == pytest.approx(backward, rel=0.05)
 
 
-def test_what_cross_entropy_keeps_does_not_grow_with_the_vocabulary_times_tokens() -> None:
-    """A head's gradient, however long the rows; distillation holds two distributions a token."""
-    ce, kl = of("pretrain", False), of("distillation", False)
-    longer = [replace(work, seq_len=2 * SEQ) for work in (ce, kl)]
-    assert kept_bytes(longer[0]) == kept_bytes(ce) == {"gradients of the head": 4 * 4096 * MODEL.hidden_size}
-    assert kept_bytes(longer[1]) == {"logits": 4 * logits_bytes(kl)}
-    assert forward_bytes(longer[0], kernels("cpu"))["chunk of logits"] == 2 * FP32 * CHUNK_ELEMENTS["cpu"]
+@pytest.mark.parametrize("stage", ["pretrain", "distillation"])
+def test_what_a_loss_keeps_does_not_grow_with_the_vocabulary_times_tokens(stage: str) -> None:
+    """A head's gradient, however long the rows, and a few chunks of logits while they are made."""
+    work = of(stage, False)
+    longer = replace(work, seq_len=2 * SEQ)
+    assert kept_bytes(longer) == kept_bytes(work) == {"gradients of the head": 4 * 4096 * MODEL.hidden_size}
+    chunks = {"pretrain": 2, "distillation": DISTRIBUTIONS}[stage]
+    assert forward_bytes(longer, kernels("cpu"))["chunk of logits"] == chunks * FP32 * CHUNK_ELEMENTS["cpu"]
 
 
 def test_every_mtp_module_keeps_gradients_of_the_head_of_its_own() -> None:
@@ -102,4 +108,5 @@ def test_logits_at_a_time_are_the_models() -> None:
 def test_a_loss_can_be_the_fullest_moment() -> None:
     wide = of("distillation", False, vocab_size=65536)
     memory = rank_memory(wide, 0, "cpu")
-    assert memory.moment == "loss" and memory.buffers["logits"] == 6 * logits_bytes(wide)
+    assert memory.moment == "loss"
+    assert memory.buffers["chunk of logits"] == DISTRIBUTIONS * FP32 * 256 * 65536

@@ -11,12 +11,14 @@ import torch
 from model.config import ModelConfig
 from model.parallel.mesh import Mesh, MeshSizes
 from ray_pipeline.config import OptimizerConfig
+from ray_pipeline.config_post_training import LoraConfig
 from ray_pipeline.costs.measure import LiveBytes, peak_bytes
 from ray_pipeline.costs.memory import rank_memory, stage_memory
 from ray_pipeline.costs.workload import Workload
 from ray_pipeline.data.batch import Batch
 from ray_pipeline.engine.engine import Engine
 from ray_pipeline.layout import Layout
+from ray_pipeline.lora_targets import adapter_params
 from ray_pipeline.objectives.cross_entropy import CrossEntropy
 from tests.distributed import run_ranks
 
@@ -129,6 +131,29 @@ def test_1f1b_holds_pp_micro_batches_on_the_first_rank_and_one_on_the_last() -> 
     first, second, last = (rank.activations for rank in stage_memory(alike, "cpu"))
     assert first == 3 * second // 2
     assert second // 2 < last < second  # the head's input comes with the last
+
+
+LORA = LoraConfig(r=4)
+
+
+def test_gradients_and_optimizer_are_those_of_adapters_alone() -> None:
+    adapters = adapter_params(MODEL, range(MODEL.num_hidden_layers), LORA.r, [])
+    memory = rank_memory(replace(work(), lora=LORA), 0, "cpu")
+    assert (memory.gradients, memory.optimizer) == (4 * adapters, 8 * adapters)
+    assert memory.weights == 4 * (MODEL.num_params() + adapters)
+    sharded = rank_memory(replace(work(dp=4, zero_stage=3), lora=LORA), 0, "cpu")
+    assert sharded.optimizer < memory.optimizer and sharded.weights < memory.weights
+    parts = stage_memory(replace(work(pp=3), lora=LORA), "cpu")
+    assert sum(part.weights for part in parts) == memory.weights
+
+
+def test_training_adapters_needs_no_more_than_is_predicted() -> None:
+    """Activations are counted as if every weight were trained; what frozen ones alone would need is not kept."""
+    [measured] = run_ranks(measure, 1, {}, {"lora": LORA}, ROWS)
+    whole = Workload("sft", MODEL, Layout(), rows=ROWS, seq_len=SEQ, micro_batch=MICRO_BATCH, steps=1)
+    predicted = rank_memory(replace(whole, lora=LORA), 0, "cpu").total
+    assert measured <= predicted < rank_memory(whole, 0, "cpu").total
+    assert measured > predicted / 2
 
 
 def test_offloading_moves_the_optimizer_to_the_host() -> None:

@@ -85,12 +85,12 @@ def test_a_file_of_white_space_is_refused(tmp_path):
 def test_missing_and_unfit_files_say_what_to_do(tmp_path):
     (tmp_path / "stories.txt").write_text("x")
     (tmp_path / "empty.txt").touch()
-    (tmp_path / "data.json").write_text("[]")
+    (tmp_path / "data.csv").write_text("a,b")
     cases = {
         "storeis.txt": r'no such file \(did you mean "stories\.txt"\?\)',
         "nowhere/stories.txt": r"no such file \(there is no folder .*nowhere\)",
         "empty.txt": "the file is empty",
-        "data.json": r'not "\.json"\. One JSON object per line makes it \.jsonl',
+        "data.csv": r'files end in \.txt, \.json, \.jsonl, \.parquet, not "\.csv"',
         "": "is a folder",
     }
     for name, message in cases.items():
@@ -111,11 +111,38 @@ def test_jsonl_gives_every_record_with_its_line(tmp_path_factory, records, chunk
 
 @pytest.mark.parametrize(
     ("line", "message"),
-    [('{"text": ', r"a\.jsonl:2: not valid JSON"), ("[1]", r"a\.jsonl:2: must be a JSON object, but is a list")],
+    [
+        ('{"text": ', r"a\.jsonl:2: not valid JSON"),
+        ("[1]", r"a\.jsonl:2: must be a JSON object, but is a list"),
+        (r'{"text": "\ud83d"}', r"a\.jsonl:2: holds half a character \('\\ud83d'\)"),
+        ("[" * 100_000, r"a\.jsonl:2: not valid JSON"),
+    ],
 )
 def test_a_bad_line_is_named_with_its_number(tmp_path, line, message):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "good"}\n' + line + "\n")
+    with pytest.raises(UserError, match=message):
+        list(read_records(path))
+
+
+def test_a_json_file_is_an_array_of_records(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text('[{"text": "a"},\n {"text": "\\ud83d\\ude00"}]')
+    assert list(read_records(path)) == [(f"{path}[0]", {"text": "a"}), (f"{path}[1]", {"text": "😀"})]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('[{"text": "a"},\n{"text"}]', r"a\.json:2: not valid JSON \(.*one array of objects.*\.jsonl"),
+        ('{"text": "a"}', r"a\.json: must hold an array of objects, but holds a dict"),
+        ('[{"text": "a"}, 3]', r"a\.json\[1\]: must be a JSON object, but is a int"),
+        ("[" * 100_000, r"a\.json: not valid JSON"),
+    ],
+)
+def test_a_bad_json_file_says_where(tmp_path, text, message):
+    path = tmp_path / "a.json"
+    path.write_text(text)
     with pytest.raises(UserError, match=message):
         list(read_records(path))
 

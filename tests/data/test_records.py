@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ray_pipeline.data.preference_records import as_preference
 from ray_pipeline.data.records import BadRecord, as_conversation, as_document, as_question, split_answer
 
 GSM8K = {
@@ -18,7 +19,23 @@ json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
 )
-fields = ("text", "messages", "prompt", "response", "question", "answer", "role", "content", "difficulty")
+turns = st.lists(
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "role": st.sampled_from(["system", "user", "assistant", "tool", "x"]),
+            "content": json_values,
+            "from": st.sampled_from(["human", "gpt", "function_call", "observation", "system"]),
+            "value": json_values | st.just('{"name": "f", "arguments": {}}'),
+            "tool_calls": json_values | st.just([{"function": {"name": "f", "arguments": "{}"}}]),
+        },
+    ),
+    max_size=4,
+)
+fields = (
+    "text", "messages", "prompt", "response", "completion", "question", "answer", "instruction", "output", "history",
+    "conversations", "tools", "system", "role", "content", "difficulty", "chosen", "rejected",
+)  # fmt: skip
 
 
 def test_gsm8k_steps_are_thought_and_the_last_line_is_the_answer():
@@ -60,9 +77,40 @@ def test_a_column_may_be_named():
         as_document({"text": "no"}, "story")
 
 
-@pytest.mark.parametrize("record", [{"messages": TURNS}, {"prompt": "hi", "response": "hello"}])
-def test_conversations(record):
-    assert list(as_conversation(record).messages) == TURNS
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"messages": TURNS},
+        {"messages": [turn | {"tool_calls": None, "name": None} for turn in TURNS], "tools": None},
+        {"prompt": "hi", "response": "hello"},
+        {"prompt": "hi", "completion": "hello"},
+        {"prompt": TURNS[:1], "completion": TURNS[1:]},
+        {"question": "hi", "answer": "hello"},
+        {"instruction": "hi", "output": "hello"},
+        {"instruction": "hi", "input": "", "output": "hello", "system": "", "history": []},
+        {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}], "tools": "[]"},
+        {"conversations": TURNS},
+    ],
+)
+def test_each_form_gives_the_same_conversation(record):
+    conversation = as_conversation(record)
+    assert list(conversation.messages) == TURNS and conversation.tools == ()
+
+
+def test_alpaca_with_everything():
+    record = {
+        "instruction": "Translate.", "input": "cat", "output": "Katze", "system": "Be brief.", "history": [["hi", "ho"]]
+    }  # fmt: skip
+    assert [(m["role"], m["content"]) for m in as_conversation(record).messages] == [
+        ("system", "Be brief."), ("user", "hi"), ("assistant", "ho"), ("user", "Translate.\ncat"),
+        ("assistant", "Katze"),
+    ]  # fmt: skip
+
+
+def test_sharegpts_system_column_comes_first():
+    turns = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]
+    messages = as_conversation({"conversations": turns, "system": "Be brief."}).messages
+    assert [m["role"] for m in messages] == ["system", "user", "assistant"]
 
 
 @pytest.mark.parametrize(
@@ -71,13 +119,26 @@ def test_conversations(record):
         (as_document, {"body": "x"}, 'needs a field "text".*but has "body"'),
         (as_document, {}, "has no fields at all"),
         (as_document, {"text": 3}, '"text" must be text, but is int'),
-        (as_conversation, {"text": "x"}, 'needs "messages", "prompt" and "response"'),
+        (as_conversation, {"text": "x"}, 'has "text", which is no form of conversation. Accepted are "messages"'),
+        (as_conversation, {"mesages": TURNS}, r'has "mesages" \(did you mean "messages"\?\)'),
         (as_conversation, {"messages": []}, "must be a list of turns"),
-        (as_conversation, {"messages": [{"role": "bot", "content": "x"}]}, 'needs a "role" of system, user, assistant'),
+        (
+            as_conversation,
+            {"messages": [{"role": "asistant", "content": "x"}]},
+            r'turn 1 of "messages" needs a "role" of system, user, assistant, tool, not asistant \(did you mean "assis',
+        ),
         (as_conversation, {"messages": TURNS[:1]}, r"end with an assistant turn, but has \['user'\]"),
         (as_conversation, {"messages": TURNS[1:]}, "must hold a user turn"),
         (as_conversation, {"messages": [TURNS[0], {"role": "assistant", "content": " "}]}, "nothing to learn"),
         (as_conversation, {"prompt": "", "response": "x"}, '"prompt" is empty'),
+        (as_conversation, {"prompt": "x", "completion": [TURNS[0]]}, "end with an assistant turn"),
+        (as_conversation, {"instruction": "x", "output": ""}, '"output" is empty'),
+        (as_conversation, {"instruction": "x", "output": "y", "input": 3}, '"input" must be text, but is int'),
+        (as_conversation, {"instruction": "x", "output": "y", "history": [["a"]]}, 'pair 1 of "history" must be a'),
+        (as_conversation, {"instruction": "x", "output": "y", "history": "a"}, '"history" must be a list'),
+        (as_conversation, {"conversations": "x"}, '"conversations" must be a list of turns'),
+        (as_conversation, {"conversations": [{"from": "human"}]}, 'turn 1 of "conversations" needs a "value" that is'),
+        (as_conversation, {"conversations": [{"from": "bot", "value": "x"}]}, 'a "from" of system, human, user, gpt'),
         (as_question, {"question": "x"}, 'needs "question" and "answer", but has "question"'),
         (as_question, {"question": "x", "answer": None}, '"answer" must be text, but is NoneType'),
     ],
@@ -87,9 +148,9 @@ def test_what_is_missing_is_said(convert, record, message):
         convert(record, "c") if convert is as_question else convert(record)
 
 
-@given(st.dictionaries(st.sampled_from(fields), json_values, max_size=4))
+@given(st.dictionaries(st.sampled_from(fields), json_values | turns, max_size=5))
 def test_any_record_is_converted_or_refused(record):
-    for convert in (as_document, as_conversation, lambda r: as_question(r, "c")):
+    for convert in (as_document, as_conversation, lambda r: as_question(r, "c"), as_preference):
         try:
             convert(record)
         except BadRecord as error:

@@ -44,7 +44,7 @@ def test_names_are_told_apart(given, kind, location, split, column):
 
 @pytest.mark.parametrize("given", ["biultin", "gsm8k", "a/b/c", "org/name:a:b:c", ""])
 def test_what_is_neither_is_refused(given):
-    with pytest.raises(UserError, match='Give "builtin", a .txt, .jsonl, .parquet file, or a datasets name'):
+    with pytest.raises(UserError, match='Give "builtin", a .txt, .json, .jsonl, .parquet file, or a datasets name'):
         parse_source(given)
     with pytest.raises(UserError, match='did you mean "builtin"'):
         parse_source("biultin")
@@ -71,7 +71,7 @@ def files(tmp_path):
     [
         ({"text": "txet.txt"}, r'^--data .*txet\.txt: no such file \(did you mean "text\.txt"\?\)'),
         ({"text": "latin.txt"}, r"^--data .*latin\.txt: byte 3 \(0xe9\) is not UTF-8"),
-        ({"sft": "bad.jsonl"}, r'^--sft-data .*bad\.jsonl:4: needs .*but has "question"'),
+        ({"sft": "bad.jsonl"}, r'^--sft-data .*bad\.jsonl:4: has "question", .*and "answer": GSM8K'),
         ({"prompts": "bad.jsonl"}, r'^--prompt-data .*bad\.jsonl:4: needs "question" and "answer"'),
         ({"sft": "text.txt"}, r"^--sft-data .*text\.txt: plain text has no questions"),
         ({"prompts": "empty.jsonl"}, r"^--prompt-data .*empty\.jsonl: holds no records"),

@@ -9,7 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from ray_pipeline.data.chat import DEEPSEEK_TEMPLATE
+from ray_pipeline.data.chat_templates import DEEPSEEK_TEMPLATE
 from ray_pipeline.data.tasks import SFT_MIX, draw_unique
 from ray_pipeline.data.text import document_at
 from ray_pipeline.data.tokenizer import load_tokenizer
@@ -192,10 +192,17 @@ def edited(folder, target, **config):
     return target
 
 
-def test_a_template_that_drops_thinking_is_refused(folder, tmp_path):
-    bad = edited(folder, tmp_path / "bad", chat_template=DROPS_THINKING)
+def test_a_template_that_drops_thinking_is_refused_where_something_was_thought(folder, tmp_path):
+    bad = copy_pretrained(str(edited(folder, tmp_path / "bad", chat_template=DROPS_THINKING)), tmp_path / "out")
+    assert any(bad.encode_chat(conversation([("2+2?", "4")]))[1])
     with pytest.raises(UserError, match=r"drops <think>\.\.\.</think> from answers.*tokenizer\.name=train"):
-        copy_pretrained(str(bad), tmp_path / "out")
+        bad.encode_chat(conversation([("2+2?", "<think>2+2=4</think>4")]))
+
+
+def test_a_template_that_drops_questions_is_refused(folder, tmp_path):
+    template = DEEPSEEK_TEMPLATE.replace("'<｜User｜>' + message['content']", "'<｜User｜>'")
+    with pytest.raises(UserError, match="drops what the user says"):
+        copy_pretrained(str(edited(folder, tmp_path / "bad", chat_template=template)), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

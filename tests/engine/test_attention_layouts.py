@@ -10,10 +10,10 @@ import torch
 from model.config import ModelConfig
 from model.parallel.mesh import Mesh, MeshSizes
 from ray_pipeline.config import OptimizerConfig
-from ray_pipeline.data.batch import IGNORE, Batch
 from ray_pipeline.engine.engine import Engine
 from ray_pipeline.objectives.cross_entropy import CrossEntropy
 from tests.distributed import run_ranks
+from tests.engine.test_parity import make_batch
 
 TINY = ModelConfig(
     vocab_size=64, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=2,
@@ -44,21 +44,10 @@ CASES = [
 Outcome = tuple[list[float], list[float], dict[str, torch.Tensor]]
 
 
-def make_batch(step: int, rows: int = 4, seq_len: int = 16) -> Batch:
-    """Random tokens in two documents a row."""
-    generator = torch.Generator().manual_seed(step)
-    tokens = torch.randint(0, TINY.vocab_size, (rows, seq_len), generator=generator)
-    cut = torch.randint(1, seq_len, (rows, 1), generator=generator)
-    doc_ids = (torch.arange(seq_len)[None] >= cut).long()
-    labels = torch.cat([tokens[:, 1:], torch.full((rows, 1), IGNORE)], 1)
-    labels[:, :-1][doc_ids[:, 1:] != doc_ids[:, :-1]] = IGNORE
-    return Batch(tokens, labels, doc_ids)
-
-
 def train(config: ModelConfig, sizes: MeshSizes, **options) -> Outcome:
     torch.set_num_threads(1)
     engine = Engine(config, Mesh(sizes), optimizer=SGD, micro_batch=2, **options)
-    stats = [engine.train_step(make_batch(step), CrossEntropy(0.3), SGD.lr) for step in range(STEPS)]
+    stats = [engine.train_step(make_batch(step, rows=4), CrossEntropy(0.3), SGD.lr) for step in range(STEPS)]
     return [s.loss for s in stats], [s.grad_norm for s in stats], engine.full_state()
 
 

@@ -143,7 +143,6 @@ def test_resume_in_the_same_layout_is_bit_identical(tmp_path):
     check_pairs(tmp_path, [(layout, layout) for layout in LAYOUTS if layout != "one"])
 
 
-
 def test_one_process_needs_no_torch_distributed(tmp_path):
     assert not dist.is_initialized()
     engine = build()

@@ -30,9 +30,7 @@ def test_steps_equal_those_of_torchs_muon():
     ours, theirs = parameters(), parameters()
     groups = [{"params": list(ours.values()), "names": list(ours), "muon": True, "weight_decay": 0.1}]
     muon = Muon(groups, lr=0.02, betas=(0.9, 0.95), eps=1e-8, momentum=0.9, dtype=torch.bfloat16)
-    torchs = torch.optim.Muon(
-        theirs.values(), lr=0.02, weight_decay=0.1, momentum=0.9, adjust_lr_fn="match_rms_adamw"
-    )
+    torchs = torch.optim.Muon(theirs.values(), lr=0.02, weight_decay=0.1, momentum=0.9, adjust_lr_fn="match_rms_adamw")
     for step in range(5):
         for (name, mine), other in zip(ours.items(), theirs.values(), strict=True):
             gradient = torch.randn(mine.shape, generator=torch.Generator().manual_seed(100 * step + int(name[0])))

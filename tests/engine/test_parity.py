@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -67,7 +68,9 @@ def make_batch(step: int, rows: int = 8, seq_len: int = 16) -> Batch:
     return Batch(tokens, labels, doc_ids)
 
 
-def train(case: Case, timeout: timedelta = timedelta(minutes=10)) -> Outcome:
+def train(
+    case: Case, timeout: timedelta = timedelta(minutes=10), batches: Callable[[int], Batch] = make_batch
+) -> Outcome:
     torch.set_num_threads(1)
     mesh = Mesh(case.sizes, timeout=timeout)
     settings = SGD if case.optimizer == "sgd" else OPTIMIZER
@@ -75,13 +78,13 @@ def train(case: Case, timeout: timedelta = timedelta(minutes=10)) -> Outcome:
         CONFIG, mesh, optimizer=settings, precision=case.precision, micro_batch=case.micro_batch, **dict(case.options)
     )
     objective = CrossEntropy(mtp_weight=0.3)
-    stats = [engine.train_step(make_batch(step), objective, settings.lr) for step in range(STEPS)]
+    stats = [engine.train_step(batches(step), objective, settings.lr) for step in range(STEPS)]
     loads = {name: load for part in all_ranks_gather(mesh, engine.expert_loads) for name, load in part.items()}
     return Outcome([s.loss for s in stats], [s.grad_norm for s in stats], engine.full_state(), loads)
 
 
-def train_all(rank: int, cases: list[Case]) -> list[Outcome] | None:
-    outcomes = [train(case) for case in cases]
+def train_all(rank: int, cases: list[Case], batches: Callable[[int], Batch] = make_batch) -> list[Outcome] | None:
+    outcomes = [train(case, batches=batches) for case in cases]
     return outcomes if rank == 0 else None
 
 

@@ -130,8 +130,7 @@ def test_a_deadlock_names_the_actions_that_wait():
     with pytest.raises(ValueError) as error:
         simulate(schedule)
     assert str(error.value) == (
-        "schedule made up with pp=2 is stuck: rank 0 at B(stage 0, micro-batch 0), "
-        "rank 1 at F(stage 1, micro-batch 1)"
+        "schedule made up with pp=2 is stuck: rank 0 at B(stage 0, micro-batch 0), rank 1 at F(stage 1, micro-batch 1)"
     )
 
 

@@ -66,7 +66,10 @@ def test_at_depth_one_there_is_no_scale_and_the_first_pass_of_more_is_the_stack_
     assert torch.equal(twice.recursion.weight, torch.tensor([[1.0], [0.5]]).expand(2, TINY.hidden_size))
     rotation, mask = once.context(None, 12)
     hidden = once.embed_tokens(tokens())
-    first = twice.recursion(hidden, twice._run_once(hidden, rotation, mask), 0)
+    stack = hidden
+    for block in twice.layers.values():
+        stack = block(stack, rotation, mask)
+    first = twice.recursion(hidden, stack, 0)
     assert torch.equal(first, once.run_layers(hidden, rotation, mask))
 
 

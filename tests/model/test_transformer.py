@@ -12,6 +12,7 @@ from model.convert.hf_config import to_hf
 from model.init import init_weights
 from model.loss import IGNORE, cross_entropy_sum, label_logprobs, shifted_labels
 from model.transformer import Transformer
+from tests.model.probes import assert_causal, assert_packed_equals_alone
 
 BASE = dict(
     vocab_size=128, hidden_size=64, intermediate_size=96, moe_intermediate_size=32, num_hidden_layers=3,
@@ -96,25 +97,13 @@ def test_mtp_hidden_states_match_the_transformers_oracle():
 @settings(max_examples=20, deadline=None)
 @given(place=st.integers(0, 47), packed=st.booleans())
 def test_changing_a_token_never_changes_logits_before_it(place, packed):
-    model, ids = build(), tokens(rows=1)
-    doc_ids = (torch.arange(48)[None] >= 20).long() if packed else None
-    changed = ids.clone()
-    changed[0, place] = (changed[0, place] + 1) % BASE["vocab_size"]
-    with torch.no_grad():
-        before, after = model(ids, doc_ids), model(changed, doc_ids)
-    torch.testing.assert_close(after[:, :place], before[:, :place], rtol=0, atol=1e-5)
-    assert (after[:, place] - before[:, place]).abs().max() > 1e-3
+    assert_causal(build(), tokens(rows=1), place, packed=packed)
 
 
 @settings(max_examples=15, deadline=None)
 @given(cuts=st.lists(st.integers(1, 47), min_size=1, max_size=4, unique=True).map(sorted))
 def test_packed_documents_equal_documents_alone(cuts):
-    model, ids = build(), tokens(rows=1)
-    doc_ids = sum((torch.arange(48) >= cut).long() for cut in cuts)[None]
-    with torch.no_grad():
-        packed = model(ids, doc_ids)
-        for start, stop in zip([0, *cuts], [*cuts, 48], strict=True):
-            torch.testing.assert_close(packed[:, start:stop], model(ids[:, start:stop]), rtol=0, atol=2e-5)
+    assert_packed_equals_alone(build(), tokens(rows=1), cuts)
 
 
 def test_packed_mtp_never_reads_the_next_document():

@@ -10,7 +10,8 @@ import time
 import psutil
 import pytest
 
-from ray_pipeline.config import STAGES
+from ray_pipeline.config import PipelineFields
+from ray_pipeline.stage_chain import chain
 from tests.pipeline.driving import TOY, digests, finish, kill, start, wait_until_stage_works
 
 RUN = ("run", "--config", str(TOY), "--run-name", "toy", "--gpus", "2", "--pp-size", "2", "--no-wandb")
@@ -24,7 +25,7 @@ def unbroken(tmp_path_factory) -> dict[str, str]:
     return digests(folder, "toy")
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", chain(PipelineFields()))
 def test_driver_killed_in_any_stage(unbroken, tmp_path, stage):
     process = start(*RUN, folder=tmp_path)
     wait_until_stage_works(process, tmp_path, "toy", stage, step=0)

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from ray_pipeline.config import STAGES
+from ray_pipeline.config import PipelineFields
+from ray_pipeline.stage_chain import chain
 from ray_pipeline.tracking import read_metrics
 from tests.pipeline.driving import TOY, digests, finish, kill, stages, start, wait_until_stage_works
 
+STAGES = chain(PipelineFields())
 RUN = ("run", "--config", str(TOY), "--run-name", "toy", "--gpus", "3", "--pp-size", "3")
 
 

@@ -40,9 +40,7 @@ def start(job: dict[str, Any], store: Path) -> list[Any]:
     context.set_forkserver_preload(["deepspeed", "tests.training.toy_run", "torch.distributed.tensor"])
     prepare_folder(Path(job["folder"]))
     store.mkdir()
-    ranks = [
-        context.Process(target=_process_rank, args=(rank, 2, str(store), 600.0, train, job)) for rank in range(2)
-    ]
+    ranks = [context.Process(target=_process_rank, args=(rank, 2, str(store), 600.0, train, job)) for rank in range(2)]
     for process in ranks:
         process.start()
     return ranks

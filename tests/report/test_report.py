@@ -60,6 +60,16 @@ def test_rows_hold_every_figure_against_its_baseline(tmp_path):
     assert rows["distillation"].against == "input 10.0% (+45.0 points); teacher 60.0%, 2.61M parameters"
 
 
+def test_dpo_is_held_against_what_its_input_preferred_and_answered():
+    figures = {"preference_accuracy": 0.81, "accuracy": 0.6}
+    assert figure_text("dpo", figures) == "held-out preference accuracy 81.0%, held-out accuracy 60.0%"
+    bounds = {"preference_accuracy_low": 0.762, "preference_accuracy_high": 0.851}
+    assert "preference accuracy 81.0% (76.2% to 85.1%), held-out" in figure_text("dpo", figures | bounds)
+    before = {"input_preference_accuracy": 0.5, "input_accuracy": 0.613}
+    expected = "input's preference 50.0% (+31.0 points); input 61.3% (-1.3 points)"
+    assert baseline_text("dpo", before, figures) == expected
+
+
 def test_how_evenly_experts_were_used_stands_beside_the_loss():
     figures = {"validation_loss": 1.931, "largest_load": 1.42, "load_entropy": 0.981, "dropped_tokens": 0.0}
     text = figure_text("pretrain", figures)

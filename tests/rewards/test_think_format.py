@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from ray_pipeline.errors import UserError
-from ray_pipeline.rewards.registry import REWARDS, get_reward
 from ray_pipeline.rewards.think_format import think_format
+from ray_pipeline.tools.format import render_calls, render_output
 
 
 @pytest.mark.parametrize("text", ["<think>a</think>b", " <think>a\nb</think>\n\nc ", "<think></think>1"])
@@ -36,14 +33,8 @@ def test_anything_else_scores_zero(text):
     assert think_format("", text, "") == 0.0
 
 
-@given(st.text(max_size=30), st.text(max_size=30), st.text(max_size=30))
-def test_no_reward_ever_raises(prompt, completion, reference):
-    for name in REWARDS:
-        assert get_reward(name)(prompt, f"<think>{completion}", reference) in (0.0, 1.0)
-
-
-def test_an_unknown_reward_is_named_with_the_known_ones():
-    with pytest.raises(
-        UserError, match=r'reward \'anser\' is not known \(did you mean "answer"\?\). Known: answer, format.'
-    ):
-        get_reward("anser")
+def test_calls_of_tools_may_stand_anywhere():
+    called = render_calls([("calculator", {"expression": "6*7"})]) + render_output("</think>42")
+    assert think_format("", f"{called}<think>a</think>42", "") == 1.0
+    assert think_format("", f"<think>a</think>{called}42", "") == 1.0
+    assert think_format("", f"<think>a</think>{called}", "") == 0.0

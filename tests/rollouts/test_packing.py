@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ray_pipeline.data.batch import IGNORE
-from ray_pipeline.rollouts.packing import assign_rows, pack_rollouts
+from ray_pipeline.rollouts.packing import pack_rollouts
 from ray_pipeline.rollouts.rollout import Rollout
 
 
@@ -22,7 +22,7 @@ def test_a_forced_token_is_read_but_not_trained_on():
     assert batch.tokens[0].tolist() == [1, 2, 3, 4, 0, 0]
     assert batch.labels[0].tolist() == [IGNORE, 3, IGNORE, 5, IGNORE, IGNORE]
     assert batch.extras["advantages"][0].tolist() == [0, 7, 0, 7, 0, 0]
-    assert batch.extras["old_logprobs"][0].tolist() == [0, -3, 0, -5, 0, 0]
+    assert batch.extras["sampler_logprobs"][0].tolist() == [0, -3, 0, -5, 0, 0]
 
 
 ids = st.lists(st.integers(1, 50), min_size=1, max_size=8)
@@ -48,21 +48,13 @@ def test_every_rollout_is_found_again_whole(pairs, seq_len):
             start = int(supervised.nonzero()[0])
             assert bool(supervised[start:].all())
             assert whole[start + 1 :] == completion  # position t predicts token t + 1
-            assert batch.extras["old_logprobs"][row, at][supervised].tolist() == [-float(t) for t in completion]
+            assert batch.extras["sampler_logprobs"][row, at][supervised].tolist() == [-float(t) for t in completion]
             advantage = batch.extras["advantages"][row, at][supervised].unique()
             assert advantage.numel() == 1
             found.append((int(advantage), whole[: start + 1], completion))
     assert sorted(found) == [(i + 1, p, c) for i, (p, c) in enumerate(pairs)]
     assert bool((batch.extras["advantages"][batch.labels == IGNORE] == 0).all())
     assert bool((batch.doc_ids[:, 1:] >= batch.doc_ids[:, :-1]).all())
-
-
-@given(st.lists(st.integers(1, 30), max_size=30))
-def test_rows_hold_every_document_once_and_do_not_overflow(lengths):
-    rows = assign_rows(lengths, 30)
-    assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
-    assert all(sum(lengths[i] for i in row) <= 30 for row in rows)
-    assert len(rows) <= -(-sum(lengths) * 2 // 30) + 1
 
 
 def test_packing_shares_rows():
@@ -79,3 +71,17 @@ def test_too_long_a_rollout_is_refused():
 def test_advantages_must_match():
     with pytest.raises(ValueError, match="3 advantages for 1 rollouts"):
         pack_rollouts([rollout([1], [2])], torch.ones(3), seq_len=8, pad_id=0)
+
+
+def test_what_is_not_to_be_trained_keeps_its_labels_and_is_marked():
+    batch = pack_rollouts([rollout([1, 2], [3, 4]), rollout([5], [6])], torch.ones(2), 6, 0, trained=[False, True])
+    assert batch.labels[0].tolist() == [IGNORE, 3, 4, 6, IGNORE, IGNORE]
+    assert batch.extras["trained"][0].tolist() == [0, 0, 0, 1, 0, 0]
+
+
+def test_recorded_experts_lie_at_the_tokens_that_went_to_them():
+    first, second = rollout([1, 2], [3, 4]), rollout([5], [6, 7])
+    first.routing = torch.tensor([[0, 1], [2, 3], [4, 5]], dtype=torch.int16)
+    batch = pack_rollouts([first, second], torch.ones(2), 6, 0)
+    assert batch.extras["routing"].dtype == torch.int64
+    assert batch.extras["routing"][0].tolist() == [[0, 1], [2, 3], [4, 5], [-1, -1], [-1, -1], [-1, -1]]

@@ -50,9 +50,9 @@ def test_the_warm_up_changes_the_result(tmp_path):
 
 def test_a_fifth_of_pretraining_is_dense_by_default_and_nothing_after_it():
     config = recipe(**{"pretrain.steps": 100})
-    assert [config.dense_steps(stage) for stage in TRAINING_STAGES] == [20, 0, 0, 0]
+    assert [config.dense_steps(stage) for stage in TRAINING_STAGES] == [20, 0, 0, 0, 0]
     given = {"pretrain.steps": 100, "pretrain.indexer_warmup_steps": 7}
-    assert [recipe(**given).dense_steps(stage) for stage in TRAINING_STAGES] == [7, 0, 0, 0]
+    assert [recipe(**given).dense_steps(stage) for stage in TRAINING_STAGES] == [7, 0, 0, 0, 0]
 
 
 def test_a_model_that_is_given_has_a_trained_indexer():

@@ -1,37 +1,161 @@
-"""Which prompts a GRPO step asks, and what a batch of rollouts holds."""
+"""Rollouts become batches, and a run that is broken between two of them goes on exactly."""
 
 from __future__ import annotations
 
-from collections import Counter
-from types import SimpleNamespace
+import contextlib
+from pathlib import Path
+from typing import Any
 
-from hypothesis import given
-from hypothesis import strategies as st
+import pytest
+import torch
 
+from ray_pipeline.artifacts import weights_digest
+from ray_pipeline.data.batch import IGNORE
+from ray_pipeline.errors import UserError
 from ray_pipeline.training.rollout_source import RolloutSource
+from tests.training.grpo_run import arguments, opened, prepare
 
 
-def source(questions: int, per_step: int, seed: int) -> RolloutSource:
-    """Just enough of one to draw prompts."""
-    made = RolloutSource.__new__(RolloutSource)
-    made.questions = [{}] * questions
-    made.settings = SimpleNamespace(prompts_per_step=per_step)
-    made.rank = SimpleNamespace(config=SimpleNamespace(seed=seed))
-    return made
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return prepare(tmp_path_factory.mktemp("grpo"))
 
 
-@given(st.integers(1, 40), st.integers(1, 50), st.integers(0, 5), st.integers(1, 8))
-def test_every_question_is_asked_once_an_epoch_whatever_the_step_size(questions, per_step, seed, iterations):
-    drawn = source(questions, per_step, seed)
-    asked = [index for i in range(iterations) for index in drawn.prompts(i)]
-    assert len(asked) == iterations * per_step
-    for start in range(0, len(asked) - questions + 1, questions):
-        assert Counter(asked[start : start + questions]) == Counter(range(questions))
+def trained(folder: Path, name: str, stop: int | None = None, **settings: Any) -> tuple[str, list[dict[str, float]]]:
+    """Digest of the weights after a run to its end, or up to `stop`; and what was measured of each step."""
+    with opened(arguments(folder, name, **settings)) as (_, source, trainer):
+        measured: list[dict[str, float]] = []
+        step, metrics = trainer.engine.train_step, source.metrics
+
+        def limited(*given):
+            if stop is not None and int(trainer.engine.state()["step"]) >= stop:
+                raise KeyboardInterrupt
+            return step(*given)
+
+        trainer.engine.train_step = limited  # type: ignore[method-assign]
+        source.metrics = lambda: measured.append(metrics()) or measured[-1]  # type: ignore[method-assign,func-returns-value]
+        with contextlib.suppress(KeyboardInterrupt):
+            trainer.fit(source, dict)
+        return weights_digest(trainer.engine.full_state()), measured
 
 
-@given(st.integers(2, 40), st.integers(1, 50), st.integers(0, 9))
-def test_prompts_of_a_step_do_not_depend_on_the_steps_before(questions, per_step, iteration):
-    fresh, used = source(questions, per_step, 3), source(questions, per_step, 3)
-    for i in range(iteration):
-        used.prompts(i)
-    assert fresh.prompts(iteration) == used.prompts(iteration)
+def test_the_sampler_and_the_trainer_agree_and_the_ratio_of_a_single_update_is_1(folder):
+    _, measured = trained(folder, "agree", steps=2)
+    for figures in measured:
+        assert figures["sampler_gap_max"] < 1e-5 and figures["sampler_gap_far"] == 0.0
+        assert figures["sampler_kl"] < 1e-9
+    with opened(arguments(folder, "agree2")) as (_, source, _):
+        batch = source.batch(0)
+        assert "old_logprobs" not in batch.extras
+        assert bool((batch.extras["routing"][batch.labels != IGNORE] >= 0).all())
+
+
+def test_several_updates_hold_the_ratio_to_the_trainers_own_log_probabilities(folder):
+    with opened(arguments(folder, "several", updates_per_rollout=2)) as (_, source, trainer):
+        batch = source.batch(0)
+        close = {"rtol": 0, "atol": 1e-5}
+        torch.testing.assert_close(batch.extras["old_logprobs"], batch.extras["sampler_logprobs"], **close)
+        old = batch.extras["old_logprobs"].clone()
+        trainer.engine.train_step(batch, trainer.objective, 1e-2)
+        assert source.batch(1) is batch and torch.equal(batch.extras["old_logprobs"], old)
+        source.batch(2)
+        figures = source.metrics()
+        assert figures["sampler_gap_max"] < 1e-5, "of the first batch; the second is not trained yet"
+
+
+def test_the_samplers_log_probabilities_can_be_the_denominator(folder):
+    with opened(arguments(folder, "sampler", recompute_logprobs=False)) as (_, source, _):
+        batch = source.batch(0)
+        assert "sampler_logprobs" not in batch.extras
+        assert bool((batch.extras["old_logprobs"][batch.labels != IGNORE] < 0).all())
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"resample_rounds": 2, "rewards": {"format": 1.0, "length": 0.01}, "checkpoint_every": 1},
+        {"updates_per_rollout": 2, "refresh_reference_every": 3, "steps": 8, "beta": 0.1},
+    ],
+)
+def test_a_run_broken_off_anywhere_ends_with_the_weights_of_an_unbroken_one(folder, tmp_path_factory, settings):
+    name = tmp_path_factory.mktemp("broken").name
+    whole, _ = trained(folder, f"{name}-whole", **settings)
+    steps = settings.get("steps", 4)
+    for stop in (steps // 2, steps - 1):
+        trained(folder, f"{name}-{stop}", stop, **settings)
+        assert trained(folder, f"{name}-{stop}", **settings)[0] == whole
+
+
+def test_the_reference_becomes_the_policy_and_what_no_checkpoint_needs_is_dropped(folder):
+    settings = {
+        "steps": 8,
+        "refresh_reference_every": 2,
+        "checkpoint_every": 2,
+        "keep_checkpoints": 1,
+        "keep_best": False,
+    }
+    trained(folder, "refresh", **settings)
+    kept = sorted(path.name for path in (folder / "refresh").glob("reference-*"))
+    assert kept == ["reference-00000004", "reference-00000006"]
+    with opened(arguments(folder, "refresh", **settings)) as (_, source, trainer):
+        assert trainer._resume() == 8
+        reference = source.builder.reference
+        reference.bring_to(7, trainer.engine)
+        found = weights_digest(reference._engine.full_state())
+        reference.bring_to(8, trainer.engine)
+        assert weights_digest(reference._engine.full_state()) == weights_digest(trainer.engine.full_state()) != found
+
+
+def test_a_step_without_a_group_to_learn_from_trains_nothing_and_says_so(folder):
+    settings = {"rewards": {"format": 1.0}, "steps": 2}  # random weights never write a whole thinking block
+    digest, measured = trained(folder, "nothing", **settings)
+    with opened(arguments(folder, "untouched")) as (_, _, trainer):
+        assert weights_digest(trainer.engine.full_state()) == digest
+    for figures in measured:
+        assert (figures["untrained_step"], figures["skipped_groups"], figures["zero_variance_groups"]) == (
+            1.0,
+            4.0,
+            1.0,
+        )
+
+
+def test_answers_cut_off_can_be_kept_from_training(folder):
+    with opened(arguments(folder, "masked", mask_truncated=True, prompts_per_step=11)) as (_, source, trainer):
+        batch = source.batch(0)
+        free = batch.extras["trained"] > 0
+        assert 0 < int(free.sum()) < int((batch.labels != IGNORE).sum())
+        assert trainer.engine.train_step(batch, trainer.objective, 1e-3).weight == float(free.sum())
+
+
+def refuses(folder: Path, message: str, **settings: Any) -> None:
+    with pytest.raises(UserError, match=message), opened(arguments(folder, "refused", **settings)):
+        pass
+
+
+def test_prompts_that_leave_no_room_are_left_out_and_counted(folder):
+    with opened(arguments(folder, "all")) as (_, source, _):
+        longest = max(len(question.prompt) for question in source.collector.questions)
+        assert source.left_out == 0
+    with opened(arguments(folder, "long", max_new_tokens=64 + 1 - (longest - 1))) as (_, source, _):
+        assert source.left_out == 1, "10 + 10 alone has two digits more"
+        source.batch(0)
+        assert source.metrics()["left_out_prompts"] == 1
+    refuses(folder, "max_new_tokens=64: none of 11 prompts", max_new_tokens=64)
+
+
+def test_staleness_needs_workers(folder):
+    message = "max_staleness=1: the training ranks cannot sample while they train"
+    refuses(folder, message, rollout={"max_staleness": 1})
+
+
+def test_vllm_is_refused_where_it_is_not_installed(folder):
+    refuses(folder, "engine=vllm: vLLM is not installed", rollout={"engine": "vllm"})
+
+
+def test_a_checkpoint_before_the_first_batch_carries_nothing(folder):
+    with opened(arguments(folder, "fresh")) as (_, source, _):
+        state = source.state()
+        assert isinstance(source, RolloutSource) and list(state) == ["rollouts.pt"]
+        source.load_state(state)
+        assert source._place is None and source._ready is None

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from ray_pipeline.config import STAGES
 from ray_pipeline.errors import UserError
 from ray_pipeline.ledger import RunLock, read_status
 from ray_pipeline.workflow import resume_pipeline, run_pipeline
@@ -46,7 +45,7 @@ def statuses(folder: Path) -> dict[str, str]:
 def test_run_rerun_change_and_selections(tmp_path, capsys):
     """One run folder through its life, so that stages are started once."""
     assert run(tmp_path) == 0
-    assert toy.calls(tmp_path / "toy") == list(STAGES)
+    assert toy.calls(tmp_path / "toy") == list(toy.CHAIN)
     said = capsys.readouterr().out
     assert "not run yet" in said
     assert "held-out accuracy 50.0%" in said

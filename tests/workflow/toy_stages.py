@@ -14,9 +14,11 @@ from ray_pipeline.config import STAGES, PipelineFields
 from ray_pipeline.errors import UserError
 from ray_pipeline.layout import Layout
 from ray_pipeline.progress import Progress
+from ray_pipeline.stage_chain import chain
 from ray_pipeline.stages.base import StageContext, StageResult
 
 STEPS = 8
+CHAIN = chain(PipelineFields())  # DPO is asked for by name
 
 
 def layout(ranks: int = 1) -> Layout:

@@ -9,17 +9,29 @@ from ray_pipeline.data.tasks.columns import addition, subtraction
 from ray_pipeline.data.tasks.comparisons import comparison
 from ray_pipeline.data.tasks.equations import equation
 from ray_pipeline.data.tasks.expressions import expression
-from ray_pipeline.data.tasks.mixes import CATEGORIES, DIFFICULTIES, PROMPT_MIX, SFT_MIX, TEXT_MIX, Mix
+from ray_pipeline.data.tasks.mixes import (
+    CATEGORIES,
+    DIFFICULTIES,
+    PREFERENCE_MIX,
+    PROMPT_MIX,
+    SFT_MIX,
+    TEXT_MIX,
+    TOOLS_MIX,
+    Mix,
+)
 from ray_pipeline.data.tasks.question import Question, Worked, think
+from ray_pipeline.data.tasks.tool_use import TOOL_REGISTRY
 from ray_pipeline.data.tasks.words import word_problem
 
 __all__ = [
     "CATEGORIES",
     "DIFFICULTIES",
+    "PREFERENCE_MIX",
     "PROMPT_MIX",
     "REGISTRY",
     "SFT_MIX",
     "TEXT_MIX",
+    "TOOLS_MIX",
     "Mix",
     "Question",
     "Worked",
@@ -38,6 +50,7 @@ REGISTRY: dict[str, Callable[[Random, int], Worked]] = {
     "comparison": comparison,
     "word_problem": word_problem,
 }
+_MAKERS = REGISTRY | TOOL_REGISTRY
 # Draws allowed per question wanted before a mix counts as exhausted.
 MAX_DRAWS = 20
 
@@ -48,11 +61,11 @@ def make_question(category: str, difficulty: int, rng: Random) -> Question:
     Raises:
         ValueError: no such category, or a level outside 1..5.
     """
-    if category not in REGISTRY:
-        raise ValueError(f'no category "{category}"; there are {", ".join(REGISTRY)}')
+    if category not in _MAKERS:
+        raise ValueError(f'no category "{category}"; there are {", ".join(_MAKERS)}')
     if difficulty not in DIFFICULTIES:
         raise ValueError(f"difficulty {difficulty} is not one of {DIFFICULTIES}")
-    worked = REGISTRY[category](rng, difficulty)
+    worked = _MAKERS[category](rng, difficulty)
     return Question(worked.prompt, worked.steps, worked.answer, category, difficulty)
 
 

@@ -29,6 +29,10 @@ SHARES = {category: 0.5 if category == "word_problem" else 1.0 for category in C
 SFT_MIX = Mix(SHARES, (4.0, 1.0, 0.1, 0.0, 0.0))
 PROMPT_MIX = Mix(SHARES, (4.0, 1.0, 0.1, 0.0, 0.0))
 TEXT_MIX = Mix(SHARES, (4.0, 2.0, 1.0, 0.3, 0.1))
+# The lowest levels are beyond a small model's head already; longer numbers only make calls longer to copy.
+TOOLS_MIX = Mix({"long_product": 1.0, "long_sum": 1.0, "stock": 1.0}, (4.0, 2.0, 1.0, 0.0, 0.0))
+# About half of them take more than one calculation.
+PREFERENCE_MIX = Mix(SHARES | {"addition": 0.7, "subtraction": 0.7, "expression": 0.7}, (4.0, 1.0, 0.1, 0.0, 0.0))
 # Share of demonstrations that answer at a glance instead of working the question out, as some people's do. Such answers
 # are often wrong; that working pays is for GRPO to find out.
 GLANCE_SHARE = 0.48

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.attention import core
+from model.attention import blocked
 from model.attention.blocked import columns_of
 from model.attention.build import visible_tokens
 from model.attention.core import document_mask, softmax_attention
@@ -98,16 +98,16 @@ def test_a_block_meets_its_window_and_the_strided_tokens_before_it():
 def test_rows_too_long_for_blocks_without_a_window_are_taken_with_one(monkeypatch):
     mask = sliding_mask(torch.zeros(1, 300, dtype=torch.long), 16, 7)
     q, k, v = torch.randn(3, 2, 2, 300, 4, generator=torch.Generator().manual_seed(0)).unbind(0)
-    monkeypatch.setattr(core, "LONGEST", 32)
+    monkeypatch.setattr(blocked, "LONGEST", 32)
     calls = []
-    apply = core.BlockedAttention.apply
+    apply = blocked.BlockedAttention.apply
 
     def counted(*args):
         calls.append(args)
         return apply(*args)
 
-    monkeypatch.setattr(core.BlockedAttention, "apply", counted)
-    blocked = softmax_attention(q, k, v, scale=0.5, mask=mask, window=16)
+    monkeypatch.setattr(blocked.BlockedAttention, "apply", counted)
+    by_blocks = softmax_attention(q, k, v, scale=0.5, mask=mask, window=16)
     fused = softmax_attention(q, k, v, scale=0.5, mask=mask)
     assert len(calls) == 1
-    torch.testing.assert_close(blocked, fused, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(by_blocks, fused, rtol=1e-5, atol=1e-6)

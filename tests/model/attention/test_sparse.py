@@ -18,6 +18,7 @@ from model.auxiliary import auxiliary_scale
 from model.config import ModelConfig, RopeScaling
 from model.init import init_weights
 from model.transformer import Transformer
+from tests.model.probes import assert_causal, assert_packed_equals_alone
 
 # 16 heads: with few of them, relu makes scores of exactly zero, and which of equals a sort takes is nobody's rule.
 BASE = dict(
@@ -114,25 +115,13 @@ def test_the_norm_of_index_keys_starts_as_the_identity():
 @settings(max_examples=20, deadline=None)
 @given(place=st.integers(0, 47), packed=st.booleans())
 def test_changing_a_token_never_changes_logits_before_it(place, packed):
-    model, ids = build(), tokens(rows=1)
-    doc_ids = (torch.arange(48)[None] >= 20).long() if packed else None
-    changed = ids.clone()
-    changed[0, place] = (changed[0, place] + 1) % BASE["vocab_size"]
-    with torch.no_grad():
-        before, after = model(ids, doc_ids), model(changed, doc_ids)
-    torch.testing.assert_close(after[:, :place], before[:, :place], rtol=0, atol=1e-5)
-    assert (after[:, place] - before[:, place]).abs().max() > 1e-3
+    assert_causal(build(), tokens(rows=1), place, packed=packed)
 
 
 @settings(max_examples=15, deadline=None)
 @given(cuts=st.lists(st.integers(1, 47), min_size=1, max_size=4, unique=True).map(sorted))
 def test_packed_documents_equal_documents_alone(cuts):
-    model, ids = build(), tokens(rows=1)
-    doc_ids = sum((torch.arange(48) >= cut).long() for cut in cuts)[None]
-    with torch.no_grad():
-        packed = model(ids, doc_ids)
-        for start, stop in zip([0, *cuts], [*cuts, 48], strict=True):
-            torch.testing.assert_close(packed[:, start:stop], model(ids[:, start:stop]), rtol=0, atol=2e-5)
+    assert_packed_equals_alone(build(), tokens(rows=1), cuts)
 
 
 def test_scores_are_weighted_sums_of_rectified_products():

@@ -87,9 +87,7 @@ def test_what_transformers_saved_is_read_trained_written_and_read_by_transformer
     (tmp_path / "ours").mkdir()
     folder = tokenizer(tmp_path / "tokenizer")
     save_hf(tmp_path / "ours", read, model.state_dict(), tokenizer_folder=folder, model_card="# card\n")
-    again, info = AutoModelForCausalLM.from_pretrained(
-        tmp_path / "ours", dtype=torch.float32, output_loading_info=True
-    )
+    again, info = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", dtype=torch.float32, output_loading_info=True)
     assert type(again) is type(theirs)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     with torch.no_grad():

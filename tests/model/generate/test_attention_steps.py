@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from model.attention.build import build_attention
 from model.config import ModelConfig
 from model.generate.attention_steps import build_decode_attention
-from model.generate.cache import LatentCache
+from model.generate.cache import KVCache
 from model.generate.decoder import Decoder
 from model.layers.rope import rotary_table
 from model.transformer import Transformer
@@ -36,7 +36,7 @@ def test_steps_equal_the_module_on_the_whole_row(kind):
     residual = torch.randn(2, 20, config.hidden_size)
     with torch.inference_mode():
         expected = attention(x, rotation, mask) + residual
-        [cache] = LatentCache.allocate([step.width], torch.zeros(2, dtype=torch.long), 23, x.dtype).layers
+        [cache] = KVCache.allocate([step.width], torch.zeros(2, dtype=torch.long), 23, x.dtype).layers
         step.remember(x[:, :7], rotation[:, :7], cache[:, :7])
         for column in range(7, 20):
             bias = torch.zeros(2, 1, column + 1)

@@ -181,9 +181,7 @@ def test_a_think_budget_holds_for_thinking_that_the_model_begins(tokens):
 @torch.no_grad()
 def test_a_repetition_penalty_counts_prompt_and_answer():
     penalty, row = 1.8, [1, 2, 3]
-    [c] = generate(
-        Decoder(SHARED), [row], max_new_tokens=20, eos_ids=set(), temperature=0, repetition_penalty=penalty
-    )
+    [c] = generate(Decoder(SHARED), [row], max_new_tokens=20, eos_ids=set(), temperature=0, repetition_penalty=penalty)
     for token, logprob in zip(c.tokens, c.logprobs, strict=True):
         logits = SHARED(torch.tensor([row]))[0, -1]
         punished = logits.clone()

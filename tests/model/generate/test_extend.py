@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.generate.cache import LatentCache
+from model.generate.cache import KVCache
 from model.generate.decoder import Decoder
 from model.generate.drafter import Drafter, realign
 from model.generate.extend import extend
@@ -68,7 +68,7 @@ def test_realigned_rows_keep_their_tokens(data):
     lengths = torch.tensor(data.draw(st.lists(st.integers(1, columns - lead), min_size=rows, max_size=rows)))
     padding = columns - lengths
     content = torch.arange(rows * columns).view(rows, columns, 1).float()
-    old = LatentCache([content.clone(), -content], padding, columns)
+    old = KVCache([content.clone(), -content], padding, columns)
     chosen = torch.tensor(data.draw(st.lists(st.integers(0, rows - 1), min_size=1, max_size=5)))
     kept = torch.tensor([data.draw(st.integers(1, int(lengths[r]))) for r in chosen])
     new = realign(old, chosen, kept, lead)
@@ -83,7 +83,7 @@ def test_realigned_rows_keep_their_tokens(data):
 
 
 def test_dropping_the_same_number_of_tokens_everywhere_copies_nothing():
-    old = LatentCache([torch.zeros(2, 8, 1)], torch.tensor([0, 2]), 8)
+    old = KVCache([torch.zeros(2, 8, 1)], torch.tensor([0, 2]), 8)
     assert realign(old, None, torch.tensor([6, 4]), 0) is old and old.length == 6
 
 

@@ -8,9 +8,11 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.layers import chunked_loss
-from model.layers.chunked_loss import loss_per_token, loss_sum
+from model.layers.chunked_loss import loss_of_logits, loss_per_token, loss_sum
 from model.layers.linear import deferred_weight_gradients
 from model.parallel.collectives import LOCAL
+from model.parallel.mesh import Mesh, MeshSizes
+from tests.distributed import run_ranks
 
 ROWS, VOCAB, WIDTH = 700, 96, 24
 
@@ -98,3 +100,25 @@ def test_no_tensor_is_as_large_as_the_logits():
         loss_sum(x, weight, labels, LOCAL).backward()
         loss_per_token(x, weight, labels, LOCAL, 1.0).sum().backward()
     assert seen.numel == 256 * VOCAB < ROWS * VOCAB
+
+
+def test_the_loss_of_given_logits_is_cross_entropy_and_leaves_them_as_they_are():
+    x, weight, labels = inputs()
+    logits = F.linear(x, weight)
+    before = logits.detach().clone()
+    ours = loss_of_logits(logits, labels, LOCAL)
+    torch.testing.assert_close(ours, F.cross_entropy(before, labels, reduction="none"))
+    assert torch.equal(logits, before) and not ours.requires_grad
+
+
+def vocabulary_in_two(rank: int) -> torch.Tensor:
+    axis = Mesh(MeshSizes(tp=2)).axis("tp")
+    x, weight, labels = inputs()
+    return loss_of_logits(F.linear(x, weight).chunk(2, 1)[rank], labels, axis)
+
+
+def test_the_loss_of_given_logits_is_the_same_with_the_vocabulary_cut():
+    x, weight, labels = inputs()
+    whole = loss_of_logits(F.linear(x, weight), labels, LOCAL)
+    for part in run_ranks(vocabulary_in_two, 2):
+        torch.testing.assert_close(part, whole)

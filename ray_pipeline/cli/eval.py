@@ -1,0 +1,280 @@
+"""`eval`: ask a model questions with known answers, report how well it does, and compare it with another."""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ray_pipeline.cli.runs import output_dir
+from ray_pipeline.errors import UserError
+
+if TYPE_CHECKING:
+    from ray_pipeline.evaluation.asking import AskSettings
+    from ray_pipeline.evaluation.model_source import ModelSource
+    from ray_pipeline.evaluation.report import Report
+    from ray_pipeline.evaluation.tasks import Task
+
+SAMPLED_TEMPERATURE = 0.6  # DeepSeek-R1's (arXiv:2501.12948, §3)
+DEFAULT_NEW_TOKENS = 512  # where no run says how long its answers are
+_RANGE = re.compile(r"([1-5])(?:-([1-5]))?")
+
+
+@click.command(name="eval")
+@click.argument("target", required=False, metavar="RUN|PATH")
+@click.option("--tasks", help="Names with commas between them; --list shows them. Default: heldout, for a run.")
+@click.option("--stage", help="Of a run. Default: the last finished of pretrain, sft, dpo and grpo.")
+@click.option("--samples", type=int, default=1, show_default=True, help="Answers to each question.")
+@click.option("--k", "ks", help="The k of pass@k and maj@k, with commas. Default: powers of two up to --samples.")
+@click.option("--temperature", type=click.FloatRange(0), help="0 is greedy. Default: 0, or 0.6 with --samples.")
+@click.option("--max-new-tokens", type=click.IntRange(1), help="Of one answer. Default: the run's own limit, or 512.")
+@click.option("--limit", type=click.IntRange(1), help="Questions of each task. Default: the task's own number.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of questions and answers.")
+@click.option("--difficulty", metavar="A-B", help="Only questions of these levels, 1 to 5, for example 1-3.")
+@click.option("--compare", help="Another RUN, PATH or report (.json): a paired test on the same questions.")
+@click.option("--tools", help="Tools the model may call, with commas between them, for example calculator.")
+@click.option("--max-batch", type=click.IntRange(1), default=256, show_default=True, help="Answers written together.")
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the whole report here.")
+@click.option("--html", "html_file", type=click.Path(path_type=Path), help="Write a page to read here.")
+@click.option("--report", "reports", multiple=True, metavar="NAME=FILE", help="Write by any other reporter.")
+@click.option("--list", "list_tasks", is_flag=True, help="Show the tasks and stop.")
+@click.option("--output-dir", "runs_dir", help="Folder of all runs. Default: runs.")
+def evaluate(target: str | None, list_tasks: bool, **wishes: Any) -> int:
+    """Ask the model of a RUN, or of a folder (PATH), questions with known answers.
+
+    PATH may be a stage's folder, an exported or published Hugging Face folder, or a report (.json) of an earlier
+    evaluation, which is then shown and compared without loading anything.
+    """
+    from rich.console import Console
+
+    from ray_pipeline.evaluation.reports.terminal import print_report
+
+    if list_tasks:
+        print_tasks()
+        return 0
+    if target is None:
+        raise UserError("name what to evaluate: a RUN or a PATH. `--list` shows the tasks.")
+    writers = report_writers(wishes)
+    report = _evaluated(target, wishes)
+    print_report(Console(), report)
+    for write, path in writers:
+        write(report, path)
+        click.echo(f"Written: {path}", err=True)
+    return 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be asked of which models; everything in it is checked."""
+
+    models: list[ModelSource]
+    tasks: list[Task]
+    settings: AskSettings
+    ks: tuple[int, ...]
+    earlier: Report | None
+
+
+def _evaluated(target: str, wishes: dict[str, Any]) -> Report:
+    from ray_pipeline.evaluation.report import is_report
+
+    if is_report(Path(target)):
+        return _read(Path(target), wishes)
+    plan = make_plan(target, wishes)
+    reports = [_ask(plan, source) for source in plan.models]
+    other = plan.earlier or (reports[1] if len(reports) > 1 else None)
+    if other is not None:
+        reports[0].compare(other)
+    return reports[0]
+
+
+def _read(path: Path, wishes: dict[str, Any]) -> Report:
+    """An earlier report, compared with another if asked."""
+    from ray_pipeline.evaluation.report import is_report, read_report
+
+    given = {"stage": None, "tools": None, "difficulty": None, "limit": None, "temperature": None, "ks": None,
+             "max_new_tokens": None, "samples": 1, "seed": 0}  # fmt: skip
+    for name, default in given.items():
+        if wishes[name] != default:
+            option = "k" if name == "ks" else name.replace("_", "-")
+            raise UserError(f"--{option}: {path} is a report, its questions were asked already. Leave it out.")
+    report = read_report(path)
+    if wishes["tasks"] is not None:
+        names = split_names(wishes["tasks"])
+        there = {task.name: task for task in report.tasks}
+        missing = [name for name in names if name not in there]
+        if missing:
+            raise UserError(f"--tasks {missing[0]}: {path} holds only {', '.join(there)}.")
+        report.tasks = [there[name] for name in names]
+    if wishes["compare"] is not None:
+        other = Path(wishes["compare"])
+        if not is_report(other):
+            raise UserError(
+                f"--compare {other}: {path} is a report, so the other one has to be a report (.json) too. To ask a "
+                "model the same questions, name the model first: eval MODEL --tasks ... --compare REPORT.json"
+            )
+        report.compare(read_report(other))
+    return report
+
+
+def make_plan(target: str, wishes: dict[str, Any]) -> Plan:
+    """Everything that can be refused before a model is loaded.
+
+    Raises:
+        UserError: naming the option.
+    """
+    from ray_pipeline.cli.eval_target import find_model
+    from ray_pipeline.evaluation.asking import AskSettings
+    from ray_pipeline.evaluation.report import check_comparable, is_report, read_report
+    from ray_pipeline.evaluation.tasks import Request, make_tasks
+
+    samples, temperature, ks = sampling(wishes)
+    tools = tuple(split_names(wishes["tools"] or ""))
+    difficulties = levels(wishes["difficulty"])
+    runs_dir = output_dir(wishes["runs_dir"])
+    source = find_model(target, wishes["stage"], runs_dir)
+    names = ["heldout"] if wishes["tasks"] is None and source.heldout else split_names(wishes["tasks"] or "")
+    request = Request(None, wishes["seed"], wishes["limit"], difficulties, source.heldout)
+    models, earlier, compare = [source], None, wishes["compare"]
+    if compare is not None and is_report(Path(compare)):
+        earlier = read_report(Path(compare))
+    elif compare is not None:
+        models.append(find_model(compare, None, runs_dir))
+    tasks = make_tasks(names, request)
+    if earlier is not None:
+        check_comparable(tasks, earlier)
+    for model in models:
+        model.read_tokenizer()
+    if tools:
+        from ray_pipeline.evaluation.tool_use import check_tools
+
+        check_tools(tools, models)
+    limit = wishes["max_new_tokens"] or source.max_new_tokens or DEFAULT_NEW_TOKENS
+    settings = AskSettings(samples, temperature, limit, wishes["seed"], wishes["max_batch"], tools)
+    return Plan(models, tasks, settings, ks, earlier)
+
+
+def sampling(wishes: dict[str, Any]) -> tuple[int, float, tuple[int, ...]]:
+    """Samples, temperature and the k of pass@k.
+
+    Raises:
+        UserError: fewer than one sample, equal samples, or a k that there are too few samples for.
+    """
+    samples, temperature = wishes["samples"], wishes["temperature"]
+    if samples < 1:
+        raise UserError(f"--samples {samples}: a question needs at least one answer. Use --samples 1.")
+    if temperature is None:
+        temperature = 0.0 if samples == 1 else SAMPLED_TEMPERATURE
+    if not math.isfinite(temperature):
+        raise UserError(f"--temperature {temperature}: must be a finite number.")
+    if samples > 1 and temperature == 0:
+        raise UserError(
+            f"--samples {samples} with --temperature 0: greedy answers to a question are all the same. Use a "
+            f"temperature above 0, such as {SAMPLED_TEMPERATURE}, or --samples 1."
+        )
+    if wishes["ks"] is None:
+        return samples, temperature, tuple(sorted({*(2**i for i in range(samples.bit_length()))} | {samples}))
+    try:
+        ks = tuple(sorted({int(k) for k in wishes["ks"].split(",")}))
+    except ValueError:
+        raise UserError(f"--k {wishes['ks']}: must be whole numbers with commas between them, such as 1,4.") from None
+    if ks[0] < 1 or ks[-1] > samples:
+        wrong = ks[0] if ks[0] < 1 else ks[-1]
+        raise UserError(
+            f"--k {wrong}: must be from 1 to the number of samples, {samples}. Use --samples {max(wrong, 1)}."
+        )
+    return samples, temperature, ks
+
+
+def levels(given: str | None) -> tuple[int, ...] | None:
+    """`1-3` -> (1, 2, 3).
+
+    Raises:
+        UserError: not such a range.
+    """
+    if given is None:
+        return None
+    match = _RANGE.fullmatch(given.strip())
+    low, high = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+    if low > high:
+        raise UserError(f"--difficulty {given}: must be a level from 1 to 5, or two with a dash between, like 1-3.")
+    return tuple(range(low, high + 1))
+
+
+def split_names(given: str) -> list[str]:
+    """Names with commas between them."""
+    return [name.strip() for name in given.split(",") if name.strip()]
+
+
+def report_writers(wishes: dict[str, Any]) -> list[tuple[Any, Path]]:
+    """(reporter, path) of everything that will be written.
+
+    Raises:
+        UserError: an unknown reporter, a path that is a folder or lies in a file, or two reports in one file.
+    """
+    from ray_pipeline.evaluation.reports import get_reporter
+
+    asked = [(name, wishes[f"{name}_file"], f"--{name}") for name in ("json", "html") if wishes[f"{name}_file"]]
+    for given in wishes["reports"]:
+        name, equals, file = given.partition("=")
+        if not equals or not file:
+            raise UserError(f"--report {given}: write it as NAME=FILE, for example --report jsonl=answers.jsonl.")
+        asked.append((name, Path(file), "--report"))
+    paths = [path.absolute() for _, path, _ in asked]
+    for _, path, option in asked:
+        if path.is_dir() or any(parent.is_file() for parent in path.absolute().parents):
+            raise UserError(f"{option} {path}: is a folder, or lies in a file. Give the path of a file to write.")
+        if paths.count(path.absolute()) > 1:
+            raise UserError(f"{option} {path}: two reports would be written to this file. Give different ones.")
+    return [(get_reporter(name), path) for name, path, _ in asked]
+
+
+def _ask(plan: Plan, source: ModelSource) -> Report:
+    """Load one model and ask it everything."""
+    from ray_pipeline.cli.eval_progress import AskProgress
+    from ray_pipeline.evaluation.evaluate import answers_wanted, evaluate
+    from ray_pipeline.evaluation.models import load
+    from ray_pipeline.evaluation.report import Report
+
+    settings = plan.settings
+    with AskProgress(source.name) as progress:
+        progress.say("loading")
+        model = load(source)
+        results = []
+        for task in plan.tasks:
+            progress.start(task.name, answers_wanted(task, settings))
+            results.append(evaluate(model, task, settings, plan.ks, progress.add))
+    about = {
+        "name": source.name,
+        "folder": str(source.folder),
+        "form": source.form,
+        "parameters": model.backend.parameters,
+        "device": str(model.backend.device),
+    }
+    how = {
+        "samples": settings.samples,
+        "temperature": settings.temperature,
+        "max_new_tokens": settings.max_new_tokens,
+        "seed": settings.seed,
+        "tools": list(settings.tools),
+    }
+    return Report(about, how, results, time.time())
+
+
+def print_tasks() -> None:
+    """Names, what may stand behind the colon, and what they ask."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from ray_pipeline.evaluation.tasks import known_tasks
+
+    table = Table("task", "what it asks", box=None)
+    for entry in known_tasks().values():
+        name = f"{entry.name}:{entry.takes}" if entry.takes else entry.name
+        table.add_row(Text(name), Text(entry.summary))
+    Console().print(table)

@@ -1,0 +1,123 @@
+"""Which model `eval` means: a run, one of its stages' folders, or a model folder from elsewhere. Loads nothing."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ray_pipeline.cli.runs import CONFIG_FILE, find_run, list_runs
+from ray_pipeline.cli.stage_folders import choose_stage, finished_stages
+from ray_pipeline.errors import UserError, did_you_mean
+
+if TYPE_CHECKING:
+    from ray_pipeline.evaluation.model_source import ModelSource
+
+# What answers by default: the last of these that is finished. The student and the exports are asked for by name.
+POLICIES = ("pretrain", "sft", "dpo", "grpo")
+BY_NAME = ("distillation", "export")
+EXPORTED = ("hf", "native")
+
+
+def find_model(given: str, stage: str | None, runs_dir: Path) -> ModelSource:
+    """What `given` names: a run (by name or folder), a stage's folder, or a model's.
+
+    Raises:
+        UserError: nothing of the kind, a stage that is not finished, or a damaged folder.
+    """
+    path = Path(given)
+    if (runs_dir / given / CONFIG_FILE).is_file() or (path / CONFIG_FILE).is_file():
+        return _of_run(find_run(given, runs_dir), stage)
+    if not path.is_dir():
+        known = [run.name for run in list_runs(runs_dir)]
+        there = f" The runs there are {', '.join(known[:10])}." if known else ""
+        raise UserError(
+            f'"{given}": neither a run in {runs_dir}{did_you_mean(given, known)} nor a folder.{there} Give a run, or '
+            "the path of a model folder."
+        )
+    if stage is not None:
+        raise UserError(f"--stage {stage}: {given} is a folder and no run. Leave it out.")
+    return _of_folder(path)
+
+
+def _of_run(run_dir: Path, stage: str | None) -> ModelSource:
+    finished = finished_stages(run_dir)
+    candidates: tuple[str, ...] = POLICIES + BY_NAME
+    if stage is None and any(name in finished for name in POLICIES):
+        candidates = POLICIES
+    name, folder = choose_stage(run_dir, stage, candidates)
+    if name == "export":
+        return _exported(folder, run_dir, finished)
+    return _trained(folder, f"{run_dir.name} ({name})", run_dir, finished.get("data_prep"))
+
+
+def _trained(folder: Path, name: str, run_dir: Path, data: Path | None) -> ModelSource:
+    from ray_pipeline.evaluation.model_source import ModelSource
+
+    if data is None:
+        raise UserError(f"run {run_dir.name}: its data_prep stage is gone, and the tokenizer with it. Use `resume`.")
+    source = ModelSource(name, folder / "model", data / "tokenizer", "stage")
+    return _with_run(source, run_dir, data)
+
+
+def _exported(folder: Path, run_dir: Path, finished: dict[str, Path]) -> ModelSource:
+    from ray_pipeline.evaluation.model_source import describe_folder
+
+    place = next((folder / name for name in EXPORTED if (folder / name).is_dir()), None)
+    if place is None:
+        raise UserError(f"{folder}: holds neither {' nor '.join(EXPORTED)}. Run the stage again: --stage export.")
+    source = describe_folder(place, name=f"{run_dir.name} (export)")
+    return _with_run(source, run_dir, finished.get("data_prep"))
+
+
+def _with_run(source: ModelSource, run_dir: Path, data: Path | None) -> ModelSource:
+    """Add what the run knows: its held-out questions and how long its answers may be."""
+    heldout = None if data is None else data / "prompts" / "heldout.jsonl"
+    return replace(source, heldout=heldout, max_new_tokens=_answer_length(run_dir))
+
+
+def _answer_length(run_dir: Path) -> int | None:
+    import yaml
+
+    try:
+        values = yaml.safe_load((run_dir / CONFIG_FILE).read_text(encoding="utf-8"))
+        return int(values["evaluation"]["max_new_tokens"])
+    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError):
+        return None  # the run's own verbs say what is wrong with its settings
+
+
+def _of_folder(path: Path) -> ModelSource:
+    from ray_pipeline.evaluation.model_source import describe_folder
+
+    stage = path.parent if path.name == "model" and (path.parent / "record.json").is_file() else path
+    if (stage / "record.json").is_file() and (stage.parent / CONFIG_FILE).is_file():
+        return _of_stage_folder(stage.absolute())
+    source = describe_folder(path.absolute())
+    return _of_export(source, path.absolute()) if (path.parent / "record.json").is_file() else source
+
+
+def _of_export(source: ModelSource, folder: Path) -> ModelSource:
+    """A folder that EXPORT wrote, where it wrote it: its run's questions are at hand."""
+    run_dir = folder.parent.parent
+    if not (run_dir / CONFIG_FILE).is_file():
+        return source
+    return replace(
+        _with_run(source, run_dir, finished_stages(run_dir).get("data_prep")), name=f"{run_dir.name} ({folder.name})"
+    )
+
+
+def _of_stage_folder(folder: Path) -> ModelSource:
+    """A stage's folder inside its run: the tokenizer is of the DATA_PREP that this very stage read."""
+    from ray_pipeline.ledger import read_record, stage_folder
+
+    record, run_dir = read_record(folder), folder.parent
+    if record is None or not record.is_finished:
+        status = "missing" if record is None else record.status
+        raise UserError(f"{folder}: the stage is not finished (its record is {status}). Go on with `resume`.")
+    identity = record.upstream.get("data_prep")
+    data = stage_folder(run_dir, "data_prep", identity) if identity else finished_stages(run_dir).get("data_prep")
+    if record.stage == "export":
+        return _exported(folder, run_dir, {} if data is None else {"data_prep": data})
+    if not (folder / "model").is_dir():
+        raise UserError(f"{folder}: the stage {record.stage} makes no model. Give the folder of a stage that trains.")
+    return _trained(folder, f"{run_dir.name} ({record.stage})", run_dir, data)

@@ -1,0 +1,63 @@
+"""What `run` and `resume` open before anything starts: data, the model that is started from, the teacher."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from ray_pipeline.errors import UserError
+
+if TYPE_CHECKING:
+    from ray_pipeline.config import PipelineFields
+    from ray_pipeline.layout import Layout
+    from ray_pipeline.workflow_plan import StageSelection
+
+
+def check_inputs(config: PipelineFields, layout: Layout, stages: StageSelection) -> None:
+    """Look at the input files and names now, if a stage is going to read them in a run with this legal layout.
+
+    Raises:
+        UserError: naming the file, and the line where there is one.
+    """
+    from ray_pipeline.data.sources import check_sources
+    from ray_pipeline.layout import with_layout
+    from ray_pipeline.stage_chain import reads_folder, trained
+    from ray_pipeline.workflow_plan import plan
+
+    run_dir = (config.output_dir / str(config.run_name)).absolute()
+    rows = plan(with_layout(config, layout), run_dir, stages)
+    working = [row.stage for row in rows if row.action in ("run", "resume")]
+    if "data_prep" in working:
+        check_sources(config)
+    if any(stage in working and reads_folder(config, stage) for stage in trained(config)):
+        _check_folder(config)
+    if "distillation" in working:
+        from ray_pipeline.training.teacher_folder import check_teacher
+
+        check_teacher(config, layout)
+    if "grpo" in working:
+        _check_rollouts(config, layout)
+
+
+def _check_rollouts(config: PipelineFields, layout: Layout) -> None:
+    """Rewards, tools and the engine, where they will be used: not here for a run on Modal."""
+    from ray_pipeline.rewards.registry import check_reward_names
+    from ray_pipeline.tools.registry import check_tool_names
+
+    if config.backend == "modal":
+        return
+    check_reward_names(config.grpo.rewards)
+    check_tool_names(config.grpo.tools.names)
+    if config.grpo.rollout.engine == "vllm" and layout.device != "cuda":
+        raise UserError("grpo.rollout.engine=vllm: vLLM samples on GPUs, and there is none here. Use engine=native.")
+
+
+def _check_folder(config: PipelineFields) -> None:
+    """Headers against the architecture; says what starts fresh."""
+    from ray_pipeline.training.initial import open_initial  # imports torch
+
+    folder = open_initial(config)
+    if folder is not None and folder.fresh:
+        names = ", ".join(folder.fresh[:4]) + (", ..." if len(folder.fresh) > 4 else "")
+        click.echo(f"--init-from {folder.path}: {len(folder.fresh)} parameters start from fresh weights: {names}")

@@ -1,0 +1,110 @@
+"""Records of preference files as pairs of a chosen and a rejected answer to one prompt. No files here."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ray_pipeline.data.chat import Chat
+from ray_pipeline.data.fields import BadRecord, Record, filled, names, nearest_field
+from ray_pipeline.data.records import instruction_turn, prompt_turns, system_turns
+from ray_pipeline.data.turns import Message, read_tools, read_turns, said
+
+# Columns that tell a form, and what it is called in errors; the first that fits is taken.
+FORMS = {
+    ("conversations", "chosen", "rejected"): "ShareGPT (and system, tools)",
+    ("prompt", "chosen", "rejected"): "TRL's, each a text or turns (and tools)",
+    ("question", "chosen", "rejected"): "one question (and system)",
+    ("instruction", "chosen", "rejected"): "Alpaca (and input, system)",
+    ("chosen", "rejected"): "TRL's, whole conversations that begin alike",
+}
+
+
+@dataclass(frozen=True)
+class Preference:
+    """Two answers to the same prompt.
+
+    Attributes:
+        prompt: the turns before the answers. chosen, rejected: the turns of each answer, the last the assistant's.
+        tools: functions the assistant may call.
+    """
+
+    prompt: tuple[Message, ...]
+    chosen: tuple[Message, ...]
+    rejected: tuple[Message, ...]
+    tools: tuple[dict[str, Any], ...] = ()
+
+    @property
+    def question(self) -> str:
+        """All that is said before the answers: pairs with the same one belong to the same side of a split."""
+        return "\n".join(part for message in self.prompt for part in said(message))
+
+    def chats(self) -> tuple[Chat, Chat]:
+        """The chosen and the rejected conversation, of which the answer alone counts."""
+        first = len(self.prompt)
+        chosen, rejected = (Chat((*self.prompt, *answer), self.tools, first) for answer in (self.chosen, self.rejected))
+        return chosen, rejected
+
+
+def as_preference(record: Record) -> Preference:
+    """The pair of a record, in the first of FORMS whose columns it has.
+
+    Raises:
+        BadRecord: no pair in it.
+    """
+    form = next((form for form in FORMS if all(column in record for column in form)), None)
+    if form is None:
+        hint = nearest_field(record, (column for columns in FORMS for column in columns))
+        accepted = "; ".join(f"{', '.join(columns)}: {name}" for columns, name in FORMS.items())
+        raise BadRecord(f"has {names(record)}{hint}, which is no form of preference. Accepted are {accepted}")
+    if form == ("chosen", "rejected"):
+        return _whole_conversations(record)
+    prompt = _PROMPTS[form[0]](record)
+    if not any(message["role"] == "user" for message in prompt):
+        raise BadRecord(f'"{form[0]}" must hold a user turn')
+    if prompt[-1]["role"] == "assistant":
+        raise BadRecord(f'"{form[0]}" must end before the answer, but its last turn is the assistant\'s')
+    tools = read_tools(record.get("tools"))
+    return Preference(tuple(prompt), _answer(record, "chosen"), _answer(record, "rejected"), tools)
+
+
+_PROMPTS: dict[str, Callable[[Record], list[Message]]] = {
+    "conversations": lambda record: system_turns(record) + read_turns(record["conversations"], "conversations"),
+    "prompt": prompt_turns,
+    "question": lambda record: system_turns(record) + prompt_turns(record, "question"),
+    "instruction": lambda record: [*system_turns(record), instruction_turn(record)],
+}
+
+
+def _answer(record: Record, field: str) -> tuple[Message, ...]:
+    """An answer written as text, as one turn, or as turns."""
+    value = record[field]
+    if isinstance(value, list | Mapping):
+        turns = read_turns(value if isinstance(value, list) else [value], field)
+    else:
+        turns = [{"role": "assistant", "content": filled(record, field)}]
+    _check_answer(turns, field)
+    return tuple(turns)
+
+
+def _check_answer(turns: list[Message], field: str) -> None:
+    roles, last = [turn["role"] for turn in turns], turns[-1]
+    if roles[0] != "assistant" or roles[-1] != "assistant":
+        raise BadRecord(f'"{field}" must answer the prompt with an assistant\'s turns, but has {roles}')
+    if not last["content"].strip() and "tool_calls" not in last:
+        raise BadRecord(f'the last turn of "{field}" is empty')
+
+
+def _whole_conversations(record: Record) -> Preference:
+    """Both conversations whole: what they begin with alike is the prompt."""
+    chosen, rejected = (read_turns(record[field], field) for field in ("chosen", "rejected"))
+    alike = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected, strict=False)))
+    alike = min(alike, len(chosen) - 1, len(rejected) - 1)  # the same answer twice leaves a prompt all the same
+    if not any(message["role"] == "user" for message in chosen[:alike]):
+        raise BadRecord('"chosen" and "rejected" must begin with the same user turn, or give a "prompt" of their own')
+    for turns, field in ((chosen[alike:], "chosen"), (rejected[alike:], "rejected")):
+        _check_answer(turns, field)
+    answers = (tuple(chosen[alike:]), tuple(rejected[alike:]))
+    return Preference(tuple(chosen[:alike]), *answers, read_tools(record.get("tools")))

@@ -1,0 +1,59 @@
+"""What is reported of an optimizer step: sums of every rank's micro-batches, known to all ranks in two messages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from model.auxiliary import LOSSES, AuxiliarySums
+from model.parallel.mesh import Mesh
+from ray_pipeline.engine.expert_balance import ExpertBalance
+
+
+@dataclass(frozen=True)
+class StepStats:
+    """One optimizer step as every rank knows it.
+
+    Attributes:
+        loss: mean. grad_norm: before clipping. metrics: sums of the objective's, to be divided by `weight`.
+        figures: losses of single layers (means per token and layer), and how evenly experts were used.
+    """
+
+    loss: float
+    grad_norm: float
+    weight: float
+    metrics: dict[str, float]
+    figures: dict[str, float] = field(default_factory=dict)
+
+
+def objective_sums(values: Sequence[Tensor], width: int, device: torch.device) -> Tensor:
+    """What an objective returned for this rank's micro-batches, [width] each (none without the last part), added up."""
+    total = torch.zeros(width, dtype=torch.float64, device=device)
+    for one in values:
+        total += one
+    return total
+
+
+def over_ranks(mesh: Mesh, partial: Tensor, shared: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Two vectors added up over all ranks: each replica has a part of `partial`, all of them have the same `shared`."""
+    shared = partial.new_zeros(0) if shared is None else shared
+    both = mesh.all_reduce(torch.cat([mesh.all_reduce(partial, "replica"), shared.to(partial)]), "pp")
+    return both[: len(partial)], both[len(partial) :]
+
+
+def layer_figures(auxiliary: list[float], measured: list[list[float]], experts: ExpertBalance) -> dict[str, float]:
+    """Losses of single layers as means per token and layer, and how evenly experts were used.
+
+    Args:
+        auxiliary: sum and count of each of `LOSSES` over all ranks. measured: `ExpertBalance.measured`, likewise.
+    """
+    pairs = zip(LOSSES, auxiliary[::2], auxiliary[1::2], strict=True)
+    return {name: total / count for name, total, count in pairs if count} | experts.figures(measured)
+
+
+def auxiliary_sums(auxiliary: AuxiliarySums, device: torch.device) -> Tensor:
+    """Sum and count of each of `LOSSES` on this rank, one after another: fp64 [2 * len(LOSSES)]."""
+    return torch.tensor([auxiliary.pair(name) for name in LOSSES], dtype=torch.float64, device=device).flatten()

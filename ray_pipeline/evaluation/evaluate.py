@@ -1,0 +1,105 @@
+"""Asks a model the questions of a task and marks what it says."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from ray_pipeline.evaluation.asking import AskSettings, Reply, Watch, ask
+from ray_pipeline.evaluation.marking import RIGHT, is_well_formed
+from ray_pipeline.evaluation.models import LanguageModel
+from ray_pipeline.evaluation.results import ItemResult, MarkedAnswer, TaskResult
+from ray_pipeline.evaluation.self_check import self_check
+from ray_pipeline.evaluation.tasks.item import Item, Task
+
+OPTION_BATCH = 64  # questions whose options are scored between two reports of progress
+
+
+def answers_wanted(task: Task, settings: AskSettings) -> int:
+    """How many answers of the model the task takes, for a progress bar; 0 where only it knows."""
+    if task.way == "harness":
+        return 0
+    return len(task.items) * (settings.samples if task.way == "answers" else 1)
+
+
+def evaluate(
+    model: LanguageModel, task: Task, settings: AskSettings, ks: tuple[int, ...] = (1,), watch: Watch = lambda *_: None
+) -> TaskResult:
+    """A task's marked answers.
+
+    Args:
+        ks: the k of pass@k and maj@k, none above `settings.samples`.
+    Raises:
+        UserError: the marking fails too often, or a harness refuses.
+    """
+    started = time.perf_counter()
+    if task.way == "harness":
+        return task.harness.run(model, settings, watch)
+    if task.way == "options":
+        answers = [[answer] for answer in choose_options(model, task, watch)]
+        return TaskResult(task.name, task.way, _results(task.items, answers), time.perf_counter() - started)
+    replies = ask(model, task.items, settings, watch)
+    seconds = time.perf_counter() - started
+    return TaskResult(task.name, task.way, _results(task.items, mark(task, replies)), seconds, ks, task.votes)
+
+
+def _results(items: Sequence[Item], answers: Sequence[list[MarkedAnswer]]) -> list[ItemResult]:
+    return [
+        ItemResult(item.id, item.prompt, item.reference, item.category, item.difficulty, marked)
+        for item, marked in zip(items, answers, strict=True)
+    ]
+
+
+def mark(task: Task, replies: Sequence[Sequence[Reply]]) -> list[list[MarkedAnswer]]:
+    """Mark the answers to each of the task's questions."""
+    assert task.scoring is not None
+    flat = [(item, reply) for item, answers in zip(task.items, replies, strict=True) for reply in answers]
+    with task.scoring as scoring:
+        scores = scoring.score([item for item, _ in flat], [reply.text for _, reply in flat])
+    marked = iter([_marked(item, reply, score) for (item, reply), score in zip(flat, scores, strict=True)])
+    return [[next(marked) for _ in answers] for answers in replies]
+
+
+def _marked(item: Item, reply: Reply, score: float | None) -> MarkedAnswer:
+    check = self_check(reply.text)
+    return MarkedAnswer(
+        completion=reply.text,
+        correct=reply.fits and score is not None and score >= RIGHT,
+        score=score,
+        well_formed=is_well_formed(item.prompt, reply.text, item.reference),
+        finished=reply.finished,
+        fits=reply.fits,
+        tokens=reply.tokens,
+        thinking_tokens=reply.thinking_tokens,
+        answer_tokens=reply.answer_tokens,
+        steps=check.steps,
+        steps_right=check.right,
+        recomputes=check.recomputes,
+        reflects=check.reflects,
+        tool_calls=reply.tool_calls[0],
+        valid_tool_calls=reply.tool_calls[1],
+    )
+
+
+def choose_options(model: LanguageModel, task: Task, watch: Watch = lambda *_: None) -> list[MarkedAnswer]:
+    """The likeliest option of each question, by log-probability per byte; the first of equally likely ones.
+
+    Listed letters are one byte each, so for them it is the plain log-probability.
+    """
+    out = []
+    for at in range(0, len(task.items), OPTION_BATCH):
+        items = task.items[at : at + OPTION_BATCH]
+        prompts = [model.prompt(item.prompt) for item in items]
+        pairs = [
+            (prompt, model.tokenizer.encode(option))
+            for item, prompt in zip(items, prompts, strict=True)
+            for option in item.options
+        ]
+        logprobs = iter(model.logprobs(pairs))
+        for item in items:
+            values = [next(logprobs)[0] / len(option.encode()) for option in item.options]
+            chosen = item.options[max(range(len(values)), key=lambda i: (values[i], -i))]
+            right = chosen == item.reference
+            out.append(MarkedAnswer(chosen, right, float(right)))
+        watch(len(items), 0)
+    return out

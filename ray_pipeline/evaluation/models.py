@@ -1,0 +1,242 @@
+"""The model that is asked, behind one small interface: token ids in, token ids or log-probabilities out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from model.convert.hf_load import load_hf
+from model.generate.decode import Decoder, generate
+from model.transformer import Transformer
+from ray_pipeline.artifacts import load_model
+from ray_pipeline.data.tasks.question import THINK_OPEN
+from ray_pipeline.data.tokenizer import ChatTokenizer
+from ray_pipeline.errors import UserError
+from ray_pipeline.evaluation.model_source import ModelSource
+
+SCORED_TOKENS = 8192  # tokens of one forward pass when log-probabilities are asked for
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a model wrote: its tokens (the end token included), and whether it ended by itself."""
+
+    tokens: list[int]
+    finished: bool
+
+
+class Backend(Protocol):
+    """A loaded model. `context`: tokens it can hold, answer included."""
+
+    context: int
+    vocab_size: int
+    parameters: int
+    device: torch.device
+
+    def generate(
+        self, prompts: list[list[int]], *, max_new_tokens: int, temperature: float, seeds: list[int],
+        eos_ids: frozenset[int],
+    ) -> list[Written]:  # fmt: skip
+        """Continue every prompt; none is as long as the context."""
+        ...
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        """[rows, seq] ids, padded on the right -> [rows, seq, vocab_size] of the next token."""
+        ...
+
+
+class NativeBackend:
+    """Our decoder."""
+
+    def __init__(self, model: Transformer):
+        self.model = model.eval().requires_grad_(False)
+        if torch.cuda.is_available():
+            self.model.cuda()
+        self.decoder = Decoder(self.model)
+        self.context, self.vocab_size = model.config.max_position_embeddings, model.config.vocab_size
+        self.parameters = sum(p.numel() for p in model.parameters())
+        self.device = self.decoder.device
+
+    def generate(
+        self, prompts: list[list[int]], *, max_new_tokens: int, temperature: float, seeds: list[int],
+        eos_ids: frozenset[int],
+    ) -> list[Written]:  # fmt: skip
+        """Every request draws by its own seed, whatever is beside it in the batch."""
+        completions = generate(
+            self.decoder, prompts, max_new_tokens=max_new_tokens, eos_ids=set(eos_ids), temperature=temperature,
+            seeds=seeds, max_batch=max(1, len(prompts)),
+        )  # fmt: skip
+        return [Written(c.tokens, c.finished) for c in completions]
+
+    @torch.inference_mode()
+    def logits(self, tokens: Tensor) -> Tensor:
+        """As `Backend.logits`; attention is causal, so padding on the right changes nothing before it."""
+        return self.model(tokens)
+
+
+class TransformersBackend:
+    """Any causal language model that transformers has a class for."""
+
+    def __init__(self, model: Any, pad_id: int):
+        from transformers import GenerationConfig
+
+        # The folder's own generation settings (a top_p, a repetition penalty) must not change what is measured.
+        model.generation_config = GenerationConfig()
+        self.model, self.pad_id = model.eval(), pad_id
+        config = model.config
+        self.context = int(getattr(config, "max_position_embeddings", 0) or getattr(config, "n_positions", 1024))
+        self.vocab_size = int(config.vocab_size)
+        self.parameters = sum(p.numel() for p in model.parameters())
+        self.device = next(model.parameters()).device
+
+    @torch.inference_mode()
+    def generate(
+        self, prompts: list[list[int]], *, max_new_tokens: int, temperature: float, seeds: list[int],
+        eos_ids: frozenset[int],
+    ) -> list[Written]:  # fmt: skip
+        """Padded on the left; drawn by the first seed of those that are written together."""
+        # A prompt that leaves less room than was asked for is written alone, so that it shortens no other answer.
+        room = [self.context - len(p) for p in prompts]
+        groups = [[i] for i in range(len(prompts)) if room[i] < max_new_tokens]
+        roomy = [i for i in range(len(prompts)) if room[i] >= max_new_tokens]
+        out: dict[int, Written] = {}
+        for group in [*groups, roomy] if roomy else groups:
+            limit = min(max_new_tokens, room[group[0]])
+            drawing: dict[str, Any] = {"do_sample": False}
+            if temperature:
+                torch.manual_seed(seeds[group[0]])
+                drawing = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+            out |= zip(group, self._write([prompts[i] for i in group], limit, eos_ids, drawing), strict=True)
+        return [out[i] for i in range(len(prompts))]
+
+    def _write(
+        self, prompts: list[list[int]], limit: int, eos_ids: frozenset[int], drawing: dict[str, Any]
+    ) -> list[Written]:
+        longest = max(len(p) for p in prompts)
+        ids = torch.tensor([[self.pad_id] * (longest - len(p)) + p for p in prompts], device=self.device)
+        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=self.device)
+        out = self.model.generate(
+            ids, attention_mask=mask, max_new_tokens=limit, eos_token_id=sorted(eos_ids), pad_token_id=self.pad_id,
+            **drawing,
+        )  # fmt: skip
+        return [_cut(row, eos_ids) for row in out[:, longest:].tolist()]
+
+    @torch.inference_mode()
+    def logits(self, tokens: Tensor) -> Tensor:
+        """As `Backend.logits`."""
+        return self.model(tokens).logits
+
+
+def _cut(tokens: list[int], eos_ids: frozenset[int]) -> Written:
+    """A row of a finished batch up to its end token; behind that there is padding."""
+    for i, token in enumerate(tokens):
+        if token in eos_ids:
+            return Written(tokens[: i + 1], True)
+    return Written(tokens, False)
+
+
+@dataclass
+class LanguageModel:
+    """A loaded model with its tokenizer.
+
+    Attributes:
+        eos_ids: tokens that end an answer.
+    """
+
+    source: ModelSource
+    tokenizer: ChatTokenizer
+    eos_ids: frozenset[int]
+    backend: Backend
+
+    def prompt(self, question: str) -> list[int]:
+        """Ids of a question up to where the answer begins."""
+        return self.tokenizer.encode_prompt(question)
+
+    def text(self, prompt: list[int], tokens: list[int]) -> str:
+        """What was answered, without the end token; with the `<think>` that a template writes into the prompt."""
+        ended = bool(tokens) and tokens[-1] in self.eos_ids
+        text = self.tokenizer.decode(tokens[:-1] if ended else tokens)
+        if self.opens_thinking(prompt) and not text.lstrip().startswith(THINK_OPEN):
+            return f"{THINK_OPEN}{text}"
+        return text
+
+    def opens_thinking(self, prompt: list[int]) -> bool:
+        """Whether the chat template has already written `<think>`."""
+        return self.tokenizer.decode(prompt[-8:]).rstrip().endswith(THINK_OPEN)
+
+    def logprobs(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
+        """Of each continuation after its context: sum of log-probabilities (nats), and whether greedy writes it.
+
+        A context that does not fit is cut on the left.
+
+        Raises:
+            ValueError: an empty context or continuation, or a continuation that fills the model's context.
+        """
+        rows = [self._row(context, continuation) for context, continuation in pairs]
+        out: dict[int, tuple[float, bool]] = {}
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+        while order:
+            # Longest last: rows of a batch are as long as its longest.
+            count = max(1, SCORED_TOKENS // len(rows[order[-1]]))
+            batch, order = order[-count:], order[:-count]
+            longest = len(rows[batch[-1]])
+            ids = torch.tensor([rows[i] + [0] * (longest - len(rows[i])) for i in batch], device=self.backend.device)
+            logprobs = torch.log_softmax(self.backend.logits(ids[:, :-1]).float(), -1)
+            chosen = logprobs.gather(-1, ids[:, 1:, None]).squeeze(-1)
+            greedy = logprobs.argmax(-1) == ids[:, 1:]
+            for row, i in enumerate(batch):
+                at = slice(len(rows[i]) - len(pairs[i][1]) - 1, len(rows[i]) - 1)
+                out[i] = float(chosen[row, at].double().sum()), bool(greedy[row, at].all())
+        return [out[i] for i in range(len(rows))]
+
+    def _row(self, context: list[int], continuation: list[int]) -> list[int]:
+        if not context or not continuation or len(continuation) > self.backend.context:
+            raise ValueError(
+                f"{len(continuation)} tokens after {len(context)}: both need at least one, and the model holds "
+                f"{self.backend.context}"
+            )
+        # The last token is only predicted, so one more than the context fits.
+        return [*context[-(self.backend.context + 1 - len(continuation)) :], *continuation]
+
+
+def load(source: ModelSource) -> LanguageModel:
+    """Read the weights, onto a GPU where there is one.
+
+    Raises:
+        UserError: damaged files, or a tokenizer of another model.
+    """
+    tokenizer = source.read_tokenizer()
+    backend = _backend(source, tokenizer)
+    if len(tokenizer) > backend.vocab_size:
+        raise UserError(
+            f"{source.tokenizer} does not belong to {source.folder}: it has {len(tokenizer)} entries, but the model's "
+            f"vocabulary has {backend.vocab_size}."
+        )
+    return LanguageModel(source, tokenizer, source.eos_ids(tokenizer), backend)
+
+
+def _backend(source: ModelSource, tokenizer: ChatTokenizer) -> Backend:
+    if source.form == "stage":
+        return NativeBackend(load_model(source.folder))
+    if source.form == "folder":
+        try:
+            config, state = load_hf(source.folder)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        model = Transformer(config)
+        model.load_state_dict(state)
+        return NativeBackend(model)
+    from transformers import AutoModelForCausalLM
+
+    cuda = torch.cuda.is_available()
+    try:
+        theirs: Any = AutoModelForCausalLM.from_pretrained(
+            source.folder, dtype="auto" if cuda else torch.float32, use_safetensors=True, local_files_only=True
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"{source.folder}: transformers cannot load it ({str(error).splitlines()[0]:.200}).") from None
+    return TransformersBackend(theirs.cuda() if cuda else theirs, tokenizer.pad_id)

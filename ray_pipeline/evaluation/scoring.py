@@ -1,0 +1,121 @@
+"""How a task's answers are marked: by their final result, by a reward, or by running them against tests."""
+
+from __future__ import annotations
+
+import os
+import re
+import uuid
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+from ray_pipeline.config_post_training import ScoringConfig
+from ray_pipeline.evaluation.marking import is_right
+from ray_pipeline.evaluation.tasks.item import Item, Scoring
+from ray_pipeline.rewards.answer import final_text
+
+if TYPE_CHECKING:
+    from ray_pipeline.rewards.scoring import Scorer
+
+_BLOCK = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL | re.IGNORECASE)
+
+
+class InProcess:
+    """A scoring that holds nothing while it works."""
+
+    def __enter__(self) -> Scoring:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        return None
+
+    def score(self, items: Sequence[Item], texts: Sequence[str]) -> list[float | None]:
+        """One mark for each answer."""
+        raise NotImplementedError
+
+
+class AnswerScoring(InProcess):
+    """Is the final answer the reference's? The same marking as in training."""
+
+    def score(self, items: Sequence[Item], texts: Sequence[str]) -> list[float | None]:
+        """1.0 or 0.0; never fails."""
+        pairs = zip(items, texts, strict=True)
+        return [float(is_right(item.prompt, text, item.reference)) for item, text in pairs]
+
+
+class RewardScoring:
+    """Any reward by name; those that can hang work in processes of their own, with a time limit.
+
+    It is given an item's data["reference"] where there is one, else the reference that people read.
+    """
+
+    def __init__(self, reward: str, settings: ScoringConfig | None = None):
+        self.reward = reward
+        # A mark that failed is counted and shown; it does not throw the other answers away.
+        self.settings = settings or ScoringConfig(max_failures=1.0)
+        self._scorer: Scorer | None = None
+
+    def __enter__(self) -> Scoring:
+        from ray_pipeline.rewards.scoring import Scorer
+
+        self._scorer = Scorer({self.reward: 1.0}, self.settings)
+        self._scorer.__enter__()
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        if self._scorer is not None:
+            self._scorer.__exit__(*exc)
+            self._scorer = None
+
+    def score(self, items: Sequence[Item], texts: Sequence[str]) -> list[float | None]:
+        """The reward's value, None where it raised or ran out of time."""
+        assert self._scorer is not None, "a scoring is used as a context"
+        pairs = zip(items, texts, strict=True)
+        asked = [(item.prompt, text, item.data.get("reference", item.reference)) for item, text in pairs]
+        scores = self._scorer.score(asked)
+        values = zip(scores.parts, scores.failed, strict=True)
+        return [None if failed else float(part[self.reward]) for part, failed in values]
+
+
+def code_of(text: str) -> str:
+    """The program in an answer: its last block of code, else all that is not thinking."""
+    final = final_text(text) or ""
+    blocks = _BLOCK.findall(final)
+    return blocks[-1] if blocks else final
+
+
+class TestScoring(InProcess):
+    """Runs the answer's program with the item's tests in a sandbox: right if the tests reach their end.
+
+    An item's data: "tests" is Python that raises where the program is wrong; "before" (optional) is put in front of an
+    answer that does not define "name" itself, because it goes on where the prompt stopped.
+    """
+
+    __test__ = False  # not a test of pytest's
+
+    def __init__(self, *, wall_seconds: float = 10.0, memory_bytes: int = 1 << 29):
+        self.wall_seconds, self.memory_bytes = wall_seconds, memory_bytes
+
+    def score(self, items: Sequence[Item], texts: Sequence[str]) -> list[float | None]:
+        """1.0 where all tests pass; None where the sandbox could not run."""
+        with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
+            return list(pool.map(self._run, items, texts))
+
+    def _run(self, item: Item, text: str) -> float:
+        from ray_pipeline.sandbox import run_python
+
+        # Printed behind the tests: a program that ends before them has not passed them.
+        passed = uuid.uuid4().hex
+        source = f"{program(text, item.data)}\n{item.data['tests']}\nprint({passed!r})\n"
+        result = run_python(
+            source, cpu_seconds=self.wall_seconds, memory_bytes=self.memory_bytes, wall_seconds=self.wall_seconds
+        )
+        return float(result.status == "ok" and result.stdout.rstrip().endswith(passed))
+
+
+def program(text: str, data: Mapping[str, Any]) -> str:
+    """The code of an answer, made whole where it only continues the prompt's."""
+    code, name = code_of(text), data.get("name")
+    if name is None or re.search(rf"^\s*def\s+{re.escape(name)}\b", code, re.MULTILINE):
+        return code
+    return f"{data.get('before', '')}{code}"

@@ -1,0 +1,169 @@
+"""Does an answer's own working hold? Finds arithmetic statements in it and computes them again. Never raises.
+
+What is detected, and nothing more: chains like `16-3-4 = 9` or `x = 35-5 = 30` between numbers, with + - * / ^ and
+brackets, at least one operation on the left. A statement is right if it holds exactly, or after rounding where its
+right side is a decimal number. Statements with an unknown (`3x+5=20`) claim nothing about numbers and are left out.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+
+from ray_pipeline.reasoning import parse
+from ray_pipeline.rewards.answer import MAX_NUMBER_LENGTH, extract, final_text, last_number, parse_number
+
+MAX_TOKENS = 200  # of one expression; more is babble
+MAX_EXPONENT = 64
+_SIGNS = str.maketrans({"×": "*", "·": "*", "÷": "/", "\N{MINUS SIGN}": "-"})
+_THOUSANDS = re.compile(r"(?<![0-9])([0-9]{1,3}(?:,[0-9]{3})+)(?![0-9])")
+# One character at a time: a pattern with more than one way to read a text would take exponential time on babble.
+_RUN = re.compile(r"(?:[-+*/^()=0-9$€£ \t]|\.(?=[0-9]))+")
+_TOKEN = re.compile(r"[0-9]+(?:\.[0-9]+)?|[-+*/^()]")
+# Two operands with nothing but space between them: a new statement begins.
+_BORDER = re.compile(r"(?<=[0-9)])[ \t]+(?=[0-9(])")
+# Behind a number: a letter of its own (6x), a power, or more digits.
+_UNKNOWN = re.compile(r"[A-Za-z](?![A-Za-z])|\^|\.[0-9]")
+_REFLECTION = re.compile(
+    r"\b(?:wait|hmm|actually|on second thought|alternatively|let me (?:re-?)?(?:check|verify|reconsider|compute)|"
+    r"let's (?:re-?)?(?:check|verify)|double[- ]check|re-?check|verify|to check|i made a mistake|that's wrong)\b|"
+    r"\bcheck:",
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True)
+class SelfCheck:
+    """What an answer's working shows.
+
+    Attributes:
+        steps, right: arithmetic statements found, and how many of them hold.
+        recomputes: the final result is a number that one of the right statements gives.
+        reflects: a phrase of doubt or checking ("wait", "let me check", "double-check", ...) is there.
+    """
+
+    steps: int
+    right: int
+    recomputes: bool
+    reflects: bool
+
+    @property
+    def holds(self) -> bool:
+        """At least one statement, and all of them right."""
+        return 0 < self.steps == self.right
+
+    @property
+    def verifies(self) -> bool:
+        """The working holds and gives the final result: the answer verifies itself."""
+        return self.holds and self.recomputes
+
+
+def self_check(completion: str) -> SelfCheck:
+    """Look at the thinking, or at the whole answer where nothing was thought."""
+    working = parse(completion).thinking or completion
+    found = list(_statements(working.translate(_SIGNS)))
+    right = [value for value, holds in found if holds]
+    return SelfCheck(len(found), len(right), _final_number(completion) in right, bool(_REFLECTION.search(working)))
+
+
+def _final_number(completion: str) -> Fraction | None:
+    given = extract(final_text(completion) or "")
+    found = parse_number(given)
+    return last_number(given) if found is None else found
+
+
+def _statements(text: str) -> Iterator[tuple[Fraction, bool]]:
+    """(value of the right side, whether the statement holds) for each arithmetic statement."""
+    text = _THOUSANDS.sub(lambda match: match[1].replace(",", ""), text)
+    for run in (found for found in _RUN.finditer(text) if "=" in found[0]):
+        before, first = text[: run.start()].rstrip()[-1:], run[0].lstrip()[:1]
+        unknown_before = before.isalnum() and first in "+-*/^"
+        unknown_after = not run[0][-1].isspace() and _UNKNOWN.match(text, run.end()) is not None
+        for statement in _pieces(run[0], drop_first=unknown_before, drop_last=unknown_after):
+            yield from _links(statement)
+
+
+def _pieces(run: str, *, drop_first: bool, drop_last: bool) -> list[list[str]]:
+    """Statements of a run as their sides; a side that belongs to a term with an unknown is emptied."""
+    statements = [part.split("=") for part in _BORDER.split(re.sub(r"[$€£]", "", run))]
+    if drop_first:
+        statements[0][0] = ""
+    if drop_last:
+        statements[-1][-1] = ""
+    return statements
+
+
+def _links(sides: list[str]) -> Iterator[tuple[Fraction, bool]]:
+    for left, right in itertools.pairwise(sides):
+        a, b = evaluate(left), evaluate(right)
+        operates = len(_TOKEN.findall(left.strip().lstrip("-"))) > 1
+        if a is not None and b is not None and operates:
+            decimals = len(right.strip().partition(".")[2])
+            off = Fraction(1, 2 * 10**decimals) if decimals else Fraction(0)
+            yield b, abs(a - b) <= off
+
+
+def evaluate(expression: str) -> Fraction | None:
+    """The exact value of an arithmetic expression; None where it is none, or divides by zero.
+
+    Precedence and brackets as in school; `^` binds to the right and before the sign.
+    """
+    if _TOKEN.sub("", expression).strip() or len(expression) > 4 * MAX_NUMBER_LENGTH:
+        return None
+    tokens = _TOKEN.findall(expression)
+    if not 0 < len(tokens) <= MAX_TOKENS or any(len(token) > MAX_NUMBER_LENGTH for token in tokens):
+        return None
+    try:
+        value, end = _sum(tokens, 0)
+    except (_NoExpression, ZeroDivisionError, RecursionError):
+        return None
+    return value if end == len(tokens) else None
+
+
+class _NoExpression(Exception):
+    """The tokens are not in the order of an expression."""
+
+
+def _sum(tokens: list[str], at: int) -> tuple[Fraction, int]:
+    value, at = _product(tokens, at)
+    while at < len(tokens) and tokens[at] in "+-":
+        term, after = _product(tokens, at + 1)
+        value, at = (value + term if tokens[at] == "+" else value - term), after
+    return value, at
+
+
+def _product(tokens: list[str], at: int) -> tuple[Fraction, int]:
+    value, at = _signed(tokens, at)
+    while at < len(tokens) and tokens[at] in "*/":
+        factor, after = _signed(tokens, at + 1)
+        value, at = (value * factor if tokens[at] == "*" else value / factor), after
+    return value, at
+
+
+def _signed(tokens: list[str], at: int) -> tuple[Fraction, int]:
+    if at < len(tokens) and tokens[at] == "-":
+        value, at = _signed(tokens, at + 1)
+        return -value, at
+    value, at = _atom(tokens, at)
+    if at < len(tokens) and tokens[at] == "^":
+        power, at = _signed(tokens, at + 1)
+        if power.denominator != 1 or abs(power) > MAX_EXPONENT or abs(value.numerator) > 10**12:
+            raise _NoExpression
+        value = value ** int(power)
+    return value, at
+
+
+def _atom(tokens: list[str], at: int) -> tuple[Fraction, int]:
+    if at == len(tokens):
+        raise _NoExpression
+    if tokens[at] == "(":
+        value, at = _sum(tokens, at + 1)
+        if at == len(tokens) or tokens[at] != ")":
+            raise _NoExpression
+        return value, at + 1
+    if not tokens[at][0].isdigit():
+        raise _NoExpression
+    return Fraction(tokens[at]), at + 1

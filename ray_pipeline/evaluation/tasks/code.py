@@ -1,0 +1,33 @@
+"""HumanEval (arXiv:2107.03374): functions to complete, run against their tests in a sandbox."""
+
+from __future__ import annotations
+
+from ray_pipeline.evaluation.scoring import TestScoring
+from ray_pipeline.evaluation.tasks.item import Item, Request, Task
+from ray_pipeline.evaluation.tasks.records import Record, read_items, text_field
+from ray_pipeline.evaluation.tasks.registry import task
+from ray_pipeline.sandbox import check_sandbox
+
+HUMANEVAL = "openai/openai_humaneval:test"
+ASK = "Complete this Python function. Put the whole function into a ```python block.\n```python\n{}\n```"
+
+
+@task("humaneval", takes="PATH")
+def humaneval(request: Request) -> Task:
+    """HumanEval: Python functions to complete, run against their tests in a sandbox."""
+    check_sandbox()
+
+    def convert(record: Record, index: int) -> Item:
+        prompt, name = text_field(record, "prompt"), text_field(record, "entry_point")
+        tests = f"{text_field(record, 'test')}\ncheck({name})"
+        solution = record.get("canonical_solution")
+        return Item(
+            str(record.get("task_id", index)),
+            ASK.format(prompt.rstrip()),
+            solution if isinstance(solution, str) else "",
+            "humaneval",
+            data={"tests": tests, "before": prompt, "name": name},
+        )
+
+    items = read_items("humaneval", request.argument or HUMANEVAL, convert)
+    return Task("humaneval", items, TestScoring(), votes=False)

@@ -1,0 +1,82 @@
+"""Our own sampler: a whole Transformer with a decoder beside it, in a training rank or in an actor."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model.config import ModelConfig
+from model.generate.decode import Decoder, generate
+from model.transformer import Transformer
+from ray_pipeline.artifacts import weights_digest
+from ray_pipeline.config import ToolsConfig
+from ray_pipeline.data.tokenizer import ChatTokenizer, load_tokenizer
+from ray_pipeline.evaluation.chat import think_budget
+from ray_pipeline.rollouts.agent import answer_with_tools
+from ray_pipeline.rollouts.rollout import Sampled, SampleRequest
+from ray_pipeline.tools.toolbox import ToolBox
+
+
+@dataclass(frozen=True)
+class SamplingRules:
+    """What holds for every answer of a stage; picklable.
+
+    Attributes:
+        max_new_tokens: of an answer, what tools say included. think_tokens: of thinking, after which its end is forced.
+        speculative: draft with the MTP modules. record_routing: note the experts of each token.
+        tools: what the model may call, if anything.
+    """
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    think_tokens: int | None = None
+    speculative: bool = False
+    record_routing: bool = False
+    tools: ToolsConfig = field(default_factory=ToolsConfig)
+
+
+class DecoderSampler:
+    """Answers with `model`, which `decoder` decodes."""
+
+    def __init__(self, model: Transformer, decoder: Decoder, tokenizer: ChatTokenizer, rules: SamplingRules):
+        self.model, self.decoder, self.tokenizer, self.rules = model, decoder, tokenizer, rules
+        self.toolbox = ToolBox(rules.tools) if rules.tools.names else None
+
+    @classmethod
+    def build(cls, config: ModelConfig, tokenizer: Path, rules: SamplingRules, device: torch.device) -> DecoderSampler:
+        """One with a model of its own, which has no weights before `take`."""
+        model = Transformer(config).to(device).eval().requires_grad_(False)
+        return cls(model, Decoder(model), load_tokenizer(tokenizer), rules)
+
+    def take(self, state: Mapping[str, Tensor]) -> str:
+        self.model.load_state_dict(state)
+        self.decoder.refresh()
+        return weights_digest(self.model.state_dict())
+
+    def close(self) -> None:
+        if self.toolbox is not None:
+            self.toolbox.close()
+
+    def sample(self, requests: Sequence[SampleRequest]) -> list[Sampled]:
+        rules, prompts, seeds = self.rules, [r.prompt for r in requests], [r.seed for r in requests]
+        options: dict[str, Any] = {
+            "max_new_tokens": rules.max_new_tokens,
+            "temperature": rules.temperature,
+            "speculative": rules.speculative,
+            "record_routing": rules.record_routing,
+            "seeds": seeds,
+            "max_batch": max(1, len(requests)),
+        }
+        if self.toolbox is not None:
+            return answer_with_tools(
+                self.decoder, self.tokenizer, prompts, self.toolbox, max_calls=rules.tools.max_calls,
+                think_tokens=rules.think_tokens, **options,
+            )  # fmt: skip
+        think = think_budget(self.tokenizer, rules.think_tokens)
+        completions = generate(self.decoder, prompts, eos_ids={self.tokenizer.eos_id}, think=think, **options)
+        return [Sampled(c.tokens, c.logprobs, c.finished, c.forced, c.routing) for c in completions]

@@ -1,0 +1,31 @@
+"""`teacher-topk`: what it writes is what DISTILLATION reads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ray_pipeline.cli import main
+from ray_pipeline.data.loader import PackedRows
+from ray_pipeline.training.teacher_topk import TopKRows
+from tests.training.distill_run import distil, stage_dir, teacher_run
+from tests.training.test_teacher_folder import other_tokenizer
+
+
+def test_a_runs_conversations_are_scored_and_learned_from(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    run_dir, folder = teacher_run(tmp_path), tmp_path / "few"
+    place = ("--output-dir", str(tmp_path))
+    assert main(["teacher-topk", "toy", str(folder), "--k", "5", *place]) == 0
+    assert "5 log-probabilities each" in capsys.readouterr().out
+    data = stage_dir(run_dir, "data_prep")
+    rows = TopKRows(PackedRows(data / "sft" / "train"), data / "tokenizer", folder, 1.0)
+    assert rows.batch(0, 0, 2).extras["teacher_topk_ids"].shape == (2, rows.rows.seq_len, 5)
+    assert distil(run_dir, "student", teacher=f"topk:{folder}", init="random", steps=1)
+    assert main(["teacher-topk", "toy", str(folder), "--k", "5000", *place]) == 2
+    assert "--k=5000: must be within 1..400, the vocabulary" in capsys.readouterr().err
+    other = other_tokenizer(tmp_path / "other")
+    for name in ("model.safetensors", "config.json"):
+        (other / name).write_bytes((stage_dir(run_dir, "grpo") / "model" / name).read_bytes())
+    assert main(["teacher-topk", "toy", str(folder), "--teacher", str(other), *place]) == 2
+    assert "its tokenizer is not the run's" in capsys.readouterr().err

@@ -1,0 +1,139 @@
+"""GRPO's losses equal TRL's, and do not depend on how answers lie in rows."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from model.loss import IGNORE, label_logprobs
+from model.transformer import Transformer
+from ray_pipeline.objectives.grpo import Grpo
+from tests.engine.test_parity import CONFIG
+from tests.objectives import batches, trl_oracles
+
+LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo")
+LEVELS = ("token", "sequence")
+SETTINGS = {"beta": 0.07, "clip_low": 0.1, "clip_high": 0.2, "temperature": 1.0, "max_new_tokens": 12}
+
+
+@pytest.fixture(scope="module")
+def model() -> Transformer:
+    from model.init import init_weights
+
+    built = Transformer(CONFIG)
+    init_weights(built, CONFIG, 0)
+    return built
+
+
+@pytest.fixture
+def hidden() -> torch.Tensor:
+    generator = torch.Generator().manual_seed(5)
+    return torch.randn(len(batches.ROWS), batches.SEQ, CONFIG.hidden_size, generator=generator).requires_grad_()
+
+
+def of_trl(model, hidden, batch, loss_type, level, micro_batches=1):
+    logprobs = label_logprobs(hidden, model.lm_head, batch.labels)
+    return trl_oracles.grpo_loss(
+        logprobs, batch, micro_batches=micro_batches, loss_type=loss_type, importance_sampling_level=level, beta=0.07,
+        epsilon_low=0.1, epsilon_high=0.2,
+    )  # fmt: skip
+
+
+def assert_same(got: torch.Tensor, want: torch.Tensor, hidden: torch.Tensor) -> None:
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+    gradients = [torch.autograd.grad(value, hidden)[0] for value in (got, want)]
+    assert float(gradients[1].abs().max()) > 1e-4
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("loss_type", LOSSES)
+@pytest.mark.parametrize("masked", [False, True], ids=["all", "truncated masked"])
+def test_loss_and_gradient_are_trls(model, hidden, loss_type, level, masked):
+    batch = batches.near(batches.rollouts(), model, hidden, shift=0.4)
+    if masked:
+        kept = (torch.arange(batches.count(batches.ROWS)) % 3 > 0).float()
+        batch.extras["trained"] = batches.by_document(batch, kept)
+    objective = Grpo(loss_type=loss_type, importance_sampling_level=level, **SETTINGS)
+    values = objective(model, hidden, None, batch)
+    want, logged = of_trl(model, hidden, batch, loss_type, level)
+    assert_same(values[0] / objective.weight(batch), want, hidden)
+    if level == "token" and not objective.by_answer:  # TRL means over tokens whatever the loss
+        figures = dict(zip(objective.metric_names, (values[1:] / objective.weight(batch)).tolist(), strict=True))
+        assert figures["kl"] == pytest.approx(logged["kl"], abs=1e-6)
+        assert figures["clipped_low"] == pytest.approx(logged["clip_ratio/low_mean"], abs=1e-6)
+        assert figures["clipped_high"] == pytest.approx(logged["clip_ratio/high_mean"], abs=1e-6)
+        assert min(figures["clipped_low"], figures["clipped_high"]) > 0
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "dr_grpo", "dapo"])
+def test_a_step_is_what_trl_accumulates_over_micro_batches(model, hidden, loss_type):
+    """TRL's bnpo alone depends on the cut: there ours is its loss over the whole step."""
+    batch = batches.near(batches.rollouts(), model, hidden, shift=0.4)
+    objective = Grpo(loss_type=loss_type, **SETTINGS)
+    parts = [batch.rows(0, 4), batch.rows(4, 8)]
+    ours = sum(objective(model, hidden[4 * i : 4 * i + 4], None, part)[0] for i, part in enumerate(parts))
+    want, _ = of_trl(model, hidden, batch, loss_type, "token", micro_batches=2)
+    assert_same(ours / objective.weight(batch), want, hidden)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("loss_type", LOSSES)
+def test_answers_in_one_row_count_as_in_rows_of_their_own(model, hidden, loss_type, level):
+    batch = batches.near(batches.rollouts(), model, hidden, shift=0.4)
+    alone = batches.unpacked(batch)
+    place = [row for row, documents in enumerate(batches.ROWS) for _ in documents]
+    objective = Grpo(loss_type=loss_type, importance_sampling_level=level, **SETTINGS)
+    assert objective.weight(batch) == objective.weight(alone)
+    packed, apart = objective(model, hidden, None, batch), objective(model, hidden[place], None, alone)
+    torch.testing.assert_close(packed, apart, rtol=1e-6, atol=1e-6)
+    gradients = [torch.autograd.grad(values[0], hidden)[0] for values in (packed, apart)]
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_without_old_logprobs_it_is_trls_first_update(model, hidden, level):
+    batch = batches.near(batches.rollouts(), model, hidden, shift=0.4)
+    del batch.extras["old_logprobs"]
+    objective = Grpo(loss_type="grpo", importance_sampling_level=level, **SETTINGS)
+    want, _ = of_trl(model, hidden, batch, "grpo", level)
+    assert_same(objective(model, hidden, None, batch)[0] / objective.weight(batch), want, hidden)
+
+
+def test_on_policy_it_has_the_policy_gradient(model, hidden):
+    batch = batches.near(batches.rollouts(), model, hidden, shift=0.0)
+    objective = Grpo(beta=0.0, clip_low=0.2, clip_high=0.2, temperature=1.0)
+    logprobs = label_logprobs(hidden, model.lm_head, batch.labels)
+    plain = -(logprobs * batch.extras["advantages"]).sum()
+    got = [torch.autograd.grad(value, hidden)[0] for value in (objective(model, hidden, None, batch)[0], plain)]
+    torch.testing.assert_close(*got)
+
+
+def test_rows_that_only_pad_change_nothing(model, hidden):
+    batch = batches.near(batches.rollouts(), model, hidden, shift=0.4)
+    padded = batch.pad_rows(11)
+    more = torch.cat([hidden, torch.randn(3, *hidden.shape[1:])])
+    for loss_type in LOSSES:
+        objective = Grpo(loss_type=loss_type, importance_sampling_level="sequence", **SETTINGS)
+        assert objective.weight(padded) == objective.weight(batch)
+        torch.testing.assert_close(objective(model, more, None, padded), objective(model, hidden, None, batch))
+
+
+def test_entropy_and_gap_are_means_over_trained_tokens(model, hidden):
+    batch = batches.near(batches.rollouts(), model, hidden, shift=0.1)
+    labelled = batch.labels != IGNORE
+    batch.extras["sampler_logprobs"] = batch.extras["old_logprobs"] + 0.25 * labelled
+    objective = Grpo(beta=0.0, clip_low=0.2, clip_high=0.2, temperature=1.0)
+    values = (objective(model, hidden, None, batch)[1:] / objective.weight(batch)).tolist()
+    figures = dict(zip(objective.metric_names, values, strict=True))
+    logprobs = label_logprobs(hidden, model.lm_head, batch.labels)[labelled]
+    assert figures["entropy"] == pytest.approx(-logprobs.mean().item(), rel=1e-5)
+    assert figures["logprob_gap"] == pytest.approx(0.25, rel=1e-5)
+    del batch.extras["sampler_logprobs"]
+    gap = (logprobs - batch.extras["old_logprobs"][labelled]).abs().mean()
+    assert objective(model, hidden, None, batch).tolist()[-1] / int(labelled.sum()) == pytest.approx(gap.item())
+
+
+def test_dr_grpo_needs_the_limit_it_divides_by():
+    with pytest.raises(ValueError, match="max_new_tokens=None: dr_grpo divides by it"):
+        Grpo(beta=0.0, clip_low=0.2, clip_high=0.2, temperature=1.0, loss_type="dr_grpo")
