@@ -210,6 +210,7 @@ class PipelineFields(Section):
     dpo: DpoConfig = Field(default_factory=DpoConfig)
     grpo: GrpoConfig = Field(default_factory=GrpoConfig)
     distillation: DistillationConfig = Field(default_factory=DistillationConfig)
+    tools: ToolsConfig = Field(default_factory=ToolsConfig)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     export: ExportConfig = Field(default_factory=ExportConfig)
     tracking: TrackingConfig = Field(default_factory=TrackingConfig)

@@ -105,13 +105,13 @@ def _rollout(config: PipelineFields) -> Iterator[str]:
 
 
 def _tools(config: PipelineFields) -> Iterator[str]:
-    tools, tokenizer = config.grpo.tools, config.tokenizer
+    tools, tokenizer = config.tools, config.tokenizer
     if not tools.names:
-        keys = ("max_calls", "timeout_seconds")
-        yield from _without_effect(tools, "grpo.tools", keys, "grpo.tools.names=[] offers no tool")
+        keys = ("listed", "max_calls", "timeout_seconds")
+        yield from _without_effect(tools, "tools", keys, "tools.names=[] offers no tool")
     elif tokenizer.name == "train" and not getattr(tokenizer, "tools", True):
         yield (
-            f"grpo.tools.names={tools.names}: the trained tokenizer has no tokens for calls. "
+            f"tools.names={tools.names}: the trained tokenizer has no tokens for calls. "
             "Add --set tokenizer.tools=true, or name a tokenizer that has them."
         )
 

@@ -56,9 +56,12 @@ class RolloutConfig(Section):
 
 
 class ToolsConfig(Section):
-    """Functions the model may call while it answers."""
+    """Functions the model may call while it answers, in GRPO and wherever a stage is evaluated."""
 
     names: list[str] = Field(default_factory=list, description='calculator, python, or "module:function"')
+    listed: bool = Field(
+        True, description="describe them in every prompt; false for data that calls them without, as builtin_tools does"
+    )
     max_calls: PositiveInt = Field(4, description="calls per answer; the next one ends it")
     timeout_seconds: PositiveFloat = 5.0
 
@@ -123,7 +126,6 @@ class GrpoConfig(TrainingConfig):
     )
     scoring: ScoringConfig = Field(default_factory=ScoringConfig)
     rollout: RolloutConfig = Field(default_factory=RolloutConfig)
-    tools: ToolsConfig = Field(default_factory=ToolsConfig)
 
 
 class StudentConfig(Section):

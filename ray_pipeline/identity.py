@@ -24,10 +24,10 @@ FORMATS = dict.fromkeys(STAGES, 1)
 _SECTIONS: dict[str, tuple[str, ...]] = {
     "data_prep": ("data", "tokenizer"),
     "pretrain": ("model", "pretrain", "init_from"),
-    "sft": ("sft", "evaluation"),
-    "dpo": ("dpo", "evaluation"),
-    "grpo": ("grpo", "evaluation"),
-    "distillation": ("distillation", "evaluation"),
+    "sft": ("sft", "evaluation", "tools"),
+    "dpo": ("dpo", "evaluation", "tools"),
+    "grpo": ("grpo", "evaluation", "tools"),
+    "distillation": ("distillation", "evaluation", "tools"),
     "export": ("export",),
 }
 # How often something is written or measured does not change the weights; GRPO's rows come from rollouts.

@@ -112,7 +112,7 @@ def test_all_mistakes_are_listed_with_value_origin_and_suggestion(tmp_path: Path
     ("overrides", "expected"),
     [
         ({"beta": "1"}, 'did you mean "dpo.beta" or "grpo.beta"?'),
-        ({"max_calls": "1"}, 'did you mean "grpo.tools.max_calls"?'),
+        ({"max_calls": "1"}, 'did you mean "tools.max_calls"?'),
         ({"grpo": "3"}, "grpo=3: is a group of settings"),
         ({"grpo.beta.x": "3"}, "is a single value"),
         ({"grpo": "3", "grpo.beta": "1"}, "both set"),

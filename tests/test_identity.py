@@ -28,7 +28,8 @@ BASE = PipelineFields(stages=list(STAGES))
 OWNER = {
     "data": "data_prep", "tokenizer": "data_prep", "seed": "data_prep", "model": "pretrain", "pretrain": "pretrain",
     "init_from": "pretrain", "sft": "sft",
-    "evaluation": "sft", "dpo": "dpo", "grpo": "grpo", "distillation": "distillation", "export": "export",
+    "evaluation": "sft", "dpo": "dpo",
+    "tools": "sft", "grpo": "grpo", "distillation": "distillation", "export": "export",
 }  # fmt: skip
 WITHOUT_RESULT = ("eval_every", "checkpoint_every", "keep_checkpoints", "keep_best", "log_every")
 OTHER_CHOICE = {

@@ -37,7 +37,7 @@ _RANGE = re.compile(r"([1-5])(?:-([1-5]))?")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of questions and answers.")
 @click.option("--difficulty", metavar="A-B", help="Only questions of these levels, 1 to 5, for example 1-3.")
 @click.option("--compare", help="Another RUN, PATH or report (.json): a paired test on the same questions.")
-@click.option("--tools", help="Tools the model may call, with commas between them, for example calculator.")
+@click.option("--tools", help="Tools the model may call, for example calculator,python; default: those of the run.")
 @click.option("--max-batch", type=click.IntRange(1), default=256, show_default=True, help="Answers written together.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the whole report here.")
 @click.option("--html", "html_file", type=click.Path(path_type=Path), help="Write a page to read here.")
@@ -133,7 +133,6 @@ def make_plan(target: str, wishes: dict[str, Any]) -> Plan:
     from ray_pipeline.evaluation.tasks import Request, make_tasks
 
     samples, temperature, ks = sampling(wishes)
-    tools = tuple(split_names(wishes["tools"] or ""))
     difficulties = levels(wishes["difficulty"])
     runs_dir = output_dir(wishes["runs_dir"])
     source = find_model(target, wishes["stage"], runs_dir)
@@ -149,10 +148,13 @@ def make_plan(target: str, wishes: dict[str, Any]) -> Plan:
         check_comparable(tasks, earlier)
     for model in models:
         model.read_tokenizer()
-    if tools:
+    tools = source.tools
+    if wishes["tools"] is not None:
+        tools = tools.model_copy(update={"names": split_names(wishes["tools"])})
+    if tools.names:
         from ray_pipeline.evaluation.tool_use import check_tools
 
-        check_tools(tools, models)
+        check_tools(tuple(tools.names), models)
     limit = wishes["max_new_tokens"] or source.max_new_tokens or DEFAULT_NEW_TOKENS
     settings = AskSettings(samples, temperature, limit, wishes["seed"], wishes["max_batch"], tools)
     return Plan(models, tasks, settings, ks, earlier)
@@ -260,7 +262,7 @@ def _ask(plan: Plan, source: ModelSource) -> Report:
         "temperature": settings.temperature,
         "max_new_tokens": settings.max_new_tokens,
         "seed": settings.seed,
-        "tools": list(settings.tools),
+        "tools": list(settings.tools.names),
     }
     return Report(about, how, results, time.time())
 

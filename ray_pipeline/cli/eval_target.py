@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ray_pipeline.cli.runs import CONFIG_FILE, find_run, list_runs
 from ray_pipeline.cli.stage_folders import choose_stage, finished_stages
@@ -73,17 +73,22 @@ def _exported(folder: Path, run_dir: Path, finished: dict[str, Path]) -> ModelSo
 def _with_run(source: ModelSource, run_dir: Path, data: Path | None) -> ModelSource:
     """Add what the run knows: its held-out questions and how long its answers may be."""
     heldout = None if data is None else data / "prompts" / "heldout.jsonl"
-    return replace(source, heldout=heldout, max_new_tokens=_answer_length(run_dir))
+    return replace(source, heldout=heldout, **_settings(run_dir))
 
 
-def _answer_length(run_dir: Path) -> int | None:
+def _settings(run_dir: Path) -> dict[str, Any]:
+    """How the run's own evaluation asks: the length of answers, and tools."""
     import yaml
+    from pydantic import ValidationError
+
+    from ray_pipeline.config_post_training import EvaluationConfig, ToolsConfig
 
     try:
         values = yaml.safe_load((run_dir / CONFIG_FILE).read_text(encoding="utf-8"))
-        return int(values["evaluation"]["max_new_tokens"])
-    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError):
-        return None  # the run's own verbs say what is wrong with its settings
+        length = EvaluationConfig.model_validate(values["evaluation"]).max_new_tokens
+        return {"max_new_tokens": length, "tools": ToolsConfig.model_validate(values.get("tools", {}))}
+    except (OSError, yaml.YAMLError, KeyError, TypeError, ValidationError):
+        return {}  # the run's own verbs say what is wrong with its settings
 
 
 def _of_folder(path: Path) -> ModelSource:

@@ -48,7 +48,7 @@ def _check_rollouts(config: PipelineFields, layout: Layout) -> None:
     if config.backend == "modal":
         return
     check_reward_names(config.grpo.rewards)
-    check_tool_names(config.grpo.tools.names)
+    check_tool_names(config.tools.names)
     if config.grpo.rollout.engine == "vllm" and layout.device != "cuda":
         raise UserError("grpo.rollout.engine=vllm: vLLM samples on GPUs, and there is none here. Use engine=native.")
 

@@ -39,6 +39,7 @@ FLAG_KEYS: dict[str, tuple[str, ...]] = {
     "wandb": ("tracking.wandb",),
     "sft_data": ("data.sft",),
     "prompt_data": ("data.prompts",),
+    "preference_data": ("data.preferences",),
     "init_from": ("init_from.path",),
     "gpu_type": ("modal.gpu_type",),
 }
@@ -139,6 +140,7 @@ recipe_options = _options(
     click.option("--data", multiple=True, help="Pretraining text: a file or a datasets name. Repeat to mix."),
     click.option("--sft-data", help="Conversations for SFT: jsonl, parquet or a datasets name."),
     click.option("--prompt-data", help="Questions with answers for GRPO and evaluation, the same forms."),
+    click.option("--preference-data", help="Chosen and rejected answers for DPO, the same forms."),
     click.option("--init-from", metavar="PATH", help="Start from this model folder; it decides `model`. See --skip."),
     click.option("--include", multiple=True, help="With --init-from: take these tensors alone (glob or beginning)."),
     click.option("--exclude", multiple=True, help="With --init-from: leave these tensors; they start fresh."),

@@ -5,7 +5,7 @@ Each rank may take a slice of the questions; `EvalResult.merge` joins the parts.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +13,7 @@ from model.generate.decode import Completion, Decoder, generate
 from ray_pipeline.evaluation.chat import PromptTokenizer, completion_text
 from ray_pipeline.evaluation.marking import is_right, is_well_formed
 from ray_pipeline.evaluation.statistics import wilson_interval
+from ray_pipeline.rollouts.rollout import Sampled
 
 __all__ = ["EvalResult", "evaluate_questions", "wilson_interval"]
 
@@ -71,20 +72,23 @@ def evaluate_questions(
     *,
     max_new_tokens: int,
     max_batch: int = 256,
+    tools: Sequence[dict[str, Any]] = (),
+    write: Callable[[list[list[int]]], Sequence[Completion | Sampled]] | None = None,
 ) -> EvalResult:
     """Answer each question greedily and mark it.
 
     Args:
+        tools: what every prompt says there is to call. write: another way to continue prompts than decoding alone.
         questions: {"prompt", "answer"} and optionally "category" and "difficulty"; a slice of them for one rank.
     """
-    prompts = [tokenizer.encode_prompt(q["prompt"]) for q in questions]
+    prompts = [tokenizer.encode_prompt(q["prompt"], tools) for q in questions]
     fits = [i for i, p in enumerate(prompts) if len(p) < decoder.config.max_position_embeddings]
-    completions = generate(
-        decoder, [prompts[i] for i in fits], max_new_tokens=max_new_tokens, eos_ids={tokenizer.eos_id}, temperature=0,
-        max_batch=max_batch,
+    asked = [prompts[i] for i in fits]
+    completions = write(asked) if write is not None else generate(
+        decoder, asked, max_new_tokens=max_new_tokens, eos_ids={tokenizer.eos_id}, temperature=0, max_batch=max_batch
     )  # fmt: skip
     by_question = dict(zip(fits, completions, strict=True))
-    nothing = Completion([], [], finished=False)
+    nothing: Completion | Sampled = Completion([], [], finished=False)
     samples = []
     for i, question in enumerate(questions):
         completion = by_question.get(i, nothing)
@@ -92,7 +96,7 @@ def evaluate_questions(
     return EvalResult(samples)
 
 
-def _marked(question: dict[str, Any], text: str, completion: Completion, fits: bool) -> dict[str, Any]:
+def _marked(question: dict[str, Any], text: str, completion: Completion | Sampled, fits: bool) -> dict[str, Any]:
     reference = str(question["answer"])
     return {
         "prompt": question["prompt"],

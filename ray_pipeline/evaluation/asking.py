@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from ray_pipeline.config_post_training import ToolsConfig
 from ray_pipeline.data.tasks.question import THINK_CLOSE, THINK_OPEN
 from ray_pipeline.evaluation.models import LanguageModel
 from ray_pipeline.evaluation.tasks.item import Item
@@ -25,7 +26,7 @@ class AskSettings:
     Attributes:
         samples: answers to each question. temperature: 0 is greedy.
         max_new_tokens: of one answer. max_batch: answers written together.
-        tools: names of tools the model may call while it answers.
+        tools: what the model may call while it answers.
     """
 
     samples: int = 1
@@ -33,7 +34,7 @@ class AskSettings:
     max_new_tokens: int = 512
     seed: int = 0
     max_batch: int = 256
-    tools: tuple[str, ...] = ()
+    tools: ToolsConfig = field(default_factory=ToolsConfig)
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def count_thinking(
 
 def ask(model: LanguageModel, items: Sequence[Item], settings: AskSettings, watch: Watch) -> list[list[Reply]]:
     """For each question its answers. Equal settings give equal answers, whatever else is asked."""
-    if settings.tools:
+    if settings.tools.names:
         from ray_pipeline.evaluation.tool_use import ToolUser
 
         with ToolUser(model, settings.tools) as user:

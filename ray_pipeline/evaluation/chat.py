@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 from model.generate.stopping import ThinkBudget
 
@@ -19,8 +20,8 @@ class PromptTokenizer(Protocol):
         """Ids of plain text; `<think>` and `</think>` are the marks."""
         ...
 
-    def encode_prompt(self, question: str, /) -> list[int]:
-        """Chat template up to and including the assistant's turn token."""
+    def encode_prompt(self, question: str, tools: Sequence[dict[str, Any]] = (), /) -> list[int]:
+        """Chat template, with `tools` described, up to and including the assistant's turn token."""
         ...
 
     def decode(self, ids: list[int], /) -> str:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from model.convert.folder import describe, is_native
 from model.convert.hf_config import FAMILIES
 from ray_pipeline.artifacts import MANIFEST, damage
+from ray_pipeline.config_post_training import ToolsConfig
 from ray_pipeline.data.tokenizer import ChatTokenizer, load_tokenizer
 from ray_pipeline.errors import UserError
 
@@ -27,6 +28,7 @@ class ModelSource:
             "transformers": another architecture, run by transformers.
         heldout: the questions that its run held out, if it is of a run.
         max_new_tokens: how long the run lets answers be, if it is of a run.
+        tools: what the run lets its models call, if it is of a run.
     """
 
     name: str
@@ -35,6 +37,7 @@ class ModelSource:
     form: Literal["stage", "folder", "transformers"]
     heldout: Path | None = None
     max_new_tokens: int | None = None
+    tools: ToolsConfig = field(default_factory=ToolsConfig)
 
     def read_tokenizer(self) -> ChatTokenizer:
         """The tokenizer with its chat template.

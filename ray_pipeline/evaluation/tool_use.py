@@ -9,7 +9,7 @@ from ray_pipeline.errors import UserError
 from ray_pipeline.evaluation.models import LanguageModel, NativeBackend
 from ray_pipeline.rollouts.agent import ToolTurns, answer_with_tools
 from ray_pipeline.tools.registry import check_tool_names
-from ray_pipeline.tools.toolbox import ToolBox
+from ray_pipeline.tools.toolbox import ToolBox, listed_tools
 
 if TYPE_CHECKING:
     from ray_pipeline.evaluation.model_source import ModelSource
@@ -35,9 +35,9 @@ def check_tools(names: tuple[str, ...], sources: list[ModelSource]) -> None:
 class ToolUser:
     """A model with tools at hand; used as a context."""
 
-    def __init__(self, model: LanguageModel, names: tuple[str, ...]):
-        self.model, self.settings = model, ToolsConfig(names=list(names))
-        self.toolbox = ToolBox(self.settings)
+    def __init__(self, model: LanguageModel, settings: ToolsConfig):
+        self.model, self.settings = model, settings
+        self.toolbox, self.listed = ToolBox(settings), listed_tools(settings)
 
     def __enter__(self) -> ToolUser:
         return self
@@ -46,8 +46,8 @@ class ToolUser:
         self.toolbox.close()
 
     def prompt(self, question: str) -> list[int]:
-        """Ids of a question with the tools described in it."""
-        return self.model.tokenizer.encode_prompt(question, self.toolbox.specs)
+        """Ids of a question, with the tools described in it where they are to be listed."""
+        return self.model.tokenizer.encode_prompt(question, self.listed)
 
     def write(
         self, prompts: list[list[int]], *, max_new_tokens: int, temperature: float, seeds: list[int]

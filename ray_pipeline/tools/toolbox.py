@@ -96,3 +96,11 @@ class ToolBox:
         if wrong is not None:
             raise ToolError(f"wrong arguments: {wrong}")
         return tool.call(call.arguments)
+
+
+def listed_tools(settings: ToolsConfig) -> list[dict[str, Any]]:
+    """What prompts say of the tools, in the form chat templates take; nothing where they are not to be listed."""
+    if not (settings.names and settings.listed):
+        return []
+    with ToolBox(settings) as box:
+        return box.specs

@@ -17,6 +17,9 @@ from ray_pipeline.data.tokenizer import load_tokenizer
 from ray_pipeline.engine.engine import Engine
 from ray_pipeline.engine.gather import all_ranks_gather
 from ray_pipeline.evaluation.accuracy import EvalResult, evaluate_questions
+from ray_pipeline.rollouts.agent import answer_with_tools
+from ray_pipeline.rollouts.rollout import Sampled
+from ray_pipeline.tools.toolbox import ToolBox, listed_tools
 from ray_pipeline.training.rank import Rank
 
 SHOWN_SAMPLES = 12
@@ -56,6 +59,7 @@ class HeldOut:
         settings = rank.config.evaluation
         self.questions = read_questions(rank.data / "prompts" / "heldout.jsonl", settings.questions)
         self.max_new_tokens = settings.max_new_tokens
+        self.listed = listed_tools(rank.config.tools)
 
     def evaluate(self) -> EvalResult:
         """Greedy answers of the whole model as it stands; the same result on every rank."""
@@ -63,9 +67,18 @@ class HeldOut:
         rank.phase("evaluating")
         mine = self.questions[rank.mesh.rank :: rank.mesh.world]
         part = evaluate_questions(
-            self.whole.decoder, self.whole.tokenizer, mine, max_new_tokens=self.max_new_tokens
-        )
+            self.whole.decoder, self.whole.tokenizer, mine, max_new_tokens=self.max_new_tokens,
+            tools=self.listed, write=self._with_tools if rank.config.tools.names else None,
+        )  # fmt: skip
         return EvalResult.merge(all_ranks_gather(rank.mesh, part))
+
+    def _with_tools(self, prompts: list[list[int]]) -> list[Sampled]:
+        settings = self.rank.config.tools
+        with ToolBox(settings) as toolbox:
+            return answer_with_tools(
+                self.whole.decoder, self.whole.tokenizer, prompts, toolbox, max_new_tokens=self.max_new_tokens,
+                max_calls=settings.max_calls, temperature=0,
+            )  # fmt: skip
 
     def figures(self, *, save_samples: bool = True) -> dict[str, float]:
         """Accuracy, format rate and mean answer length; readable samples go to `folder/samples.json`."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from model.config import ModelConfig
-from ray_pipeline.config import GrpoConfig
+from ray_pipeline.config import GrpoConfig, ToolsConfig
 from ray_pipeline.data.tokenizer import ChatTokenizer
 from ray_pipeline.engine.engine import Engine
 from ray_pipeline.errors import UserError
@@ -23,6 +23,7 @@ from ray_pipeline.rollouts.collector import Collector, Question, Score
 from ray_pipeline.rollouts.decoder_sampler import DecoderSampler, SamplingRules
 from ray_pipeline.rollouts.engine import SHARE_ROWS, InRankEngine, RolloutEngine, Sampler, from_main
 from ray_pipeline.rollouts.ray_engine import RayEngine
+from ray_pipeline.tools.toolbox import listed_tools
 from ray_pipeline.training.heldout import WholeModel, read_questions
 from ray_pipeline.training.rank import Rank
 from ray_pipeline.training.reference import Reference
@@ -43,7 +44,7 @@ def rollout_source(
     """
     settings, tokenizer = rank.config.grpo, whole.tokenizer
     asked = read_questions(rank.data / "prompts" / "train.jsonl")
-    questions = fitting_questions(asked, tokenizer, settings, rank.config.data.seq_len)
+    questions = fitting_questions(asked, tokenizer, settings, rank.config.data.seq_len, listed_tools(rank.config.tools))
     left_out = len(asked) - len(questions)
     with ExitStack() as stack:
         score = _rewards(rank, asked, tokenizer, stack)
@@ -76,15 +77,20 @@ def _rewards(rank: Rank, asked: list[dict[str, Any]], tokenizer: ChatTokenizer, 
 
 
 def fitting_questions(
-    asked: list[dict[str, Any]], tokenizer: ChatTokenizer, settings: GrpoConfig, seq_len: int
+    asked: list[dict[str, Any]],
+    tokenizer: ChatTokenizer,
+    settings: GrpoConfig,
+    seq_len: int,
+    listed: Sequence[dict[str, Any]] = (),
 ) -> list[Question]:
     """Questions whose longest possible answer fits into a row with them; the others are left out.
 
+    Args:
+        listed: tools that every prompt describes.
     Raises:
         UserError: none fits.
     """
-    # What a prompt says of tools is the data's: a list in its record, as in SFT's.
-    prompts = [tokenizer.encode_prompt(question["prompt"], question.get("tools") or ()) for question in asked]
+    prompts = [tokenizer.encode_prompt(question["prompt"], listed) for question in asked]
     room = seq_len + 1 - settings.max_new_tokens  # a rollout's last token takes no place
     if not any(len(prompt) <= room for prompt in prompts):
         shortest = min(map(len, prompts), default=0)
@@ -112,7 +118,7 @@ def rollout_engine(rank: Rank, whole: WholeModel, config: ModelConfig) -> Rollou
         UserError: it cannot be had here.
     """
     settings, mesh, device = rank.config.grpo, rank.mesh, rank.device
-    rules = sampling_rules(settings)
+    rules = sampling_rules(settings, rank.config.tools)
     tokenizer, rollout = rank.data / "tokenizer", settings.rollout
     if rollout.max_staleness and not rollout.workers:
         raise UserError(
@@ -140,7 +146,7 @@ def rollout_engine(rank: Rank, whole: WholeModel, config: ModelConfig) -> Rollou
     return InRankEngine(mesh, build() if rollout.engine == "vllm" else own, share_rows)
 
 
-def sampling_rules(settings: GrpoConfig) -> SamplingRules:
+def sampling_rules(settings: GrpoConfig, tools: ToolsConfig) -> SamplingRules:
     """What the settings say of each answer."""
     return SamplingRules(
         max_new_tokens=settings.max_new_tokens,
@@ -148,7 +154,7 @@ def sampling_rules(settings: GrpoConfig) -> SamplingRules:
         think_tokens=settings.think_budget,
         speculative=settings.speculative,
         record_routing=settings.replay_routing,
-        tools=settings.tools,
+        tools=tools,
     )
 
 

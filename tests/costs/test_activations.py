@@ -112,7 +112,7 @@ def test_fused_attention_keeps_what_the_formula_says(
     monkeypatch: pytest.MonkeyPatch, name: str, shares_heads: bool, bf16: bool
 ) -> None:
     """As on a GPU, and as for rows too long for blocks."""
-    monkeypatch.setattr(core, "LONGEST", 0)
+    monkeypatch.setattr(blocked, "LONGEST", 0)
     monkeypatch.setattr(core, "shares_heads", lambda device: shares_heads)
     model, on = MODELS[name], replace(kernels("cpu"), blocked_attention=0, shares_heads=shares_heads)
     work = of(model, bf16)

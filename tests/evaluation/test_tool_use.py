@@ -7,6 +7,7 @@ import pytest
 from model.init import init_weights
 from model.transformer import Transformer
 from ray_pipeline.artifacts import save_model
+from ray_pipeline.config_post_training import ToolsConfig
 from ray_pipeline.data.tokenizer_files import save_trained, train_bpe
 from ray_pipeline.evaluation import tool_use
 from ray_pipeline.evaluation.asking import AskSettings, ask
@@ -18,6 +19,7 @@ from ray_pipeline.evaluation.tasks import Item, Task
 from ray_pipeline.rollouts.rollout import Sampled, ToolUse
 from tests.evaluation.made_models import TINY
 
+CALCULATOR = ToolsConfig(names=["calculator"])
 ITEMS = [Item("0", "What is 12+34?", "46"), Item("1", "two", "2")]
 
 
@@ -39,8 +41,8 @@ def ignore(answers: int, tokens: int) -> None:
 
 
 def test_a_model_that_calls_nothing_answers_as_it_does_to_the_described_prompt(model: LanguageModel) -> None:
-    replies = ask(model, ITEMS, AskSettings(max_new_tokens=8, tools=("calculator",)), ignore)
-    with tool_use.ToolUser(model, ("calculator",)) as user:
+    replies = ask(model, ITEMS, AskSettings(max_new_tokens=8, tools=CALCULATOR), ignore)
+    with tool_use.ToolUser(model, CALCULATOR) as user:
         prompts = [user.prompt(item.prompt) for item in ITEMS]
     assert all("calculator" in model.tokenizer.decode(prompt) for prompt in prompts)
     written = model.backend.generate(prompts, max_new_tokens=8, temperature=0, seeds=[0, 0], eos_ids=model.eos_ids)
@@ -55,6 +57,6 @@ def test_calls_are_counted(model: LanguageModel, monkeypatch: pytest.MonkeyPatch
         return [Sampled(tokens, [0.0] * len(tokens), True, tools=ToolUse(calls=2, valid=1)) for _ in prompts]
 
     monkeypatch.setattr(tool_use, "answer_with_tools", called)
-    found = evaluate(model, Task("sums", ITEMS, AnswerScoring()), AskSettings(tools=("calculator",)))
+    found = evaluate(model, Task("sums", ITEMS, AnswerScoring()), AskSettings(tools=CALCULATOR))
     figures = found.figures()
     assert (figures["tool_calls"], figures["valid_tool_call_rate"], figures["accuracy"]) == (4, 0.5, 0.5)
