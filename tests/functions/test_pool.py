@@ -103,8 +103,9 @@ def test_draws_depend_on_the_arguments_alone():
 
 
 def test_processes_are_kept_and_those_that_died_between_are_replaced(shared):
-    first = {o.value for o in shared.run([call("process")] * 8)}
-    assert {o.value for o in shared.run([call("process")] * 8)} <= first and os.getpid() not in first
+    # One process may answer all calls of a run where the other one is slow to start.
+    first = {o.value for _ in range(3) for o in shared.run([call("process")] * 8)}
+    assert len(first) <= shared.processes and os.getpid() not in first
     for pid in first:
         os.kill(pid, 9)
     time.sleep(0.2)
