@@ -7,7 +7,11 @@ import pytest
 from ray_pipeline.config_load import load_config
 from ray_pipeline.errors import UserError
 
-TOP_K = {"distillation.teacher": "topk:x", "distillation.teacher_answers": 0, "distillation.init": "random"}
+TOP_K = {
+    "distillation.teacher": "topk:x", "distillation.teacher_answers": 0, "distillation.init": "random",
+    "distillation.on_policy": 0,
+}  # fmt: skip
+TOKENS = {"distillation.loss": "cross_entropy", "distillation.on_policy": 0}
 
 
 def d(**settings: object) -> dict[str, object]:
@@ -31,11 +35,11 @@ def d(**settings: object) -> dict[str, object]:
         ({"tools.names": "[calculator]"}, "the trained tokenizer has no tokens for calls"),
         (d(jsd_beta=0.1), "distillation.loss=forward_kl is not jsd"),
         (d(hidden_weight=2), "distillation.loss=forward_kl compares no hidden states"),
-        (d(prompts_per_step=4), "distillation.on_policy=0 lets the student answer nothing"),
+        (d(prompts_per_step=4, on_policy=0), "distillation.on_policy=0 lets the student answer nothing"),
         (d(conversations="false", teacher_answers=0), "there is nothing to learn on"),
-        (d(loss="cross_entropy", temperature=2), "learns tokens, not distributions"),
+        ({**TOKENS, **d(temperature=2)}, "learns tokens, not distributions"),
         (d(loss="cross_entropy", on_policy=0.5), "the student would learn its own answers as they are"),
-        (d(loss="cross_entropy", teacher="x", teacher_answers=0, init="random"), "nothing is learned from it"),
+        ({**TOKENS, **d(teacher="x", teacher_answers=0, init="random")}, "nothing is learned from it"),
         ({**d(loss="hidden"), "distillation.student.hidden_size": 64}, "and the teacher's 128 cannot be compared"),
         ({**TOP_K, **d(on_policy=0.5)}, r"distillation\.on_policy=0\.5 with distillation\.teacher=topk:x: stored"),
         ({**TOP_K, **d(teacher_answers=7)}, r"Use --set distillation\.teacher_answers=0"),
@@ -54,8 +58,8 @@ def test_what_cannot_work_or_changes_nothing_is_refused(settings: dict[str, obje
     [
         TOP_K,
         d(loss="jsd", jsd_beta=0.1, on_policy=1.0, prompts_per_step=8, conversations="false", teacher_answers=0),
-        d(loss="cross_entropy", teacher_answers=0),  # the student trained by SFT alone
-        d(loss="cross_entropy", teacher="x", conversations="false"),  # traces of a teacher with another tokenizer
+        {**TOKENS, **d(teacher_answers=0)},  # the student trained by SFT alone
+        {**TOKENS, **d(teacher="x", conversations="false")},  # traces of a teacher with another tokenizer
         d(loss="hidden", hidden_weight=0.5),
         {"grpo.overlong_buffer": 20, "grpo.overlong_penalty": 0.5, "grpo.resample_rounds": 2},
         {"grpo.rollout.workers": 2, "grpo.rollout.max_staleness": 1},

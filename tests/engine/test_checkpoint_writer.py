@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from model.parallel.mesh import Mesh, MeshSizes
-from ray_pipeline.engine.checkpoint import find_damage, list_checkpoints, load_checkpoint
+from ray_pipeline.engine.checkpoint import find_damage, list_checkpoints, load_checkpoint, step_of
 from ray_pipeline.engine.checkpoint_writer import BEST_FILE, CheckpointWriter
 from ray_pipeline.engine.engine import Engine
 from ray_pipeline.errors import UserError
@@ -192,10 +192,10 @@ def test_killed_at_any_moment_of_saving_every_checkpoint_is_whole(tmp_path):
         folder = tmp_path / str(attempt)
         process = multiprocessing.get_context("fork").Process(target=save_for_ever, args=(folder,))
         process.start()
-        while not list(folder.glob("step_*")):
+        while max((step_of(path) for path in folder.glob("step_*")), default=0) < 1 + attempt % 4:
             assert process.is_alive()
             time.sleep(0.005)
-        time.sleep(random.uniform(0, 0.8))
+        time.sleep(random.uniform(0, 0.3))
         assert process.pid is not None
         os.kill(process.pid, signal.SIGKILL)
         process.join()
@@ -204,4 +204,4 @@ def test_killed_at_any_moment_of_saving_every_checkpoint_is_whole(tmp_path):
         mark = folder / BEST_FILE
         assert not mark.exists() or (folder / json.loads(mark.read_text())["checkpoint"]).is_dir()
         seen.add(found[-1].name)
-    assert len(seen) > 1, "the kills came at different moments"
+    assert len(seen) > 1, "kills came at different moments"

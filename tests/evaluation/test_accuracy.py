@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -35,7 +37,7 @@ class Letters:
 
     eos_id = 1
 
-    def encode_prompt(self, question: str, /) -> list[int]:
+    def encode_prompt(self, question: str, tools: Sequence[object] = (), /) -> list[int]:
         return [0, *(2 + ord(c) - ord("a") for c in question)]
 
     def decode(self, ids: list[int], /) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -40,7 +41,7 @@ class Digits:
 
     eos_id = 1
 
-    def encode_prompt(self, question: str, /) -> list[int]:
+    def encode_prompt(self, question: str, tools: Sequence[object] = (), /) -> list[int]:
         return [0, *(2 + int(c) for c in question)]
 
     def encode(self, text: str, /) -> list[int]:
