@@ -9,7 +9,7 @@ from ray_pipeline.errors import UserError
 
 TOP_K = {
     "distillation.teacher": "topk:x", "distillation.teacher_answers": 0, "distillation.init": "random",
-    "distillation.on_policy": 0,
+    "distillation.on_policy": 0, "distillation.conversations": "true",
 }  # fmt: skip
 TOKENS = {"distillation.loss": "cross_entropy", "distillation.on_policy": 0}
 
@@ -58,7 +58,7 @@ def test_what_cannot_work_or_changes_nothing_is_refused(settings: dict[str, obje
     [
         TOP_K,
         d(loss="jsd", jsd_beta=0.1, on_policy=1.0, prompts_per_step=8, conversations="false", teacher_answers=0),
-        {**TOKENS, **d(teacher_answers=0)},  # the student trained by SFT alone
+        {**TOKENS, **d(teacher_answers=0, conversations="true")},  # the student trained by SFT alone
         {**TOKENS, **d(teacher="x", conversations="false")},  # traces of a teacher with another tokenizer
         d(loss="hidden", hidden_weight=0.5),
         {"grpo.overlong_buffer": 20, "grpo.overlong_penalty": 0.5, "grpo.resample_rounds": 2},
