@@ -21,6 +21,8 @@ def post_training_problems(config: PipelineFields) -> Iterator[str]:
     for stage, check in checks.items():
         if stage in config.stages:
             yield from check(config)
+    if any(stage in config.stages for stage in checks):  # all of them are evaluated with the tools
+        yield from _tools(config)
 
 
 def _changed(section: Section, *keys: str) -> dict[str, Any]:
@@ -82,7 +84,6 @@ def _grpo(config: PipelineFields) -> Iterator[str]:
         )
     yield from _drafting(config)
     yield from _rollout(config)
-    yield from _tools(config)
 
 
 def _drafting(config: PipelineFields) -> Iterator[str]:
@@ -95,7 +96,7 @@ def _drafting(config: PipelineFields) -> Iterator[str]:
 
 def _rollout(config: PipelineFields) -> Iterator[str]:
     rollout = config.grpo.rollout
-    if rollout.max_staleness and not rollout.workers and rollout.engine == "native":
+    if rollout.max_staleness and not rollout.workers:
         yield (
             "grpo.rollout.max_staleness=1: the training ranks sample themselves and cannot train meanwhile. Use "
             "--set grpo.rollout.workers=1 or more, or max_staleness=0."
@@ -109,7 +110,7 @@ def _tools(config: PipelineFields) -> Iterator[str]:
     if not tools.names:
         keys = ("listed", "max_calls", "timeout_seconds")
         yield from _without_effect(tools, "tools", keys, "tools.names=[] offers no tool")
-    elif tokenizer.name == "train" and not getattr(tokenizer, "tools", True):
+    elif tokenizer.name == "train" and not tokenizer.tools:
         yield (
             f"tools.names={tools.names}: the trained tokenizer has no tokens for calls. "
             "Add --set tokenizer.tools=true, or name a tokenizer that has them."

@@ -50,9 +50,7 @@ class SparseAttention(MultiHeadLatentAttention):
             if not dense:
                 read = self._selected(index, read)
                 mask = read.unsqueeze(1)
-        out = softmax_attention(
-            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale=self.scale, mask=mask
-        )
+        out = softmax_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale=self.scale, mask=mask)
         out = positions_for_heads(out.transpose(1, 2), self.sp)
         out = reduce_from(self.o_proj(out.flatten(2)), self.tp)
         if not wants_loss:

@@ -35,9 +35,7 @@ class AbsorbedAttention:
         self.contextual = config.position == "cope"
         # Multiplying the factors together saves two operations a step, but is more work where the latent is much wider
         # than a head (DeepSeek-V3: 512 against 128). Contextual positions read the query itself.
-        self.merged = (
-            config.q_lora_rank is not None and latent <= 2 * config.qk_nope_head_dim and not self.contextual
-        )
+        self.merged = config.q_lora_rank is not None and latent <= 2 * config.qk_nope_head_dim and not self.contextual
         if self.merged:
             assert self.query is not None
             nope, rope = self.query.unflatten(1, (heads, -1)).split(

@@ -153,10 +153,9 @@ class _Wave:
                 rows = alive.nonzero().squeeze(1)
                 batch, alive, tokens = batch[rows], alive[rows], tokens[rows]
                 cache = cache.select(rows, self.max_new - step)
-            positions = cache.positions
             logits = self.decoder.step(tokens, cache)
             if record is not None:
-                record.step(batch, positions.unsqueeze(1))
+                record.step(batch, cache.positions.unsqueeze(1) - 1)
 
     def _prefill(self, record: RoutingRecord | None) -> tuple[Tensor, KVCache]:
         """Each distinct prompt once."""

@@ -111,9 +111,7 @@ class Transcript:
             kept = torch.where(forced[:, None], certain, kept)
         return logprobs, kept, forced
 
-    def write(
-        self, which: Tensor, tokens: Tensor, logprobs: Tensor, forced: Tensor | None, alive: Tensor
-    ) -> Tensor:
+    def write(self, which: Tensor, tokens: Tensor, logprobs: Tensor, forced: Tensor | None, alive: Tensor) -> Tensor:
         """Append a token to each request of `which` that is `alive`.
 
         Args:

@@ -9,7 +9,7 @@ entry are exchanged, logits never are (arXiv:1909.08053, §3).
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -79,37 +79,73 @@ def _hand_over(weight_gradient: Tensor | None, owner: Tensor) -> Tensor | None:
     return None
 
 
-class _Sum(torch.autograd.Function):
-    """Sum over rows, gradients made on the way."""
+class ChunkLoss(Protocol):
+    """A loss of a few rows' logits.
 
+    Attributes:
+        count: how many sums it makes.
+    """
+
+    count: int
+
+    def __call__(self, logits: Tensor, rows: slice, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
+        """
+        Args:
+            logits: [chunk, vocab_size / tp] fp32, this rank's slice; may be overwritten. rows: which ones they are.
+        Returns:
+            Sums over these rows and the whole vocabulary [count], and the gradient of the first of them by `logits`.
+        """
+        ...
+
+
+class _Sums(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, axis: Axis, owner: tuple[Tensor]) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, loss: ChunkLoss, owner: tuple[Tensor]) -> Tensor:
         need_input, need_weight, *_ = ctx.needs_input_grad
-        total_loss = torch.zeros((), dtype=torch.float32, device=x.device)
+        sums = torch.zeros(loss.count, dtype=torch.float32, device=x.device)
         dx = torch.empty_like(x) if need_input else None
         dweight = _WeightGradient(weight, need_weight)
         for rows in _chunks(x, weight.shape[0]):
             part = x[rows]
-            column, outside = _mine(labels[rows], weight.shape[0], axis)
-            exponentials, total, loss = _exponentials((part @ weight.t()).float(), column, outside, axis)
-            total_loss += loss.sum()
-            if need_input or need_weight:
-                gradient = _subtract_label(exponentials.div_(total), column, outside).to(x.dtype)
+            made, gradient = loss((part @ weight.t()).float(), rows, need_input or need_weight)
+            sums += made
+            if gradient is not None:
+                gradient = gradient.to(x.dtype)
                 if dx is not None:
                     torch.mm(gradient, weight, out=dx[rows])
                 dweight.add(gradient, part)
+            del gradient  # before the next chunk's distributions are there
         ctx.gradients, ctx.owner = [dx, dweight.value], owner
-        return total_loss
+        return sums
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         dx, dweight = ctx.gradients  # scaled in place: a second backward through the same graph is not allowed
         ctx.gradients = None
         if dx is not None:
-            dx.mul_(grads[0])
+            dx.mul_(grads[0][0])
         if dweight is not None:
-            dweight = _hand_over(dweight.mul_(grads[0]), ctx.owner[0])
-        return dx, dweight, None, None, None
+            dweight = _hand_over(dweight.mul_(grads[0][0]), ctx.owner[0])
+        return dx, dweight, None, None
+
+
+class _LabelLoss:
+    """-log p(label), summed.
+
+    Args:
+        labels: [rows], all to be counted. axis: over which the vocabulary is cut.
+    """
+
+    count = 1
+
+    def __init__(self, labels: Tensor, axis: Axis):
+        self.labels, self.axis = labels, axis
+
+    def __call__(self, logits: Tensor, rows: slice, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
+        column, outside = _mine(self.labels[rows], logits.shape[1], self.axis)
+        exponentials, total, loss = _exponentials(logits, column, outside, self.axis)
+        gradient = _subtract_label(exponentials.div_(total), column, outside) if with_gradient else None
+        return loss.sum(0), gradient
 
 
 class _PerToken(torch.autograd.Function):
@@ -146,15 +182,24 @@ class _PerToken(torch.autograd.Function):
         return dx, _hand_over(dweight.value, ctx.owner[0]), None, None, None, None
 
 
+def chunked_sums(x: Tensor, weight: Tensor, loss: ChunkLoss) -> Tensor:
+    """The loss's sums [count], fp32; gradients flow through the first alone.
+
+    Args:
+        x: [rows, hidden_size]. weight: a parameter [vocab_size / tp, hidden_size].
+    """
+    dtype = operand_dtype(x)
+    with torch.autocast(x.device.type, enabled=False):
+        return _Sums.apply(x.to(dtype), weight.to(dtype), loss, (weight,))
+
+
 def loss_sum(x: Tensor, weight: Tensor, labels: Tensor, axis: Axis) -> Tensor:
     """Sum of -log p(label) in nats, fp32.
 
     Args:
         x: [rows, hidden_size]. weight: a parameter [vocab_size / tp, hidden_size]. labels: [rows], all to be counted.
     """
-    dtype = operand_dtype(x)
-    with torch.autocast(x.device.type, enabled=False):
-        return _Sum.apply(x.to(dtype), weight.to(dtype), labels, axis, (weight,))
+    return chunked_sums(x, weight, _LabelLoss(labels, axis))[0]
 
 
 def loss_per_token(x: Tensor, weight: Tensor, labels: Tensor, axis: Axis, temperature: float) -> Tensor:

@@ -158,4 +158,3 @@ def fp8_grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
         x: [rows, in], sorted by expert. weight: [experts, out, in], a parameter. counts: [experts] rows of each.
     """
     return _Fp8Linear.apply(x, weight, counts.tolist(), operand_dtype(x), (weight,))
-

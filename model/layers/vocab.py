@@ -6,8 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.layers.chunked_loss import loss_per_token, loss_sum
-from model.layers.chunked_sums import ChunkLoss, chunked_sums
+from model.layers.chunked_loss import ChunkLoss, chunked_sums, loss_per_token, loss_sum
 from model.layers.linear import Linear
 from model.parallel.collectives import LOCAL, Axis, copy_to, reduce_from
 

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from ray_pipeline.workflow_plan import StageSelection
 
 
+EVALUATED = ("sft", "dpo", "grpo", "distillation")  # whose models answer questions, with tools if there are any
+
+
 def check_inputs(config: PipelineFields, layout: Layout, stages: StageSelection) -> None:
     """Look at the input files and names now, if a stage is going to read them in a run with this legal layout.
 
@@ -36,19 +39,21 @@ def check_inputs(config: PipelineFields, layout: Layout, stages: StageSelection)
         from ray_pipeline.training.teacher_folder import check_teacher
 
         check_teacher(config, layout)
+    if config.backend == "modal":
+        return  # functions and the sandbox are needed where the stages run
+    if any(stage in working for stage in EVALUATED):
+        from ray_pipeline.tools.registry import check_tool_names
+
+        check_tool_names(config.tools.names)
     if "grpo" in working:
         _check_rollouts(config, layout)
 
 
 def _check_rollouts(config: PipelineFields, layout: Layout) -> None:
-    """Rewards, tools and the engine, where they will be used: not here for a run on Modal."""
+    """Rewards, and the engine that samples."""
     from ray_pipeline.rewards.registry import check_reward_names
-    from ray_pipeline.tools.registry import check_tool_names
 
-    if config.backend == "modal":
-        return
     check_reward_names(config.grpo.rewards)
-    check_tool_names(config.tools.names)
     if config.grpo.rollout.engine == "vllm" and layout.device != "cuda":
         raise UserError("grpo.rollout.engine=vllm: vLLM samples on GPUs, and there is none here. Use engine=native.")
 

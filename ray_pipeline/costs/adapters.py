@@ -12,10 +12,5 @@ def trained_weights(work: Workload, layers: range) -> list[Weight]:
     if work.lora is None:
         return part_weights(work.model, layers)
     targets, r = chosen_targets(work.model, work.lora.target_modules), work.lora.r
-    sizes = [
-        r * width
-        for name, *widths in linear_layers(work.model, layers)
-        if name in targets
-        for width in widths
-    ]
+    sizes = [r * width for name, *widths in linear_layers(work.model, layers) if name in targets for width in widths]
     return [Weight("adapters", size, size, size) for size in sizes]

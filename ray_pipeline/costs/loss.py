@@ -1,8 +1,7 @@
 """What the loss keeps for the backward pass, and what it needs while it is computed, by training stage.
 
 Cross-entropy and distillation make their gradients in the forward pass, a few rows of logits at a time
-(`model.layers.chunked_loss`, `chunked_sums`). DPO and GRPO, which learn a token's weight only afterwards, compute
-logits again.
+(`model.layers.chunked_loss`). DPO and GRPO, which learn a token's weight only afterwards, compute logits again.
 """
 
 from __future__ import annotations
@@ -56,7 +55,9 @@ def _chunk_rows(vocab: int, on: Kernels) -> int:
 
 
 def _chunk_bytes(work: Workload, on: Kernels, *, gradients: bool) -> int:
-    """Logits at a time: a chunk in fp32 and, as the product made it, in bf16, while the one before is still held.
+    """Logits at a time: a chunk in fp32 and, as the product made it, in bf16.
+
+    Where logits are computed again, in both directions, the chunk before is held until the next one is there.
 
     Args:
         gradients: they are made of it: in bf16 a tensor of their own, and a product with the states of the chunk.
@@ -65,6 +66,8 @@ def _chunk_bytes(work: Workload, on: Kernels, *, gradients: bool) -> int:
     size = _chunk_rows(vocab, on)
     now, before = min(size, work.tokens_at_once), min(size, max(0, work.tokens_at_once - size))
     product = other * _head_numbers(work) * gradients
+    if makes_gradients_ahead(work):
+        return now * vocab * other + max(now * vocab * FP32, product)
     return now * vocab * (FP32 + other) + max(before * vocab * (FP32 + other * gradients), product)
 
 

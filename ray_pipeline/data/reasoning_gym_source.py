@@ -43,10 +43,23 @@ def gym_questions(task: str, size: int, seed: int) -> Iterator[Question]:
     Raises:
         UserError: no such task.
     """
-    # Its entry i is made from seed + i, so neighbouring seeds would share nearly all of their questions.
-    apart = int(content_hash(f"{seed}/{task}")[:8], 16)
-    for entry in _dataset(task, apart, size):
-        yield Question(entry["question"].strip(), "", json.dumps(entry, default=_plain, sort_keys=True), task, 0)
+    for entry in gym_entries(task, size, seed):
+        yield Question(entry["question"].strip(), "", entry_text(entry), task, 0)
+
+
+def gym_entries(task: str, size: int, seed: int) -> Iterable[dict[str, Any]]:
+    """The first `size` entries of a task as reasoning-gym has them: question, answer, metadata.
+
+    Raises:
+        UserError: no such task.
+    """
+    # Entry i is made from seed + i, so neighbouring seeds would share nearly all of their questions.
+    return _dataset(task, int(content_hash(f"{seed}/{task}")[:8], 16), size)
+
+
+def entry_text(entry: dict[str, Any]) -> str:
+    """An entry as the reference that the task's own scoring reads: JSON."""
+    return json.dumps(entry, default=_plain, sort_keys=True)
 
 
 def _dataset(task: str, seed: int, size: int) -> Iterable[dict[str, Any]]:

@@ -106,9 +106,7 @@ class CheckpointWriter:
         mine = my_share({key: tensor.numel() * tensor.element_size() for key, tensor in state.items()}, self.mesh)
         if set(mine) != set(self._staging):
             pin = engine.device.type == "cuda"
-            self._staging = {
-                key: torch.empty(state[key].shape, dtype=state[key].dtype, pin_memory=pin) for key in mine
-            }
+            self._staging = {key: torch.empty(state[key].shape, dtype=state[key].dtype, pin_memory=pin) for key in mine}
         for key, copy in self._staging.items():
             copy.copy_(state[key].detach(), non_blocking=True)
         if engine.device.type == "cuda":

@@ -27,10 +27,7 @@ class ExpertBalance:
     def __init__(self, config: ModelConfig, parts: Iterable[Transformer], mesh: Mesh):
         self.config, self.mesh = config, mesh
         self.routers = {
-            f"{name}.": module
-            for part in parts
-            for name, module in part.named_modules()
-            if isinstance(module, Router)
+            f"{name}.": module for part in parts for name, module in part.named_modules() if isinstance(module, Router)
         }
         self.loads: dict[str, Tensor] = {}
 

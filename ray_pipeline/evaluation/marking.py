@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from fractions import Fraction
 
-from ray_pipeline.rewards.answer import answer, extract, final_text, last_number, parse_number
+from ray_pipeline.rewards.answer import answer, as_text, extract, final_text, parse_number, stated_number
 from ray_pipeline.rewards.think_format import think_format
 
 RIGHT = 1.0
@@ -31,7 +30,4 @@ def vote(text: str, reference: str) -> Hashable | None:
     if final is None or not final.strip():
         return None
     given = extract(final)
-    if parse_number(extract(reference)) is None:
-        return " ".join(given.casefold().split()).strip(" .$\"'*") or None
-    found: Fraction | None = parse_number(given)
-    return last_number(given) if found is None else found
+    return as_text(given) or None if parse_number(extract(reference)) is None else stated_number(given)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from model.convert.folder import describe, is_native
 from model.convert.hf_config import FAMILIES
+from model.convert.weight_files import read_object
 from ray_pipeline.artifacts import MANIFEST, damage
 from ray_pipeline.config_post_training import ToolsConfig
 from ray_pipeline.data.tokenizer import ChatTokenizer, load_tokenizer
@@ -60,14 +60,9 @@ class ModelSource:
 
 def _read_object(path: Path) -> dict[str, Any]:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}).") from None
+        return read_object(path)
     except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error}).") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: must hold a JSON object.")
-    return values
+        raise UserError(str(error)) from None
 
 
 def describe_folder(path: Path, *, name: str | None = None) -> ModelSource:

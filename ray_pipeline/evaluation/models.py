@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -230,13 +231,24 @@ def _backend(source: ModelSource, tokenizer: ChatTokenizer) -> Backend:
         model = Transformer(config)
         model.load_state_dict(state)
         return NativeBackend(model)
-    from transformers import AutoModelForCausalLM
-
     cuda = torch.cuda.is_available()
     try:
-        theirs: Any = AutoModelForCausalLM.from_pretrained(
-            source.folder, dtype="auto" if cuda else torch.float32, use_safetensors=True, local_files_only=True
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"{source.folder}: transformers cannot load it ({str(error).splitlines()[0]:.200}).") from None
+        theirs = load_causal_lm(source.folder, "auto" if cuda else torch.float32)
+    except ValueError as error:
+        raise UserError(str(error)) from None
     return TransformersBackend(theirs.cuda() if cuda else theirs, tokenizer.pad_id)
+
+
+def load_causal_lm(folder: Path, dtype: torch.dtype | str) -> Any:
+    """A causal language model that transformers runs, from safetensors alone: a pickle can run any program.
+
+    Raises:
+        ValueError: transformers has no class for it, or cannot read it.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, local_files_only=True)
+    except (KeyError, OSError, ValueError, RuntimeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{folder}: transformers cannot load it ({reason:.200})") from None

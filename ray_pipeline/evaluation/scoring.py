@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import uuid
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
@@ -13,11 +12,10 @@ from ray_pipeline.config_post_training import ScoringConfig
 from ray_pipeline.evaluation.marking import is_right
 from ray_pipeline.evaluation.tasks.item import Item, Scoring
 from ray_pipeline.rewards.answer import final_text
+from ray_pipeline.rewards.unit_tests import code_block, passes
 
 if TYPE_CHECKING:
     from ray_pipeline.rewards.scoring import Scorer
-
-_BLOCK = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL | re.IGNORECASE)
 
 
 class InProcess:
@@ -80,8 +78,8 @@ class RewardScoring:
 def code_of(text: str) -> str:
     """The program in an answer: its last block of code, else all that is not thinking."""
     final = final_text(text) or ""
-    blocks = _BLOCK.findall(final)
-    return blocks[-1] if blocks else final
+    block = code_block(final)
+    return final if block is None else block
 
 
 class TestScoring(InProcess):
@@ -93,8 +91,8 @@ class TestScoring(InProcess):
 
     __test__ = False  # not a test of pytest's
 
-    def __init__(self, *, wall_seconds: float = 10.0, memory_bytes: int = 1 << 29):
-        self.wall_seconds, self.memory_bytes = wall_seconds, memory_bytes
+    def __init__(self, *, wall_seconds: float = 10.0):
+        self.wall_seconds = wall_seconds
 
     def score(self, items: Sequence[Item], texts: Sequence[str]) -> list[float | None]:
         """1.0 where all tests pass; None where the sandbox could not run."""
@@ -102,15 +100,7 @@ class TestScoring(InProcess):
             return list(pool.map(self._run, items, texts))
 
     def _run(self, item: Item, text: str) -> float:
-        from ray_pipeline.sandbox import run_python
-
-        # Printed behind the tests: a program that ends before them has not passed them.
-        passed = uuid.uuid4().hex
-        source = f"{program(text, item.data)}\n{item.data['tests']}\nprint({passed!r})\n"
-        result = run_python(
-            source, cpu_seconds=self.wall_seconds, memory_bytes=self.memory_bytes, wall_seconds=self.wall_seconds
-        )
-        return float(result.status == "ok" and result.stdout.rstrip().endswith(passed))
+        return float(passes(program(text, item.data), item.data["tests"], self.wall_seconds))
 
 
 def program(text: str, data: Mapping[str, Any]) -> str:

@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from ray_pipeline.reasoning import parse
-from ray_pipeline.rewards.answer import MAX_NUMBER_LENGTH, extract, final_text, last_number, parse_number
+from ray_pipeline.rewards.answer import MAX_NUMBER_LENGTH, extract, final_text, stated_number
+from ray_pipeline.tools import calculator
+from ray_pipeline.tools.tool import ToolError
 
 MAX_TOKENS = 200  # of one expression; more is babble
 MAX_EXPONENT = 64
@@ -22,6 +24,7 @@ _SIGNS = str.maketrans({"×": "*", "·": "*", "÷": "/", "\N{MINUS SIGN}": "-"})
 _THOUSANDS = re.compile(r"(?<![0-9])([0-9]{1,3}(?:,[0-9]{3})+)(?![0-9])")
 # One character at a time: a pattern with more than one way to read a text would take exponential time on babble.
 _RUN = re.compile(r"(?:[-+*/^()=0-9$€£ \t]|\.(?=[0-9]))+")
+_LEADING_ZEROS = re.compile(r"(?<![0-9.])0+(?=[0-9])")
 _TOKEN = re.compile(r"[0-9]+(?:\.[0-9]+)?|[-+*/^()]")
 # Two operands with nothing but space between them: a new statement begins.
 _BORDER = re.compile(r"(?<=[0-9)])[ \t]+(?=[0-9(])")
@@ -66,13 +69,8 @@ def self_check(completion: str) -> SelfCheck:
     working = parse(completion).thinking or completion
     found = list(_statements(working.translate(_SIGNS)))
     right = [value for value, holds in found if holds]
-    return SelfCheck(len(found), len(right), _final_number(completion) in right, bool(_REFLECTION.search(working)))
-
-
-def _final_number(completion: str) -> Fraction | None:
-    given = extract(final_text(completion) or "")
-    found = parse_number(given)
-    return last_number(given) if found is None else found
+    final = stated_number(extract(final_text(completion) or ""))
+    return SelfCheck(len(found), len(right), final in right, bool(_REFLECTION.search(working)))
 
 
 def _statements(text: str) -> Iterator[tuple[Fraction, bool]]:
@@ -114,56 +112,13 @@ def evaluate(expression: str) -> Fraction | None:
     if _TOKEN.sub("", expression).strip() or len(expression) > 4 * MAX_NUMBER_LENGTH:
         return None
     tokens = _TOKEN.findall(expression)
-    if not 0 < len(tokens) <= MAX_TOKENS or any(len(token) > MAX_NUMBER_LENGTH for token in tokens):
+    if len(tokens) > MAX_TOKENS or any(len(token) > MAX_NUMBER_LENGTH for token in tokens):
+        return None
+    if any(a == b and a in "*/" for a, b in itertools.pairwise(tokens)):  # Python's // and ** are no school's
+        return None
+    if any(a == "^" and b[0].isdigit() and float(b) > MAX_EXPONENT for a, b in itertools.pairwise(tokens)):
         return None
     try:
-        value, end = _sum(tokens, 0)
-    except (_NoExpression, ZeroDivisionError, RecursionError):
+        return calculator.evaluate(_LEADING_ZEROS.sub("", expression))
+    except ToolError:
         return None
-    return value if end == len(tokens) else None
-
-
-class _NoExpression(Exception):
-    """The tokens are not in the order of an expression."""
-
-
-def _sum(tokens: list[str], at: int) -> tuple[Fraction, int]:
-    value, at = _product(tokens, at)
-    while at < len(tokens) and tokens[at] in "+-":
-        term, after = _product(tokens, at + 1)
-        value, at = (value + term if tokens[at] == "+" else value - term), after
-    return value, at
-
-
-def _product(tokens: list[str], at: int) -> tuple[Fraction, int]:
-    value, at = _signed(tokens, at)
-    while at < len(tokens) and tokens[at] in "*/":
-        factor, after = _signed(tokens, at + 1)
-        value, at = (value * factor if tokens[at] == "*" else value / factor), after
-    return value, at
-
-
-def _signed(tokens: list[str], at: int) -> tuple[Fraction, int]:
-    if at < len(tokens) and tokens[at] == "-":
-        value, at = _signed(tokens, at + 1)
-        return -value, at
-    value, at = _atom(tokens, at)
-    if at < len(tokens) and tokens[at] == "^":
-        power, at = _signed(tokens, at + 1)
-        if power.denominator != 1 or abs(power) > MAX_EXPONENT or abs(value.numerator) > 10**12:
-            raise _NoExpression
-        value = value ** int(power)
-    return value, at
-
-
-def _atom(tokens: list[str], at: int) -> tuple[Fraction, int]:
-    if at == len(tokens):
-        raise _NoExpression
-    if tokens[at] == "(":
-        value, at = _sum(tokens, at + 1)
-        if at == len(tokens) or tokens[at] != ")":
-            raise _NoExpression
-        return value, at + 1
-    if not tokens[at][0].isdigit():
-        raise _NoExpression
-    return Fraction(tokens[at]), at + 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from model.layers.chunked_sums import ChunkLoss
+from model.layers.chunked_loss import ChunkLoss
 from model.layers.linear import operand_dtype
 from model.layers.vocab import Head
 from model.loss import IGNORE

@@ -88,7 +88,14 @@ def last_number(text: str) -> Fraction | None:
     return _fraction(found[-1]) if found else None
 
 
-def _as_text(text: str) -> str:
+def stated_number(text: str) -> Fraction | None:
+    """The value of an answer: of the whole text where it is one number, else of the last number in it."""
+    found = parse_number(text)
+    return last_number(text) if found is None else found
+
+
+def as_text(text: str) -> str:
+    """What two answers that are no numbers have in common when they are the same: their words, without case."""
     return " ".join(_clean(text).casefold().split()).strip(" .$\"'*")
 
 
@@ -107,6 +114,5 @@ def answer(prompt: str, completion: str, reference: str) -> float:
     expected, given = extract(reference), extract(final)
     value = parse_number(expected)
     if value is None:
-        return float(_as_text(given) == _as_text(expected) != "")
-    found = parse_number(given)
-    return float((last_number(given) if found is None else found) == value)
+        return float(as_text(given) == as_text(expected) != "")
+    return float(stated_number(given) == value)

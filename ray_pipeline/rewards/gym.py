@@ -7,10 +7,10 @@ JSON, as DATA_PREP writes it; a reference of plain text is taken for the task's 
 from __future__ import annotations
 
 import functools
-import json
 from typing import Any
 
 from ray_pipeline.rewards.answer import final_text
+from ray_pipeline.tools.calls import read_json
 
 # They compare boards with tuples, which JSON gives back as lists.
 _WITH_TUPLES = ("arc_agi", "rearc")
@@ -32,10 +32,7 @@ def prepare_process() -> None:
 
 def read_reference(prompt: str, reference: str) -> dict[str, Any]:
     """The entry that a reference holds; a plain text is the answer of an entry without data."""
-    try:
-        found = json.loads(reference)
-    except ValueError:
-        found = None
+    found = read_json(reference)
     if isinstance(found, dict) and {"answer", "metadata"} <= found.keys():
         return {"question": prompt, **found}
     return {"question": prompt, "answer": reference, "metadata": {}}

@@ -60,7 +60,7 @@ def unit_tests(prompt: str, completion: str, reference: str, *, timeout_seconds:
     if solution is None:
         return 0.0
     if isinstance(tests, str):
-        return float(_passes(solution, tests, timeout_seconds))
+        return float(passes(solution, tests, timeout_seconds))
     deadline = time.monotonic() + timeout_seconds
     return float(all(_prints(solution, given, wanted, deadline) for given, wanted in tests))
 
@@ -103,7 +103,12 @@ def _text(value: Any) -> str:
     return "\n".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def _passes(solution: str, tests: str, seconds: float) -> bool:
+def passes(solution: str, tests: str, seconds: float) -> bool:
+    """Whether the tests, Python that raises where the program is wrong, reach their end behind it in a sandbox.
+
+    Raises:
+        UserError: this machine has no sandbox.
+    """
     token = secrets.token_hex(16).encode()
     source = _HARNESS.format(solution=solution, tests=tests, token=token)
     result = run_python(source, cpu_seconds=seconds, wall_seconds=seconds, memory_bytes=MEMORY_BYTES)

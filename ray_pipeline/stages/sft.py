@@ -41,9 +41,7 @@ def train(arguments: dict[str, Any]) -> dict[str, Any]:
         return validation_loss(engine, validation, objective) | heldout.figures()
 
     rows = PackedSource(PackedRows(rank.data / STAGE / "train"), rank.config.seed, settings.batch_size)
-    source = SeededSource(
-        rows, rank.config.seed, neftune_alpha=settings.neftune_alpha, hidden_size=config.hidden_size
-    )
+    source = SeededSource(rows, rank.config.seed, neftune_alpha=settings.neftune_alpha, hidden_size=config.hidden_size)
     figures = Trainer(rank, engine, objective).fit(source, evaluate)
     save_trained_model(rank, engine)
     if lora is not None:

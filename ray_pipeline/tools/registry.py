@@ -39,7 +39,7 @@ def check_tool_names(names: Sequence[str]) -> None:
         tool = get_tool(given)
         if tool.name in seen:
             raise UserError(
-                f'grpo.tools.names: "{seen[tool.name]}" and "{given}" are both called {tool.name}. '
+                f'tools.names: "{seen[tool.name]}" and "{given}" are both called {tool.name}. '
                 "Leave one out, or rename the function."
             )
         seen[tool.name] = given

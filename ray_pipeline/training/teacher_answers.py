@@ -88,11 +88,11 @@ def _from_own_model(
 def _from_transformers(
     rank: Rank, teacher: Teacher, questions: Sequence[dict[str, Any]], own: ChatTokenizer
 ) -> list[Answer]:
-    from ray_pipeline.training.teacher_transformers import AT_ONCE, load_causal_lm, write_texts
+    from ray_pipeline.training.teacher_transformers import AT_ONCE, load_teacher_lm, write_texts
 
     assert teacher.folder is not None and teacher.folder.tokenizer is not None
     config = rank.config
-    model = load_causal_lm(teacher.folder.path, rank.device, torch.float32)
+    model = load_teacher_lm(teacher.folder.path, rank.device, torch.float32)
     theirs = load_tokenizer(teacher.folder.tokenizer)
     starts = range(0, len(questions), AT_ONCE)
     mine: list[tuple[int, Answer]] = []

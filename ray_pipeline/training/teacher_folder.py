@@ -75,7 +75,7 @@ def _tokenizer(path: Path) -> Path | None:
 
 def tokenizer_difference(teacher: Path, own: Path) -> str | None:
     """Why the two tokenizers do not mean the same by their ids; None where they do."""
-    theirs, ours = (_vocabulary(folder) for folder in (teacher, own))
+    theirs, ours = (vocabulary(folder) for folder in (teacher, own))
     if theirs == ours:
         return None
     shared = theirs.keys() & ours.keys()
@@ -88,7 +88,8 @@ def tokenizer_difference(teacher: Path, own: Path) -> str | None:
     return f"{len(there)} tokens are there alone and {len(here)} here alone, for example {example}"
 
 
-def _vocabulary(folder: Path) -> dict[str, int]:
+def vocabulary(folder: Path) -> dict[str, int]:
+    """What each id of a folder's tokenizer means: token -> id, added ones too."""
     return dict(Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab(with_added_tokens=True))
 
 

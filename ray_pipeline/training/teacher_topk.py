@@ -20,7 +20,6 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from tokenizers import Tokenizer
 from torch import Tensor
 
 from model.transformer import Transformer
@@ -29,6 +28,7 @@ from ray_pipeline.data.batch import Batch
 from ray_pipeline.data.loader import PackedRows, row_order
 from ray_pipeline.errors import UserError
 from ray_pipeline.teacher_name import TOP_K
+from ray_pipeline.training.teacher_folder import vocabulary
 
 DESCRIPTION = "topk.json"
 ROWS_PER_FILE = 1024
@@ -50,8 +50,7 @@ class TopKManifest:
 
 def vocab_sha256(tokenizer: Path) -> str:
     """Of what each id means: equal for tokenizers whose ids can be compared."""
-    vocabulary = Tokenizer.from_file(str(tokenizer / "tokenizer.json")).get_vocab(with_added_tokens=True)
-    return hashlib.sha256(json.dumps(sorted(vocabulary.items())).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(sorted(vocabulary(tokenizer).items())).encode()).hexdigest()
 
 
 def data_sha256(rows: PackedRows) -> str:

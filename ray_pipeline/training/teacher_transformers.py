@@ -15,6 +15,7 @@ from ray_pipeline.data.batch import IGNORE, Batch
 from ray_pipeline.data.tokenizer import ChatTokenizer
 from ray_pipeline.engine.engine import Engine
 from ray_pipeline.errors import UserError
+from ray_pipeline.evaluation.models import load_causal_lm
 from ray_pipeline.rollouts.rollout import request_seed
 from ray_pipeline.training.teacher import whole_head
 from ray_pipeline.training.teacher_folder import KEY
@@ -24,21 +25,16 @@ AT_ONCE = 16  # documents or questions of one forward pass
 TOLERANCE = 1e-3
 
 
-def load_causal_lm(path: Path, device: torch.device, dtype: torch.dtype) -> Any:
+def load_teacher_lm(path: Path, device: torch.device, dtype: torch.dtype) -> Any:
     """The model, for reading alone.
 
     Raises:
         UserError: transformers has no causal language model for it, or cannot read it.
     """
-    from transformers import AutoModelForCausalLM
-
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True)
-    except (ValueError, OSError, KeyError) as error:
-        raise UserError(
-            f"{KEY}={path}: transformers cannot load it ({str(error).splitlines()[0]}). Give a folder saved by "
-            "save_pretrained of a causal language model."
-        ) from None
+        model = load_causal_lm(path, dtype)
+    except ValueError as error:
+        raise UserError(f"{KEY}={error}. Give a folder saved by save_pretrained of a causal language model.") from None
     return model.to(device).eval().requires_grad_(False)
 
 
@@ -55,7 +51,7 @@ class TransformersTeacher:
         self.head: Head | None = None
         if student.last_part is None:
             return
-        self.model = load_causal_lm(path, student.device, dtype)
+        self.model = load_teacher_lm(path, student.device, dtype)
         weight = self.model.get_output_embeddings().weight
         entries = student.config.vocab_size
         if weight.shape[0] != entries:

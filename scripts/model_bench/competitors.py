@@ -81,6 +81,7 @@ def theirs(config: ModelConfig, model: Transformer, attention: str, experts: str
     from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
     from model.convert.hf_config import to_hf
+
     values = {key: value for key, value in to_hf(config).items() if key not in ("architectures", "model_type")}
     settings = DeepseekV3Config(**values, bos_token_id=0, eos_token_id=1, pad_token_id=2)
     settings._attn_implementation = attention

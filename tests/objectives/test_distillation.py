@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from model.init import init_weights
 from model.layers import chunked_loss
-from model.layers.chunked_sums import chunked_sums
+from model.layers.chunked_loss import chunked_sums
 from model.layers.linear import deferred_weight_gradients
 from model.loss import IGNORE
 from model.parallel.collectives import LOCAL

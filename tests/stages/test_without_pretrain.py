@@ -49,7 +49,8 @@ def settings(folder: Path) -> dict[str, Any]:
     out |= {f"data.{key}": value for key, value in sizes.items()}
     return out | {
         "init_from.path": str(folder), "layout.micro_batch": 2, "tracking.wandb": False,
-        "sft.batch_size": 4, "distillation.batch_size": 4, "distillation.teacher_answers": 0,
+        "sft.batch_size": 4, "distillation.batch_size": 4,
+        "distillation.teacher_answers": 0, "distillation.conversations": True,
         "distillation.student": dict.fromkeys(("moe_intermediate_size", "intermediate_size"))
         | {"num_hidden_layers": 1, "num_nextn_predict_layers": 0},
         "evaluation.questions": 4, "evaluation.max_new_tokens": 4, "grpo.max_new_tokens": 4,

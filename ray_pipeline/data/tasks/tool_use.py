@@ -9,6 +9,7 @@ from ray_pipeline.data.tasks.columns import number
 from ray_pipeline.data.tasks.expressions import PHRASES
 from ray_pipeline.data.tasks.question import Worked
 from ray_pipeline.data.tasks.words import NAMES, PLACES, PLURAL, THINGS
+from ray_pipeline.tools.calculator import evaluate, written
 
 # Digits of both factors at levels 1 to 5.
 _FACTORS = ((2, 3), (3, 3), (3, 4), (4, 4), (4, 5))
@@ -50,16 +51,5 @@ TOOL_REGISTRY: dict[str, Callable[[Random, int], Worked]] = {
 
 
 def _worked(prompt: str, expression: str) -> Worked:
-    value = _value(expression)
-    return Worked(prompt, f"{expression}={value}", str(value))
-
-
-def _value(expression: str) -> int:
-    """Sums of products, as the generators above write them."""
-    total = 0
-    for term in expression.replace("-", "+-").split("+"):
-        product = 1
-        for factor in term.split("*"):
-            product *= int(factor)
-        total += product
-    return total
+    value = written(evaluate(expression))
+    return Worked(prompt, f"{expression}={value}", value)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
-from ray_pipeline.errors import UserError, did_you_mean
+from ray_pipeline.data.reasoning_gym_source import entry_text, gym_entries
+from ray_pipeline.errors import UserError
 from ray_pipeline.evaluation.scoring import RewardScoring
 from ray_pipeline.evaluation.tasks.item import Item, Request, Task
 from ray_pipeline.evaluation.tasks.registry import task
@@ -20,23 +20,13 @@ def reasoning_gym(request: Request) -> Task:
     if name is None:
         raise UserError("--tasks reasoning_gym: name one of its tasks, for example reasoning_gym:countdown.")
     try:
-        import reasoning_gym as gym
-        from reasoning_gym.factory import DATASETS
-    except ImportError:
-        raise UserError(
-            f"--tasks reasoning_gym:{name}: reasoning-gym is not installed. Install it: pip install reasoning-gym"
-        ) from None
-    if name not in DATASETS:
-        raise UserError(
-            f"--tasks reasoning_gym:{name}: reasoning-gym has no such task{did_you_mean(name, DATASETS)}. It has "
-            f"{len(DATASETS)}, among them countdown, chain_sum and basic_arithmetic."
-        )
-    dataset = gym.create_dataset(name, size=request.limit or QUESTIONS, seed=request.seed)
-    items = [_item(str(i), name, dataset[i]) for i in range(len(dataset))]
+        entries = gym_entries(name, request.limit or QUESTIONS, request.seed)
+    except UserError as error:
+        raise UserError(f"--tasks {error}") from None
+    items = [_item(str(i), name, entry) for i, entry in enumerate(entries)]
     return Task("reasoning_gym", items, RewardScoring(f"reasoning_gym:{name}"))
 
 
 def _item(id: str, name: str, entry: dict[str, Any]) -> Item:
     # The verifier reads the whole entry, as a JSON text; people read its answer.
-    whole = json.dumps(entry, ensure_ascii=False, default=str)
-    return Item(id, str(entry["question"]), str(entry["answer"]), name, data={"reference": whole})
+    return Item(id, str(entry["question"]), str(entry["answer"]), name, data={"reference": entry_text(entry)})
