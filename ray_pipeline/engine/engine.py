@@ -39,6 +39,8 @@ class Engine:
         precision: "bf16" computes matmuls in bf16 under autocast; weights, gradients, residual stream and optimizer
             stay fp32. "fp8" is the same but for the linear layers of the blocks, which multiply in 8 bits.
         micro_batch: rows of one forward pass.
+        row_length: tokens of a row that `micro_batch` counts; of shorter rows a forward pass has as many as make the
+            same tokens. None: it counts rows of any length.
         initial: whole parameters by name; else they are drawn from the seed.
         on_phase: told when a training step is past its backward passes, for the error of a rank that is lost.
         lora: train adapters in place of the weights, which are frozen; so are the balancing biases.
@@ -55,6 +57,7 @@ class Engine:
         zero_stage: int = 0,
         precision: str = "fp32",
         micro_batch: int = 8,
+        row_length: int | None = None,
         device: torch.device | None = None,
         initial: dict[str, Tensor] | None = None,
         schedule: str = "1f1b",
@@ -65,7 +68,7 @@ class Engine:
         on_phase: Callable[[str], None] = lambda name: None,
     ):
         self.on_phase = on_phase
-        self.config, self.mesh, self.micro_batch = config, mesh, micro_batch
+        self.config, self.mesh, self.micro_batch, self.row_length = config, mesh, micro_batch, row_length
         self.device = device or torch.device("cpu")
         indices = parts_of(schedule, mesh.sizes.pp, mesh.pp_rank)
         layers = stage_layers(config, len(indices) * mesh.sizes.pp, pp_layout)
@@ -137,14 +140,19 @@ class Engine:
         mine = batch.rows(self.mesh.dp_rank * share, (self.mesh.dp_rank + 1) * share).to(self.device)
         return replace(mine, window=self.parts[0].window(seq_len) if sp > 1 else None)
 
-    def fitting_rows(self, rows: int) -> int:
-        """The smallest number of rows, `rows` or more, that a training step can run on: pad a batch to it."""
+    def fitted(self, batch: Batch) -> Batch:
+        """The batch with the fewest rows added that let a training step run on it."""
         dp, pp = self.mesh.dp, self.mesh.sizes.pp
         micro_batches = 2 * pp if self.pipeline.schedule_name == "dualpipev" else 1
-        return max(-(-rows // dp), (micro_batches - 1) * self.micro_batch + 1) * dp
+        return batch.pad_rows(max(-(-len(batch) // dp), (micro_batches - 1) * self._rows_at_once(batch) + 1) * dp)
+
+    def _rows_at_once(self, batch: Batch) -> int:
+        shorter = 1 if self.row_length is None else max(1, self.row_length // batch.tokens.shape[1])
+        return self.micro_batch * shorter
 
     def _micro_batches(self, batch: Batch) -> list[Batch]:
-        return [batch.rows(i, min(i + self.micro_batch, len(batch))) for i in range(0, len(batch), self.micro_batch)]
+        size = self._rows_at_once(batch)
+        return [batch.rows(i, min(i + size, len(batch))) for i in range(0, len(batch), size)]
 
     def train_step(self, batch: Batch, objective: Objective, lr: float) -> StepStats:
         """One optimizer step on a global batch (every rank is given the same one)."""

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from model.config import ModelConfig
 from ray_pipeline.data.batch import IGNORE, Batch
 from ray_pipeline.data.packing import best_fit
 from ray_pipeline.rollouts.rollout import Rollout
@@ -15,6 +16,24 @@ from ray_pipeline.rollouts.rollout import Rollout
 def positions(rollout: Rollout) -> int:
     """Places it takes in a row: its last token is only ever a label."""
     return len(rollout.prompt_ids) + len(rollout.completion_ids) - 1
+
+
+def row_length(rollouts: Sequence[Rollout], seq_len: int, model: ModelConfig, multiple: int) -> int:
+    """Length of rows that train these rollouts with the fewest operations: seq_len, or just above the longest of them.
+
+    A row computes attention over all of its length, whatever its documents are; a shorter one may leave more of itself
+    empty.
+
+    Args:
+        multiple: what a length must be a multiple of, unless it is seq_len.
+    """
+    lengths = [positions(r) for r in rollouts]
+    shorter = -(-max(lengths, default=1) // multiple) * multiple
+
+    def operations(length: int) -> int:
+        return len(best_fit(lengths, length)) * length * model.flops_per_token(length)
+
+    return min((min(shorter, seq_len), seq_len), key=operations)
 
 
 def pack_rollouts(

@@ -91,7 +91,7 @@ class StudentAnswers:
         }
         answers = [(prompt, completion.tokens) for prompt, completion in zip(prompts, written, strict=True)]
         batch = pack_answers(answers, rank.config.data.seq_len, tokenizer.pad_id)
-        return batch.pad_rows(self.engine.fitting_rows(len(batch)))
+        return self.engine.fitted(batch)
 
 
 class DistillationSource:

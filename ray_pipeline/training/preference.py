@@ -67,8 +67,7 @@ def answer_logprobs(rank: Rank, engine: Engine, rows: PairRows) -> Tensor:
     found = []
     for start in range(0, len(rows), PAIRS_AT_ONCE):
         rank.phase("reference log-probabilities", start, len(rows))
-        batch = rows.slice(start, start + PAIRS_AT_ONCE)
-        batch = batch.pad_rows(engine.fitting_rows(len(batch)))
+        batch = engine.fitted(rows.slice(start, start + PAIRS_AT_ONCE))
         logprobs = engine.per_token(batch, finish)  # zero but where this rank's rows and positions are
         table = torch.zeros(answer_lengths(batch).numel(), dtype=torch.float64)
         if logprobs is not None:
@@ -99,7 +98,7 @@ class PairSource:
     def batch(self, step: int) -> Batch:
         indices = row_order(len(self.rows), self.rank.config.seed, step, self.rank.settings.batch_size)
         batch = with_reference(self.rows.take(indices), self.reference[indices])
-        return batch.pad_rows(self.engine.fitting_rows(len(batch)))
+        return self.engine.fitted(batch)
 
     def metrics(self) -> dict[str, float]:
         return {}
@@ -117,7 +116,7 @@ class HeldOutPairs:
         for start in range(0, len(self.rows), PAIRS_AT_ONCE):
             part = slice(start, start + PAIRS_AT_ONCE)
             batch = with_reference(self.rows.slice(part.start, part.stop), self.reference[part])
-            batch = batch.pad_rows(self.engine.fitting_rows(len(batch)))
+            batch = self.engine.fitted(batch)
             stats = self.engine.evaluate(batch, self.objective)
             totals["preference_loss"] += stats.loss * stats.weight
             for name, value in stats.metrics.items():

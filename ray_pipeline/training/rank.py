@@ -64,9 +64,10 @@ class Rank:
         if options.get("optimizer") is not None:
             options |= {"zero_stage": layout.zero_stage, "offload_optimizer": layout.offload_optimizer}
         return Engine(
-            model, self.mesh, precision=self.settings.precision, micro_batch=layout.micro_batch, device=self.device,
-            seed=self.config.seed, schedule=layout.schedule, pp_layout=self._pp_layout(model),
-            activation_checkpointing=layout.activation_checkpointing, on_phase=self.place.at, **options,
+            model, self.mesh, precision=self.settings.precision, micro_batch=layout.micro_batch,
+            row_length=self.config.data.seq_len, device=self.device, seed=self.config.seed, schedule=layout.schedule,
+            pp_layout=self._pp_layout(model), activation_checkpointing=layout.activation_checkpointing,
+            on_phase=self.place.at, **options,
         )  # fmt: skip
 
     def _pp_layout(self, model: ModelConfig) -> str | None:

@@ -10,7 +10,7 @@ from ray_pipeline.data.batch import Batch
 from ray_pipeline.engine.engine import Engine
 from ray_pipeline.rollouts.advantages import group_advantages
 from ray_pipeline.rollouts.collector import Group, is_informative
-from ray_pipeline.rollouts.packing import pack_rollouts
+from ray_pipeline.rollouts.packing import pack_rollouts, row_length
 from ray_pipeline.rollouts.rollout import Rollout
 from ray_pipeline.training.reference import Reference, logprobs_at
 
@@ -19,7 +19,7 @@ class BatchBuilder:
     """Packs what is worth training on: groups whose answers differ, without the answers whose rewards failed.
 
     Args:
-        reference: None without a KL term.
+        reference: None without a KL term. seq_len: the longest row.
     """
 
     def __init__(self, settings: GrpoConfig, engine: Engine, reference: Reference | None, seq_len: int, pad_id: int):
@@ -38,7 +38,7 @@ class BatchBuilder:
         packed = self._packed(groups)
         if packed is None:
             return None
-        batch = packed.pad_rows(self.engine.fitting_rows(len(packed)))
+        batch = self.engine.fitted(packed)
         settings = self.settings
         if self.reference is not None:
             batch.extras["ref_logprobs"] = self.reference.logprobs(batch)
@@ -65,7 +65,8 @@ class BatchBuilder:
             return None
         chosen = torch.tensor([advantage for _, advantage in pairs])
         masked = None if all(trained) else trained
-        return pack_rollouts(rollouts, chosen, self.seq_len, self.pad_id, trained=masked)
+        length = row_length(rollouts, self.seq_len, self.engine.config, 32 * self.engine.mesh.sizes.sp)
+        return pack_rollouts(rollouts, chosen, length, self.pad_id, trained=masked)
 
     def advantages(self, rollouts: list[Rollout]) -> Tensor:
         """Of whole groups, one after the other: [len(rollouts)]."""

@@ -106,7 +106,7 @@ class EngineTeacher:
 
     def score(self, batch: Batch) -> Batch:
         """Adds `teacher_hidden` [rows, seq_len, hidden_size], on the ranks that hold the student's head."""
-        padded = batch.pad_rows(self.engine.fitting_rows(len(batch)))
+        padded = self.engine.fitted(batch)
         hidden = self.engine.per_token(padded, _final_hidden)
         if self.moved:
             hidden = self._redistributed(hidden, len(padded), batch.tokens.shape[1])

@@ -12,8 +12,7 @@ MAX_ROWS = 256  # enough for a standard error of a few millinats, at a cost of a
 def validation_loss(engine: Engine, rows: PackedRows, objective: CrossEntropy) -> dict[str, float]:
     """Mean cross-entropy in nats per token, `validation_loss`, and the MTP modules', `validation_mtp_loss`."""
     count = min(len(rows), MAX_ROWS)
-    batch = rows.slice(0, count)
-    batch = batch.pad_rows(engine.fitting_rows(count))
+    batch = engine.fitted(rows.slice(0, count))
     stats = engine.evaluate(batch, objective)
     out = {"validation_loss": stats.metrics["cross_entropy"] / stats.weight}
     if stats.metrics["mtp_tokens"]:

@@ -7,8 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from model.config import ModelConfig
 from ray_pipeline.data.batch import IGNORE
-from ray_pipeline.rollouts.packing import pack_rollouts
+from ray_pipeline.rollouts.packing import pack_rollouts, positions, row_length
 from ray_pipeline.rollouts.rollout import Rollout
 
 
@@ -85,3 +86,24 @@ def test_recorded_experts_lie_at_the_tokens_that_went_to_them():
     batch = pack_rollouts([first, second], torch.ones(2), 6, 0)
     assert batch.extras["routing"].dtype == torch.int64
     assert batch.extras["routing"][0].tolist() == [[0, 1], [2, 3], [4, 5], [-1, -1], [-1, -1], [-1, -1]]
+
+
+@given(st.lists(st.tuples(ids, ids), min_size=1, max_size=10), st.integers(15, 40), st.sampled_from([1, 4, 6]))
+def test_rows_are_as_long_as_takes_the_fewest_operations(pairs, seq_len, multiple):
+    rollouts, model = [rollout(p, c) for p, c in pairs], ModelConfig()
+    chosen = row_length(rollouts, seq_len, model, multiple)
+    assert max(positions(r) for r in rollouts) <= chosen <= seq_len
+    assert chosen == seq_len or chosen % multiple == 0
+
+    def operations(length: int) -> int:
+        rows = len(pack_rollouts(rollouts, torch.zeros(len(rollouts)), length, pad_id=0))
+        return rows * length * model.flops_per_token(length)
+
+    assert operations(chosen) <= operations(seq_len)
+
+
+def test_one_answer_to_a_row_where_two_would_leave_half_of_it_empty():
+    rollouts = [rollout([1] * 30, [2] * 71)] * 4
+    assert row_length(rollouts, 160, ModelConfig(), 32) == 128
+    assert row_length(rollouts, 200, ModelConfig(), 128) == 200  # full rows
+    assert row_length(rollouts, 101, ModelConfig(), 32) == 101
