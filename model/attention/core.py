@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.attention.blocked import BlockedAttention, quicker_by_blocks
+from model.attention.blocked import blocked_attention
 
 
 def document_positions(doc_ids: Tensor) -> Tensor:
@@ -37,10 +37,10 @@ def softmax_attention(
         [batch, heads, seq, v_dim].
     """
     width, groups = v.shape[-1], q.shape[1] // k.shape[1]
-    if q.device.type == "cpu" and q.shape[2] == k.shape[2] and quicker_by_blocks(q, window):
+    if by_blocks(q, k):
         if groups > 1:
             k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-        return BlockedAttention.apply(q, k, v, mask, scale, window)
+        return blocked_attention(q, k, v, mask, scale, window)
     if width < q.shape[-1]:
         # Fused kernels want equal widths; with unequal ones torch falls back to the slow math path.
         v = F.pad(v, (0, q.shape[-1] - width))
@@ -51,6 +51,11 @@ def softmax_attention(
         q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=groups > 1
     )
     return out[..., :width]
+
+
+def by_blocks(q: Tensor, k: Tensor) -> bool:
+    """Whether whole rows attend to themselves, on the CPU."""
+    return q.device.type == "cpu" and q.shape[2] == k.shape[2]
 
 
 def shares_heads(device: str) -> bool:

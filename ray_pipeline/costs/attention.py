@@ -10,7 +10,7 @@ from math import gcd
 from ray_pipeline.costs.indexer import indexer_flops, indexer_tokens
 from ray_pipeline.costs.kernels import (
     BLOCK,
-    NARROW,
+    WIDE,
     WORTH_CHOOSING,
     Kernels,
     block_norm_bytes,
@@ -51,13 +51,13 @@ def _core_tokens(work: Workload, on: Kernels) -> int:
         # Everything is laid out by heads once more. The products with the table, and the output for its projection.
         keys = key_heads(work)
         return a * (heads * width + keys * (width + value)) + a * heads * (model.cope_positions + value)
-    if _by_blocks(work, on):
+    if _keeps_probabilities(work, on):
         return heads * a * 2 * (width + value) + moved
     padded = max(width, value)
     total = heads * (a * padded + FP32)  # output and log-sum-exp
     if value < width or work.layout.sp > 1:
         total += heads * a * value  # the output without padding, as the projection reads it
-    keys = key_heads(work) if on.shares_heads else heads
+    keys = key_heads(work) if on.shares_heads and not on.blocked_attention else heads
     total += a * width * (heads + keys)
     if model.is_latent:
         return total + keys * a * (padded if value < width else model.qk_nope_head_dim + value)  # padded or a view
@@ -81,11 +81,12 @@ def entering(work: Workload) -> int:
     return queries + (model.kv_lora_rank + model.qk_rope_head_dim) * a
 
 
-def _by_blocks(work: Workload, on: Kernels) -> bool:
-    sliding = work.model.attention == "sliding"
-    window = work.model.sliding_window if sliding else work.seq_len
-    quicker = work.model.qk_head_dim >= NARROW or work.bf16 or sliding
-    return quicker and min(window, work.seq_len) <= on.blocked_attention
+def _keeps_probabilities(work: Workload, on: Kernels) -> bool:
+    window = work.model.sliding_window if work.model.attention == "sliding" else work.seq_len
+    wide = work.bf16 or work.model.qk_head_dim >= WIDE
+    return min(window, work.seq_len) <= on.blocked_attention and (
+        wide or work.model.value_head_dim > work.model.qk_head_dim
+    )
 
 
 def _met(work: Workload) -> int:
@@ -107,10 +108,8 @@ def core_flops(work: Workload, on: Kernels) -> int:
     width, value = model.qk_head_dim, model.value_head_dim
     if model.position == "cope":  # the table is applied by every head; weights count it once
         return 2 * heads * ((width + value) * seq + width * model.cope_positions)
-    if _by_blocks(work, on):
-        core = 2 * heads * (width + value) * _met(work) // seq
-    else:
-        core = 2 * heads * (width + max(width, value)) * seq
+    value = value if _keeps_probabilities(work, on) else max(width, value)
+    core = 2 * heads * (width + value) * (_met(work) // seq if on.blocked_attention else seq)
     return core + (indexer_flops(work) if model.attention == "dsa" else 0)
 
 
@@ -121,6 +120,6 @@ def attention_pairs(work: Workload, on: Kernels) -> int:
     if model.position == "cope":
         # Scores and probabilities in fp32, the latter once more in bf16; which scores were hidden.
         return (heads * (2 * FP32 + (BF16 if work.bf16 else 0)) + work.rows_at_once) * seq**2
-    if _by_blocks(work, on):
-        return heads * a * _met(work)
+    if on.blocked_attention:
+        return heads * a * _met(work) if _keeps_probabilities(work, on) else 0
     return work.rows_at_once * seq**2 * a  # the documents' mask as a bias of the queries' dtype

@@ -18,7 +18,8 @@ class Kernels:
     """What differs between devices.
 
     Attributes:
-        blocked_attention: rows of up to so many tokens keep attention's probabilities, by blocks of `BLOCK` queries.
+        blocked_attention: attention goes by blocks of `BLOCK` queries, and may keep the probabilities of rows of up to
+            so many tokens; 0: whole rows in a fused kernel.
         shares_heads: fused attention reads one key head for several query heads; else keys and values are repeated.
         row_multiple: an expert's rows are rounded up to it where matrix products are in bf16.
         loss_elements: logits that a loss has at a time (`model.layers.chunked_loss`).
@@ -30,7 +31,7 @@ class Kernels:
     loss_elements: int = 2**27
 
 
-BLOCK, WORTH_CHOOSING, NARROW = 64, 128, 32  # queries, keys, features of a head (`model.attention.blocked`)
+BLOCK, WORTH_CHOOSING, WIDE = 64, 128, 48  # queries, keys, features of a head (`model.attention.blocked`)
 
 
 def kernels(device: str) -> Kernels:

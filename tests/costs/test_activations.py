@@ -18,7 +18,7 @@ from model.parallel.mesh import Mesh, MeshSizes
 from model.parallel.shard import build_part
 from model.transformer import Block
 from ray_pipeline.costs.activations import cast_weights, layer_bytes, part_bytes
-from ray_pipeline.costs.kernels import BLOCK, NARROW, WORTH_CHOOSING, expected_rows, kernels
+from ray_pipeline.costs.kernels import BLOCK, WIDE, WORTH_CHOOSING, expected_rows, kernels
 from ray_pipeline.costs.loss import kept_bytes as kept_by_loss
 from ray_pipeline.costs.weights import layer_weights
 from ray_pipeline.costs.workload import Workload
@@ -45,6 +45,7 @@ MODELS = {
     "contextual positions, grouped": replace(GQA, position="cope"),
     "contextual positions, one key head": replace(MHA, attention="mqa", position="cope"),
     "queries without a latent": replace(SMALL, q_lora_rank=None),
+    "wide heads": replace(SMALL, qk_nope_head_dim=40, qk_rope_head_dim=8, v_head_dim=24),
     "values as wide as queries": replace(SMALL, v_head_dim=12),
     "no shared experts": replace(SMALL, n_shared_experts=0),
     "two shared experts, three chosen": replace(SMALL, n_shared_experts=2, num_experts_per_tok=3),
@@ -97,12 +98,19 @@ def test_a_block_keeps_what_the_formula_says(name: str, layer: int, bf16: bool) 
 
 
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("name", ["small", "grouped attention", "one key head", "sliding"])
-def test_attention_by_blocks_keeps_the_probabilities_of_each_block(name: str, bf16: bool) -> None:
+@pytest.mark.parametrize("name", ["small", "grouped attention", "one key head", "sliding", "wide heads"])
+@pytest.mark.parametrize("longest", [LONGEST, 32], ids=["short rows", "long rows"])
+def test_attention_by_blocks_keeps_what_the_formula_says(
+    monkeypatch: pytest.MonkeyPatch, name: str, bf16: bool, longest: int
+) -> None:
+    """Probabilities of each block in bf16 and of wide heads, as long as a row is not too long for them."""
+    monkeypatch.setattr(blocked, "LONGEST", longest)
     model = replace(MODELS[name], max_position_embeddings=300)
     work = replace(of(model, bf16), seq_len=270)
     weights = cast_weights(work, layer_weights(model, 0))
-    assert layer_bytes(work, kernels("cpu"), 0) + weights == kept_bytes(model, 0, bf16, "none", seq=270)
+    assert layer_bytes(work, replace(kernels("cpu"), blocked_attention=longest), 0) + weights == kept_bytes(
+        model, 0, bf16, "none", seq=270
+    )
 
 
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
@@ -111,8 +119,8 @@ def test_attention_by_blocks_keeps_the_probabilities_of_each_block(name: str, bf
 def test_fused_attention_keeps_what_the_formula_says(
     monkeypatch: pytest.MonkeyPatch, name: str, shares_heads: bool, bf16: bool
 ) -> None:
-    """As on a GPU, and as for rows too long for blocks."""
-    monkeypatch.setattr(blocked, "LONGEST", 0)
+    """As on a GPU."""
+    monkeypatch.setattr(core, "by_blocks", lambda q, k: False)
     monkeypatch.setattr(core, "shares_heads", lambda device: shares_heads)
     model, on = MODELS[name], replace(kernels("cpu"), blocked_attention=0, shares_heads=shares_heads)
     work = of(model, bf16)
@@ -123,7 +131,7 @@ def test_fused_attention_keeps_what_the_formula_says(
 def test_the_sizes_of_blocks_are_the_models() -> None:
     on = kernels("cpu")
     assert (on.blocked_attention, BLOCK, on.shares_heads) == (LONGEST, blocked.BLOCK, core.shares_heads("cpu"))
-    assert (WORTH_CHOOSING, NARROW) == (blocked.WORTH_CHOOSING, blocked.NARROW)
+    assert (WORTH_CHOOSING, WIDE) == (blocked.WORTH_CHOOSING, blocked.WIDE)
     assert kernels("cuda").shares_heads == core.shares_heads("cuda")
 
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.attention import blocked
-from model.attention.blocked import columns_of
+from model.attention.blocked import key_blocks
 from model.attention.build import visible_tokens
 from model.attention.core import document_mask, softmax_attention
 from model.attention.sliding import sliding_mask
@@ -89,15 +89,15 @@ def test_blocks_that_leave_out_hidden_keys_change_nothing_but_the_work(lengths, 
 
 def test_a_block_meets_its_window_and_the_strided_tokens_before_it():
     mask = sliding_mask(torch.zeros(1, 256, dtype=torch.long), 20, 50)
-    met = columns_of(mask, 192, 256, 20)
-    assert isinstance(met, torch.Tensor) and met.tolist() == [0, 50, 100, 150, *range(173, 256)]
-    assert columns_of(mask, 64, 128, 20) == slice(0, 128)  # too few before the window to choose among
-    assert columns_of(mask, 192, 256, None) == slice(0, 256)
+    met = [keys for _, keys in key_blocks(mask, 256, 20)]
+    assert isinstance(met[3], torch.Tensor) and met[3].tolist() == [0, 50, 100, 150, *range(173, 256)]
+    assert met[1] == slice(0, 128)  # too few before the window to choose among
+    assert [keys for _, keys in key_blocks(mask, 256, None)][3] == slice(0, 256)
 
 
-def test_rows_too_long_for_blocks_without_a_window_are_taken_with_one(monkeypatch):
+def test_rows_too_long_to_keep_probabilities_keep_them_where_a_window_makes_them_few(monkeypatch):
     mask = sliding_mask(torch.zeros(1, 300, dtype=torch.long), 16, 7)
-    q, k, v = torch.randn(3, 2, 2, 300, 4, generator=torch.Generator().manual_seed(0)).unbind(0)
+    q, k, v = torch.randn(3, 2, 2, 300, 64, generator=torch.Generator().manual_seed(0)).unbind(0)
     monkeypatch.setattr(blocked, "LONGEST", 32)
     calls = []
     apply = blocked.BlockedAttention.apply
@@ -107,7 +107,7 @@ def test_rows_too_long_for_blocks_without_a_window_are_taken_with_one(monkeypatc
         return apply(*args)
 
     monkeypatch.setattr(blocked.BlockedAttention, "apply", counted)
-    by_blocks = softmax_attention(q, k, v, scale=0.5, mask=mask, window=16)
-    fused = softmax_attention(q, k, v, scale=0.5, mask=mask)
+    with_window = softmax_attention(q, k, v, scale=0.5, mask=mask, window=16)
+    without = softmax_attention(q, k, v, scale=0.5, mask=mask)
     assert len(calls) == 1
-    torch.testing.assert_close(by_blocks, fused, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(with_window, without, rtol=1e-5, atol=1e-5)
