@@ -11,8 +11,9 @@ from typing import Any
 
 from model.generate.decode import Completion, Decoder, generate
 from ray_pipeline.evaluation.chat import PromptTokenizer, completion_text
-from ray_pipeline.evaluation.marking import is_right, is_well_formed
+from ray_pipeline.evaluation.marking import are_right, is_well_formed
 from ray_pipeline.evaluation.statistics import wilson_interval
+from ray_pipeline.rewards.gym import oracle
 from ray_pipeline.rollouts.rollout import Sampled
 
 __all__ = ["EvalResult", "evaluate_questions", "wilson_interval"]
@@ -89,20 +90,22 @@ def evaluate_questions(
     )  # fmt: skip
     by_question = dict(zip(fits, completions, strict=True))
     nothing: Completion | Sampled = Completion([], [], finished=False)
-    samples = []
-    for i, question in enumerate(questions):
-        completion = by_question.get(i, nothing)
-        samples.append(_marked(question, completion_text(tokenizer, completion.tokens), completion, i in by_question))
-    return EvalResult(samples)
+    written = [by_question.get(i, nothing) for i in range(len(questions))]
+    texts = [completion_text(tokenizer, completion.tokens) for completion in written]
+    right = are_right([(q["prompt"], text, str(q["answer"])) for q, text in zip(questions, texts, strict=True)])
+    marked = enumerate(zip(questions, texts, written, right, strict=True))
+    return EvalResult([_sample(*one, fits=i in by_question) for i, one in marked])
 
 
-def _marked(question: dict[str, Any], text: str, completion: Completion | Sampled, fits: bool) -> dict[str, Any]:
+def _sample(
+    question: dict[str, Any], text: str, completion: Completion | Sampled, right: bool, *, fits: bool
+) -> dict[str, Any]:
     reference = str(question["answer"])
     return {
         "prompt": question["prompt"],
         "completion": text,
-        "answer": reference,
-        "correct": is_right(question["prompt"], text, reference),
+        "answer": oracle(reference) or reference,
+        "correct": right,
         "well_formed": is_well_formed(question["prompt"], text, reference),
         "tokens": len(completion.tokens),
         "finished": completion.finished,

@@ -1,18 +1,44 @@
-"""Marks one answer: is it right, and is it in the form that was asked for. Used in training and by `eval`."""
+"""Marks answers: are they right, and are they in the form that was asked for. Used in training and by `eval`."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections import defaultdict
+from collections.abc import Hashable, Sequence
 
+from ray_pipeline.config_post_training import ScoringConfig
+from ray_pipeline.rewards import gym
 from ray_pipeline.rewards.answer import answer, as_text, extract, final_text, parse_number, stated_number
 from ray_pipeline.rewards.think_format import think_format
 
 RIGHT = 1.0
 
 
-def is_right(prompt: str, text: str, reference: str) -> bool:
-    """Whether the final answer equals the reference's."""
-    return answer(prompt, text, reference) == RIGHT
+def are_right(answers: Sequence[tuple[str, str, str]]) -> list[bool]:
+    """Of (prompt, text, reference) each: whether the final answer equals the reference's.
+
+    Where the reference is an entry of reasoning-gym, its task's own verifier says so, in a process of its own with a
+    time limit: it reads what a model wrote. What it cannot read is not right.
+    """
+    right, by_task = [False] * len(answers), defaultdict(list)
+    for i, (prompt, text, reference) in enumerate(answers):
+        task = gym.task_of(reference)
+        if task is None:
+            right[i] = answer(prompt, text, reference) == RIGHT
+        else:
+            by_task[task].append(i)
+    for task, places in by_task.items():
+        for i, verdict in zip(places, _verified(task, [answers[i] for i in places]), strict=True):
+            right[i] = verdict
+    return right
+
+
+def _verified(task: str, answers: Sequence[tuple[str, str, str]]) -> list[bool]:
+    from ray_pipeline.rewards.scoring import Scorer
+
+    name = f"reasoning_gym:{task}"
+    with Scorer({name: 1.0}, ScoringConfig(max_failures=1.0)) as scorer:
+        scores = scorer.score(answers)
+    return [not failed and part[name] == RIGHT for part, failed in zip(scores.parts, scores.failed, strict=True)]
 
 
 def is_well_formed(prompt: str, text: str, reference: str) -> bool:
@@ -30,4 +56,5 @@ def vote(text: str, reference: str) -> Hashable | None:
     if final is None or not final.strip():
         return None
     given = extract(final)
-    return as_text(given) or None if parse_number(extract(reference)) is None else stated_number(given)
+    is_number = gym.task_of(reference) is None and parse_number(extract(reference)) is not None
+    return stated_number(given) if is_number else as_text(given) or None

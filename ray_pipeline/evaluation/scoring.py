@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from ray_pipeline.config_post_training import ScoringConfig
-from ray_pipeline.evaluation.marking import is_right
+from ray_pipeline.evaluation.marking import are_right
 from ray_pipeline.evaluation.tasks.item import Item, Scoring
 from ray_pipeline.rewards.answer import final_text
 from ray_pipeline.rewards.unit_tests import code_block, passes
@@ -37,8 +37,8 @@ class AnswerScoring(InProcess):
 
     def score(self, items: Sequence[Item], texts: Sequence[str]) -> list[float | None]:
         """1.0 or 0.0; never fails."""
-        pairs = zip(items, texts, strict=True)
-        return [float(is_right(item.prompt, text, item.reference)) for item, text in pairs]
+        asked = [(item.prompt, text, item.reference) for item, text in zip(items, texts, strict=True)]
+        return [float(right) for right in are_right(asked)]
 
 
 class RewardScoring:

@@ -38,6 +38,14 @@ def read_reference(prompt: str, reference: str) -> dict[str, Any]:
     return {"question": prompt, "answer": reference, "metadata": {}}
 
 
+def task_of(reference: str) -> str | None:
+    """The task whose entry a reference is; None for a plain text."""
+    if not reference.startswith("{"):
+        return None
+    entry = read_reference("", reference)
+    return entry["metadata"].get("source_dataset")
+
+
 def oracle(reference: str) -> str | None:
     """The answer that the task itself gives, None where it gives none."""
     answer = read_reference("", reference)["answer"]

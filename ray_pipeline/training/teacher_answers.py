@@ -12,7 +12,7 @@ from ray_pipeline.data.batch import Batch
 from ray_pipeline.data.tokenizer import ChatTokenizer, load_tokenizer
 from ray_pipeline.engine.gather import all_ranks_gather
 from ray_pipeline.evaluation.chat import completion_text
-from ray_pipeline.rewards.registry import get_reward
+from ray_pipeline.evaluation.marking import are_right
 from ray_pipeline.rollouts.rollout import request_seed
 from ray_pipeline.training.answers import Answer, longest_answer, pack_answers, write_answers
 from ray_pipeline.training.heldout import WholeModel, read_questions
@@ -42,11 +42,6 @@ def teacher_answer_rows(rank: Rank, teacher: Teacher) -> Batch | None:
     return None if stored is None else Batch(*stored)
 
 
-def is_right(question: dict[str, Any], text: str) -> bool:
-    """Whether the answer's result is the question's."""
-    return get_reward("answer")(question["prompt"], text, str(question["answer"])) > 0
-
-
 def retokenised(tokenizer: ChatTokenizer, question: dict[str, Any], text: str, seq_len: int) -> Answer | None:
     """A written answer in the student's tokens; None where it does not fit into a row."""
     messages = [{"role": "user", "content": question["prompt"]}, {"role": "assistant", "content": text}]
@@ -55,6 +50,11 @@ def retokenised(tokenizer: ChatTokenizer, question: dict[str, Any], text: str, s
         return None
     start = mask.index(1)
     return ids[:start], ids[start : len(mask) - mask[::-1].index(1)]
+
+
+def _marks(questions: Sequence[dict[str, Any]], texts: Sequence[str]) -> list[bool]:
+    """Whether each answer's result is its question's."""
+    return are_right([(q["prompt"], text, str(q["answer"])) for q, text in zip(questions, texts, strict=True)])
 
 
 def _from_own_model(
@@ -75,9 +75,10 @@ def _from_own_model(
         seeds = [request_seed(settings.seed, 0, start + i, 0) for i in fitting]
         temperature = settings.distillation.sampling_temperature
         written = write_answers(rank, whole, [prompts[i] for i in fitting], seeds, temperature=temperature)
-        for i, completion in zip(fitting, written, strict=True):
-            text = completion_text(whole.tokenizer, completion.tokens)
-            if not completion.finished or not is_right(part[i], text):
+        texts = [completion_text(whole.tokenizer, completion.tokens) for completion in written]
+        marks = _marks([part[i] for i in fitting], texts)
+        for i, completion, text, mark in zip(fitting, written, texts, marks, strict=True):
+            if not completion.finished or not mark:
                 continue
             same = teacher.same_tokenizer  # then what was sampled is what is trained: nothing is tokenised again
             kept = (prompts[i], completion.tokens) if same else retokenised(own, part[i], text, seq_len)
@@ -103,8 +104,8 @@ def _from_transformers(
             model, theirs, [question["prompt"] for question in part], first=start, seed=config.seed,
             max_new_tokens=longest_answer(config), temperature=config.distillation.sampling_temperature,
         )  # fmt: skip
-        for i, (question, text) in enumerate(zip(part, texts, strict=True)):
-            answer = retokenised(own, question, text, config.data.seq_len) if is_right(question, text) else None
+        for i, (question, text, mark) in enumerate(zip(part, texts, _marks(part, texts), strict=True)):
+            answer = retokenised(own, question, text, config.data.seq_len) if mark else None
             if answer is not None:
                 mine.append((start + i, answer))
     everyone = [pair for part in all_ranks_gather(rank.mesh, mine) for pair in part]

@@ -7,6 +7,8 @@ import json
 import pytest
 
 from ray_pipeline.config_post_training import ScoringConfig
+from ray_pipeline.evaluation.marking import are_right, vote
+from ray_pipeline.rewards.answer import as_text, extract
 from ray_pipeline.rewards.gym import oracle
 from ray_pipeline.rewards.registry import get_reward
 from ray_pipeline.rewards.scoring import Scorer
@@ -29,6 +31,17 @@ def test_the_tasks_own_answer_is_right_and_nonsense_is_not(task):
         assert reward(question.prompt, f"<think>so</think>\n{answer}\n", question.answer) == 1.0
         assert reward(question.prompt, "<think>so</think>banana", question.answer) < 0.5
         assert reward(question.prompt, f"<think>{answer}", question.answer) == 0.0
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_held_out_questions_are_marked_by_their_tasks_own_verifier(task):
+    """Beside a question with a plain reference, as a file may mix them."""
+    (question,) = questions(task, 1)
+    own = oracle(question.answer)
+    answers = [(question.prompt, f"<think>so</think>{text}", question.answer) for text in (own, "banana", "")]
+    answers.append(("2 + 2", "<think>so</think>4", "4"))
+    assert are_right(answers) == [True, False, False, True]
+    assert vote(f"<think>so</think>{own}", question.answer) == (as_text(extract(own)) or None)
 
 
 def test_every_way_to_reach_the_number_is_right():

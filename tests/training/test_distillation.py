@@ -124,7 +124,7 @@ def test_only_right_answers_are_learned(run_dir: Path, monkeypatch: pytest.Monke
     seen = []
     real = teacher_answers.pack_answers
     monkeypatch.setattr(teacher_answers, "pack_answers", lambda a, *rest: seen.extend(a) or real(a, *rest))
-    monkeypatch.setattr(teacher_answers, "is_right", lambda question, text: True)
+    monkeypatch.setattr(teacher_answers, "are_right", lambda answers: [True] * len(answers))
     monkeypatch.setattr(teacher_answers, "write_answers", finished(teacher_answers.write_answers))
     distil(run_dir, "right", **given)
     assert len(seen) == 2 and all(prompt and answer for prompt, answer in seen)
