@@ -82,11 +82,10 @@ def entering(work: Workload) -> int:
 
 
 def _keeps_probabilities(work: Workload, on: Kernels) -> bool:
-    window = work.model.sliding_window if work.model.attention == "sliding" else work.seq_len
-    wide = work.bf16 or work.model.qk_head_dim >= WIDE
-    return min(window, work.seq_len) <= on.blocked_attention and (
-        wide or work.model.value_head_dim > work.model.qk_head_dim
-    )
+    model = work.model
+    reach = min(model.sliding_window, work.seq_len) if model.attention == "sliding" else work.seq_len
+    keeps = reach <= on.blocked_attention and (work.bf16 or model.qk_head_dim >= WIDE)
+    return on.blocked_attention > 0 and (keeps or model.value_head_dim > model.qk_head_dim)
 
 
 def _met(work: Workload) -> int:
@@ -109,7 +108,7 @@ def core_flops(work: Workload, on: Kernels) -> int:
     if model.position == "cope":  # the table is applied by every head; weights count it once
         return 2 * heads * ((width + value) * seq + width * model.cope_positions)
     value = value if _keeps_probabilities(work, on) else max(width, value)
-    core = 2 * heads * (width + value) * (_met(work) // seq if on.blocked_attention else seq)
+    core = 2 * heads * (width + value) * (_met(work) if on.blocked_attention else seq**2) // seq
     return core + (indexer_flops(work) if model.attention == "dsa" else 0)
 
 

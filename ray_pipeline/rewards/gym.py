@@ -42,8 +42,8 @@ def task_of(reference: str) -> str | None:
     """The task whose entry a reference is; None for a plain text."""
     if not reference.startswith("{"):
         return None
-    entry = read_reference("", reference)
-    return entry["metadata"].get("source_dataset")
+    metadata = read_reference("", reference)["metadata"]
+    return metadata.get("source_dataset") if isinstance(metadata, dict) else None
 
 
 def oracle(reference: str) -> str | None:

@@ -21,8 +21,8 @@ def positions(rollout: Rollout) -> int:
 def row_length(rollouts: Sequence[Rollout], seq_len: int, model: ModelConfig, multiple: int) -> int:
     """Length of rows that train these rollouts with the fewest operations: seq_len, or just above the longest of them.
 
-    A row computes attention over all of its length, whatever its documents are; a shorter one may leave more of itself
-    empty.
+    Attention is counted over a whole row, as kernels that know no documents compute it; a shorter row may leave more of
+    itself empty.
 
     Args:
         multiple: what a length must be a multiple of, unless it is seq_len.

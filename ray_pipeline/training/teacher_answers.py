@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from model.generate.decode import Completion
 from ray_pipeline.artifacts import atomic_path
 from ray_pipeline.data.batch import Batch
 from ray_pipeline.data.tokenizer import ChatTokenizer, load_tokenizer
@@ -66,7 +67,8 @@ def _from_own_model(
     if teacher.folder is not None and teacher.folder.tokenizer is not None:
         whole.tokenizer = load_tokenizer(teacher.folder.tokenizer)
     room = teacher.config.max_position_embeddings
-    right: list[Answer | None] = []
+    asked: list[dict[str, Any]] = []
+    written: list[Completion] = []
     for start in range(0, len(questions), CHUNK * rank.mesh.world):
         rank.phase("teacher answers", start, len(questions))
         part = questions[start : start + CHUNK * rank.mesh.world]
@@ -74,15 +76,15 @@ def _from_own_model(
         fitting = [i for i, prompt in enumerate(prompts) if len(prompt) < room]
         seeds = [request_seed(settings.seed, 0, start + i, 0) for i in fitting]
         temperature = settings.distillation.sampling_temperature
-        written = write_answers(rank, whole, [prompts[i] for i in fitting], seeds, temperature=temperature)
-        texts = [completion_text(whole.tokenizer, completion.tokens) for completion in written]
-        marks = _marks([part[i] for i in fitting], texts)
-        for i, completion, text, mark in zip(fitting, written, texts, marks, strict=True):
-            if not completion.finished or not mark:
-                continue
-            same = teacher.same_tokenizer  # then what was sampled is what is trained: nothing is tokenised again
-            kept = (prompts[i], completion.tokens) if same else retokenised(own, part[i], text, seq_len)
-            right.append(kept)
+        asked += [part[i] for i in fitting]
+        written += write_answers(rank, whole, [prompts[i] for i in fitting], seeds, temperature=temperature)
+    texts = [completion_text(whole.tokenizer, completion.tokens) for completion in written]
+    right: list[Answer | None] = []
+    for question, completion, text, mark in zip(asked, written, texts, _marks(asked, texts), strict=True):
+        if completion.finished and mark:
+            # With the same tokenizer what was sampled is what is trained: nothing is tokenised again.
+            same = (whole.tokenizer.encode_prompt(question["prompt"]), completion.tokens)
+            right.append(same if teacher.same_tokenizer else retokenised(own, question, text, seq_len))
     return [answer for answer in right if answer is not None]
 
 
@@ -96,17 +98,20 @@ def _from_transformers(
     model = load_teacher_lm(teacher.folder.path, rank.device, torch.float32)
     theirs = load_tokenizer(teacher.folder.tokenizer)
     starts = range(0, len(questions), AT_ONCE)
-    mine: list[tuple[int, Answer]] = []
+    places: list[int] = []
+    texts: list[str] = []
     for start in starts[rank.mesh.rank :: rank.mesh.world]:  # whole groups, so that draws do not depend on the ranks
         rank.phase("teacher answers", start, len(questions))
         part = questions[start : start + AT_ONCE]
-        texts = write_texts(
+        places += range(start, start + len(part))
+        texts += write_texts(
             model, theirs, [question["prompt"] for question in part], first=start, seed=config.seed,
             max_new_tokens=longest_answer(config), temperature=config.distillation.sampling_temperature,
         )  # fmt: skip
-        for i, (question, text, mark) in enumerate(zip(part, texts, _marks(part, texts), strict=True)):
-            answer = retokenised(own, question, text, config.data.seq_len) if mark else None
-            if answer is not None:
-                mine.append((start + i, answer))
+    mine: list[tuple[int, Answer]] = []
+    for place, text, mark in zip(places, texts, _marks([questions[i] for i in places], texts), strict=True):
+        answer = retokenised(own, questions[place], text, config.data.seq_len) if mark else None
+        if answer is not None:
+            mine.append((place, answer))
     everyone = [pair for part in all_ranks_gather(rank.mesh, mine) for pair in part]
     return [answer for _, answer in sorted(everyone)]

@@ -40,7 +40,8 @@ def test_held_out_questions_are_marked_by_their_tasks_own_verifier(task):
     own = oracle(question.answer)
     answers = [(question.prompt, f"<think>so</think>{text}", question.answer) for text in (own, "banana", "")]
     answers.append(("2 + 2", "<think>so</think>4", "4"))
-    assert are_right(answers) == [True, False, False, True]
+    answers.append(("q", "<think>so</think>no", '{"answer": "4", "metadata": null}'))
+    assert are_right(answers) == [True, False, False, True, False]
     assert vote(f"<think>so</think>{own}", question.answer) == (as_text(extract(own)) or None)
 
 
