@@ -201,7 +201,7 @@ def test_killed_while_writing_it_resumes_to_the_same_files(where, tmp_path):
     repository = Path(__file__).parents[2]
     make_context(tmp_path / "killed")
     command = [sys.executable, "-c", KILLED, str(repository), str(tmp_path / "killed"), where]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == -signal.SIGKILL, done.stderr
     left = tmp_path / "killed/export" / ("hf" if where == "hf" else "model-f32.gguf")
     assert not left.exists()
