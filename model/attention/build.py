@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from model.attention.blocked import keeps_probabilities
 from model.attention.core import document_mask
 from model.attention.grouped import GroupedAttention
 from model.attention.mla import MultiHeadLatentAttention
@@ -43,3 +44,9 @@ def visible_tokens(config: ModelConfig, doc_ids: Tensor | None, seq_len: int, de
             doc_ids = torch.zeros(1, seq_len, dtype=torch.long, device=device)
         return sliding_mask(doc_ids, config.sliding_window, config.global_stride)
     return None if doc_ids is None else document_mask(doc_ids)
+
+
+def meets_documents_alone(config: ModelConfig, seq_len: int, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether attention in packed rows computes every document by itself, and not all that is before it in the row."""
+    plain = config.position == "rope" and config.attention not in ("sliding", "dsa") and device.type == "cpu"
+    return plain and not keeps_probabilities(dtype, config.qk_head_dim, config.value_head_dim, seq_len)

@@ -25,7 +25,14 @@ def document_mask(doc_ids: Tensor) -> Tensor:
 
 
 def softmax_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | None, window: int | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    mask: Tensor | None,
+    window: int | None = None,
+    documents: bool = False,
 ) -> Tensor:
     """softmax(q k^T * scale) v, causal where no mask is given.
 
@@ -33,6 +40,7 @@ def softmax_attention(
         q: [batch, heads, seq, qk_dim]; k: [batch, kv_heads, seq, qk_dim]; v: [batch, kv_heads, seq, v_dim].
         mask: bool [batch or 1, 1, seq, seq], True = visible.
         window: the mask hides most of what is before each query's last `window` tokens; saves work on the CPU.
+        documents: the mask is a `document_mask`; saves work on the CPU.
     Returns:
         [batch, heads, seq, v_dim].
     """
@@ -40,7 +48,7 @@ def softmax_attention(
     if by_blocks(q, k):
         if groups > 1:
             k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-        return blocked_attention(q, k, v, mask, scale, window)
+        return blocked_attention(q, k, v, mask, scale, window, documents)
     if width < q.shape[-1]:
         # Fused kernels want equal widths; with unequal ones torch falls back to the slow math path.
         v = F.pad(v, (0, q.shape[-1] - width))

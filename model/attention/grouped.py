@@ -79,7 +79,7 @@ class GroupedAttention(nn.Module):
             out = contextual_attention(q, k, v, table, scale=self.scale, mask=mask)
         else:
             window = self.config.sliding_window if self.config.attention == "sliding" else None
-            out = softmax_attention(q, k, v, scale=self.scale, mask=mask, window=window)
+            out = softmax_attention(q, k, v, scale=self.scale, mask=mask, window=window, documents=window is None)
         out = positions_for_heads(out.transpose(1, 2), self.sp)
         return reduce_from(self.o_proj(out.flatten(2)), self.tp)
 

@@ -88,6 +88,6 @@ class MultiHeadLatentAttention(nn.Module):
             table = copy_to(self.position_embedding, self.tp)
             out = contextual_attention(q, k, v, table, scale=self.scale, mask=mask)
         else:
-            out = softmax_attention(q, k, v, scale=self.scale, mask=mask)
+            out = softmax_attention(q, k, v, scale=self.scale, mask=mask, documents=True)
         out = positions_for_heads(out.transpose(1, 2), self.sp)
         return reduce_from(self.o_proj(out.flatten(2)), self.tp)

@@ -50,7 +50,8 @@ class SparseAttention(MultiHeadLatentAttention):
             if not dense:
                 read = self._selected(index, read)
                 mask = read.unsqueeze(1)
-        out = softmax_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale=self.scale, mask=mask)
+        heads_first = (part.transpose(1, 2) for part in (q, k, v))
+        out = softmax_attention(*heads_first, scale=self.scale, mask=mask, documents=dense)
         out = positions_for_heads(out.transpose(1, 2), self.sp)
         out = reduce_from(self.o_proj(out.flatten(2)), self.tp)
         if not wants_loss:

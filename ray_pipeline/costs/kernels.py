@@ -31,7 +31,7 @@ class Kernels:
     loss_elements: int = 2**27
 
 
-BLOCK, WORTH_CHOOSING, WIDE = 64, 128, 48  # queries, keys, features of a head (`model.attention.blocked`)
+BLOCK, WORTH_CHOOSING, WIDE = 64, 128, 48  # queries, keys, features of a head (`model.attention`)
 
 
 def kernels(device: str) -> Kernels:

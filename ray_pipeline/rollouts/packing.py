@@ -18,22 +18,26 @@ def positions(rollout: Rollout) -> int:
     return len(rollout.prompt_ids) + len(rollout.completion_ids) - 1
 
 
-def row_length(rollouts: Sequence[Rollout], seq_len: int, model: ModelConfig, multiple: int) -> int:
-    """Length of rows that train these rollouts with the fewest operations: seq_len, or just above the longest of them.
-
-    Attention is counted over a whole row, as kernels that know no documents compute it; a shorter row may leave more of
-    itself empty.
+def row_length(
+    rollouts: Sequence[Rollout], seq_len: int, model: ModelConfig, multiple: int, *, by_documents: bool
+) -> int:
+    """Length of rows that train these rollouts with the fewest operations: seq_len, a part of it, or just above the
+    longest of them.
 
     Args:
         multiple: what a length must be a multiple of, unless it is seq_len.
+        by_documents: attention computes documents alone (`model.attention.parts`); else whole rows.
     """
     lengths = [positions(r) for r in rollouts]
-    shorter = -(-max(lengths, default=1) // multiple) * multiple
+    longest = max(lengths, default=1)
+    parts = {seq_len // count // multiple * multiple for count in range(2, seq_len // longest + 1)}
+    mean = sum(lengths) // max(1, len(lengths))
 
     def operations(length: int) -> int:
-        return len(best_fit(lengths, length)) * length * model.flops_per_token(length)
+        return len(best_fit(lengths, length)) * length * model.flops_per_token(mean if by_documents else length)
 
-    return min((min(shorter, seq_len), seq_len), key=operations)
+    shortest = min(-(-longest // multiple) * multiple, seq_len)
+    return min(sorted({shortest, seq_len} | {part for part in parts if part > shortest}), key=operations)
 
 
 def pack_rollouts(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from model.attention.build import meets_documents_alone
 from ray_pipeline.config import GrpoConfig
 from ray_pipeline.data.batch import Batch
 from ray_pipeline.engine.engine import Engine
@@ -65,8 +66,13 @@ class BatchBuilder:
             return None
         chosen = torch.tensor([advantage for _, advantage in pairs])
         masked = None if all(trained) else trained
-        length = row_length(rollouts, self.seq_len, self.engine.config, 32 * self.engine.mesh.sizes.sp)
-        return pack_rollouts(rollouts, chosen, length, self.pad_id, trained=masked)
+        return pack_rollouts(rollouts, chosen, self._row_length(rollouts), self.pad_id, trained=masked)
+
+    def _row_length(self, rollouts: list[Rollout]) -> int:
+        model, device = self.engine.config, self.engine.device
+        dtype = torch.float32 if self.settings.precision == "fp32" else torch.bfloat16
+        alone = meets_documents_alone(model, self.seq_len, device, dtype)
+        return row_length(rollouts, self.seq_len, model, 32 * self.engine.mesh.sizes.sp, by_documents=alone)
 
     def advantages(self, rollouts: list[Rollout]) -> Tensor:
         """Of whole groups, one after the other: [len(rollouts)]."""

@@ -24,7 +24,7 @@ from ray_pipeline.training.rollout_setup import rollout_source
 from scripts.grpo_bench.task import FIRST_STEP, LR, REWARDS, Task
 from scripts.model_bench.competitors import build
 
-MICRO_BATCH = 16  # rows of seq_len per forward pass
+MICRO_BATCH = 8  # rows of seq_len per forward pass
 
 
 def run(task: Task, folder: Path, wait: Callable[[], None], report: Callable[[dict[str, float]], None]) -> None:

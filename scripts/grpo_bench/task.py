@@ -30,7 +30,7 @@ class Task:
     beta: float = 0.01
     precision: str = "fp32"
     threads: int = 2
-    seq_len: int = 256
+    seq_len: int = 512
 
     @property
     def model(self) -> ModelConfig:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from model.attention import blocked, core
+from model.attention import blocked, core, parts
 from model.attention.blocked import LONGEST
 from model.attention.build import visible_tokens
 from model.auxiliary import auxiliary_scale
@@ -130,8 +130,8 @@ def test_fused_attention_keeps_what_the_formula_says(
 
 def test_the_sizes_of_blocks_are_the_models() -> None:
     on = kernels("cpu")
-    assert (on.blocked_attention, BLOCK, on.shares_heads) == (LONGEST, blocked.BLOCK, core.shares_heads("cpu"))
-    assert (WORTH_CHOOSING, WIDE) == (blocked.WORTH_CHOOSING, blocked.WIDE)
+    assert (on.blocked_attention, BLOCK, on.shares_heads) == (LONGEST, parts.BLOCK, core.shares_heads("cpu"))
+    assert (WORTH_CHOOSING, WIDE) == (parts.WORTH_CHOOSING, blocked.WIDE)
     assert kernels("cuda").shares_heads == core.shares_heads("cuda")
 
 

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.attention import blocked
-from model.attention.blocked import key_blocks
 from model.attention.build import visible_tokens
 from model.attention.core import document_mask, softmax_attention
+from model.attention.parts import visible_parts
 from model.attention.sliding import sliding_mask
 from tests.attention_kinds import KINDS, built, inputs
 
@@ -89,10 +89,10 @@ def test_blocks_that_leave_out_hidden_keys_change_nothing_but_the_work(lengths, 
 
 def test_a_block_meets_its_window_and_the_strided_tokens_before_it():
     mask = sliding_mask(torch.zeros(1, 256, dtype=torch.long), 20, 50)
-    met = [keys for _, keys in key_blocks(mask, 256, 20)]
+    met = [part.keys for part in visible_parts(mask, 1, 20)]
     assert isinstance(met[3], torch.Tensor) and met[3].tolist() == [0, 50, 100, 150, *range(173, 256)]
     assert met[1] == slice(0, 128)  # too few before the window to choose among
-    assert [keys for _, keys in key_blocks(mask, 256, None)][3] == slice(0, 256)
+    assert visible_parts(mask, 1, None)[3].keys == slice(0, 256)
 
 
 def test_rows_too_long_to_keep_probabilities_keep_them_where_a_window_makes_them_few(monkeypatch):
