@@ -91,6 +91,8 @@ def figure_text(stage: str, metrics: Mapping[str, float]) -> str:
         text = f"held-out accuracy {percent(metrics['accuracy'])}"
         if "preference_accuracy" in metrics:
             text = f"held-out preference accuracy {interval_text('preference_accuracy', metrics)}, {text}"
+        if stage == "sft" and "validation_loss" in metrics:
+            text += f", loss {metrics['validation_loss']:.3f} nats"
         if "params" in metrics:
             text += f", {count_text(metrics['params'])} parameters"
         return text
@@ -128,7 +130,8 @@ def baseline_text(stage: str, baselines: Mapping[str, float], metrics: Mapping[s
     if "unigram_entropy" in baselines:
         parts.append(f"unigram entropy {baselines['unigram_entropy']:.3f}")
     if "input_loss" in baselines:
-        parts.append(f"input {baselines['input_loss']:.3f}")
+        owner = "input's loss" if stage == "sft" else "input"
+        parts.append(f"{owner} {baselines['input_loss']:.3f}")
     preferences = _input_text("preference_accuracy", baselines, metrics)
     accuracy = _input_text("accuracy", baselines, metrics)
     if preferences:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from ray_pipeline.stages.base import StageContext, StageResult
 
 
@@ -17,6 +19,23 @@ def judge_accuracy(context: StageContext, figures: dict[str, float], **baselines
     start = metrics.pop("input_accuracy")
     learned = metrics["accuracy"] >= start + context.config.evaluation.min_gain
     return StageResult(context.folder, metrics, {"input_accuracy": start, **baselines}, learned)
+
+
+def judge_conversations(context: StageContext, figures: dict[str, float]) -> StageResult:
+    """Hold held-out answers and the held-out loss against the checkpoint the stage started from.
+
+    Args:
+        figures: what the ranks measured: `accuracy` and `validation_loss`, with `input_accuracy` and `input_loss`.
+    Returns:
+        A result that learned if it answers at least `evaluation.min_gain` more of the questions. Conversations of the
+        user's own may teach something else than the questions ask: there it is enough that the loss on held-out ones
+        fell by as many nats.
+    """
+    least, start = context.config.evaluation.min_gain, figures["input_loss"]
+    answers = judge_accuracy(context, {name: value for name, value in figures.items() if name != "input_loss"})
+    own = not context.config.data.sft.startswith("builtin")
+    imitates = own and figures["validation_loss"] <= start - least
+    return replace(answers, baselines=answers.baselines | {"input_loss": start}, learned=answers.learned or imitates)
 
 
 def judge_preferences(context: StageContext, figures: dict[str, float]) -> StageResult:

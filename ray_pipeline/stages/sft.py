@@ -10,7 +10,7 @@ from typing import Any
 from ray_pipeline.data.loader import PackedRows
 from ray_pipeline.objectives.cross_entropy import CrossEntropy
 from ray_pipeline.stages.base import StageContext, StageResult
-from ray_pipeline.stages.judge import judge_accuracy
+from ray_pipeline.stages.judge import judge_conversations
 from ray_pipeline.training.finish import read_input, save_trained_model
 from ray_pipeline.training.heldout import HeldOut, WholeModel
 from ray_pipeline.training.lora import save_adapter
@@ -35,6 +35,7 @@ def train(arguments: dict[str, Any]) -> dict[str, Any]:
     engine = rank.trainer_engine(config, initial, lora=lora)
     objective = CrossEntropy(settings.mtp_loss_weight)
     validation = PackedRows(rank.data / STAGE / "validation")
+    input_loss = validation_loss(engine, validation, objective)["validation_loss"]
 
     def evaluate() -> dict[str, float]:
         whole.sync(engine)
@@ -46,9 +47,10 @@ def train(arguments: dict[str, Any]) -> dict[str, Any]:
     save_trained_model(rank, engine)
     if lora is not None:
         save_adapter(rank, engine, lora)
-    return figures | {"input_accuracy": input_accuracy}
+    return figures | {"input_accuracy": input_accuracy, "input_loss": input_loss}
 
 
 def run(context: StageContext) -> StageResult:
-    """Launch the ranks; learning means answering more held-out questions than the model it started from."""
-    return judge_accuracy(context, context.launcher.run(STAGE, train, rank_arguments(context, STAGE)))
+    """Launch the ranks; learning means answering more held-out questions than the model it started from, or with
+    conversations of one's own being less surprised by held-out ones."""
+    return judge_conversations(context, context.launcher.run(STAGE, train, rank_arguments(context, STAGE)))

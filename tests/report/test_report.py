@@ -173,5 +173,11 @@ def test_weights_that_were_given_are_among_what_pretraining_is_held_against():
     assert text == "ln V 6.240; input 1.500"
 
 
+def test_sft_shows_its_loss_beside_its_answers():
+    metrics, baselines = {"accuracy": 0.613, "validation_loss": 0.5}, {"input_accuracy": 0.02, "input_loss": 2.25}
+    assert figure_text("sft", metrics) == "held-out accuracy 61.3%, loss 0.500 nats"
+    assert baseline_text("sft", baselines, metrics) == "input's loss 2.250; input 2.0% (+59.3 points)"
+
+
 def test_an_export_without_gguf_says_how_many_files_were_checked():
     assert figure_text("export", {"hf/x": 1.0, "checks_passed": 2.0, "checks_not_run": 0.0}) == "2 exports checked"

@@ -11,10 +11,13 @@ import torch
 
 from ray_pipeline.artifacts import load_model, weights_digest
 from ray_pipeline.config import PipelineFields
+from ray_pipeline.data.batch import IGNORE
+from ray_pipeline.data.loader import PackedRows
 from ray_pipeline.launcher import InlineLauncher, ProcessLauncher
 from ray_pipeline.ledger import RunFile
 from ray_pipeline.stages import sft
 from ray_pipeline.stages.base import StageContext, StageResult
+from ray_pipeline.stages.judge import judge_conversations
 from ray_pipeline.training.sources import PackedSource
 from tests.cli.made_run import SEQ_LEN, TOY, make_run
 
@@ -31,10 +34,8 @@ def stage_folder(run_dir: Path, stage: str) -> Path:
     return run_dir / RunFile(run_dir).stages[stage]["folder"]
 
 
-def learn(
-    run_dir: Path, name: str, *, layout: dict[str, Any] | None = None, **settings: Any
-) -> dict[str, torch.Tensor]:
-    """Train six steps into `run_dir/name`; the weights that are left."""
+def train(run_dir: Path, name: str, *, layout: dict[str, Any] | None = None, **settings: Any) -> StageResult:
+    """Train six steps into `run_dir/name`."""
     chosen = {
         "steps": 6, "batch_size": 4, "eval_every": 10, "checkpoint_every": 2, "log_every": 1,
         "optimizer": {"name": "sgd", "warmup_steps": 0, "lr": 0.1},
@@ -49,8 +50,45 @@ def learn(
     inputs = {stage: StageResult(stage_folder(run_dir, stage)) for stage in ("data_prep", "pretrain")}
     (run_dir / name).mkdir(exist_ok=True)
     launcher: Any = InlineLauncher() if layout is None else ProcessLauncher(2)
-    sft.run(StageContext(config, "toy", run_dir, run_dir / name, inputs, launcher))
+    return sft.run(StageContext(config, "toy", run_dir, run_dir / name, inputs, launcher))
+
+
+def learn(run_dir: Path, name: str, **settings: Any) -> dict[str, torch.Tensor]:
+    """Train as `train` does; the weights that are left."""
+    train(run_dir, name, **settings)
     return load_model(run_dir / name / "model").state_dict()
+
+
+def test_the_held_out_loss_is_held_against_the_inputs(run_dir):
+    result = train(run_dir, "judged")
+    rows = PackedRows(stage_folder(run_dir, "data_prep") / "sft" / "validation")
+    batch = rows.slice(0, len(rows))
+    with torch.no_grad():
+        logits = load_model(stage_folder(run_dir, "pretrain") / "model").eval()(batch.tokens, batch.doc_ids)
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORE)
+    assert result.baselines["input_loss"] == pytest.approx(float(expected), rel=1e-6)
+    assert result.metrics["validation_loss"] < result.baselines["input_loss"]
+    assert "input_loss" not in result.metrics
+
+
+@pytest.mark.parametrize(
+    ("source", "accuracy", "loss", "learned"),
+    [
+        ("builtin", 0.30, 1.0, True),
+        ("builtin", 0.20, 1.0, False),  # it imitates better, and answers no better
+        ("chats.jsonl", 0.20, 1.0, True),
+        ("chats.jsonl", 0.20, 1.995, False),
+        ("chats.jsonl", 0.30, 2.5, True),
+    ],
+)
+def test_conversations_of_ones_own_may_teach_what_no_question_asks(tmp_path, source, accuracy, loss, learned):
+    config = PipelineFields.model_validate({"data": {"sft": source}, "evaluation": {"min_gain": 0.01}})
+    context = StageContext(config, "toy", tmp_path, tmp_path, {}, InlineLauncher())
+    figures = {"accuracy": accuracy, "input_accuracy": 0.2, "validation_loss": loss, "input_loss": 2.0}
+    result = judge_conversations(context, figures)
+    assert result.learned is learned
+    assert result.baselines == {"input_accuracy": 0.2, "input_loss": 2.0}
+    assert result.metrics == {"accuracy": accuracy, "validation_loss": loss}
 
 
 def test_the_model_is_the_input_with_adapters_merged_and_they_lie_beside_it(run_dir):
