@@ -21,7 +21,7 @@ from ray_pipeline.rewards.scoring import Scorer, Scores
 from ray_pipeline.rewards.self_test import check_rewards
 from ray_pipeline.rollouts.collector import Collector, Question, Score
 from ray_pipeline.rollouts.decoder_sampler import DecoderSampler, SamplingRules
-from ray_pipeline.rollouts.engine import SHARE_ROWS, InRankEngine, RolloutEngine, Sampler, from_main
+from ray_pipeline.rollouts.engine import InRankEngine, RolloutEngine, Sampler, from_main, share_rows
 from ray_pipeline.rollouts.ray_engine import RayEngine
 from ray_pipeline.tools.toolbox import listed_tools
 from ray_pipeline.training.heldout import WholeModel, read_questions
@@ -133,17 +133,17 @@ def rollout_engine(rank: Rank, whole: WholeModel, config: ModelConfig) -> Rollou
         build = functools.partial(VllmSampler, config, tokenizer, rules, rank.folder / "vllm")
     else:
         build = functools.partial(DecoderSampler.build, config, tokenizer, rules, device)
-    share_rows = SHARE_ROWS[device.type]
+    rows = share_rows(settings.prompts_per_step * settings.group_size, rollout.workers or mesh.world)
     if rollout.workers:
         threads = torch.get_num_threads()  # as a rank has: with another number matrix products round otherwise
         if rollout.max_staleness:  # no rank samples the same, and they work beside the ranks
             threads = max(1, (os.cpu_count() or 1) // (rollout.workers + mesh.world))
         return RayEngine(
-            mesh, build, workers=rollout.workers, share_rows=share_rows, threads=threads,
+            mesh, build, workers=rollout.workers, share_rows=rows, threads=threads,
             gpus=int(device.type == "cuda"),
         )  # fmt: skip
     own: Sampler = DecoderSampler(whole.model, whole.decoder, whole.tokenizer, rules)
-    return InRankEngine(mesh, build() if rollout.engine == "vllm" else own, share_rows)
+    return InRankEngine(mesh, build() if rollout.engine == "vllm" else own, rows)
 
 
 def sampling_rules(settings: GrpoConfig, tools: ToolsConfig) -> SamplingRules:

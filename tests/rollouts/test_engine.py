@@ -1,4 +1,4 @@
-"""Answers sampled in the training ranks: the same for any number of them, by weights that are checked."""
+"""Answers sampled in the training ranks: the same for the same shares, by weights that are checked."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from model.parallel.mesh import Mesh, MeshSizes
 from ray_pipeline.artifacts import weights_digest
 from ray_pipeline.errors import StageFailed, UserError
-from ray_pipeline.rollouts.engine import InRankEngine, from_main, shares, synchronise
+from ray_pipeline.rollouts.engine import InRankEngine, from_main, share_rows, shares, synchronise
 from tests.distributed import run_ranks
 from tests.rollouts.samplers import builder, requests, tokenizer_folder, weights
 
@@ -47,6 +47,17 @@ def test_a_sampler_that_missed_a_synchronisation_raises_the_alarm_with_both_chec
     said = str(caught.value)
     assert "after synchronisation 1" in said
     assert weights_digest(weights(1)) in said and weights_digest(weights(2)) in said
+
+
+@given(st.integers(1, 5000), st.integers(1, 64))
+def test_every_sampler_has_a_share_worth_having(answers, samplers):
+    rows = share_rows(answers, samplers)
+    cut = [len(part) for part in shares(range(answers), rows)]
+    assert sum(cut) == answers and all(part == rows for part in cut[:-1]) and 64 <= rows <= 256
+    if 64 <= answers / samplers <= 256:
+        assert -(-answers // rows) <= samplers, "nobody works twice while others wait"
+    if rows < 256:
+        assert rows * samplers >= answers or rows == 64
 
 
 def in_two_ranks(rank: int, folder) -> list:

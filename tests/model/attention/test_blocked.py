@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,8 +11,10 @@ from hypothesis import strategies as st
 
 from model.attention import parts
 from model.attention.blocked import BlockedAttention, FusedBlocks, blocked_attention
+from model.attention.build import meets_documents_alone
 from model.attention.core import document_mask
 from model.attention.parts import Part, document_parts, visible_parts
+from scripts.model_bench.competitors import SHAPES
 
 DIVISIONS = {
     "blocks of what is visible": lambda mask, seq: visible_parts(mask, 2, None),
@@ -92,3 +96,20 @@ def test_in_bf16_it_is_as_close_to_the_exact_result_as_torchs_kernel(seq):
     ours = BlockedAttention.apply(*half, None, 0.25, document_parts(None, 1, seq, alone=False)).float()
     torchs = torch.nn.functional.scaled_dot_product_attention(*half, is_causal=True, scale=0.25).float()
     assert (ours - exact).norm() < 1.5 * (torchs - exact).norm()
+
+
+@pytest.mark.parametrize(
+    ("changes", "device", "dtype", "alone"),
+    [
+        ({}, "cpu", torch.float32, True),
+        ({}, "cpu", torch.bfloat16, False),
+        ({}, "cuda", torch.float32, False),
+        ({"qk_nope_head_dim": 64}, "cpu", torch.float32, False),  # a wide head
+        ({"v_head_dim": 32}, "cpu", torch.float32, False),  # values wider than keys
+        ({"attention": "sliding"}, "cpu", torch.float32, False),
+        ({"position": "cope"}, "cpu", torch.float32, False),
+    ],
+)
+def test_it_is_known_beforehand_where_documents_are_met_alone(changes, device, dtype, alone):
+    config = replace(SHAPES["tiny"], **changes)
+    assert meets_documents_alone(config, 512, torch.device(device), dtype) is alone
