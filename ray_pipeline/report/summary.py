@@ -105,7 +105,15 @@ def figure_text(stage: str, metrics: Mapping[str, float]) -> str:
         form = " in this project's format (transformers has no such class)" if native else ""
         left = metrics.get("checks_not_run", 0.0)
         return f"{metrics['checks_passed']:.0f} exports checked{form}" + (f", {left:.0f} GGUF not" if left else "")
-    return ", ".join(f"{name.replace('_', ' ')} {number_text(value)}" for name, value in list(metrics.items())[:3])
+    first = list(metrics.items())[:3]
+    return ", ".join(f"{name.replace('_', ' ')} {number_text(value)}" for name, value in first) + left_out_text(metrics)
+
+
+def left_out_text(metrics: Mapping[str, float]) -> str:
+    """`; left out: 224 preference pairs too long`, of what the data held."""
+    ends = ("_too_long", "duplicates", "contaminated", "_ties")
+    found = [f"{number_text(n)} {name.replace('_', ' ')}" for name, n in metrics.items() if n and name.endswith(ends)]
+    return f"; left out: {', '.join(found)}" if found else ""
 
 
 def experts_text(metrics: Mapping[str, float]) -> str:

@@ -165,6 +165,9 @@ def test_counts_and_export_checks_read_well():
     checks = {"hf/greedy_agreement": 1.0, "model-q8_0.gguf/greedy_agreement": 0.9}
     assert figure_text("export", checks) == "2 exports checked, GGUF greedy agreement 90.0% or more"
     assert figure_text("data_prep", {"tokens": float("nan")}) == "tokens nan"
+    lost = {"documents": 400.0, "duplicates": 2.0, "contaminated": 0.0, "preference_pairs_too_long": 1224.0}
+    expected = "documents 400, duplicates 2, contaminated 0; left out: 2 duplicates, 1,224 preference pairs too long"
+    assert figure_text("data_prep", lost) == expected
     assert figure_text("data_prep", {"unigram_entropy": 3.78123}) == "unigram entropy 3.781"
 
 
