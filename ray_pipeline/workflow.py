@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import socket
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,6 +27,7 @@ from ray_pipeline.ledger import (
     read_record,
     read_status,
 )
+from ray_pipeline.local_ray import start_ray
 from ray_pipeline.progress import ProgressView
 from ray_pipeline.report.html import write_report
 from ray_pipeline.report.summary import print_summary, summary_rows
@@ -151,6 +151,7 @@ def connected_ray(layout: Layout) -> Iterator[None]:
 
     Raises:
         UserError: the cluster cannot be reached, or can never hold the ranks.
+        StageFailed: a local Ray does not start.
     """
     os.environ.update({"RAY_USAGE_STATS_ENABLED": "0", "GLOG_minloglevel": "2"})
     import ray
@@ -167,17 +168,13 @@ def connected_ray(layout: Layout) -> Iterator[None]:
 
 
 def _start_ray() -> None:
-    import ray
-
     address = os.environ.get("RAY_ADDRESS")
     options: dict[str, Any] = {} if address else {"num_cpus": os.cpu_count(), "include_dashboard": False}
-    # Ray tells on every start that its token authentication is on; nothing is to be done about that.
-    logging.getLogger("ray").setLevel(logging.ERROR)
     try:
         if address and ":" in address.rpartition("/")[2]:  # Ray itself waits for two minutes
             host, _, port = address.rpartition("/")[2].rpartition(":")
             socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
-        ray.init(address=address, configure_logging=False, log_to_driver=False, **options)
+        start_ray(address=address, **options)
     except (OSError, ValueError) as error:  # a port that is no number; ConnectionError is an OSError
         raise UserError(
             f"RAY_ADDRESS={address}: no Ray cluster answers there ({error}). Start one with `ray start --head`, or "

@@ -44,6 +44,7 @@ HEIGHT = {
 # Library -> prefixes of the modules that may import it.
 OWNERS = {
     "ray": (
+        "ray_pipeline.local_ray",
         "ray_pipeline.workflow",
         "ray_pipeline.launcher",
         "ray_pipeline.data.ray_",

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from model.parallel.mesh import Mesh
 from ray_pipeline.errors import StageFailed, UserError
+from ray_pipeline.local_ray import start_ray
 from ray_pipeline.rollouts.engine import Sampler, from_main, shares
 from ray_pipeline.rollouts.rollout import Sampled, SampleRequest
 
@@ -84,7 +85,7 @@ class RayEngine:
             import ray
 
             if not ray.is_initialized():  # ranks without Ray Train, in a debugger
-                ray.init(include_dashboard=False, configure_logging=False, log_to_driver=False)
+                start_ray(include_dashboard=False)
             self._check_gpus(ray.cluster_resources().get("GPU", 0.0), workers)
             self._actors = [self._start() for _ in range(workers)]
 

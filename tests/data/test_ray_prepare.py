@@ -10,6 +10,7 @@ from ray_pipeline.data.decontaminate import Decontaminator
 from ray_pipeline.data.ray_prepare import clean_documents, tokenise
 from ray_pipeline.data.text import document_at
 from ray_pipeline.data.tokenizer_files import save_trained, train_bpe
+from ray_pipeline.local_ray import start_ray
 
 FINDER = Decontaminator(["What is 347+285?"], 12)
 
@@ -20,7 +21,7 @@ def ray():
 
     if ray.is_initialized():
         ray.shutdown()
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False)
+    start_ray(num_cpus=2, include_dashboard=False)
     yield ray
     ray.shutdown()
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from ray_pipeline.launcher import InlineLauncher, RayLauncher
+from ray_pipeline.local_ray import start_ray
 from tests.training.grpo_run import arguments, prepare, train
 
 pytestmark = pytest.mark.slow
@@ -25,7 +26,7 @@ ENGINES: dict[str, dict[str, Any]] = {
 def one_ray() -> Iterator[None]:
     import ray
 
-    ray.init(num_cpus=2, include_dashboard=False, configure_logging=False, log_to_driver=False)
+    start_ray(num_cpus=2, include_dashboard=False)
     yield
     ray.shutdown()
 

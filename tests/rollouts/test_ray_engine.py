@@ -11,6 +11,7 @@ import pytest
 from model.parallel.mesh import Mesh, MeshSizes
 from ray_pipeline.artifacts import weights_digest
 from ray_pipeline.errors import StageFailed
+from ray_pipeline.local_ray import start_ray
 from ray_pipeline.rollouts.engine import InRankEngine, synchronise
 from ray_pipeline.rollouts.ray_engine import RayEngine, SamplingActor
 from tests.rollouts.samplers import builder, requests, tokenizer_folder, weights
@@ -26,7 +27,7 @@ MARK = "struck"
 def one_ray() -> Iterator[None]:
     import ray
 
-    ray.init(num_cpus=2, include_dashboard=False, configure_logging=False, log_to_driver=False)
+    start_ray(num_cpus=2, include_dashboard=False)
     yield
     ray.shutdown()
 

@@ -14,6 +14,7 @@ from ray_pipeline.data.decontaminate import Decontaminator
 from ray_pipeline.data.loader import PackedRows
 from ray_pipeline.data.tokenizer import load_tokenizer
 from ray_pipeline.errors import UserError
+from ray_pipeline.local_ray import start_ray
 from ray_pipeline.stages import data_prep
 from ray_pipeline.stages.base import StageContext
 
@@ -34,7 +35,7 @@ def ray():
 
     if ray.is_initialized():
         ray.shutdown()
-    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, configure_logging=False)
+    start_ray(num_cpus=1, include_dashboard=False)
     yield
     ray.shutdown()
 

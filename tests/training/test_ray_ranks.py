@@ -12,6 +12,7 @@ import pytest
 
 from ray_pipeline.errors import StageFailed
 from ray_pipeline.launcher import ProcessLauncher, RayLauncher
+from ray_pipeline.local_ray import start_ray
 from ray_pipeline.progress import progress_text, read_progress
 from ray_pipeline.rank_errors import ERRORS
 from tests.training.toy_run import arguments, train
@@ -23,7 +24,7 @@ pytestmark = pytest.mark.slow
 def one_ray() -> Iterator[None]:
     import ray
 
-    ray.init(num_cpus=2, include_dashboard=False, configure_logging=False, log_to_driver=False)
+    start_ray(num_cpus=2, include_dashboard=False)
     yield
     ray.shutdown()
 
@@ -54,7 +55,7 @@ def three_nodes() -> Iterator[tuple[Any, Any]]:
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
     cluster.add_node(num_cpus=1)
     last = cluster.add_node(num_cpus=1)
-    ray.init(address=cluster.address, configure_logging=False, log_to_driver=False)
+    start_ray(address=cluster.address)
     yield cluster, last
     ray.shutdown()
     cluster.shutdown()

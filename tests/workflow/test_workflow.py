@@ -9,6 +9,7 @@ import pytest
 
 from ray_pipeline.errors import UserError
 from ray_pipeline.ledger import RunLock, read_status
+from ray_pipeline.local_ray import start_ray
 from ray_pipeline.workflow import resume_pipeline, run_pipeline
 from ray_pipeline.workflow_plan import StageSelection
 from tests.workflow import toy_stages as toy
@@ -18,7 +19,7 @@ from tests.workflow import toy_stages as toy
 def one_ray():
     import ray
 
-    ray.init(num_cpus=2, include_dashboard=False, configure_logging=False, log_to_driver=False)
+    start_ray(num_cpus=2, include_dashboard=False)
     yield
     ray.shutdown()
 
