@@ -20,7 +20,7 @@ REPORT_FILE = "report.html"
 MOST_SAMPLES = 12
 # Charts of a stage: title, logged names of its lines, baselines drawn as levels.
 CHARTS = (
-    ("Loss", ("train/loss", "eval/validation_loss"), ("ln_vocab", "unigram_entropy")),
+    ("Loss", ("train/loss", "eval/validation_loss"), ("ln_vocab", "unigram_entropy", "input_loss")),
     ("Held-out accuracy", ("eval/accuracy",), ("input_accuracy", "teacher_accuracy")),
     ("Held-out preference accuracy", ("eval/preference_accuracy",), ("input_preference_accuracy",)),
     ("Margin of the chosen answer", ("train/margin", "eval/margin"), ()),
