@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -26,6 +27,65 @@ def test_a_forced_token_is_read_but_not_trained_on():
 
 
 ids = st.lists(st.integers(1, 50), min_size=1, max_size=8)
+
+
+@given(st.lists(st.tuples(ids, ids), min_size=1, max_size=10), st.integers(15, 40))
+def test_every_rollout_is_found_again_whole(pairs, seq_len):
+    rollouts = [rollout(p, c) for p, c in pairs]
+    advantages = torch.arange(len(rollouts)) + 1.0
+    batch = pack_rollouts(rollouts, advantages, seq_len, pad_id=0)
+    found = []
+    for row in range(len(batch)):
+        for document in batch.doc_ids[row].unique().tolist():
+            at = (batch.doc_ids[row] == document).nonzero().squeeze(1)
+            labels = batch.labels[row, at]
+            if bool((labels == IGNORE).all()):
+                assert bool((batch.tokens[row, at] == 0).all())
+                continue
+            assert at.tolist() == list(range(int(at[0]), int(at[-1]) + 1))
+            supervised = labels != IGNORE
+            completion = labels[supervised].tolist()
+            whole = [*batch.tokens[row, at].tolist(), completion[-1]]
+            start = int(supervised.nonzero()[0])
+            assert bool(supervised[start:].all())
+            assert whole[start + 1 :] == completion  # position t predicts token t + 1
+            assert batch.extras["sampler_logprobs"][row, at][supervised].tolist() == [-float(t) for t in completion]
+            advantage = batch.extras["advantages"][row, at][supervised].unique()
+            assert advantage.numel() == 1
+            found.append((int(advantage), whole[: start + 1], completion))
+    assert sorted(found) == [(i + 1, p, c) for i, (p, c) in enumerate(pairs)]
+    assert bool((batch.extras["advantages"][batch.labels == IGNORE] == 0).all())
+    assert bool((batch.doc_ids[:, 1:] >= batch.doc_ids[:, :-1]).all())
+
+
+def test_packing_shares_rows():
+    batch = pack_rollouts([rollout([1, 2], [3, 4, 5])] * 4, torch.ones(4), seq_len=8, pad_id=0)
+    assert batch.tokens.tolist() == [[1, 2, 3, 4, 1, 2, 3, 4]] * 2
+    assert batch.labels.tolist() == [[IGNORE, 3, 4, 5] * 2] * 2
+
+
+def test_too_long_a_rollout_is_refused():
+    with pytest.raises(ValueError, match="takes 9 positions: longer than seq_len=8"):
+        pack_rollouts([rollout([1] * 5, [2] * 5)], torch.ones(1), seq_len=8, pad_id=0)
+
+
+def test_advantages_must_match():
+    with pytest.raises(ValueError, match="3 advantages for 1 rollouts"):
+        pack_rollouts([rollout([1], [2])], torch.ones(3), seq_len=8, pad_id=0)
+
+
+def test_what_is_not_to_be_trained_keeps_its_labels_and_is_marked():
+    batch = pack_rollouts([rollout([1, 2], [3, 4]), rollout([5], [6])], torch.ones(2), 6, 0, trained=[False, True])
+    assert batch.labels[0].tolist() == [IGNORE, 3, 4, 6, IGNORE, IGNORE]
+    assert batch.extras["trained"][0].tolist() == [0, 0, 0, 1, 0, 0]
+
+
+def test_recorded_experts_lie_at_the_tokens_that_went_to_them():
+    first, second = rollout([1, 2], [3, 4]), rollout([5], [6, 7])
+    first.routing = torch.tensor([[0, 1], [2, 3], [4, 5]], dtype=torch.int16)
+    batch = pack_rollouts([first, second], torch.ones(2), 6, 0)
+    assert batch.extras["routing"].dtype == torch.int64
+    assert batch.extras["routing"][0].tolist() == [[0, 1], [2, 3], [4, 5], [-1, -1], [-1, -1], [-1, -1]]
 
 
 @given(st.lists(st.tuples(ids, ids), min_size=1, max_size=10), st.integers(15, 80), st.sampled_from([1, 4, 6]),
