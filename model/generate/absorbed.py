@@ -12,6 +12,7 @@ from torch import Tensor
 from model.attention.cope import position_logits
 from model.attention.mla import MultiHeadLatentAttention
 from model.layers.norm import rms_norm
+from model.layers.product import added_product, product
 from model.layers.rope import apply_rotary
 
 
@@ -52,7 +53,7 @@ class AbsorbedAttention:
             q = first * inner.scale
         else:
             norm = inner.q_a_layernorm
-            q = torch.mm(rms_norm(first, norm.weight, norm.eps), self.query)
+            q = product(rms_norm(first, norm.weight, norm.eps), self.query)
         return q.unflatten(1, (self.config.num_attention_heads, -1))
 
     def in_latent_space(self, q: Tensor, rotation: Tensor) -> Tensor:
@@ -81,7 +82,7 @@ class AbsorbedAttention:
             rotation: complex [rows, 1, qk_rope_head_dim / 2].
             cache: this layer's [rows, capacity, kv_lora_rank + qk_rope_head_dim]; bias: [rows, 1, column + 1].
         """
-        down = torch.mm(x, self.down)
+        down = product(x, self.down)
         self._write(cache[:, column : column + 1], down[:, None, self.first_width :], rotation)
         seen = cache[:, : column + 1]
         q = self.queries(down[:, : self.first_width])
@@ -98,7 +99,7 @@ class AbsorbedAttention:
         o = torch.bmm(torch.softmax(scores, -1), seen[:, :, : self.config.kv_lora_rank])  # [rows, heads, latent]
         if not self.merged:
             o = torch.bmm(o.transpose(0, 1), self.value).transpose(0, 1)
-        return torch.addmm(residual, o.flatten(1), self.out)
+        return added_product(residual, o.flatten(1), self.out)
 
 
 def rotate_in_place(x: Tensor, rotation: Tensor) -> None:

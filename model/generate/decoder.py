@@ -17,6 +17,7 @@ from model.generate.attention_steps import build_decode_attention
 from model.generate.cache import KVCache
 from model.generate.fast_experts import FastExperts
 from model.layers.feed_forward import FeedForward
+from model.layers.product import added_product, product
 from model.moe.experts import MixtureOfExperts
 from model.mtp import MultiTokenPredictor
 from model.transformer import Block, Transformer
@@ -50,9 +51,9 @@ class DecoderLayer:
         """The block's second half with its residual, for tokens of any row: [rows, hidden_size] -> same."""
         y = self.post_norm(x)
         if self.gate_up is not None:
-            gate_up = torch.mm(y, self.gate_up)
+            gate_up = product(y, self.gate_up)
             inner = F.silu(gate_up[:, : self.inner]).mul_(gate_up[:, self.inner :])
-            x = torch.addmm(x, inner, self.down)
+            x = added_product(x, inner, self.down)
         if self.router is not None and self.experts is not None:
             x = x.add(self.experts(y, *self.router(y)))
         return x
@@ -166,4 +167,4 @@ class Decoder:
                 x = layer.step(x, rotation, layer_cache, bias, column)
             x = self.after_pass(before, x, index)
         cache.length += 1
-        return torch.mm(self.model.norm(x), self.head)
+        return product(self.model.norm(x), self.head)

@@ -18,6 +18,7 @@ from model.generate.attention_steps import DecodeAttention
 from model.generate.cache import KVCache
 from model.generate.decoder import Decoder, DecoderLayer
 from model.generate.grouped_step import GroupedStep
+from model.layers.product import added_product, product
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def _extend_absorbed(attention: AbsorbedAttention, y: Tensor, x: Tensor, cache: 
     """`AbsorbedAttention.step` where the new tokens of a row stand as further heads of it."""
     rows, n, _ = y.shape
     rotation, heads = span.rotation.flatten(0, 1).unsqueeze(1), attention.config.num_attention_heads
-    down = torch.mm(y.flatten(0, 1), attention.down)
+    down = product(y.flatten(0, 1), attention.down)
     norm, new = attention.inner.kv_a_layernorm, cache[:, span.column : span.column + n]
     projected = down[:, attention.first_width :].unflatten(0, (rows, n))
     write_latent(new, projected, norm.weight, norm.eps, span.rotation)
@@ -108,7 +109,7 @@ def _extend_absorbed(attention: AbsorbedAttention, y: Tensor, x: Tensor, cache: 
     o = o.reshape(rows * n, heads, -1)
     if not attention.merged:
         o = torch.bmm(o.transpose(0, 1), attention.value).transpose(0, 1)
-    return torch.addmm(x.flatten(0, 1), o.flatten(1), attention.out).view_as(x)
+    return added_product(x.flatten(0, 1), o.flatten(1), attention.out).view_as(x)
 
 
 def _extend_grouped(attention: GroupedStep, y: Tensor, x: Tensor, cache: Tensor, span: Span) -> Tensor:
@@ -116,7 +117,7 @@ def _extend_grouped(attention: GroupedStep, y: Tensor, x: Tensor, cache: Tensor,
     rows, n, _ = y.shape
     config = attention.config
     heads, dim, groups = config.num_attention_heads, config.head_dim, config.num_kv_heads
-    projected = torch.mm(y.flatten(0, 1), attention.project)
+    projected = product(y.flatten(0, 1), attention.project)
     turned = projected[:, : heads * dim + attention.keys].unflatten(1, (-1, dim))
     rotate_in_place(turned, span.rotation.flatten(0, 1).unsqueeze(1))
     cache[:, span.column : span.column + n] = projected[:, heads * dim :].unflatten(0, (rows, n))
@@ -126,4 +127,4 @@ def _extend_grouped(attention: GroupedStep, y: Tensor, x: Tensor, cache: Tensor,
     bias = span.bias.repeat_interleave(heads // groups, 1).unsqueeze(1)
     out = F.scaled_dot_product_attention(q.flatten(2, 3), k, v, attn_mask=bias, scale=attention.inner.scale)
     out = out.unflatten(2, (n, -1)).transpose(1, 2).reshape(rows * n, heads * dim)
-    return torch.addmm(x.flatten(0, 1), out, attention.out).view_as(x)
+    return added_product(x.flatten(0, 1), out, attention.out).view_as(x)

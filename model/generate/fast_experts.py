@@ -9,11 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from model.layers.product import by_onednn, product
 from model.moe.experts import RoutedExperts
 
 FEW = 8  # choices in all, up to which one product each beats sorting
-# Superfluous operations that running every expert on every row may cost before sorting rows by expert is quicker.
-WASTE = 3_000_000
+# Superfluous operations that running every expert on every row may cost before sorting rows by expert is quicker: where
+# two wide products are oneDNN's, they are quick enough for more.
+WASTE, WASTE_BY_ONEDNN = 3_000_000, 160_000_000
 DENSE_ROWS_ON_GPU = 32  # there nothing is sorted for so few rows: it would wait for the counts
 
 
@@ -23,6 +25,7 @@ class FastExperts:
     def __init__(self, experts: RoutedExperts):
         self.gate_up = experts.gate_up_proj.transpose(1, 2).contiguous()
         self.down = experts.down_proj.transpose(1, 2).contiguous()
+        self.wide = experts.gate_up_proj.flatten(0, 1).t()  # [in, experts * out]
         self.num_experts, self.hidden, width = self.gate_up.shape
         self.inner = width // 2
         self.matrices = list(zip(self.gate_up.unbind(0), self.down.unbind(0), strict=True))
@@ -36,7 +39,8 @@ class FastExperts:
         if rows * k <= FEW:
             return self._one_by_one(x, indices, weights)
         waste = 6 * (self.num_experts - k) * rows * self.hidden * self.inner
-        return self._all(x, indices, weights) if waste <= WASTE else self._sorted(x, indices, weights)
+        dense = waste <= (WASTE_BY_ONEDNN if by_onednn(x) else WASTE)
+        return self._all(x, indices, weights) if dense else self._sorted(x, indices, weights)
 
     def _one_by_one(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
         k = indices.shape[1]
@@ -54,8 +58,8 @@ class FastExperts:
 
     def _all(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
         share = torch.zeros(x.shape[0], self.num_experts, device=x.device).scatter_(1, indices, weights).to(x.dtype)
-        inner = self._activate(torch.matmul(x, self.gate_up))  # [experts, rows, inner]
-        return torch.bmm(inner.mul_(share.t().unsqueeze(2)), self.down).sum(0)
+        inner = self._activate(product(x, self.wide).unflatten(1, (self.num_experts, -1)))  # [rows, experts, inner]
+        return product(inner.mul_(share.unsqueeze(2)).flatten(1), self.down.flatten(0, 1))
 
     def _sorted(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
         chosen = indices.flatten()
@@ -71,9 +75,8 @@ class FastExperts:
 
     def _per_expert(self, x: Tensor, which: int, width: int, counts: list[int]) -> Tensor:
         """Rows sorted by expert times each one's matrix: 0 gate_up, 1 down."""
-        out, start = x.new_empty(x.shape[0], width), 0
-        for count, matrices in zip(counts, self.matrices, strict=True):
-            if count:
-                torch.mm(x[start : start + count], matrices[which], out=out[start : start + count])
-                start += count
+        out = x.new_empty(x.shape[0], width)
+        for rows, into, matrices in zip(x.split(counts), out.split(counts), self.matrices, strict=True):
+            if len(rows):
+                product(rows, matrices[which], into)
         return out

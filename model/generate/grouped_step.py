@@ -13,6 +13,7 @@ from model.attention.cope import position_logits
 from model.attention.core import attention_of_scores, grouped_scores
 from model.attention.grouped import GroupedAttention
 from model.generate.absorbed import rotate_in_place
+from model.layers.product import added_product, product
 from model.layers.rope import apply_rotary
 
 
@@ -40,13 +41,13 @@ class GroupedStep:
     def step(self, x: Tensor, residual: Tensor, rotation: Tensor, cache: Tensor, bias: Tensor, column: int) -> Tensor:
         """As `DecodeAttention.step`."""
         heads, dim = self.config.num_attention_heads, self.config.head_dim
-        projected = torch.mm(x, self.project)
+        projected = product(x, self.project)
         if self.config.position == "rope":  # queries and keys alike
             rotate_in_place(projected[:, : heads * dim + self.keys].unflatten(1, (-1, dim)), rotation)
         q = projected[:, : heads * dim].unflatten(1, (heads, dim))
         cache[:, column] = projected[:, heads * dim :]
         out = self.attend(q, cache[:, : column + 1], bias)
-        return torch.addmm(residual, out.flatten(1), self.out)
+        return added_product(residual, out.flatten(1), self.out)
 
     def attend(self, q: Tensor, seen: Tensor, bias: Tensor) -> Tensor:
         """q [rows, heads, head_dim]; seen [rows, n, width]; bias [rows, 1, n] -> the shape of q."""

@@ -13,6 +13,7 @@ from model.attention.indexer import highest, index_scores
 from model.attention.sparse import SparseAttention
 from model.generate.absorbed import AbsorbedAttention
 from model.layers.norm import rms_norm
+from model.layers.product import product
 
 
 class SparseStep(AbsorbedAttention):
@@ -38,7 +39,7 @@ class SparseStep(AbsorbedAttention):
             rotation: complex [rows, 1, qk_rope_head_dim / 2].
             cache: this layer's [rows, capacity, width]; bias: [rows, 1, column + 1].
         """
-        down, new = torch.mm(x, self.down), cache[:, column : column + 1]
+        down, new = product(x, self.down), cache[:, column : column + 1]
         self._write(new[:, :, : self.latent_width], down[:, None, self.first_width :], rotation)
         new[:, :, self.latent_width :] = self.indexer.keys(x.unsqueeze(1), rotation)
         seen, first = cache[:, : column + 1], down[:, : self.first_width]
@@ -54,7 +55,7 @@ class SparseStep(AbsorbedAttention):
         """Columns the new token reads, in any order: [rows, index_topk]; a short row fills up with its padding."""
         norm, indexer = self.inner.q_a_layernorm, self.indexer
         query_latent = rms_norm(first, norm.weight, norm.eps)
-        q = torch.mm(query_latent, self.index_query).view(len(x), 1, indexer.heads, indexer.dim)
+        q = product(query_latent, self.index_query).view(len(x), 1, indexer.heads, indexer.dim)
         q, weights = indexer.rotate(q, rotation), indexer.weights(x).unsqueeze(1)
         scores = index_scores(q, seen[:, :, self.latent_width :], weights) + bias
         chosen = highest(scores, self.topk).squeeze(1)

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from model.layers.linear import operand_dtype, weight_gradient_queue
+from model.layers.product import by_onednn, product, transposed_product
 from model.parallel.collectives import Axis, all_reduce
 
 CHUNK_ELEMENTS = {"cpu": 2**21, "cuda": 2**27}  # logits at a time: 8 MB stay in a CPU's cache, a GPU wants more work
@@ -64,10 +65,10 @@ class _WeightGradient:
     def add(self, gradient: Tensor, x: Tensor) -> None:
         if self.value is None:
             return
-        if gradient.dtype == torch.float32:
+        if gradient.dtype == torch.float32 and not by_onednn(x):
             self.value.addmm_(gradient.t(), x)
         else:
-            self.value += gradient.t() @ x
+            self.value += transposed_product(gradient, x)
 
 
 def _hand_over(weight_gradient: Tensor | None, owner: Tensor) -> Tensor | None:
@@ -107,12 +108,12 @@ class _Sums(torch.autograd.Function):
         dweight = _WeightGradient(weight, need_weight)
         for rows in _chunks(x, weight.shape[0]):
             part = x[rows]
-            made, gradient = loss((part @ weight.t()).float(), rows, need_input or need_weight)
+            made, gradient = loss(product(part, weight.t()).float(), rows, need_input or need_weight)
             sums += made
             if gradient is not None:
                 gradient = gradient.to(x.dtype)
                 if dx is not None:
-                    torch.mm(gradient, weight, out=dx[rows])
+                    product(gradient, weight, dx[rows])
                 dweight.add(gradient, part)
             del gradient  # before the next chunk's distributions are there
         ctx.gradients, ctx.owner = [dx, dweight.value], owner
@@ -158,7 +159,7 @@ class _PerToken(torch.autograd.Function):
         out = torch.empty(len(x), dtype=torch.float32, device=x.device)
         for rows in _chunks(x, weight.shape[0]):
             column, outside = _mine(labels[rows], weight.shape[0], axis)
-            logits = (x[rows] @ weight.t()).float().div_(temperature)
+            logits = product(x[rows], weight.t()).float().div_(temperature)
             out[rows] = _exponentials(logits, column, outside, axis)[2].squeeze(1)
         ctx.save_for_backward(x, weight, labels)
         ctx.axis, ctx.owner, ctx.temperature = axis, owner, temperature
@@ -173,11 +174,11 @@ class _PerToken(torch.autograd.Function):
         scale = grads[0].unsqueeze(1) / ctx.temperature
         for rows in _chunks(x, weight.shape[0]):
             column, outside = _mine(labels[rows], weight.shape[0], ctx.axis)
-            logits = (x[rows] @ weight.t()).float().div_(ctx.temperature)
+            logits = product(x[rows], weight.t()).float().div_(ctx.temperature)
             exponentials, total, _ = _exponentials(logits, column, outside, ctx.axis)
             gradient = _subtract_label(exponentials.div_(total), column, outside).mul_(scale[rows]).to(x.dtype)
             if dx is not None:
-                torch.mm(gradient, weight, out=dx[rows])
+                product(gradient, weight, dx[rows])
             dweight.add(gradient, x[rows])
         return dx, _hand_over(dweight.value, ctx.owner[0]), None, None, None, None
 

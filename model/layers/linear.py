@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.layers.product import by_onednn, product, transposed_product
+
 
 class WeightGradients:
     """Work that a backward left for later, in the order in which it came up."""
@@ -89,25 +91,30 @@ class _SeparableLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, owner: tuple[Tensor]) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.owner = owner
-        return F.linear(x, weight)
+        return _rows(x, weight.t())
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight = ctx.saved_tensors
         need_input, need_weight, _ = ctx.needs_input_grad
         grad = grads[0]
-        dx = grad @ weight if need_input else None
+        dx = _rows(grad, weight) if need_input else None
         if not need_weight:
             return dx, None, None
 
         def gradient() -> Tensor:
-            return grad.reshape(-1, grad.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
+            return transposed_product(grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1]))
 
         queue = weight_gradient_queue()
         if queue is None:
             return dx, gradient(), None
         queue.add(ctx.owner[0], gradient)
         return dx, None, None
+
+
+def _rows(x: Tensor, matrix: Tensor) -> Tensor:
+    """[..., k] x [k, n] -> [..., n]."""
+    return product(x.reshape(-1, x.shape[-1]), matrix).view(*x.shape[:-1], matrix.shape[1])
 
 
 def operand_dtype(x: Tensor) -> torch.dtype:
@@ -118,9 +125,9 @@ def operand_dtype(x: Tensor) -> torch.dtype:
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """[..., in] x [out, in] -> [..., out]; `weight` is a parameter. Follows autocast as `F.linear` does."""
-    if not backward_is_separable():
-        return F.linear(x, weight)
     dtype = operand_dtype(x)
+    if not backward_is_separable() and not (dtype == torch.float32 and by_onednn(x)):
+        return F.linear(x, weight)
     return _SeparableLinear.apply(x.to(dtype), weight.to(dtype), (weight,))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import prod
 from typing import Any
 
 import torch
@@ -13,10 +14,14 @@ from torch import Tensor, nn
 from model.config import ModelConfig
 from model.layers.feed_forward import FeedForward
 from model.layers.linear import backward_is_separable, operand_dtype, weight_gradient_queue
+from model.layers.product import by_onednn, product, transposed_product
 from model.layers.swiglu import swiglu
 from model.moe.router import Router
 from model.moe.rows import collect, plan_rows, spread, spread_scales
 from model.parallel.collectives import LOCAL, Axis, all_to_all_rows, collective, copy_to, reduce_from
+from model.processor import LEAST
+
+ROW_MULTIPLE = 64
 
 
 class _GroupedLinear(torch.autograd.Function):
@@ -57,7 +62,7 @@ def _products(x: Tensor, matrices: Tensor, groups: Groups) -> Tensor:
         return F.grouped_mm(x, matrices, offs=groups)
     y = x.new_empty(x.shape[0], matrices.shape[2])
     for rows, out, matrix in zip(x.split(groups), y.split(groups), matrices.unbind(0), strict=True):
-        torch.mm(rows, matrix, out=out)
+        product(rows, matrix, out)
     return y
 
 
@@ -67,7 +72,7 @@ def _weight_gradient(grad: Tensor, x: Tensor, groups: Groups) -> Tensor:
         return F.grouped_mm(grad.t(), x, offs=groups)
     dweight = x.new_empty(len(groups), grad.shape[1], x.shape[1])
     for g, rows, out in zip(grad.split(groups), x.split(groups), dweight.unbind(0), strict=True):
-        torch.mm(g.t(), rows, out=out)
+        transposed_product(g, rows, out)
     return dweight
 
 
@@ -89,13 +94,19 @@ def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     return _GroupedLinear.apply(x, weight, groups, (parameter,))
 
 
-def row_multiple(x: Tensor) -> int:
+def row_multiple(x: Tensor, matrix: int, rows: float) -> int:
     """What every expert's number of rows is rounded up to.
 
-    oneDNN compiles a kernel for each number of rows in bf16, and routing makes new ones at every step: five times
-    slower on a CPU than a few sizes that repeat.
+    oneDNN compiles a kernel for each number of rows, and routing makes new ones at every step: in bf16 that is five
+    times slower on a CPU than a few sizes that repeat.
+
+    Args:
+        matrix: elements of an expert's larger matrix. rows: what an expert gets on average.
     """
-    return 64 if x.device.type == "cpu" and operand_dtype(x) == torch.bfloat16 else 1
+    if x.device.type != "cpu":
+        return 1
+    onednn = operand_dtype(x) == torch.bfloat16 or (by_onednn(x) and rows * matrix >= LEAST)
+    return ROW_MULTIPLE if onednn else 1
 
 
 class RoutedExperts(nn.Module):
@@ -122,7 +133,8 @@ class RoutedExperts(nn.Module):
 
     def _compute(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
         """My experts, by their numbers here: x [tokens, hidden]; others [tokens, k] -> [tokens, hidden]."""
-        plan = plan_rows(indices, self.gate_up_proj.shape[0], row_multiple(x))
+        experts, *matrix = self.gate_up_proj.shape
+        plan = plan_rows(indices, experts, row_multiple(x, prod(matrix), indices.numel() / experts))
         gate_up = self.product(spread(x, plan), self.gate_up_proj, plan.counts)
         # The routing weight multiplies the narrow inner activation, not the wide output: same product, less work.
         inner = swiglu(gate_up, spread_scales(weights, plan))

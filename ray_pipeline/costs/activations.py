@@ -40,8 +40,11 @@ def routed_rows(work: Workload, on: Kernels) -> int:
     """Rows that this rank's routed experts compute of a micro-batch, with routing in balance."""
     model = work.model
     # Of all ranks that share the experts out: this rank has 1 / ep of the experts, and of what they are sent.
-    tokens, multiple = work.tokens_at_once * work.layout.ep, on.row_multiple if work.bf16 else 1
-    return expected_rows(tokens, model.num_experts_per_tok, model.n_routed_experts, multiple) // work.layout.ep
+    tokens, chosen, experts = work.tokens_at_once * work.layout.ep, model.num_experts_per_tok, model.n_routed_experts
+    matrix = model.hidden_size * 2 * model.moe_intermediate_size // work.layout.tp
+    large = on.onednn_from is not None and tokens * chosen / experts * matrix >= on.onednn_from
+    multiple = on.row_multiple if work.bf16 or large else 1
+    return expected_rows(tokens, chosen, experts, multiple) // work.layout.ep
 
 
 def routed_bytes(work: Workload, on: Kernels) -> int:

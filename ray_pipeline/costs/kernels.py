@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cache
 from math import erf, sqrt
 
+from model.processor import LEAST, onednn_is_quicker
 from ray_pipeline.costs.workload import BF16, FP32, Workload
 
 
@@ -21,13 +22,15 @@ class Kernels:
         blocked_attention: attention goes by blocks of `BLOCK` queries, and may keep the probabilities of rows of up to
             so many tokens; 0: whole rows in a fused kernel.
         shares_heads: fused attention reads one key head for several query heads; else keys and values are repeated.
-        row_multiple: an expert's rows are rounded up to it where matrix products are in bf16.
+        row_multiple: an expert's rows are rounded up to it where its products are oneDNN's: all in bf16.
+        onednn_from: multiplications of a product from which oneDNN computes it in fp32 too; None: never.
         loss_elements: logits that a loss has at a time (`model.layers.chunked_loss`).
     """
 
     blocked_attention: int = 0
     shares_heads: bool = False
     row_multiple: int = 1
+    onednn_from: int | None = None
     loss_elements: int = 2**27
 
 
@@ -37,7 +40,8 @@ BLOCK, WORTH_CHOOSING, WIDE = 64, 128, 48  # queries, keys, features of a head (
 def kernels(device: str) -> Kernels:
     """On CPU attention is our own (`model.attention.core`), and experts' rows are padded (`model.moe.experts`)."""
     if device == "cpu":
-        return Kernels(blocked_attention=2048, shares_heads=True, row_multiple=64, loss_elements=2**21)
+        onednn_from = LEAST if onednn_is_quicker() else None
+        return Kernels(2048, shares_heads=True, row_multiple=64, onednn_from=onednn_from, loss_elements=2**21)
     return Kernels()
 
 

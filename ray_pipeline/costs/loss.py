@@ -60,14 +60,15 @@ def _chunk_bytes(work: Workload, on: Kernels, *, gradients: bool) -> int:
     Where logits are computed again, in both directions, the chunk before is held until the next one is there.
 
     Args:
-        gradients: they are made of it: in bf16 a tensor of their own, and a product with the states of the chunk.
+        gradients: they are made of it: in bf16 a tensor of their own; and where oneDNN makes it, their product with
+            the states of the chunk, before it is added to the sum.
     """
     vocab, other = work.model.vocab_size // work.layout.tp, BF16 if work.bf16 else 0
     size = _chunk_rows(vocab, on)
     now, before = min(size, work.tokens_at_once), min(size, max(0, work.tokens_at_once - size))
-    product = other * _head_numbers(work) * gradients
+    product = (other or (FP32 if on.onednn_from is not None else 0)) * _head_numbers(work) * gradients
     if makes_gradients_ahead(work):
-        return now * vocab * other + max(now * vocab * FP32, product)
+        return now * vocab * other + max(now * vocab * FP32, product) if work.bf16 else now * vocab * FP32 + product
     return now * vocab * (FP32 + other) + max(before * vocab * (FP32 + other * gradients), product)
 
 

@@ -1,0 +1,44 @@
+"""Matrix products, where fp32 on the CPU goes to the quicker of the two libraries that torch brings.
+
+`torch.mm` calls MKL, from whose kernels oneDNN's differ by what they make of a processor (`model.processor`). oneDNN
+compiles a kernel for each new shape: sizes that change at every step are best rounded up (`model.moe.experts`).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from model.processor import LEAST, onednn_is_quicker
+
+
+def by_onednn(x: Tensor) -> bool:
+    """Whether large products of x are oneDNN's where `torch.mm`'s would not be."""
+    fp32 = x.dtype == torch.float32 and x.device.type == "cpu"
+    return fp32 and onednn_is_quicker() and torch.backends.mkldnn.is_available()
+
+
+def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """[m, k] x [k, n] -> [m, n], as `torch.mm`, without a gradient."""
+    if a.shape[0] * b.numel() < LEAST or not by_onednn(a):
+        return torch.mm(a, b) if out is None else torch.mm(a, b, out=out)
+    if not (b.is_contiguous() or b.t().is_contiguous()):
+        b = b.contiguous()  # else it would take a thousand times longer
+    made = torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], "")
+    return made if out is None else out.copy_(made)
+
+
+def added_product(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """x + a b, as `torch.addmm`, without a gradient."""
+    if a.shape[0] * b.numel() < LEAST or not by_onednn(a):
+        return torch.addmm(x, a, b)
+    return product(a, b).add_(x)
+
+
+def transposed_product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """a^T b: [k, m], [k, n] -> [m, n], without a gradient."""
+    (k, m), n = a.shape, b.shape[1]
+    if k * n + m * n < k * m and by_onednn(a):
+        # oneDNN copies a first factor that is transposed: b and the result are less to turn.
+        return product(b.t(), a, None if out is None else out.t()).t()
+    return product(a.t(), b, out)

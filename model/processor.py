@@ -1,0 +1,24 @@
+"""Which of torch's two matrix libraries suits this machine's processor. Knows nothing of torch."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+LEAST = 2**21  # multiplications of a product, of fewer MKL's are quicker to start (measured)
+_AVX512 = {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
+
+
+@cache
+def onednn_is_quicker() -> bool:
+    """Whether large products of fp32 are better oneDNN's than MKL's.
+
+    MKL's AVX-512 kernels run on Intel's processors alone; others get those for AVX2 and take twice the time (measured
+    on Zen 5). By what the processor is and not by a clock: every rank, and every resume, must round alike.
+    """
+    about = Path("/proc/cpuinfo")
+    if not about.exists():
+        return False
+    text = about.read_text(encoding="utf-8")
+    flags = next((set(line.split()) for line in text.splitlines() if line.startswith("flags")), set())
+    return "GenuineIntel" not in text and flags >= _AVX512

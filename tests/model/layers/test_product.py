@@ -1,0 +1,101 @@
+"""Products are the same whichever library makes them, and the slow way into oneDNN is never taken."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from model import processor
+from model.layers import product as products
+from model.layers.product import added_product, by_onednn, product, transposed_product
+from model.processor import onednn_is_quicker
+
+sizes = st.integers(1, 40)
+kinds = st.sampled_from(["in order", "transposed", "part of each row"])
+INTEL = "vendor_id : GenuineIntel\nflags : fpu avx512f avx512bw avx512cd avx512dq avx512vl\n"
+
+
+@pytest.fixture(params=[False, True], ids=["MKL", "oneDNN"], scope="module")
+def library(request: pytest.FixtureRequest) -> Iterator[bool]:
+    """Either library for products of any size, whatever the processor."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(products, "onednn_is_quicker", lambda: request.param)
+        patch.setattr(products, "LEAST", 1)
+        yield request.param
+
+
+def laid_out(rows: int, columns: int, kind: str) -> Tensor:
+    if kind == "transposed":
+        return torch.randn(columns, rows).t()
+    return torch.randn(rows, 2 * columns)[:, :columns] if kind == "part of each row" else torch.randn(rows, columns)
+
+
+def close(found: Tensor, exact: Tensor) -> None:
+    torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+@given(sizes, sizes, sizes, kinds, kinds)
+def test_a_product_is_the_exact_one_rounded(library: bool, m: int, k: int, n: int, first: str, second: str) -> None:
+    a, b, x = laid_out(m, k, first), laid_out(k, n, second), torch.randn(m, n)
+    assert by_onednn(a) is library
+    exact, into = a.double() @ b.double(), torch.empty(m, n)
+    close(product(a, b), exact)
+    close(product(a, b, into), exact)
+    assert torch.equal(into, product(a, b))
+    close(added_product(x, a, b), x.double() + exact)
+
+
+@given(sizes, sizes, sizes, kinds, kinds)
+def test_a_transposed_product_too(library: bool, k: int, m: int, n: int, first: str, second: str) -> None:
+    a, b, into = laid_out(k, m, first), laid_out(k, n, second), torch.empty(m, n)
+    exact = a.double().t() @ b.double()
+    close(transposed_product(a, b), exact)
+    close(transposed_product(a, b, into), exact)
+
+
+def test_bf16_is_left_to_torch(library: bool) -> None:
+    a, b = torch.randn(5, 7).bfloat16(), torch.randn(7, 3).bfloat16()
+    assert not by_onednn(a)
+    assert torch.equal(product(a, b), a @ b)
+
+
+def test_onednn_gets_no_part_of_each_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would multiply without a kernel: seconds instead of milliseconds."""
+    given_: list[Tensor] = []
+
+    class Recorder:
+        def _linear_pointwise(self, a: Tensor, weight: Tensor, *rest: object) -> Tensor:
+            given_.append(weight)
+            return a @ weight.t()
+
+    monkeypatch.setattr(products, "onednn_is_quicker", lambda: True)
+    monkeypatch.setattr(torch.ops, "mkldnn", Recorder())
+    for kind in ("in order", "transposed", "part of each row"):
+        product(torch.randn(256, 128), laid_out(128, 128, kind))
+    assert len(given_) == 3
+    assert all(weight.is_contiguous() or weight.t().is_contiguous() for weight in given_)
+
+
+@pytest.mark.parametrize(
+    ("about", "quicker"),
+    [
+        (INTEL, False),
+        (INTEL.replace("GenuineIntel", "AuthenticAMD"), True),
+        (INTEL.replace("GenuineIntel", "AuthenticAMD").replace("avx512f", "avx2"), False),
+        ("", False),
+    ],
+    ids=["Intel", "AMD", "AMD without AVX-512", "another kind"],
+)
+def test_the_library_is_chosen_by_the_processor(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, about: str, quicker: bool
+) -> None:
+    file = tmp_path / "cpuinfo"
+    file.write_text(about)
+    monkeypatch.setattr(processor, "Path", lambda name: file)
+    assert onednn_is_quicker.__wrapped__() is quicker
