@@ -37,7 +37,8 @@ class WeightGradients:
         self._work.reverse()
         while self._work:
             parameter, gradient = self._work.pop()
-            value = gradient().to(parameter.dtype)
+            # In the parameter's own order, as autograd would hand it over: optimizers read both side by side.
+            value = gradient().to(parameter.dtype).contiguous()
             parameter.grad = value if parameter.grad is None else parameter.grad.add_(value)
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from model.layers import product as products
 from model.layers.linear import Linear, deferred_weight_gradients, separable_backward
 
 
@@ -121,3 +122,18 @@ def test_what_waits_lets_go_of_its_inputs_when_done():
     assert held() is not None
     queue.run()
     assert held() is None
+
+
+def test_a_gradient_put_off_lies_in_memory_as_its_parameter(monkeypatch):
+    """Of whatever library makes it: an optimizer's fused step reads both in the order of their bytes."""
+    monkeypatch.setattr(products, "onednn_is_quicker", lambda: True)
+    monkeypatch.setattr(products, "LEAST", 1)
+    ours = Linear(6, 40)
+    x = torch.randn(200, 6)
+    with separable_backward():
+        out = ours(x)
+    with deferred_weight_gradients() as queue:
+        out.sum().backward()
+    queue.run()
+    assert ours.weight.grad.stride() == ours.weight.stride()
+    torch.testing.assert_close(ours.weight.grad, x.sum(0).expand(40, 6))
