@@ -34,12 +34,12 @@ def blocked_attention(
     Args:
         q, k: [batch, heads, seq, qk_dim]; v: [batch, heads, seq, v_dim]. mask: bool [batch or 1, 1, seq, seq] or None.
         window: the mask hides most of what is before the last `window` tokens.
-        documents: the mask hides other documents, and nothing else.
+        documents: the mask hides other documents, and nothing else: there is no window.
     """
     batch, _, seq, width = q.shape
     reach = seq if window is None else min(window, seq)
     form = BlockedAttention if keeps_probabilities(q.dtype, width, v.shape[-1], reach) else FusedBlocks
-    if mask is None or (documents and window is None):
+    if mask is None or documents:
         parts = document_parts(mask, batch, seq, alone=form is FusedBlocks)
     else:
         parts = visible_parts(mask, batch, window)

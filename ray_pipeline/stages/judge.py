@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from ray_pipeline.data.sources import SFT_BUILTIN
 from ray_pipeline.stages.base import StageContext, StageResult
 
 
@@ -33,7 +34,7 @@ def judge_conversations(context: StageContext, figures: dict[str, float]) -> Sta
     """
     least, start = context.config.evaluation.min_gain, figures["input_loss"]
     answers = judge_accuracy(context, {name: value for name, value in figures.items() if name != "input_loss"})
-    own = not context.config.data.sft.startswith("builtin")
+    own = context.config.data.sft not in SFT_BUILTIN
     imitates = own and figures["validation_loss"] <= start - least
     return replace(answers, baselines=answers.baselines | {"input_loss": start}, learned=answers.learned or imitates)
 

@@ -68,6 +68,7 @@ def _from_own_model(
         whole.tokenizer = load_tokenizer(teacher.folder.tokenizer)
     room = teacher.config.max_position_embeddings
     asked: list[dict[str, Any]] = []
+    prompt_ids: list[list[int]] = []
     written: list[Completion] = []
     for start in range(0, len(questions), CHUNK * rank.mesh.world):
         rank.phase("teacher answers", start, len(questions))
@@ -77,13 +78,15 @@ def _from_own_model(
         seeds = [request_seed(settings.seed, 0, start + i, 0) for i in fitting]
         temperature = settings.distillation.sampling_temperature
         asked += [part[i] for i in fitting]
+        prompt_ids += [prompts[i] for i in fitting]
         written += write_answers(rank, whole, [prompts[i] for i in fitting], seeds, temperature=temperature)
     texts = [completion_text(whole.tokenizer, completion.tokens) for completion in written]
     right: list[Answer | None] = []
-    for question, completion, text, mark in zip(asked, written, texts, _marks(asked, texts), strict=True):
+    marks = _marks(asked, texts)
+    for question, ids, completion, text, mark in zip(asked, prompt_ids, written, texts, marks, strict=True):
         if completion.finished and mark:
             # With the same tokenizer what was sampled is what is trained: nothing is tokenised again.
-            same = (whole.tokenizer.encode_prompt(question["prompt"]), completion.tokens)
+            same = (ids, completion.tokens)
             right.append(same if teacher.same_tokenizer else retokenised(own, question, text, seq_len))
     return [answer for answer in right if answer is not None]
 
