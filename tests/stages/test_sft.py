@@ -77,6 +77,7 @@ def test_the_held_out_loss_is_held_against_the_inputs(run_dir):
         ("builtin", 0.30, 1.0, True),
         ("builtin", 0.20, 1.0, False),  # it imitates better, and answers no better
         ("chats.jsonl", 0.20, 1.0, True),
+        ("builtin_of_mine.jsonl", 0.20, 1.0, True),
         ("chats.jsonl", 0.20, 1.995, False),
         ("chats.jsonl", 0.30, 2.5, True),
     ],
