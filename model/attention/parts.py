@@ -16,6 +16,7 @@ from torch import Tensor
 BLOCK = 64
 PIECE = 128  # queries of a document that is met alone
 CALL = 4000  # pairs of a query and a key that are computed in the time it takes to start on a part (measured)
+MASKED = 1.15  # what a pair costs in the fused kernel where a bias hides others (measured)
 WORTH_CHOOSING = 128  # keys before the window: of fewer it is quicker to meet all (measured)
 
 Keys = slice | Tensor
@@ -90,13 +91,15 @@ def _cut(start: int, stop: int, size: int) -> Iterator[slice]:
     return (slice(i, min(i + size, stop)) for i in range(start, stop, size))
 
 
-def _pairs(parts: Sequence[Part]) -> int:
+def _pairs(parts: Sequence[Part]) -> float:
     """What parts cost whose keys are slices, in pairs of a query and a key."""
 
     def length(s: Any) -> int:
         return s.stop - s.start
 
-    return sum(length(p.rows) * length(p.queries) * length(p.keys) + CALL for p in parts)
+    return sum(
+        length(p.rows) * length(p.queries) * length(p.keys) * (1 if p.causal else MASKED) + CALL for p in parts
+    )
 
 
 def bias_of(mask: Tensor | None, part: Part) -> Tensor:
