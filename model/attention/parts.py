@@ -97,9 +97,7 @@ def _pairs(parts: Sequence[Part]) -> float:
     def length(s: Any) -> int:
         return s.stop - s.start
 
-    return sum(
-        length(p.rows) * length(p.queries) * length(p.keys) * (1 if p.causal else MASKED) + CALL for p in parts
-    )
+    return sum(length(p.rows) * length(p.queries) * length(p.keys) * (1 if p.causal else MASKED) + CALL for p in parts)
 
 
 def bias_of(mask: Tensor | None, part: Part) -> Tensor:

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from model.processor import LEAST, onednn_is_quicker
 
+FEWEST = 4  # rows, of fewer MKL takes as long as reading the matrix does (measured)
+
 
 def by_onednn(x: Tensor) -> bool:
     """Whether large products of x are oneDNN's where `torch.mm`'s would not be."""
@@ -18,9 +20,13 @@ def by_onednn(x: Tensor) -> bool:
     return fp32 and onednn_is_quicker() and torch.backends.mkldnn.is_available()
 
 
+def _is_large(a: Tensor, b: Tensor) -> bool:
+    return a.shape[0] >= FEWEST and a.shape[0] * b.numel() >= LEAST
+
+
 def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     """[m, k] x [k, n] -> [m, n], as `torch.mm`, without a gradient."""
-    if a.shape[0] * b.numel() < LEAST or not by_onednn(a):
+    if not (_is_large(a, b) and by_onednn(a)):
         return torch.mm(a, b) if out is None else torch.mm(a, b, out=out)
     if not (b.is_contiguous() or b.t().is_contiguous()):
         b = b.contiguous()  # else it would take a thousand times longer
@@ -30,7 +36,7 @@ def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
 
 def added_product(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """x + a b, as `torch.addmm`, without a gradient."""
-    if a.shape[0] * b.numel() < LEAST or not by_onednn(a):
+    if not (_is_large(a, b) and by_onednn(a)):
         return torch.addmm(x, a, b)
     return product(a, b).add_(x)
 

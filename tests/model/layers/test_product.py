@@ -27,6 +27,7 @@ def library(request: pytest.FixtureRequest) -> Iterator[bool]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(products, "onednn_is_quicker", lambda: request.param)
         patch.setattr(products, "LEAST", 1)
+        patch.setattr(products, "FEWEST", 1)
         yield request.param
 
 
