@@ -44,16 +44,14 @@ class FastExperts:
 
     def _one_by_one(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
         k = indices.shape[1]
-        gate_up = x.new_empty(indices.numel(), 2 * self.inner)
+        gate_up, out = x.new_empty(indices.numel(), 2 * self.inner), torch.zeros_like(x)
         chosen = [self.matrices[expert] for expert in indices.flatten().tolist()]
-        for place, (matrix, _) in enumerate(chosen):
-            row = place // k
-            torch.mm(x[row : row + 1], matrix, out=gate_up[place : place + 1])
+        given, made = x.split(1), out.split(1)
+        for place, (into, (matrix, _)) in enumerate(zip(gate_up.split(1), chosen, strict=True)):
+            torch.mm(given[place // k], matrix, out=into)
         inner = self._activate(gate_up).mul_(weights.reshape(-1, 1).to(x.dtype))
-        out = torch.zeros_like(x)
-        for place, (_, matrix) in enumerate(chosen):
-            row = place // k
-            out[row : row + 1].addmm_(inner[place : place + 1], matrix)
+        for place, (row, (_, matrix)) in enumerate(zip(inner.split(1), chosen, strict=True)):
+            made[place // k].addmm_(row, matrix)
         return out
 
     def _all(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:

@@ -21,6 +21,8 @@ from model.parallel.collectives import Axis, all_reduce
 
 CHUNK_ELEMENTS = {"cpu": 2**21, "cuda": 2**27}  # logits at a time: 8 MB stay in a CPU's cache, a GPU wants more work
 
+COLUMNS = 4096
+
 
 def _chunks(x: Tensor, vocab_size: int) -> Iterator[slice]:
     size = max(256, CHUNK_ELEMENTS.get(x.device.type, 2**27) // vocab_size)
@@ -67,8 +69,10 @@ class _WeightGradient:
             return
         if gradient.dtype == torch.float32 and not by_onednn(x):
             self.value.addmm_(gradient.t(), x)
-        else:
-            self.value += transposed_product(gradient, x)
+            return
+        # Some columns at a time: what is made before it is added stays small.
+        for part, into in zip(gradient.split(COLUMNS, 1), self.value.split(COLUMNS), strict=True):
+            into += transposed_product(part, x)
 
 
 def _hand_over(weight_gradient: Tensor | None, owner: Tensor) -> Tensor | None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.layers.linear import Linear
+from model.layers.swiglu import gated
 from model.parallel.collectives import LOCAL, Axis, copy_to, reduce_from
 
 
@@ -22,7 +22,7 @@ class FeedForward(nn.Module):
 
     def partial(self, x: Tensor) -> Tensor:
         """This rank's share of the sum."""
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(gated(self.gate_proj(x), self.up_proj(x)))
 
     def forward(self, x: Tensor) -> Tensor:
         return reduce_from(self.partial(copy_to(x, self.tp)), self.tp)

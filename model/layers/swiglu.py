@@ -36,6 +36,23 @@ class _SwiGlu(torch.autograd.Function):
         return dgate_up, dscale
 
 
+class _Gated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(grads[0] * up, gate), F.silu(gate).mul_(grads[0])
+
+
+def gated(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, of two tensors of one shape."""
+    return _Gated.apply(gate, up)
+
+
 def swiglu(gate_up: Tensor, scale: Tensor | None = None) -> Tensor:
     """silu(gate) * up * scale: [..., 2 * inner], gate first, and [..., 1] -> [..., inner]."""
     return _SwiGlu.apply(gate_up, None if scale is None else scale.to(gate_up.dtype))

@@ -17,7 +17,7 @@ from model.layers.linear import backward_is_separable, operand_dtype, weight_gra
 from model.layers.product import by_onednn, product, transposed_product
 from model.layers.swiglu import swiglu
 from model.moe.router import Router
-from model.moe.rows import collect, plan_rows, spread, spread_scales
+from model.moe.rows import Plan, collect, plan_rows, spread, spread_scales, sum_of_choices
 from model.parallel.collectives import LOCAL, Axis, all_to_all_rows, collective, copy_to, reduce_from
 from model.processor import LEAST
 
@@ -32,24 +32,31 @@ class _GroupedLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, groups: Groups, owner: tuple[Tensor]) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, groups: Groups, plan: Plan | None, owner: tuple[Tensor]) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.groups, ctx.owner = groups, owner
-        return _products(x, weight.transpose(1, 2), groups)
+        ctx.groups, ctx.plan, ctx.owner = groups, plan, owner
+        return _products(_rows(x, plan), weight.transpose(1, 2), groups)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        grad, groups = grads[0].contiguous(), ctx.groups
+        grad, groups, plan = grads[0].contiguous(), ctx.groups, ctx.plan
         need_input, need_weight, *_ = ctx.needs_input_grad
         dx = _products(grad, weight, groups) if need_input else None
+        if dx is not None and plan is not None:
+            dx = sum_of_choices(dx, plan.place)
         if not need_weight:
-            return dx, None, None, None
+            return dx, *(None,) * 4
         queue = weight_gradient_queue()
         if queue is None:
-            return dx, _weight_gradient(grad, x, groups), None, None
-        queue.add(ctx.owner[0], lambda: _weight_gradient(grad, x, groups))
-        return dx, None, None, None
+            return dx, _weight_gradient(grad, _rows(x, plan), groups), *(None,) * 3
+        queue.add(ctx.owner[0], lambda: _weight_gradient(grad, _rows(x, plan), groups))
+        return dx, *(None,) * 4
+
+
+def _rows(x: Tensor, plan: Plan | None) -> Tensor:
+    """What experts read: gathered once more in backward, as there are several rows of a token to keep."""
+    return x if plan is None else x.index_select(0, plan.source)
 
 
 Groups = list[int] | Tensor
@@ -76,11 +83,12 @@ def _weight_gradient(grad: Tensor, x: Tensor, groups: Groups) -> Tensor:
     return dweight
 
 
-def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor, plan: Plan | None = None) -> Tensor:
     """Apply expert e's weight to its rows.
 
     Args:
-        x: [rows, in], sorted by expert. weight: [experts, out, in]. counts: [experts] rows of each expert.
+        x: [rows, in], sorted by expert; with a plan [tokens, in], which it spreads. weight: [experts, out, in].
+        counts: [experts] rows of each expert.
     """
     parameter, dtype = weight, operand_dtype(x)
     x, weight = x.to(dtype), weight.to(dtype)
@@ -88,10 +96,10 @@ def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     if x.device.type == "cuda" and x.dtype == torch.bfloat16:
         groups = counts.cumsum(0).to(torch.int32)
         if not backward_is_separable():
-            return _products(x, weight.transpose(1, 2), groups)
+            return _products(x if plan is None else spread(x, plan), weight.transpose(1, 2), groups)
     else:
         groups = counts.tolist()
-    return _GroupedLinear.apply(x, weight, groups, (parameter,))
+    return _GroupedLinear.apply(x, weight, groups, plan, (parameter,))
 
 
 def row_multiple(x: Tensor, matrix: int, rows: float) -> int:
@@ -113,11 +121,11 @@ class RoutedExperts(nn.Module):
     """The routed experts' weights, stacked as Hugging Face stacks them (gate rows first).
 
     Experts are cut over ep, each one's inner features over tp. `product` is (rows sorted by expert, weight parameter,
-    rows of each expert) -> output.
+    rows of each expert) -> output, or (tokens, weight parameter, rows of each expert, how they are spread) -> output.
     """
 
     ep: Axis = LOCAL
-    product: Callable[[Tensor, Tensor, Tensor], Tensor] = staticmethod(grouped_linear)
+    product: Callable[..., Tensor] = staticmethod(grouped_linear)
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -135,7 +143,7 @@ class RoutedExperts(nn.Module):
         """My experts, by their numbers here: x [tokens, hidden]; others [tokens, k] -> [tokens, hidden]."""
         experts, *matrix = self.gate_up_proj.shape
         plan = plan_rows(indices, experts, row_multiple(x, prod(matrix), indices.numel() / experts))
-        gate_up = self.product(spread(x, plan), self.gate_up_proj, plan.counts)
+        gate_up = self.product(x, self.gate_up_proj, plan.counts, plan)
         # The routing weight multiplies the narrow inner activation, not the wide output: same product, less work.
         inner = swiglu(gate_up, spread_scales(weights, plan))
         return collect(self.product(inner, self.down_proj, plan.counts), plan)

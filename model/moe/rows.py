@@ -58,14 +58,14 @@ class _Spread(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         (place,) = ctx.saved_tensors
-        return _sum_of_choices(grads[0], place), None, None
+        return sum_of_choices(grads[0], place), None, None
 
 
 class _Collect(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, source: Tensor, place: Tensor) -> Tensor:
         ctx.save_for_backward(source)
-        return _sum_of_choices(rows, place)
+        return sum_of_choices(rows, place)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
@@ -73,7 +73,7 @@ class _Collect(torch.autograd.Function):
         return grads[0].index_select(0, source), None, None
 
 
-def _sum_of_choices(rows: Tensor, place: Tensor) -> Tensor:
+def sum_of_choices(rows: Tensor, place: Tensor) -> Tensor:
     """[rows, width] -> [tokens, width]."""
     if place.shape[1] == 1:
         return rows.index_select(0, place.flatten())

@@ -20,20 +20,22 @@ def dense_tokens(work: Workload, copies: int = 2) -> int:
     """Norm and SwiGLU, per token."""
     model = work.model
     inner = model.intermediate_size // work.layout.tp
-    # gate, silu(gate), up and their product
-    return block_norm_bytes(work) + read_bytes(model.hidden_size, work, copies) + 4 * inner * work.element
+    # gate, up and their product
+    return block_norm_bytes(work) + read_bytes(model.hidden_size, work, copies) + 3 * inner * work.element
 
 
 def expert_tokens(work: Workload, copies: int = 2) -> int:
     """Norm, router and shared experts, per token, and where its rows among the routed ones are."""
     model, a, k = work.model, work.element, work.model.num_experts_per_tok
     hidden, inner = model.hidden_size, model.moe_intermediate_size // work.layout.tp
-    copies = copies if model.n_shared_experts else 0
+    shared = copies if model.n_shared_experts else 0
+    # Routed experts gather their rows from it; those of other ranks arrive as rows.
+    copies = shared if work.layout.ep > 1 else max(1, shared + copies - 1)
     total = block_norm_bytes(work) + read_bytes(hidden, work, copies, as_fp32=True)
     total += _router(model) + k * INDEX
     if work.layout.ep > 1:  # the places of the rows that are sent, and the tokens that they are of
         total += 2 * k * INDEX
-    return total + 4 * (model.n_shared_experts * inner) * a
+    return total + 3 * (model.n_shared_experts * inner) * a
 
 
 def routed_rows(work: Workload, on: Kernels) -> int:
@@ -50,9 +52,11 @@ def routed_rows(work: Workload, on: Kernels) -> int:
 def routed_bytes(work: Workload, on: Kernels) -> int:
     """What the routed experts keep of a micro-batch."""
     hidden, inner = work.model.hidden_size, work.model.moe_intermediate_size // work.layout.tp
-    # The token it is of; input; gate and up; the weight; silu(gate) * up times the weight.
-    row = INDEX + work.element * (hidden + 2 * inner + 1 + inner)
-    return routed_rows(work, on) * row
+    # The token it is of; gate and up; the weight; silu(gate) * up times the weight.
+    row = INDEX + work.element * (2 * inner + 1 + inner)
+    # What other ranks sent is kept as it came, without padding.
+    arrived = work.tokens_at_once * work.model.num_experts_per_tok if work.layout.ep > 1 else 0
+    return routed_rows(work, on) * row + arrived * work.element * hidden
 
 
 def _router(model: ModelConfig) -> int:

@@ -34,7 +34,7 @@ class Kernels:
     loss_elements: int = 2**27
 
 
-BLOCK, WORTH_CHOOSING, WIDE = 64, 128, 48  # queries, keys, features of a head (`model.attention`)
+BLOCK, WORTH_CHOOSING, WIDE = 64, 128, 64  # queries, keys, features of a head (`model.attention`)
 
 
 def kernels(device: str) -> Kernels:

@@ -45,7 +45,7 @@ MODELS = {
     "contextual positions, grouped": replace(GQA, position="cope"),
     "contextual positions, one key head": replace(MHA, attention="mqa", position="cope"),
     "queries without a latent": replace(SMALL, q_lora_rank=None),
-    "wide heads": replace(SMALL, qk_nope_head_dim=40, qk_rope_head_dim=8, v_head_dim=24),
+    "wide heads": replace(SMALL, qk_nope_head_dim=56, qk_rope_head_dim=8, v_head_dim=24),
     "values as wide as queries": replace(SMALL, v_head_dim=12),
     "no shared experts": replace(SMALL, n_shared_experts=0),
     "two shared experts, three chosen": replace(SMALL, n_shared_experts=2, num_experts_per_tok=3),

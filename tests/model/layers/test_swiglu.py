@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model.layers.swiglu import swiglu
+from model.layers.swiglu import gated, swiglu
 
 
 @pytest.mark.parametrize("scaled", [False, True])
@@ -22,3 +22,14 @@ def test_swiglu_equals_the_formula_forward_and_backward(scaled):
     grad = torch.randn(7, 6, generator=generator, dtype=torch.float64)
     for a, b in zip(torch.autograd.grad(ours, wanted, grad), torch.autograd.grad(plain, wanted, grad), strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gate_and_up_apart_too_to_the_bit(dtype):
+    generator = torch.Generator().manual_seed(0)
+    gate, up, grad = (torch.randn(7, 6, generator=generator).to(dtype) for _ in range(3))
+    wanted = [gate.requires_grad_(), up.requires_grad_()]
+    ours, plain = gated(gate, up), F.silu(gate) * up
+    assert torch.equal(ours, plain)
+    for a, b in zip(torch.autograd.grad(ours, wanted, grad), torch.autograd.grad(plain, wanted, grad), strict=True):
+        assert torch.equal(a, b)
