@@ -7,6 +7,7 @@ import torch
 
 from model.layers.linear import deferred_weight_gradients, separable_backward
 from model.moe.experts import _products, _weight_gradient, grouped_linear
+from model.moe.rows import collect, plan_rows, spread
 
 COUNTS = [3, 0, 4, 1]
 
@@ -45,6 +46,41 @@ def test_weight_gradients_of_experts_can_wait(bf16):
     assert torch.equal(x.grad, y.grad)
     queue.run()
     assert torch.equal(weight.grad, other.grad) and weight.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("multiple", [1, 4])
+@pytest.mark.parametrize("later", [False, True])
+def test_tokens_spread_by_the_experts_are_as_tokens_spread_before(later, multiple):
+    """The same bits, and what is kept is the tokens, not their rows."""
+    generator = torch.Generator().manual_seed(1)
+    chosen = torch.randint(4, (6, 2), generator=generator)
+    plan = plan_rows(chosen, 4, multiple)
+    tokens = torch.randn(6, 16, generator=generator)
+    found = []
+    for spreads in (True, False):
+        x, (_, weight, _) = tokens.clone().requires_grad_(), tensors()
+        kept: list[int] = []
+
+        def pack(tensor: torch.Tensor, kept: list[int] = kept) -> torch.Tensor:
+            kept.append(tensor.numel())
+            return tensor
+
+        hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+        with separable_backward(), hooks:
+            args = (x, weight, plan.counts, plan) if spreads else (spread(x, plan), weight, plan.counts)
+            out = grouped_linear(*args)
+        if spreads:
+            assert sorted(kept) == [tokens.numel(), weight.numel()]
+        real = collect(out, plan).square().sum()
+        if later:
+            with deferred_weight_gradients() as queue:
+                real.backward()
+            queue.run()
+        else:
+            real.backward()
+        found.append((out, x.grad, weight.grad))
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)
 
 
 def test_frozen_experts_cost_no_weight_gradient():
