@@ -21,7 +21,7 @@ from model.parallel.collectives import Axis, all_reduce
 
 CHUNK_ELEMENTS = {"cpu": 2**21, "cuda": 2**27}  # logits at a time: 8 MB stay in a CPU's cache, a GPU wants more work
 
-COLUMNS = 4096
+COLUMNS = {"cpu": 4096}  # of a chunk's product with its states, made at a time: what is added stays small
 
 
 def _chunks(x: Tensor, vocab_size: int) -> Iterator[slice]:
@@ -70,8 +70,8 @@ class _WeightGradient:
         if gradient.dtype == torch.float32 and not by_onednn(x):
             self.value.addmm_(gradient.t(), x)
             return
-        # Some columns at a time: what is made before it is added stays small.
-        for part, into in zip(gradient.split(COLUMNS, 1), self.value.split(COLUMNS), strict=True):
+        columns = COLUMNS.get(x.device.type, gradient.shape[1])
+        for part, into in zip(gradient.split(columns, 1), self.value.split(columns), strict=True):
             into += transposed_product(part, x)
 
 

@@ -44,7 +44,7 @@ def added_product(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
 def transposed_product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     """a^T b: [k, m], [k, n] -> [m, n], without a gradient."""
     (k, m), n = a.shape, b.shape[1]
-    if k * n + m * n < k * m and by_onednn(a):
+    if k * n + m * n < k * m and a.is_contiguous() and by_onednn(a):
         # oneDNN copies a first factor that is transposed: b and the result are less to turn.
         return product(b.t(), a, None if out is None else out.t()).t()
     return product(a.t(), b, out)

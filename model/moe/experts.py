@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from model.config import ModelConfig
 from model.layers.feed_forward import FeedForward
-from model.layers.linear import backward_is_separable, operand_dtype, weight_gradient_queue
+from model.layers.linear import operand_dtype, weight_gradient_queue
 from model.layers.product import by_onednn, product, transposed_product
 from model.layers.swiglu import swiglu
 from model.moe.router import Router
@@ -95,8 +95,6 @@ def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor, plan: Plan | None 
     groups: Groups
     if x.device.type == "cuda" and x.dtype == torch.bfloat16:
         groups = counts.cumsum(0).to(torch.int32)
-        if not backward_is_separable():
-            return _products(x if plan is None else spread(x, plan), weight.transpose(1, 2), groups)
     else:
         groups = counts.tolist()
     return _GroupedLinear.apply(x, weight, groups, plan, (parameter,))

@@ -25,6 +25,7 @@ class Kernels:
         row_multiple: an expert's rows are rounded up to it where its products are oneDNN's: all in bf16.
         onednn_from: multiplications of a product from which oneDNN computes it in fp32 too; None: never.
         loss_elements: logits that a loss has at a time (`model.layers.chunked_loss`).
+        loss_columns: of the vocabulary whose part of the head's gradient is made at a time; None: all.
     """
 
     blocked_attention: int = 0
@@ -32,6 +33,7 @@ class Kernels:
     row_multiple: int = 1
     onednn_from: int | None = None
     loss_elements: int = 2**27
+    loss_columns: int | None = None
 
 
 BLOCK, WORTH_CHOOSING, WIDE = 64, 128, 64  # queries, keys, features of a head (`model.attention`)
@@ -41,7 +43,10 @@ def kernels(device: str) -> Kernels:
     """On CPU attention is our own (`model.attention.core`), and experts' rows are padded (`model.moe.experts`)."""
     if device == "cpu":
         onednn_from = LEAST if onednn_is_quicker() else None
-        return Kernels(2048, shares_heads=True, row_multiple=64, onednn_from=onednn_from, loss_elements=2**21)
+        return Kernels(
+            blocked_attention=2048, shares_heads=True, row_multiple=64, onednn_from=onednn_from, loss_elements=2**21,
+            loss_columns=4096,
+        )  # fmt: skip
     return Kernels()
 
 

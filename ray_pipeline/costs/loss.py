@@ -66,7 +66,9 @@ def _chunk_bytes(work: Workload, on: Kernels, *, gradients: bool) -> int:
     vocab, other = work.model.vocab_size // work.layout.tp, BF16 if work.bf16 else 0
     size = _chunk_rows(vocab, on)
     now, before = min(size, work.tokens_at_once), min(size, max(0, work.tokens_at_once - size))
-    product = (other or (FP32 if on.onednn_from is not None else 0)) * _head_numbers(work) * gradients
+    columns = min(vocab, on.loss_columns or vocab)
+    width = other or (FP32 if on.onednn_from is not None else 0)
+    product = width * columns * work.model.hidden_size * gradients
     if makes_gradients_ahead(work):
         return now * vocab * other + max(now * vocab * FP32, product) if work.bf16 else now * vocab * FP32 + product
     return now * vocab * (FP32 + other) + max(before * vocab * (FP32 + other * gradients), product)

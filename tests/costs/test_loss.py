@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from model.config import ModelConfig
-from model.layers.chunked_loss import CHUNK_ELEMENTS
+from model.layers.chunked_loss import CHUNK_ELEMENTS, COLUMNS
 from model.parallel.mesh import Mesh, MeshSizes
 from model.parallel.shard import build_part
 from ray_pipeline.costs.kernels import kernels
@@ -26,7 +26,7 @@ from ray_pipeline.objectives.grpo import Grpo
 from ray_pipeline.objectives.preference import Dpo
 
 MODEL = ModelConfig(
-    vocab_size=4096, hidden_size=192, intermediate_size=64, num_hidden_layers=1, first_k_dense_replace=1,
+    vocab_size=8192, hidden_size=192, intermediate_size=64, num_hidden_layers=1, first_k_dense_replace=1,
     num_nextn_predict_layers=0, max_position_embeddings=1024,
 )  # fmt: skip
 ROWS, SEQ = 2, 1024
@@ -90,7 +90,7 @@ def test_what_a_loss_keeps_does_not_grow_with_the_vocabulary_times_tokens(stage:
     """A head's gradient, however long the rows, and one chunk of logits, or of distributions, while they are made."""
     work = of(stage, False)
     longer = replace(work, seq_len=2 * SEQ)
-    assert kept_bytes(longer) == kept_bytes(work) == {"gradients of the head": 4 * 4096 * MODEL.hidden_size}
+    assert kept_bytes(longer) == kept_bytes(work) == {"gradients of the head": 4 * 8192 * MODEL.hidden_size}
     chunks = {"pretrain": 1, "distillation": DISTRIBUTIONS}[stage]
     on = replace(kernels("cpu"), onednn_from=None)  # whose products are added up where they are made
     assert forward_bytes(longer, on)["chunk of logits"] == chunks * FP32 * CHUNK_ELEMENTS["cpu"]
@@ -104,6 +104,7 @@ def test_every_mtp_module_keeps_gradients_of_the_head_of_its_own() -> None:
 def test_logits_at_a_time_are_the_models() -> None:
     for device in ("cpu", "cuda"):
         assert kernels(device).loss_elements == CHUNK_ELEMENTS[device]
+        assert kernels(device).loss_columns == COLUMNS.get(device)
 
 
 def test_a_loss_can_be_the_fullest_moment() -> None:
