@@ -86,7 +86,8 @@ def weight_gradient_queue() -> WeightGradients | None:
 
 
 class _SeparableLinear(torch.autograd.Function):
-    """x @ weight.T. `owner` holds the parameter that `weight` is (a copy of, under autocast)."""
+    """x @ weight.T by `product`, whose backward can be cut in two. `owner` holds the parameter that `weight` is (a copy
+    of, under autocast)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, owner: tuple[Tensor]) -> Tensor:

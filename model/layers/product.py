@@ -45,6 +45,7 @@ def transposed_product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tenso
     """a^T b: [k, m], [k, n] -> [m, n], without a gradient."""
     (k, m), n = a.shape, b.shape[1]
     if k * n + m * n < k * m and a.is_contiguous() and by_onednn(a):
-        # oneDNN copies a first factor that is transposed: b and the result are less to turn.
+        # oneDNN copies a first factor that is transposed, and would copy a second one that is a part of each row: b and
+        # the result are less to turn.
         return product(b.t(), a, None if out is None else out.t()).t()
     return product(a.t(), b, out)

@@ -37,6 +37,8 @@ class _SwiGlu(torch.autograd.Function):
 
 
 class _Gated(torch.autograd.Function):
+    """Gate and up as two projections made them: each gradient is a tensor of its own."""
+
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)

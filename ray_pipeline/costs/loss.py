@@ -70,7 +70,9 @@ def _chunk_bytes(work: Workload, on: Kernels, *, gradients: bool) -> int:
     width = other or (FP32 if on.onednn_from is not None else 0)
     product = width * columns * work.model.hidden_size * gradients
     if makes_gradients_ahead(work):
-        return now * vocab * other + max(now * vocab * FP32, product) if work.bf16 else now * vocab * FP32 + product
+        if not work.bf16:
+            return now * vocab * FP32 + product
+        return now * vocab * BF16 + max(now * vocab * FP32, product)
     return now * vocab * (FP32 + other) + max(before * vocab * (FP32 + other * gradients), product)
 
 

@@ -13,7 +13,9 @@ from model.attention.blocked import LONGEST
 from model.attention.build import visible_tokens
 from model.auxiliary import auxiliary_scale
 from model.config import ModelConfig
+from model.layers import product as products
 from model.layers.rope import rotary_table
+from model.moe import experts
 from model.parallel.mesh import Mesh, MeshSizes
 from model.parallel.shard import build_part
 from model.transformer import Block
@@ -95,6 +97,18 @@ def test_a_block_keeps_what_the_formula_says(name: str, layer: int, bf16: bool) 
     work = of(model, bf16)
     weights = cast_weights(work, layer_weights(model, layer))
     assert layer_bytes(work, kernels("cpu"), layer) + weights == kept_bytes(model, layer, bf16, "none")
+
+
+@pytest.mark.parametrize("name", ["small", "grouped routing"])
+def test_large_experts_pad_their_rows_in_fp32_too(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Where oneDNN makes their products, whatever this machine's processor."""
+    monkeypatch.setattr(products, "onednn_is_quicker", lambda: True)
+    least = SMALL.hidden_size * 2 * SMALL.moe_intermediate_size * 8  # a few rows: of such experts all are large
+    monkeypatch.setattr(experts, "LEAST", least)
+    work = of(MODELS[name], False)
+    for onednn_from in (least, None):
+        predicted = layer_bytes(work, replace(kernels("cpu"), onednn_from=onednn_from), 1)
+        assert (predicted == kept_bytes(MODELS[name], 1, False, "none")) is (onednn_from is not None)
 
 
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
