@@ -12,7 +12,7 @@ from torch import Tensor
 from model.attention.cope import position_logits
 from model.attention.mla import MultiHeadLatentAttention
 from model.layers.norm import rms_norm
-from model.layers.product import added_product, product
+from model.layers.product import Factor
 from model.layers.rope import apply_rotary
 
 
@@ -22,38 +22,39 @@ class AbsorbedAttention:
     def __init__(self, attention: MultiHeadLatentAttention):
         config = self.config = attention.config
         self.inner = attention
+        self.latent_norm = attention.kv_a_layernorm.weight, attention.kv_a_layernorm.eps
+        self.query_norm: tuple[Tensor, float] | None = None
+        if config.q_lora_rank is not None:
+            self.query_norm = attention.q_a_layernorm.weight, attention.q_a_layernorm.eps
         heads, latent = config.num_attention_heads, config.kv_lora_rank
         first = attention.q_proj if config.q_lora_rank is None else attention.q_a_proj
         self.width = latent + config.qk_rope_head_dim
         self.first_width = first.weight.shape[0]
-        self.down = torch.cat([first.weight, attention.kv_a_proj_with_mqa.weight]).t().contiguous()
+        self.down = Factor(torch.cat([first.weight, attention.kv_a_proj_with_mqa.weight]).t().contiguous())
         key, value = attention.kv_b_proj.weight.unflatten(0, (heads, -1)).split(
             [config.qk_nope_head_dim, config.v_head_dim], 1
         )  # [heads, nope, latent], [heads, v, latent]
         self.key, self.value = key.contiguous(), value.transpose(1, 2).contiguous()
-        self.out = attention.o_proj.weight.t().contiguous()  # [heads * v, hidden]
-        self.query = None if config.q_lora_rank is None else attention.q_b_proj.weight.t() * attention.scale
+        out = attention.o_proj.weight.t().contiguous()  # [heads * v, hidden]
+        query = None if config.q_lora_rank is None else attention.q_b_proj.weight.t() * attention.scale
         self.contextual = config.position == "cope"
         # Multiplying the factors together saves two operations a step, but is more work where the latent is much wider
         # than a head (DeepSeek-V3: 512 against 128). Contextual positions read the query itself.
-        self.merged = config.q_lora_rank is not None and latent <= 2 * config.qk_nope_head_dim and not self.contextual
+        self.merged = query is not None and latent <= 2 * config.qk_nope_head_dim and not self.contextual
         if self.merged:
-            assert self.query is not None
-            nope, rope = self.query.unflatten(1, (heads, -1)).split(
-                [config.qk_nope_head_dim, config.qk_rope_head_dim], 2
-            )
+            assert query is not None
+            nope, rope = query.unflatten(1, (heads, -1)).split([config.qk_nope_head_dim, config.qk_rope_head_dim], 2)
             absorbed = torch.einsum("qhn,hnl->qhl", nope, self.key)
-            self.query = torch.cat([absorbed, rope], 2).flatten(1).contiguous()
-            self.out = torch.einsum("hlv,hvd->hld", self.value, self.out.unflatten(0, (heads, -1))).flatten(0, 1)
+            query = torch.cat([absorbed, rope], 2).flatten(1)
+            out = torch.einsum("hlv,hvd->hld", self.value, out.unflatten(0, (heads, -1))).flatten(0, 1)
+        self.query, self.out = None if query is None else Factor(query.contiguous()), Factor(out)
 
     def queries(self, first: Tensor) -> Tensor:
         """Scaled and not yet rotated: [rows, first_width] -> [rows, heads, qk_head_dim], where merged [..., width]."""
-        inner = self.inner
-        if self.query is None:
-            q = first * inner.scale
+        if self.query is None or self.query_norm is None:
+            q = first * self.inner.scale
         else:
-            norm = inner.q_a_layernorm
-            q = product(rms_norm(first, norm.weight, norm.eps), self.query)
+            q = self.query.product(rms_norm(first, *self.query_norm))
         return q.unflatten(1, (self.config.num_attention_heads, -1))
 
     def in_latent_space(self, q: Tensor, rotation: Tensor) -> Tensor:
@@ -71,8 +72,7 @@ class AbsorbedAttention:
         self._write(into, self.inner.kv_a_proj_with_mqa(y), rotation)
 
     def _write(self, into: Tensor, projected: Tensor, rotation: Tensor) -> None:
-        norm = self.inner.kv_a_layernorm
-        write_latent(into, projected, norm.weight, norm.eps, None if self.contextual else rotation)
+        write_latent(into, projected, *self.latent_norm, None if self.contextual else rotation)
 
     def step(self, x: Tensor, residual: Tensor, rotation: Tensor, cache: Tensor, bias: Tensor, column: int) -> Tensor:
         """Attend to the columns up to `column`, which is written first.
@@ -82,7 +82,7 @@ class AbsorbedAttention:
             rotation: complex [rows, 1, qk_rope_head_dim / 2].
             cache: this layer's [rows, capacity, kv_lora_rank + qk_rope_head_dim]; bias: [rows, 1, column + 1].
         """
-        down = product(x, self.down)
+        down = self.down.product(x)
         self._write(cache[:, column : column + 1], down[:, None, self.first_width :], rotation)
         seen = cache[:, : column + 1]
         q = self.queries(down[:, : self.first_width])
@@ -99,7 +99,7 @@ class AbsorbedAttention:
         o = torch.bmm(torch.softmax(scores, -1), seen[:, :, : self.config.kv_lora_rank])  # [rows, heads, latent]
         if not self.merged:
             o = torch.bmm(o.transpose(0, 1), self.value).transpose(0, 1)
-        return added_product(residual, o.flatten(1), self.out)
+        return self.out.added_product(residual, o.flatten(1))
 
 
 def rotate_in_place(x: Tensor, rotation: Tensor) -> None:
@@ -113,8 +113,8 @@ def rotate_in_place(x: Tensor, rotation: Tensor) -> None:
 def write_latent(into: Tensor, projected: Tensor, weight: Tensor, eps: float, rotation: Tensor | None) -> None:
     """Normalised latent and shared key, rotated if at all, into the cache: both [rows, n, width]."""
     latent = weight.shape[0]
-    into[:, :, :latent] = rms_norm(projected[:, :, :latent], weight, eps)
-    key = into[:, :, latent:]
-    key.copy_(projected[:, :, latent:])
+    into.copy_(projected)
+    normalised = into[:, :, :latent]
+    normalised.copy_(rms_norm(normalised, weight, eps))
     if rotation is not None:
-        rotate_in_place(key, rotation)
+        rotate_in_place(into[:, :, latent:], rotation)

@@ -17,7 +17,7 @@ from model.generate.attention_steps import build_decode_attention
 from model.generate.cache import KVCache
 from model.generate.fast_experts import FastExperts
 from model.layers.feed_forward import FeedForward
-from model.layers.product import added_product, product
+from model.layers.product import Factor
 from model.moe.experts import MixtureOfExperts
 from model.mtp import MultiTokenPredictor
 from model.transformer import Block, Transformer
@@ -36,12 +36,12 @@ class DecoderLayer:
         self.router = None if moe is None else moe.gate
         self.experts = None if moe is None else FastExperts(moe.experts)
         dense = block.mlp if moe is None else moe.shared_experts
-        self.gate_up: Tensor | None = None
+        self.gate_up: Factor | None = None
         if dense is not None:
             assert isinstance(dense, FeedForward)
-            self.gate_up = torch.cat([dense.gate_proj.weight, dense.up_proj.weight]).t().contiguous()
-            self.down = dense.down_proj.weight.t().contiguous()
-            self.inner = self.down.shape[0]
+            self.gate_up = Factor(torch.cat([dense.gate_proj.weight, dense.up_proj.weight]).t().contiguous())
+            self.down = Factor(dense.down_proj.weight.t().contiguous())
+            self.inner = dense.down_proj.in_features
 
     def step(self, x: Tensor, rotation: Tensor, cache: Tensor, bias: Tensor, column: int) -> Tensor:
         """[rows, hidden_size] -> same; arguments as in `DecodeAttention.step`."""
@@ -51,9 +51,9 @@ class DecoderLayer:
         """The block's second half with its residual, for tokens of any row: [rows, hidden_size] -> same."""
         y = self.post_norm(x)
         if self.gate_up is not None:
-            gate_up = product(y, self.gate_up)
+            gate_up = self.gate_up.product(y)
             inner = F.silu(gate_up[:, : self.inner]).mul_(gate_up[:, self.inner :])
-            x = added_product(x, inner, self.down)
+            x = self.down.added_product(x, inner)
         if self.router is not None and self.experts is not None:
             x = x.add(self.experts(y, *self.router(y)))
         return x
@@ -80,6 +80,11 @@ class Decoder:
         """Where the weights are."""
         return self.model.lm_head.weight.device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it computes in."""
+        return self.model.lm_head.weight.dtype
+
     def _blocks(self) -> list[Block]:
         return [block for block in self.model.layers.values() if isinstance(block, Block)]
 
@@ -87,7 +92,7 @@ class Decoder:
     def refresh(self) -> None:
         """Merge and lay out the weights again."""
         self.layers = [DecoderLayer(block) for block in self._blocks()]
-        self.head = self.model.lm_head.weight.t().contiguous()
+        self.head = Factor(self.model.lm_head.weight.t().contiguous())
         self._draft_layers: list[DecoderLayer] | None = None
 
     @property
@@ -125,7 +130,7 @@ class Decoder:
         padding = torch.tensor([longest - len(p) for p in prompts], device=self.device)
         tokens = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=self.device)
         widths = [layer.attention.width for layer in self.layers] * self.config.recursion_depth
-        cache = KVCache.allocate(widths, padding, longest + capacity, self.head.dtype)
+        cache = KVCache.allocate(widths, padding, longest + capacity, self.dtype)
         rows = max(1, PREFILL_TOKENS // longest)
         last = []
         for part in (slice(i, i + rows) for i in range(0, len(prompts), rows)):
@@ -167,4 +172,4 @@ class Decoder:
                 x = layer.step(x, rotation, layer_cache, bias, column)
             x = self.after_pass(before, x, index)
         cache.length += 1
-        return product(self.model.norm(x), self.head)
+        return self.head.product(self.model.norm(x))

@@ -57,7 +57,7 @@ class Drafter:
         self._padding = torch.tensor([longest - len(p) for p in prompts], device=device)
         self._tokens = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=device)
         # The window may begin before a short prompt does: that many columns of padding, zero so that they are finite.
-        columns, dtype = self.window + longest + capacity, decoder.head.dtype
+        columns, dtype = self.window + longest + capacity, decoder.dtype
         widths = [layer.attention.width for layer in decoder.draft_layers]
         self.cache = KVCache.allocate(widths, self._padding + self.window, columns, dtype)
         for layer in self.cache.layers:
@@ -102,7 +102,7 @@ class Drafter:
         for k, (module, layer, cache) in enumerate(layers):
             x = module.join(hidden, F.embedding(known[:, k:], model.embed_tokens.weight))
             hidden = module.shared_head_norm(extend_layer(layer, x, cache, span))
-            _, kept = distributions(hidden[:, -1] @ self.decoder.head, transcript.rules.sampling, seen)
+            _, kept = distributions(self.decoder.head.product(hidden[:, -1]), transcript.rules.sampling, seen)
             token = draw(kept, None if uniforms is None else uniforms[:, k])
             known = torch.cat([known, token[:, None]], 1)
             drawn_from.append(kept)

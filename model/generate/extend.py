@@ -18,7 +18,6 @@ from model.generate.attention_steps import DecodeAttention
 from model.generate.cache import KVCache
 from model.generate.decoder import Decoder, DecoderLayer
 from model.generate.grouped_step import GroupedStep
-from model.layers.product import added_product, product
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,7 @@ def extend(decoder: Decoder, tokens: Tensor, cache: KVCache) -> tuple[Tensor, Te
         x = decoder.after_pass(before, x, index)
     cache.length += n
     hidden = model.norm(x)
-    return hidden @ decoder.head, hidden
+    return decoder.head.product(hidden.flatten(0, 1)).unflatten(0, (-1, n)), hidden
 
 
 def extend_layer(layer: DecoderLayer, x: Tensor, cache: Tensor, span: Span) -> Tensor:
@@ -97,10 +96,10 @@ def _extend_absorbed(attention: AbsorbedAttention, y: Tensor, x: Tensor, cache: 
     """`AbsorbedAttention.step` where the new tokens of a row stand as further heads of it."""
     rows, n, _ = y.shape
     rotation, heads = span.rotation.flatten(0, 1).unsqueeze(1), attention.config.num_attention_heads
-    down = product(y.flatten(0, 1), attention.down)
-    norm, new = attention.inner.kv_a_layernorm, cache[:, span.column : span.column + n]
+    down = attention.down.product(y.flatten(0, 1))
+    new = cache[:, span.column : span.column + n]
     projected = down[:, attention.first_width :].unflatten(0, (rows, n))
-    write_latent(new, projected, norm.weight, norm.eps, span.rotation)
+    write_latent(new, projected, *attention.latent_norm, span.rotation)
     q = attention.in_latent_space(attention.queries(down[:, : attention.first_width]), rotation)
     seen = cache[:, : span.column + n]
     bias = span.bias.repeat_interleave(heads, 1)
@@ -109,7 +108,7 @@ def _extend_absorbed(attention: AbsorbedAttention, y: Tensor, x: Tensor, cache: 
     o = o.reshape(rows * n, heads, -1)
     if not attention.merged:
         o = torch.bmm(o.transpose(0, 1), attention.value).transpose(0, 1)
-    return added_product(x.flatten(0, 1), o.flatten(1), attention.out).view_as(x)
+    return attention.out.added_product(x.flatten(0, 1), o.flatten(1)).view_as(x)
 
 
 def _extend_grouped(attention: GroupedStep, y: Tensor, x: Tensor, cache: Tensor, span: Span) -> Tensor:
@@ -117,7 +116,7 @@ def _extend_grouped(attention: GroupedStep, y: Tensor, x: Tensor, cache: Tensor,
     rows, n, _ = y.shape
     config = attention.config
     heads, dim, groups = config.num_attention_heads, config.head_dim, config.num_kv_heads
-    projected = product(y.flatten(0, 1), attention.project)
+    projected = attention.project.product(y.flatten(0, 1))
     turned = projected[:, : heads * dim + attention.keys].unflatten(1, (-1, dim))
     rotate_in_place(turned, span.rotation.flatten(0, 1).unsqueeze(1))
     cache[:, span.column : span.column + n] = projected[:, heads * dim :].unflatten(0, (rows, n))
@@ -127,4 +126,4 @@ def _extend_grouped(attention: GroupedStep, y: Tensor, x: Tensor, cache: Tensor,
     bias = span.bias.repeat_interleave(heads // groups, 1).unsqueeze(1)
     out = F.scaled_dot_product_attention(q.flatten(2, 3), k, v, attn_mask=bias, scale=attention.inner.scale)
     out = out.unflatten(2, (n, -1)).transpose(1, 2).reshape(rows * n, heads * dim)
-    return added_product(x.flatten(0, 1), out, attention.out).view_as(x)
+    return attention.out.added_product(x.flatten(0, 1), out).view_as(x)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.layers.product import by_onednn, product
+from model.layers.product import Factor, by_onednn, product
 from model.moe.experts import RoutedExperts
 
 FEW = 8  # choices in all, up to which one product each beats sorting
@@ -25,7 +25,8 @@ class FastExperts:
     def __init__(self, experts: RoutedExperts):
         self.gate_up = experts.gate_up_proj.transpose(1, 2).contiguous()
         self.down = experts.down_proj.transpose(1, 2).contiguous()
-        self.wide = experts.gate_up_proj.flatten(0, 1).t()  # [in, experts * out]
+        self.wide = Factor(experts.gate_up_proj.flatten(0, 1).t())  # [in, experts * out]
+        self.tall = Factor(self.down.flatten(0, 1))  # [experts * in, out]
         self.num_experts, self.hidden, width = self.gate_up.shape
         self.inner = width // 2
         self.matrices = list(zip(self.gate_up.unbind(0), self.down.unbind(0), strict=True))
@@ -44,20 +45,20 @@ class FastExperts:
 
     def _one_by_one(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
         k = indices.shape[1]
-        gate_up, out = x.new_empty(indices.numel(), 2 * self.inner), torch.zeros_like(x)
+        gate_up, out = x.new_empty(indices.numel(), 1, 2 * self.inner), torch.zeros_like(x)
         chosen = [self.matrices[expert] for expert in indices.flatten().tolist()]
-        given, made = x.split(1), out.split(1)
-        for place, (into, (matrix, _)) in enumerate(zip(gate_up.split(1), chosen, strict=True)):
+        given, made = x.unsqueeze(1).unbind(), out.unsqueeze(1).unbind()
+        for place, (into, (matrix, _)) in enumerate(zip(gate_up.unbind(), chosen, strict=True)):
             torch.mm(given[place // k], matrix, out=into)
-        inner = self._activate(gate_up).mul_(weights.reshape(-1, 1).to(x.dtype))
-        for place, (row, (_, matrix)) in enumerate(zip(inner.split(1), chosen, strict=True)):
+        inner = self._activate(gate_up).mul_(weights.reshape(-1, 1, 1).to(x.dtype))
+        for place, (row, (_, matrix)) in enumerate(zip(inner.unbind(), chosen, strict=True)):
             made[place // k].addmm_(row, matrix)
         return out
 
     def _all(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
         share = torch.zeros(x.shape[0], self.num_experts, device=x.device).scatter_(1, indices, weights).to(x.dtype)
-        inner = self._activate(product(x, self.wide).unflatten(1, (self.num_experts, -1)))  # [rows, experts, inner]
-        return product(inner.mul_(share.unsqueeze(2)).flatten(1), self.down.flatten(0, 1))
+        inner = self._activate(self.wide.product(x).unflatten(1, (self.num_experts, -1)))  # [rows, experts, inner]
+        return self.tall.product(inner.mul_(share.unsqueeze(2)).flatten(1))
 
     def _sorted(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
         chosen = indices.flatten()

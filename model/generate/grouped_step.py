@@ -13,7 +13,7 @@ from model.attention.cope import position_logits
 from model.attention.core import attention_of_scores, grouped_scores
 from model.attention.grouped import GroupedAttention
 from model.generate.absorbed import rotate_in_place
-from model.layers.product import added_product, product
+from model.layers.product import Factor
 from model.layers.rope import apply_rotary
 
 
@@ -27,8 +27,8 @@ class GroupedStep:
         self.width = 2 * self.keys
         shared = config.attention == "mqa"
         of_keys = (attention.kv_proj_with_mqa,) if shared else (attention.k_proj, attention.v_proj)
-        self.project = torch.cat([part.weight for part in (attention.q_proj, *of_keys)]).t().contiguous()
-        self.out = attention.o_proj.weight.t().contiguous()
+        self.project = Factor(torch.cat([part.weight for part in (attention.q_proj, *of_keys)]).t().contiguous())
+        self.out = Factor(attention.o_proj.weight.t().contiguous())
 
     def remember(self, y: Tensor, rotation: Tensor, into: Tensor) -> None:
         """Keys and values of a prefix: y [rows, n, hidden_size] into [rows, n, width]."""
@@ -41,13 +41,13 @@ class GroupedStep:
     def step(self, x: Tensor, residual: Tensor, rotation: Tensor, cache: Tensor, bias: Tensor, column: int) -> Tensor:
         """As `DecodeAttention.step`."""
         heads, dim = self.config.num_attention_heads, self.config.head_dim
-        projected = product(x, self.project)
+        projected = self.project.product(x)
         if self.config.position == "rope":  # queries and keys alike
             rotate_in_place(projected[:, : heads * dim + self.keys].unflatten(1, (-1, dim)), rotation)
         q = projected[:, : heads * dim].unflatten(1, (heads, dim))
         cache[:, column] = projected[:, heads * dim :]
         out = self.attend(q, cache[:, : column + 1], bias)
-        return added_product(residual, out.flatten(1), self.out)
+        return self.out.added_product(residual, out.flatten(1))
 
     def attend(self, q: Tensor, seen: Tensor, bias: Tensor) -> Tensor:
         """q [rows, heads, head_dim]; seen [rows, n, width]; bias [rows, 1, n] -> the shape of q."""

@@ -13,7 +13,7 @@ from model.attention.indexer import highest, index_scores
 from model.attention.sparse import SparseAttention
 from model.generate.absorbed import AbsorbedAttention
 from model.layers.norm import rms_norm
-from model.layers.product import product
+from model.layers.product import Factor
 
 
 class SparseStep(AbsorbedAttention):
@@ -24,7 +24,7 @@ class SparseStep(AbsorbedAttention):
         self.indexer, self.topk = attention.indexer, attention.config.index_topk
         self.latent_width = self.width
         self.width += attention.config.index_head_dim
-        self.index_query = self.indexer.wq_b.weight.t().contiguous()
+        self.index_query = Factor(self.indexer.wq_b.weight.t().contiguous())
 
     def remember(self, y: Tensor, rotation: Tensor, into: Tensor) -> None:
         """Latents, rotary keys and index keys of a prefix, y [rows, n, hidden_size], into [rows, n, width]."""
@@ -39,7 +39,7 @@ class SparseStep(AbsorbedAttention):
             rotation: complex [rows, 1, qk_rope_head_dim / 2].
             cache: this layer's [rows, capacity, width]; bias: [rows, 1, column + 1].
         """
-        down, new = product(x, self.down), cache[:, column : column + 1]
+        down, new = self.down.product(x), cache[:, column : column + 1]
         self._write(new[:, :, : self.latent_width], down[:, None, self.first_width :], rotation)
         new[:, :, self.latent_width :] = self.indexer.keys(x.unsqueeze(1), rotation)
         seen, first = cache[:, : column + 1], down[:, : self.first_width]
@@ -53,9 +53,10 @@ class SparseStep(AbsorbedAttention):
 
     def _chosen(self, x: Tensor, first: Tensor, rotation: Tensor, seen: Tensor, bias: Tensor) -> Tensor:
         """Columns the new token reads, in any order: [rows, index_topk]; a short row fills up with its padding."""
-        norm, indexer = self.inner.q_a_layernorm, self.indexer
-        query_latent = rms_norm(first, norm.weight, norm.eps)
-        q = product(query_latent, self.index_query).view(len(x), 1, indexer.heads, indexer.dim)
+        indexer = self.indexer
+        assert self.query_norm is not None
+        query_latent = rms_norm(first, *self.query_norm)
+        q = self.index_query.product(query_latent).view(len(x), 1, indexer.heads, indexer.dim)
         q, weights = indexer.rotate(q, rotation), indexer.weights(x).unsqueeze(1)
         scores = index_scores(q, seen[:, :, self.latent_width :], weights) + bias
         chosen = highest(scores, self.topk).squeeze(1)

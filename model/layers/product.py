@@ -11,6 +11,7 @@ from torch import Tensor
 
 from model.processor import LEAST, onednn_is_quicker
 
+LEAST_ORDERED = 2**19  # multiplications of a product with a matrix that lies as oneDNN wants it (measured)
 FEWEST = 4  # rows, of fewer MKL takes as long as reading the matrix does (measured)
 
 
@@ -34,13 +35,6 @@ def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     return made if out is None else out.copy_(made)
 
 
-def added_product(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """x + a b, as `torch.addmm`, without a gradient."""
-    if not (_is_large(a, b) and by_onednn(a)):
-        return torch.addmm(x, a, b)
-    return product(a, b).add_(x)
-
-
 def transposed_product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     """a^T b: [k, m], [k, n] -> [m, n], without a gradient."""
     (k, m), n = a.shape, b.shape[1]
@@ -49,3 +43,32 @@ def transposed_product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tenso
         # the result are less to turn.
         return product(b.t(), a, None if out is None else out.t()).t()
     return product(a.t(), b, out)
+
+
+class Factor:
+    """A matrix [k, n] that many products share, each without a gradient: a weight while tokens are generated.
+
+    oneDNN turns a matrix into an order of its own at every product. Here it does so once, when the first product comes
+    that is worth it; the copy stays.
+    """
+
+    def __init__(self, matrix: Tensor):
+        self.matrix = matrix
+        self._ordered: Tensor | None = None
+
+    def product(self, a: Tensor) -> Tensor:
+        """[m, k] -> [m, n]."""
+        if not self._is_worth_it(a):
+            return torch.mm(a, self.matrix)
+        if self._ordered is None:
+            self._ordered = torch.ops.mkldnn._reorder_linear_weight(self.matrix.t().contiguous(), None)
+        return torch.ops.mkldnn._linear_pointwise(a, self._ordered, None, "none", [], "")
+
+    def added_product(self, x: Tensor, a: Tensor) -> Tensor:
+        """x [m, n] plus the product of a [m, k]."""
+        return self.product(a).add_(x) if self._is_worth_it(a) else torch.addmm(x, a, self.matrix)
+
+    def _is_worth_it(self, a: Tensor) -> bool:
+        if a.dtype == torch.bfloat16:  # oneDNN's in any case
+            return a.device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        return a.shape[0] * self.matrix.numel() >= LEAST_ORDERED and by_onednn(a)

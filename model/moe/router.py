@@ -79,7 +79,8 @@ class Router(nn.Module):
             weights = scores.gather(1, indices)
             if config.norm_topk_prob:
                 weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-            weights = weights * config.routed_scaling_factor
+            if config.routed_scaling_factor != 1:
+                weights = weights * config.routed_scaling_factor
             if config.aux_loss_alpha > 0 and current_scale() is not None:
                 weights = add_loss(weights, self._loss(scores, indices, rows), "aux_loss", weight=config.aux_loss_alpha)
         if self.training and self.counting and torch.is_grad_enabled():

@@ -43,6 +43,14 @@ def test_the_default_is_rmsnorm_with_the_configs_epsilon():
     assert isinstance(norm, RMSNorm) and norm.eps == 0.5
 
 
+@pytest.mark.parametrize("shape", [(1, 6), (1, 1, 6), (3, 6), (0, 6)])
+def test_without_gradients_one_token_or_many_are_torchs_own(shape):
+    norm, x = RMSNorm(6, 0.1), torch.randn(*shape)
+    with torch.no_grad():
+        norm.weight.copy_(torch.randn(6))
+        torch.testing.assert_close(norm(x), torch.nn.functional.rms_norm(x, (6,), norm.weight, 0.1))
+
+
 def test_rms_norm_trains_as_torchs_own():
     generator = torch.Generator().manual_seed(0)
     norm = RMSNorm(6, 1e-6)

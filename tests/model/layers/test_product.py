@@ -13,7 +13,7 @@ from torch import Tensor
 
 from model import processor
 from model.layers import product as products
-from model.layers.product import added_product, by_onednn, product, transposed_product
+from model.layers.product import Factor, by_onednn, product, transposed_product
 from model.processor import onednn_is_quicker
 
 sizes = st.integers(1, 40)
@@ -28,6 +28,7 @@ def library(request: pytest.FixtureRequest) -> Iterator[bool]:
         patch.setattr(products, "onednn_is_quicker", lambda: request.param)
         patch.setattr(products, "LEAST", 1)
         patch.setattr(products, "FEWEST", 1)
+        patch.setattr(products, "LEAST_ORDERED", 1)
         yield request.param
 
 
@@ -43,13 +44,12 @@ def close(found: Tensor, exact: Tensor) -> None:
 
 @given(sizes, sizes, sizes, kinds, kinds)
 def test_a_product_is_the_exact_one_rounded(library: bool, m: int, k: int, n: int, first: str, second: str) -> None:
-    a, b, x = laid_out(m, k, first), laid_out(k, n, second), torch.randn(m, n)
+    a, b = laid_out(m, k, first), laid_out(k, n, second)
     assert by_onednn(a) is library
     exact, into = a.double() @ b.double(), torch.empty(m, n)
     close(product(a, b), exact)
     close(product(a, b, into), exact)
     assert torch.equal(into, product(a, b))
-    close(added_product(x, a, b), x.double() + exact)
 
 
 @given(sizes, sizes, sizes, kinds, kinds)
@@ -58,6 +58,41 @@ def test_a_transposed_product_too(library: bool, k: int, m: int, n: int, first: 
     exact = a.double().t() @ b.double()
     close(transposed_product(a, b), exact)
     close(transposed_product(a, b, into), exact)
+
+
+@given(st.lists(sizes, min_size=1, max_size=3), sizes, sizes, kinds, kinds)
+def test_a_factors_products_are_exact_however_many_rows_come(
+    library: bool, rows: list[int], k: int, n: int, first: str, second: str
+) -> None:
+    matrix = laid_out(k, n, second)
+    factor, kept = Factor(matrix), matrix.clone()
+    for m in rows:
+        a, x = laid_out(m, k, first), torch.randn(m, n)
+        exact = a.double() @ kept.double()
+        close(factor.product(a), exact)
+        close(factor.added_product(x, a), x.double() + exact)
+    assert torch.equal(matrix, kept)
+
+
+def test_a_factor_in_bf16_rounds_as_torch_does() -> None:
+    matrix = torch.randn(48, 64).bfloat16()
+    factor = Factor(matrix)
+    for m in (1, 3, 40):
+        a = torch.randn(m, 48).bfloat16()
+        torch.testing.assert_close(factor.product(a), a @ matrix)
+
+
+def test_a_matrix_is_ordered_once_and_not_for_few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "onednn_is_quicker", lambda: True)
+    monkeypatch.setattr(products, "LEAST_ORDERED", 2**19)
+    factor = Factor(torch.randn(256, 256))
+    factor.product(torch.randn(1, 256))
+    assert factor._ordered is None
+    factor.product(torch.randn(64, 256))
+    ordered = factor._ordered
+    assert ordered is not None
+    factor.product(torch.randn(65, 256))
+    assert factor._ordered is ordered
 
 
 def test_bf16_is_left_to_torch(library: bool) -> None:
