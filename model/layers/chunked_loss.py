@@ -12,67 +12,50 @@ from collections.abc import Iterator
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from model.layers.block_loss import label_losses, slices
 from model.layers.linear import operand_dtype, weight_gradient_queue
 from model.layers.product import by_onednn, product, transposed_product
-from model.parallel.collectives import Axis, all_reduce
+from model.parallel.collectives import Axis
 
-CHUNK_ELEMENTS = {"cpu": 2**21, "cuda": 2**27}  # logits at a time: 8 MB stay in a CPU's cache, a GPU wants more work
-
+CHUNK_BYTES = {"cpu": 2**23, "cuda": 2**28}  # of logits at a time: they stay in a CPU's cache, a GPU wants more work
 COLUMNS = {"cpu": 4096}  # of a chunk's product with its states, made at a time: what is added stays small
 
 
 def _chunks(x: Tensor, vocab_size: int) -> Iterator[slice]:
-    size = max(256, CHUNK_ELEMENTS.get(x.device.type, 2**27) // vocab_size)
-    return (slice(start, min(start + size, len(x))) for start in range(0, len(x), size))
-
-
-def _mine(labels: Tensor, vocab_size: int, axis: Axis) -> tuple[Tensor, Tensor | None]:
-    """Column of every label [rows, 1] in this rank's slice, and where it lies outside of it."""
-    index = (labels - axis.index * vocab_size).unsqueeze(1)
-    if axis.size == 1:
-        return index, None
-    outside = (index < 0) | (index >= vocab_size)
-    return index.masked_fill(outside, 0), outside
-
-
-def _exponentials(logits: Tensor, column: Tensor, outside: Tensor | None, axis: Axis) -> tuple[Tensor, Tensor, Tensor]:
-    """In place: exp(logit - highest). Also the sum of it and -log p(label), both [rows, 1]."""
-    highest = all_reduce(logits.amax(-1, keepdim=True), axis, dist.ReduceOp.MAX)
-    logits -= highest
-    chosen = logits.gather(1, column)
-    if outside is not None:
-        chosen = chosen.masked_fill(outside, 0.0)
-    exponentials = logits.exp_()
-    total = all_reduce(exponentials.sum(-1, keepdim=True), axis)
-    return exponentials, total, total.log() - all_reduce(chosen, axis)
-
-
-def _subtract_label(probabilities: Tensor, column: Tensor, outside: Tensor | None) -> Tensor:
-    """In place: the gradient of -log p(label) by the logits."""
-    one = torch.ones((), device=column.device).expand(column.shape)
-    if outside is not None:
-        one = one.masked_fill(outside, 0.0)
-    return probabilities.scatter_add_(1, column, -one)
+    """Rows whose logits are made at once, in the dtype of x."""
+    size = CHUNK_BYTES.get(x.device.type, 2**28) // (vocab_size * x.element_size())
+    return slices(len(x), max(256, size))
 
 
 class _WeightGradient:
     """Sum over chunks of gradient^T x, in fp32."""
 
     def __init__(self, weight: Tensor, needed: bool):
-        self.value = torch.zeros(weight.shape, device=weight.device) if needed else None
+        self.weight, self.needed = weight, needed
+        self._sum: Tensor | None = None
 
     def add(self, gradient: Tensor, x: Tensor) -> None:
-        if self.value is None:
+        if not self.needed:
             return
+        first = self._sum is None
+        if self._sum is None:
+            self._sum = torch.empty(self.weight.shape, device=x.device)
         if gradient.dtype == torch.float32 and not by_onednn(x):
-            self.value.addmm_(gradient.t(), x)
+            self._sum.addmm_(gradient.t(), x, beta=0 if first else 1)
             return
         columns = COLUMNS.get(x.device.type, gradient.shape[1])
-        for part, into in zip(gradient.split(columns, 1), self.value.split(columns), strict=True):
-            into += transposed_product(part, x)
+        for part, into in zip(gradient.split(columns, 1), self._sum.split(columns), strict=True):
+            # Not by a name, by which a part would stay while the next one is made.
+            (into.copy_ if first else into.add_)(transposed_product(part, x))
+
+    @property
+    def value(self) -> Tensor | None:
+        """None where none is needed."""
+        if not self.needed:
+            return None
+        return torch.zeros(self.weight.shape, device=self.weight.device) if self._sum is None else self._sum
 
 
 def _hand_over(weight_gradient: Tensor | None, owner: Tensor) -> Tensor | None:
@@ -96,7 +79,8 @@ class ChunkLoss(Protocol):
     def __call__(self, logits: Tensor, rows: slice, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
         """
         Args:
-            logits: [chunk, vocab_size / tp] fp32, this rank's slice; may be overwritten. rows: which ones they are.
+            logits: [chunk, vocab_size / tp], this rank's slice, as the product made it; may be overwritten.
+            rows: which ones they are.
         Returns:
             Sums over these rows and the whole vocabulary [count], and the gradient of the first of them by `logits`.
         """
@@ -105,22 +89,23 @@ class ChunkLoss(Protocol):
 
 class _Sums(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, loss: ChunkLoss, owner: tuple[Tensor]) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, loss: ChunkLoss) -> Tensor:
         need_input, need_weight, *_ = ctx.needs_input_grad
+        matrix = weight.to(x.dtype)
         sums = torch.zeros(loss.count, dtype=torch.float32, device=x.device)
         dx = torch.empty_like(x) if need_input else None
         dweight = _WeightGradient(weight, need_weight)
         for rows in _chunks(x, weight.shape[0]):
             part = x[rows]
-            made, gradient = loss(product(part, weight.t()).float(), rows, need_input or need_weight)
+            made, gradient = loss(product(part, matrix.t()), rows, need_input or need_weight)
             sums += made
             if gradient is not None:
                 gradient = gradient.to(x.dtype)
                 if dx is not None:
-                    product(gradient, weight, dx[rows])
+                    product(gradient, matrix, dx[rows])
                 dweight.add(gradient, part)
             del gradient  # before the next chunk's distributions are there
-        ctx.gradients, ctx.owner = [dx, dweight.value], owner
+        ctx.gradients, ctx.owner = [dx, dweight.value], weight
         return sums
 
     @staticmethod
@@ -130,8 +115,8 @@ class _Sums(torch.autograd.Function):
         if dx is not None:
             dx.mul_(grads[0][0])
         if dweight is not None:
-            dweight = _hand_over(dweight.mul_(grads[0][0]), ctx.owner[0])
-        return dx, dweight, None, None
+            dweight = _hand_over(dweight.mul_(grads[0][0]), ctx.owner)
+        return dx, dweight, None
 
 
 class _LabelLoss:
@@ -147,44 +132,40 @@ class _LabelLoss:
         self.labels, self.axis = labels, axis
 
     def __call__(self, logits: Tensor, rows: slice, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
-        column, outside = _mine(self.labels[rows], logits.shape[1], self.axis)
-        exponentials, total, loss = _exponentials(logits, column, outside, self.axis)
-        gradient = _subtract_label(exponentials.div_(total), column, outside) if with_gradient else None
-        return loss.sum(0), gradient
+        losses = label_losses(logits, self.labels[rows], self.axis, gradient=with_gradient)
+        return losses.sum(0, keepdim=True), logits if with_gradient else None
 
 
 class _PerToken(torch.autograd.Function):
     """One value per row; backward computes the logits again, because only then is each row's weight known."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, axis: Axis, owner: tuple[Tensor], temperature: float
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, axis: Axis, temperature: float) -> Tensor:
+        matrix = weight.to(x.dtype)
         out = torch.empty(len(x), dtype=torch.float32, device=x.device)
         for rows in _chunks(x, weight.shape[0]):
-            column, outside = _mine(labels[rows], weight.shape[0], axis)
-            logits = product(x[rows], weight.t()).float().div_(temperature)
-            out[rows] = _exponentials(logits, column, outside, axis)[2].squeeze(1)
-        ctx.save_for_backward(x, weight, labels)
-        ctx.axis, ctx.owner, ctx.temperature = axis, owner, temperature
+            logits = product(x[rows], matrix.t())
+            out[rows] = label_losses(logits, labels[rows], axis, gradient=False, temperature=temperature)
+            del logits  # before the next ones are there
+        ctx.save_for_backward(x, matrix, labels)
+        ctx.axis, ctx.owner, ctx.temperature = axis, weight, temperature
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, labels = ctx.saved_tensors
+        x, matrix, labels = ctx.saved_tensors
         need_input, need_weight, *_ = ctx.needs_input_grad
         dx = torch.empty_like(x) if need_input else None
-        dweight = _WeightGradient(weight, need_weight)
+        dweight = _WeightGradient(matrix, need_weight)
         scale = grads[0].unsqueeze(1) / ctx.temperature
-        for rows in _chunks(x, weight.shape[0]):
-            column, outside = _mine(labels[rows], weight.shape[0], ctx.axis)
-            logits = product(x[rows], weight.t()).float().div_(ctx.temperature)
-            exponentials, total, _ = _exponentials(logits, column, outside, ctx.axis)
-            gradient = _subtract_label(exponentials.div_(total), column, outside).mul_(scale[rows]).to(x.dtype)
+        for rows in _chunks(x, matrix.shape[0]):
+            logits = product(x[rows], matrix.t())
+            label_losses(logits, labels[rows], ctx.axis, gradient=True, temperature=ctx.temperature, scale=scale[rows])
             if dx is not None:
-                product(gradient, weight, dx[rows])
-            dweight.add(gradient, x[rows])
-        return dx, _hand_over(dweight.value, ctx.owner[0]), None, None, None, None
+                product(logits, matrix, dx[rows])
+            dweight.add(logits, x[rows])
+            del logits
+        return dx, _hand_over(dweight.value, ctx.owner), None, None, None
 
 
 def chunked_sums(x: Tensor, weight: Tensor, loss: ChunkLoss) -> Tensor:
@@ -195,7 +176,7 @@ def chunked_sums(x: Tensor, weight: Tensor, loss: ChunkLoss) -> Tensor:
     """
     dtype = operand_dtype(x)
     with torch.autocast(x.device.type, enabled=False):
-        return _Sums.apply(x.to(dtype), weight.to(dtype), loss, (weight,))
+        return _Sums.apply(x.to(dtype), weight, loss)
 
 
 def loss_sum(x: Tensor, weight: Tensor, labels: Tensor, axis: Axis) -> Tensor:
@@ -211,18 +192,4 @@ def loss_per_token(x: Tensor, weight: Tensor, labels: Tensor, axis: Axis, temper
     """-log p(label) at the given temperature, fp32 [rows]; arguments as in `loss_sum`."""
     dtype = operand_dtype(x)
     with torch.autocast(x.device.type, enabled=False):
-        return _PerToken.apply(x.to(dtype), weight.to(dtype), labels, axis, (weight,), temperature)
-
-
-@torch.no_grad()
-def loss_of_logits(logits: Tensor, labels: Tensor, axis: Axis) -> Tensor:
-    """-log p(label) in nats where the logits exist already, without gradients: fp32 [rows].
-
-    Args:
-        logits: [rows, vocab_size / tp]; left as they are. labels: [rows], all to be counted.
-    """
-    out = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
-    for rows in _chunks(logits, logits.shape[1]):
-        column, outside = _mine(labels[rows], logits.shape[1], axis)
-        out[rows] = _exponentials(logits[rows].to(torch.float32, copy=True), column, outside, axis)[2].squeeze(1)
-    return out
+        return _PerToken.apply(x.to(dtype), weight, labels, axis, temperature)

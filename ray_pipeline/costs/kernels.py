@@ -24,7 +24,8 @@ class Kernels:
         shares_heads: fused attention reads one key head for several query heads; else keys and values are repeated.
         row_multiple: an expert's rows are rounded up to it where its products are oneDNN's: all in bf16.
         onednn_from: multiplications of a product from which oneDNN computes it in fp32 too; None: never.
-        loss_elements: logits that a loss has at a time (`model.layers.chunked_loss`).
+        loss_bytes: of logits that a loss has at a time (`model.layers.chunked_loss`).
+        loss_block: logits, of those, whose distributions it has at a time (`model.layers.block_loss`); None: all.
         loss_columns: of the vocabulary whose part of the head's gradient is made at a time; None: all.
     """
 
@@ -32,7 +33,8 @@ class Kernels:
     shares_heads: bool = False
     row_multiple: int = 1
     onednn_from: int | None = None
-    loss_elements: int = 2**27
+    loss_bytes: int = 2**28
+    loss_block: int | None = None
     loss_columns: int | None = None
 
 
@@ -44,8 +46,8 @@ def kernels(device: str) -> Kernels:
     if device == "cpu":
         onednn_from = LEAST if onednn_is_quicker() else None
         return Kernels(
-            blocked_attention=2048, shares_heads=True, row_multiple=64, onednn_from=onednn_from, loss_elements=2**21,
-            loss_columns=4096,
+            blocked_attention=2048, shares_heads=True, row_multiple=64, onednn_from=onednn_from, loss_bytes=2**23,
+            loss_block=2**18, loss_columns=4096,
         )  # fmt: skip
     return Kernels()
 

@@ -10,8 +10,8 @@ from ray_pipeline.costs.kernels import Kernels
 from ray_pipeline.costs.workload import BF16, FP32, Workload
 
 INDEX = 8  # bytes of an int64
-# Of a chunk, in fp32: the student's log-probabilities, the teacher's, their mixture, and two factors of a product; the
-# divergences without a mixture need one less.
+# Of a block of logits, in fp32: the student's log-probabilities, the teacher's, their mixture, and two factors of a
+# product; the divergences without a mixture need one less.
 DISTRIBUTIONS = 5
 
 
@@ -50,30 +50,25 @@ def kept_bytes(work: Workload) -> dict[str, int]:
     return {}
 
 
-def _chunk_rows(vocab: int, on: Kernels) -> int:
-    return max(256, on.loss_elements // vocab)
-
-
 def _chunk_bytes(work: Workload, on: Kernels, *, gradients: bool) -> int:
-    """Logits at a time: a chunk in fp32 and, as the product made it, in bf16.
-
-    Where logits are computed again, in both directions, the chunk before is held until the next one is there.
+    """Logits at a time, as the product made them, and what is made of them.
 
     Args:
-        gradients: they are made of it: in bf16 a tensor of their own; and where oneDNN makes it, their product with
-            the states of the chunk, before it is added to the sum.
+        gradients: they take the place of the logits; and where oneDNN makes it, their product with the states of the
+            chunk is there before it is added to the sum.
     """
-    vocab, other = work.model.vocab_size // work.layout.tp, BF16 if work.bf16 else 0
-    size = _chunk_rows(vocab, on)
-    now, before = min(size, work.tokens_at_once), min(size, max(0, work.tokens_at_once - size))
+    vocab, element = work.model.vocab_size // work.layout.tp, BF16 if work.bf16 else FP32
+    rows = min(max(256, on.loss_bytes // (vocab * element)), work.tokens_at_once)
+    # Each part of a chunk would take exchanges of its own where the vocabulary is cut.
+    cut = work.layout.tp > 1 or on.loss_block is None
+    exact = (rows if cut or on.loss_block is None else min(rows, max(1, on.loss_block // vocab))) * vocab * FP32
     columns = min(vocab, on.loss_columns or vocab)
-    width = other or (FP32 if on.onednn_from is not None else 0)
-    product = width * columns * work.model.hidden_size * gradients
-    if makes_gradients_ahead(work):
-        if not work.bf16:
-            return now * vocab * FP32 + product
-        return now * vocab * BF16 + max(now * vocab * FP32, product)
-    return now * vocab * (FP32 + other) + max(before * vocab * (FP32 + other * gradients), product)
+    made_apart = work.bf16 or on.onednn_from is not None
+    product = element * columns * work.model.hidden_size * (gradients and made_apart)
+    if work.stage == "distillation":
+        # The teacher's logits too, and in fp32 the student's turn into the first of its distributions.
+        return 2 * rows * vocab * element + max(exact * (DISTRIBUTIONS - (not work.bf16)), product)
+    return rows * vocab * element + max(exact * work.bf16, product)
 
 
 def forward_bytes(work: Workload, on: Kernels) -> dict[str, int]:
@@ -84,18 +79,14 @@ def forward_bytes(work: Workload, on: Kernels) -> dict[str, int]:
     models = 2 if work.stage == "distillation" else 1
     states = numbers * (FP32 + (models * FP32 if ahead or work.bf16 else 0))
     casts = models * BF16 * (numbers + _head_numbers(work)) if work.bf16 and ahead else 0
-    if work.stage == "distillation":
-        vocab = work.model.vocab_size // work.layout.tp
-        chunk = min(_chunk_rows(vocab, on), work.tokens_at_once) * vocab * FP32 * DISTRIBUTIONS
-    else:
-        chunk = _chunk_bytes(work, on, gradients=ahead)
+    chunk = _chunk_bytes(work, on, gradients=ahead)
     return {"chunk of logits": chunk, "loss": states + casts}
 
 
 def backward_bytes(work: Workload, on: Kernels) -> dict[str, int]:
     """What the backward pass of the loss needs besides what it finds, by name."""
-    if makes_gradients_ahead(work):  # in bf16 once more, on their way to the weight
-        return {"loss": BF16 * _head_numbers(work) if work.bf16 else 0}
+    if makes_gradients_ahead(work):
+        return {"loss": 0}
     return {
         "chunk of logits": _chunk_bytes(work, on, gradients=True),
         "gradients of the head": FP32 * _head_numbers(work),

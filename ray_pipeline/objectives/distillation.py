@@ -7,6 +7,7 @@ from torch import Tensor
 
 from model.layers.chunked_loss import ChunkLoss
 from model.layers.linear import operand_dtype
+from model.layers.product import product
 from model.layers.vocab import Head
 from model.loss import IGNORE
 from model.parallel.collectives import Axis
@@ -60,7 +61,7 @@ class Distillation:
         assert self.teacher_head is not None, "a batch without the teacher's top-k needs its head"
         dtype = operand_dtype(extras["teacher_hidden"])
         hidden, weight = extras["teacher_hidden"].to(dtype), self._teacher_slice(axis).to(dtype)
-        return WholeTeacher(self.divergence, lambda rows: (hidden[rows] @ weight.t()).float(), labels, axis)
+        return WholeTeacher(self.divergence, lambda rows: product(hidden[rows], weight.t()), labels, axis)
 
     def _teacher_slice(self, axis: Axis) -> Tensor:
         """The rows of the teacher's head for this rank's part of the vocabulary."""

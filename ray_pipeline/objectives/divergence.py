@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from model.layers.chunked_loss import loss_of_logits
+from model.layers.block_loss import in_blocks, loss_of_logits
 from model.parallel.collectives import Axis, all_reduce
 
 # Mass of the outcomes that a top-k list leaves out: as little as fp32 can tell from none.
@@ -63,7 +63,7 @@ class WholeTeacher:
     """The teacher's distribution over the whole vocabulary. Sums: divergence, and cross-entropy with the labels.
 
     Args:
-        logits: rows -> the teacher's logits of them, fp32, [chunk, vocab_size / tp]; made when they are needed, and
+        logits: rows -> the teacher's logits of them, [chunk, vocab_size / tp]; made when they are needed, and
             overwritten.
         labels: [rows]. axis: over which the vocabulary is cut, the teacher's in the same way as the student's.
     """
@@ -74,16 +74,21 @@ class WholeTeacher:
         self.divergence, self.logits, self.labels, self.axis = divergence, logits, labels, axis
 
     def __call__(self, logits: Tensor, rows: slice, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
-        cross_entropy = loss_of_logits(logits, self.labels[rows], self.axis).sum()
-        temperature = self.divergence.temperature
-        student = _normalise(logits.div_(temperature), self.axis)
-        values, h = self.divergence(student, _normalise(self.logits(rows).div_(temperature), self.axis))
-        loss = all_reduce(values.sum(), self.axis) * temperature**2
-        sums = torch.stack([loss, cross_entropy])
-        if not with_gradient:
-            return sums, None
-        whole = all_reduce(h.sum(-1, keepdim=True), self.axis)
-        return sums, h.sub_(student.exp_().mul_(whole)).mul_(temperature)
+        teacher, temperature = self.logits(rows), self.divergence.temperature
+        sums = torch.zeros(self.count, device=logits.device)
+
+        def block(exact: Tensor, inside: slice) -> Tensor | None:
+            cross_entropy = loss_of_logits(exact, self.labels[rows][inside], self.axis).sum()
+            student = _normalise(exact.div_(temperature), self.axis)
+            values, h = self.divergence(student, _normalise(teacher[inside].float().div_(temperature), self.axis))
+            sums.add_(torch.stack([all_reduce(values.sum(), self.axis) * temperature**2, cross_entropy]))
+            if not with_gradient:
+                return None
+            whole = all_reduce(h.sum(-1, keepdim=True), self.axis)
+            return h.sub_(student.exp_().mul_(whole)).mul_(temperature)
+
+        in_blocks(logits, self.axis, block)
+        return sums, logits if with_gradient else None
 
 
 class TopKTeacher:
@@ -105,23 +110,36 @@ class TopKTeacher:
         self.teacher = torch.cat([logprobs, rest], -1)
 
     def __call__(self, logits: Tensor, rows: slice, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
-        cross_entropy = loss_of_logits(logits, self.labels[rows], self.axis).sum()
-        temperature, width = self.divergence.temperature, logits.shape[1]
-        student = _normalise(logits.div_(temperature), self.axis)
-        probabilities = student.exp()
-        column = self.ids[rows] - self.axis.index * width
+        sums, temperature = torch.zeros(self.count, device=logits.device), self.divergence.temperature
+
+        def block(exact: Tensor, inside: slice) -> Tensor | None:
+            cross_entropy = loss_of_logits(exact, self.labels[rows][inside], self.axis).sum()
+            student = _normalise(exact.div_(temperature), self.axis)
+            loss, gradient = self._divergence(
+                student, self.ids[rows][inside], self.teacher[rows][inside], with_gradient
+            )
+            sums.add_(torch.stack([loss * temperature**2, cross_entropy]))
+            return None if gradient is None else gradient.mul_(temperature)
+
+        in_blocks(logits, self.axis, block)
+        return sums, logits if with_gradient else None
+
+    def _divergence(
+        self, student: Tensor, ids: Tensor, teacher: Tensor, with_gradient: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Of log-probabilities [rows, vocab_size / tp], at the temperature; its gradient by the logits there."""
+        width, probabilities = student.shape[1], student.exp()
+        column = ids - self.axis.index * width
         outside = (column < 0) | (column >= width)
         column = column.masked_fill(outside, width)  # past the end, in a column that is cut off
-        named = logits.new_zeros(len(logits), width + 1).scatter_(1, column, 1.0)[:, :width].bool()
+        named = student.new_zeros(len(student), width + 1).scatter_(1, column, 1.0)[:, :width].bool()
         listed = student.gather(1, column.clamp(max=width - 1)).masked_fill(outside, 0.0)
         listed = all_reduce(listed, self.axis)
         rest = all_reduce(probabilities.masked_fill(named, 0.0).sum(-1, keepdim=True), self.axis).clamp(min=LEAST_REST)
-        values, h = self.divergence(torch.cat([listed, rest.log()], -1), self.teacher[rows])
-        sums = torch.stack([values.sum() * temperature**2, cross_entropy])
+        values, h = self.divergence(torch.cat([listed, rest.log()], -1), teacher)
         if not with_gradient:
-            return sums, None
+            return values.sum(), None
         # Each of the others has its share of the outcome they are together.
         of_others = torch.where(named, 0.0, h[:, -1:] / rest)
-        of_listed = logits.new_zeros(len(logits), width + 1).scatter_(1, column, h[:, :-1])[:, :width]
-        gradient = of_listed + probabilities * (of_others - h.sum(-1, keepdim=True))
-        return sums, gradient.mul_(temperature)
+        of_listed = student.new_zeros(len(student), width + 1).scatter_(1, column, h[:, :-1])[:, :width]
+        return values.sum(), of_listed + probabilities * (of_others - h.sum(-1, keepdim=True))

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from model.config import ModelConfig
-from model.layers.chunked_loss import CHUNK_ELEMENTS, COLUMNS
+from model.layers.block_loss import BLOCK_ELEMENTS
+from model.layers.chunked_loss import CHUNK_BYTES, COLUMNS
 from model.parallel.mesh import Mesh, MeshSizes
 from model.parallel.shard import build_part
 from ray_pipeline.costs.kernels import kernels
@@ -87,13 +88,14 @@ def test_a_loss_keeps_and_needs_what_the_formula_says(stage: str, bf16: bool) ->
 
 @pytest.mark.parametrize("stage", ["pretrain", "distillation"])
 def test_what_a_loss_keeps_does_not_grow_with_the_vocabulary_times_tokens(stage: str) -> None:
-    """A head's gradient, however long the rows, and one chunk of logits, or of distributions, while they are made."""
+    """A head's gradient, however long the rows, and a chunk of logits or two, with distributions of some of them."""
     work = of(stage, False)
     longer = replace(work, seq_len=2 * SEQ)
     assert kept_bytes(longer) == kept_bytes(work) == {"gradients of the head": 4 * 8192 * MODEL.hidden_size}
-    chunks = {"pretrain": 1, "distillation": DISTRIBUTIONS}[stage]
     on = replace(kernels("cpu"), onednn_from=None)  # whose products are added up where they are made
-    assert forward_bytes(longer, on)["chunk of logits"] == chunks * FP32 * CHUNK_ELEMENTS["cpu"]
+    chunk, block = CHUNK_BYTES["cpu"], FP32 * BLOCK_ELEMENTS
+    expected = {"pretrain": chunk, "distillation": 2 * chunk + (DISTRIBUTIONS - 1) * block}
+    assert forward_bytes(longer, on)["chunk of logits"] == expected[stage]
 
 
 def test_every_mtp_module_keeps_gradients_of_the_head_of_its_own() -> None:
@@ -103,12 +105,14 @@ def test_every_mtp_module_keeps_gradients_of_the_head_of_its_own() -> None:
 
 def test_logits_at_a_time_are_the_models() -> None:
     for device in ("cpu", "cuda"):
-        assert kernels(device).loss_elements == CHUNK_ELEMENTS[device]
+        assert kernels(device).loss_bytes == CHUNK_BYTES[device]
         assert kernels(device).loss_columns == COLUMNS.get(device)
+    assert (kernels("cpu").loss_block, kernels("cuda").loss_block) == (BLOCK_ELEMENTS, None)
 
 
 def test_a_loss_can_be_the_fullest_moment() -> None:
     wide = of("distillation", False, vocab_size=65536)
     memory = rank_memory(wide, 0, "cpu")
     assert memory.moment == "loss"
-    assert memory.buffers["chunk of logits"] == DISTRIBUTIONS * FP32 * 256 * 65536
+    block = FP32 * BLOCK_ELEMENTS
+    assert memory.buffers["chunk of logits"] == 2 * FP32 * 256 * 65536 + (DISTRIBUTIONS - 1) * block

@@ -31,7 +31,7 @@ BETAS = [0.0, 0.2, 0.5, 1.0]
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(chunked_loss, "CHUNK_ELEMENTS", {"cpu": 1})
+    monkeypatch.setattr(chunked_loss, "CHUNK_BYTES", {"cpu": 1})
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.layers import chunked_loss
-from model.layers.chunked_loss import loss_of_logits, loss_per_token, loss_sum
+from model.layers.block_loss import loss_of_logits
+from model.layers.chunked_loss import loss_per_token, loss_sum
 from model.layers.linear import deferred_weight_gradients
 from model.parallel.collectives import LOCAL
 from model.parallel.mesh import Mesh, MeshSizes
@@ -27,7 +28,7 @@ def inputs(dtype: torch.dtype = torch.float32):
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     """Three chunks, the last one smaller."""
-    monkeypatch.setattr(chunked_loss, "CHUNK_ELEMENTS", {"cpu": 1})
+    monkeypatch.setattr(chunked_loss, "CHUNK_BYTES", {"cpu": 1})
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -63,6 +64,15 @@ def test_under_autocast_products_are_in_bf16_and_the_softmax_in_fp32():
     found = torch.autograd.grad(ours, weight)[0]
     assert found.dtype == torch.float32
     assert float((found - exact).norm() / exact.norm()) < 0.01
+
+
+def test_under_autocast_the_heads_gradient_is_added_up_in_fp32():
+    """Rounded to bf16 on its way to the weight, it would lose what many rows add."""
+    x, weight, labels = inputs()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss_sum(x, weight, labels, LOCAL).backward()
+    assert weight.grad.dtype == torch.float32
+    assert not torch.equal(weight.grad, weight.grad.bfloat16().float())
 
 
 @pytest.mark.parametrize("per_token", [False, True])
