@@ -79,7 +79,7 @@ def jobs(kinds: Sequence[str], shapes: Sequence[str], threads: Sequence[int], *,
                 if "train" in kinds:
                     out.append(Job("train", rows=rows, **common))
                 if "decode" in kinds and precision == "fp32":
-                    decode_rounds = max(2, rounds // 3)
+                    decode_rounds = max(2, rounds * 2 // 3)
                     sizes = (1,) if quick else (1, 32)
                     out += [Job("decode", rows=size, **common | {"rounds": decode_rounds}) for size in sizes]
             common = {"shape": shape, "precision": precision, "threads": threads[-1], "rows": rows, "device": device}

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from model.attention.indexer import BLOCK, index_scores
+from model.layers.linear import without_autocast
 from model.parallel.collectives import Axis, all_reduce, all_to_all_rows
 
 Index = tuple[Tensor, Tensor, Tensor]  # queries, keys, weights: what `Indexer.forward` gives
@@ -29,7 +30,7 @@ def indexer_kl(index: Index, q: Tensor, k: Tensor, read: Tensor, scale: float, *
         read: bool [batch or 1, seq, seq], the keys each query attends to; at least one.
         scale: of the main attention's scores.
     """
-    with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
+    with torch.no_grad(), without_autocast(q):
         total, gradients = _total_and_gradients(index, q, k, read, scale, tp, sp)
     loss: Tensor = _Ready.apply(total, *gradients, *index)
     return loss

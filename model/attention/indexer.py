@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from model.config import ModelConfig
-from model.layers.linear import Linear
+from model.layers.linear import Linear, without_autocast
 from model.parallel.collectives import LOCAL, Axis, heads_for_positions
 
 # Numbers in one block of scores (queries x heads x keys): bounds memory; the result does not depend on it.
@@ -57,7 +57,7 @@ class Indexer(nn.Module):
 
     def weights(self, x: Tensor) -> Tensor:
         """[..., hidden_size] -> [..., index heads], with the scale of products and heads in them."""
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             weights = self.weights_proj(x.to(self.weights_proj.weight.dtype))
         return weights.float() * (self.dim * self.heads) ** -0.5
 
@@ -82,7 +82,7 @@ def index_scores(q: Tensor, k: Tensor, weights: Tensor) -> Tensor:
     Returns:
         fp32 [batch, queries, keys]; products are made in the dtype of q and k.
     """
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q):
         products = torch.bmm(q.flatten(1, 2), k.transpose(1, 2)).relu().float()
         products = products.unflatten(1, q.shape[1:3]).flatten(0, 1)  # [batch * queries, heads, keys]
         return torch.bmm(weights.flatten(0, 1).unsqueeze(1), products).view(q.shape[0], q.shape[1], -1)

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.layers.fp8_kernel import kernel_for, kernel_product
-from model.layers.linear import operand_dtype, weight_gradient_queue
+from model.layers.linear import operand_dtype, weight_gradient_queue, without_autocast
 from model.moe.rows import Plan, spread
 
 TILE = 128
@@ -114,7 +114,7 @@ class _Fp8Linear(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, groups: list[int], dtype: torch.dtype, owner: tuple[Tensor]
     ) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             quantised = quantise_tiles(x)
             ctx.save_for_backward(quantised.values, quantised.scale, weight)
             ctx.groups, ctx.owner, ctx.x_dtype = groups, owner, x.dtype
@@ -127,7 +127,7 @@ class _Fp8Linear(torch.autograd.Function):
         grad, groups, x = grads[0].contiguous(), ctx.groups, Quantised(values, scale)
         need_input, need_weight, *_ = ctx.needs_input_grad
         dx = None
-        with torch.autocast(grad.device.type, enabled=False):
+        with without_autocast(grad):
             if need_input:
                 matrices = quantise_blocks(weight if weight.dim() == 3 else weight.unsqueeze(0))
                 dx = _products(quantise_tiles(grad), _transposed(matrices), groups, ctx.x_dtype)
@@ -135,7 +135,7 @@ class _Fp8Linear(torch.autograd.Function):
             return dx, None, None, None, None
 
         def gradient() -> Tensor:
-            with torch.autocast(grad.device.type, enabled=False):
+            with without_autocast(grad):
                 return _weight_gradient(grad, x, groups).view(weight.shape)
 
         queue = weight_gradient_queue()

@@ -7,7 +7,7 @@ it, and the gradient of the weight later, when there is nothing else to do.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -123,6 +123,12 @@ def operand_dtype(x: Tensor) -> torch.dtype:
     """What a matrix product of x is computed in: autocast's dtype, or that of x where there is none."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """What runs within computes in the dtypes that it is given. Where there is no autocast this costs nothing."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:

@@ -54,6 +54,7 @@ class Factor:
 
     def __init__(self, matrix: Tensor):
         self.matrix = matrix
+        self._size = matrix.numel()
         self._ordered: Tensor | None = None
 
     def product(self, a: Tensor) -> Tensor:
@@ -71,4 +72,4 @@ class Factor:
     def _is_worth_it(self, a: Tensor) -> bool:
         if a.dtype == torch.bfloat16:  # oneDNN's in any case
             return a.device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        return a.shape[0] * self.matrix.numel() >= LEAST_ORDERED and by_onednn(a)
+        return a.shape[0] * self._size >= LEAST_ORDERED and by_onednn(a)

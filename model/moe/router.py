@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from model.auxiliary import add_loss, current_scale
 from model.config import ModelConfig
+from model.layers.linear import without_autocast
 from model.moe.balance import batch_loss, sequence_loss
 from model.moe.replay import FREE
 from model.parallel.collectives import LOCAL, Axis
@@ -70,7 +71,7 @@ class Router(nn.Module):
             indices [tokens, num_experts_per_tok] int64, and weights of the same shape in fp32 (V3, eqs. 12-16).
         """
         config = self.config
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             logits = F.linear(x.float(), self.weight.float())
             scores = logits.sigmoid() if config.scoring_func == "sigmoid" else logits.softmax(-1)
             indices = self._choose(scores.detach())

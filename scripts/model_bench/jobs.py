@@ -21,6 +21,7 @@ from scripts.model_bench import competitors
 from scripts.model_bench.competitors import SHAPES, make_tokens
 
 PROMPT, NEW = 64, 128
+TRIED = 2  # rounds of decoding of all peers, before the two quickest are timed
 LOSS_TOLERANCE = {"fp32": 1e-5, "bf16": 2e-3}  # relative, over the first steps
 CHECKED_STEPS = 3
 # Of transformers, the fastest of these is held against ours.
@@ -128,8 +129,13 @@ def decode(job: Job) -> dict[str, Any]:
     if job.precision == "fp32" and min(same.values()) < 0.98:
         raise AssertionError(f"greedy tokens differ, nothing is timed: share that is ours {same}")
     turns = {name: lambda index, decoder=decoder: decoder(prompts) for name, decoder in decoders.items()}
-    found = _against_fastest(interleave(turns, job.rounds, job.device))
-    return found | {"tokens_equal": same, "tokens_per_second": job.rows * NEW / found["median"]}
+    # Which of many peers is quickest is found in rounds of their own: in those that count, the luckiest would win.
+    tried = {name: min(times) for name, times in interleave(turns, TRIED, job.device).items() if name != "ours"}
+    timed = {"ours", *sorted(tried, key=lambda name: tried[name])[:2]}
+    found = _against_fastest(
+        interleave({name: turn for name, turn in turns.items() if name in timed}, job.rounds, job.device)
+    )
+    return found | {"tried": tried, "tokens_equal": same, "tokens_per_second": job.rows * NEW / found["median"]}
 
 
 def memory(job: Job) -> dict[str, Any]:
