@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from model.generate.huge_pages import in_huge_pages
 from model.layers.product import Factor, by_onednn, product
 from model.moe.experts import RoutedExperts
 
@@ -23,8 +24,8 @@ class FastExperts:
     """Weights are stored [experts, in, out]."""
 
     def __init__(self, experts: RoutedExperts):
-        self.gate_up = experts.gate_up_proj.transpose(1, 2).contiguous()
-        self.down = experts.down_proj.transpose(1, 2).contiguous()
+        self.gate_up = in_huge_pages(experts.gate_up_proj.transpose(1, 2))
+        self.down = in_huge_pages(experts.down_proj.transpose(1, 2))
         self.wide = Factor(experts.gate_up_proj.flatten(0, 1).t())  # [in, experts * out]
         self.tall = Factor(self.down.flatten(0, 1))  # [experts * in, out]
         self.num_experts, self.hidden, width = self.gate_up.shape
