@@ -21,7 +21,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     if x.device.type != "cpu" or x.dtype != torch.float32:
         return F.rms_norm(x, weight.shape, weight, eps)
     dim = x.shape[-1]
-    if x.numel() == dim:  # one token, for which starting an operation is what takes time
+    if x.numel() == dim and eps:  # one token, for which starting an operation is what takes time
         one = x.flatten()
         return (x * weight).mul_((torch.dot(one, one).item() / dim + eps) ** -0.5)
     return (x * _inverse_rms(x, eps)).mul_(weight)

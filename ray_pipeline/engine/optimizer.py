@@ -85,7 +85,12 @@ def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
 def _sum_of_squares(tensors: list[Tensor], device: torch.device) -> Tensor:
     if not tensors:
         return torch.zeros((), device=device)
-    return torch.stack([tensor.float().pow(2).sum() for tensor in tensors]).sum()
+    return torch.stack([_row_norms(tensor.float()).pow(2).sum() for tensor in tensors]).sum()
+
+
+def _row_norms(x: Tensor) -> Tensor:
+    """Of a matrix's rows, without a matrix of squares; a vector as it is: a norm of many numbers is inexact."""
+    return torch.linalg.vector_norm(x, dim=-1) if x.dim() > 1 else x
 
 
 @torch.no_grad()

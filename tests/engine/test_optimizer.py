@@ -41,6 +41,14 @@ def test_clipping_equals_torchs(values, limit):
     torch.testing.assert_close(ours, theirs.grad, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("shape", [(200_000,), (800, 250), (8, 100, 250)])
+def test_the_norm_of_many_small_numbers_and_a_large_one_is_exact(shape):
+    gradient = torch.full(shape, 1e-4)
+    gradient.view(-1)[0] = 1.0
+    norm = clip_by_global_norm({"w": gradient}, 1e9, Mesh(MeshSizes()))
+    assert norm == pytest.approx(float(gradient.double().norm()), rel=1e-6)
+
+
 def test_norm_weights_are_not_decayed():
     model = torch.nn.Sequential(torch.nn.Linear(4, 4, bias=False), torch.nn.LayerNorm(4))
     named = dict(model.named_parameters())
