@@ -60,8 +60,8 @@ def _chunk_bytes(work: Workload, on: Kernels, *, gradients: bool) -> int:
     vocab, element = work.model.vocab_size // work.layout.tp, BF16 if work.bf16 else FP32
     rows = min(max(256, on.loss_bytes // (vocab * element)), work.tokens_at_once)
     # Each part of a chunk would take exchanges of its own where the vocabulary is cut.
-    cut = work.layout.tp > 1 or on.loss_block is None
-    exact = (rows if cut or on.loss_block is None else min(rows, max(1, on.loss_block // vocab))) * vocab * FP32
+    block = rows if work.layout.tp > 1 or on.loss_block is None else max(1, on.loss_block // vocab)
+    exact = min(rows, block) * vocab * FP32
     columns = min(vocab, on.loss_columns or vocab)
     made_apart = work.bf16 or on.onednn_from is not None
     product = element * columns * work.model.hidden_size * (gradients and made_apart)

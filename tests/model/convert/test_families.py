@@ -15,10 +15,11 @@ from model.convert.hf_config import FAMILIES, config_from_hf, published_family, 
 from model.convert.hf_load import load_hf
 from model.transformer import Transformer
 
+# Weights of 0.15: logits of both models lie within 7e-6 of float64's. With 0.25 fp32 itself is 1.7e-5 off, in both.
 SMALL = ModelConfig(
     vocab_size=64, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=3,
     num_attention_heads=2, q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=12,
-    n_routed_experts=8, num_experts_per_tok=2, max_position_embeddings=64, initializer_range=0.25,
+    n_routed_experts=8, num_experts_per_tok=2, max_position_embeddings=64, initializer_range=0.15,
     num_nextn_predict_layers=0,
 )  # fmt: skip
 YARN = RopeScaling(factor=4.0, original_max_position_embeddings=16, mscale=0.7, mscale_all_dim=0.7)
