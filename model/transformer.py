@@ -18,6 +18,7 @@ from model.attention.build import build_attention, visible_tokens
 from model.attention.core import document_positions
 from model.config import ModelConfig
 from model.layers.feed_forward import FeedForward
+from model.layers.linear import as_operand
 from model.layers.norm import build_norm
 from model.layers.rope import rotary_table
 from model.layers.vocab import Embedding, Head
@@ -62,7 +63,7 @@ class Block(nn.Module):
         return x + (self.mlp(y) if routing is None else self.mlp(y, routing))
 
     def _attend(self, x: Tensor, rotation: Tensor, mask: Tensor | None) -> Tensor:
-        return self.self_attn(self.input_layernorm(x), rotation, mask)
+        return self.self_attn(as_operand(self.input_layernorm(x)), rotation, mask)
 
     def _checkpointed(self, function: Callable[..., Tensor], *args: Tensor | None) -> Tensor:
         # The model draws no random numbers, so there is no state to keep; and a parameter that ZeRO 3 gathers for the

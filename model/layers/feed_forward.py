@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from model.layers.linear import Linear
+from model.layers.linear import Linear, as_operand
 from model.layers.swiglu import gated
 from model.parallel.collectives import LOCAL, Axis, copy_to, reduce_from
 
@@ -25,4 +25,4 @@ class FeedForward(nn.Module):
         return self.down_proj(gated(self.gate_proj(x), self.up_proj(x)))
 
     def forward(self, x: Tensor) -> Tensor:
-        return reduce_from(self.partial(copy_to(x, self.tp)), self.tp)
+        return reduce_from(self.partial(copy_to(as_operand(x), self.tp)), self.tp)

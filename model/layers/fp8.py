@@ -22,7 +22,6 @@ from torch import Tensor
 
 from model.layers.fp8_kernel import kernel_for, kernel_product
 from model.layers.linear import operand_dtype, weight_gradient_queue, without_autocast
-from model.moe.rows import Plan, spread
 
 TILE = 128
 LARGEST = 448.0  # of E4M3
@@ -152,12 +151,10 @@ def fp8_linear(x: Tensor, weight: Tensor) -> Tensor:
     return out.view(*x.shape[:-1], -1)
 
 
-def fp8_grouped_linear(x: Tensor, weight: Tensor, counts: Tensor, plan: Plan | None = None) -> Tensor:
+def fp8_grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     """Expert e's weight on its rows.
 
     Args:
-        x: [rows, in], sorted by expert; with a plan [tokens, in], which it spreads. weight: [experts, out, in], a
-            parameter. counts: [experts] rows of each.
+        x: [rows, in], sorted by expert. weight: [experts, out, in], a parameter. counts: [experts] rows of each.
     """
-    x = x if plan is None else spread(x, plan)
     return _Fp8Linear.apply(x, weight, counts.tolist(), operand_dtype(x), (weight,))

@@ -125,6 +125,11 @@ def operand_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
+def as_operand(x: Tensor) -> Tensor:
+    """x as matrix products read it: where several do, one cast serves them, and sums their gradients in its dtype."""
+    return x.to(operand_dtype(x))
+
+
 def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
     """What runs within computes in the dtypes that it is given. Where there is no autocast this costs nothing."""
     device = x.device.type

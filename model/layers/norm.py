@@ -39,12 +39,12 @@ class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, inverse = ctx.saved_tensors
-        unit = x * inverse
-        product = grads[0] * unit
-        rows = product.flatten(0, -2)
-        dweight = rows.sum(0)
-        along = torch.mv(rows, weight).view_as(inverse).div_(-x.shape[-1])
-        return torch.addcmul(unit.mul_(along), grads[0], weight, out=product).mul_(inverse), dweight, None
+        product = grads[0] * x
+        rows, scales = product.flatten(0, -2), inverse.flatten()
+        dweight = torch.mv(rows.t(), scales)
+        along = torch.mv(rows, weight).mul_(scales).mul_(scales).div_(-x.shape[-1]).view_as(inverse)
+        dx = torch.addcmul(torch.mul(x, along, out=product), grads[0], weight, out=product).mul_(inverse)
+        return dx, dweight, None
 
 
 class RMSNorm(nn.Module):

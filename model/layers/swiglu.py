@@ -9,31 +9,48 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def swiglu(gate_up: Tensor, scale: Tensor) -> Tensor:
+    """silu(gate) * up * scale, without a gradient: [rows, 2 * inner], gate first, and [rows, 1] -> [rows, inner]."""
+    gate, up = gate_up.chunk(2, -1)
+    return F.silu(gate).mul_(up).mul_(scale)
+
+
+def swiglu_backward(gate_up: Tensor, scale: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`swiglu` once more, and its gradients.
+
+    Args:
+        grad: that of the output [rows, inner]; is overwritten.
+    Returns:
+        The output [rows, inner], and the gradients of `gate_up` and of `scale`.
+    """
+    gate, up = gate_up.chunk(2, -1)
+    active = F.silu(gate)
+    unscaled = active * up
+    out = unscaled * scale
+    dscale = unscaled.mul_(grad).sum(-1, keepdim=True)
+    grad.mul_(scale)
+    dgate_up = torch.empty_like(gate_up)
+    dgate, dup = dgate_up.chunk(2, -1)
+    torch.mul(active, grad, out=dup)
+    torch.ops.aten.silu_backward.grad_input(grad.mul_(up), gate, grad_input=dgate)
+    return out, dgate_up, dscale
+
+
 class _SwiGlu(torch.autograd.Function):
-    """Gate and up side by side, so that their gradients are written into one tensor."""
-
     @staticmethod
-    def forward(ctx: Any, gate_up: Tensor, scale: Tensor | None) -> Tensor:
+    def forward(ctx: Any, gate_up: Tensor, scale: Tensor) -> Tensor:
         ctx.save_for_backward(gate_up, scale)
-        gate, up = gate_up.chunk(2, -1)
-        out = F.silu(gate).mul_(up)
-        return out if scale is None else out.mul_(scale)
+        return swiglu(gate_up, scale)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
         gate_up, scale = ctx.saved_tensors
-        gate, up = gate_up.chunk(2, -1)
-        grad, dscale = grads[0], None
-        active = F.silu(gate)
-        if scale is not None:
-            if ctx.needs_input_grad[1]:
-                dscale = (active * up).mul_(grad).sum(-1, keepdim=True)
-            grad = grad * scale
-        dgate_up = torch.empty_like(gate_up)
-        dgate, dup = dgate_up.chunk(2, -1)
-        torch.mul(active, grad, out=dup)
-        torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=dgate)
-        return dgate_up, dscale
+        return swiglu_backward(gate_up, scale, grads[0].clone())[1:]
+
+
+def scaled_swiglu(gate_up: Tensor, scale: Tensor) -> Tensor:
+    """`swiglu` with its gradients; gate and up lie side by side, and so do their gradients."""
+    return _SwiGlu.apply(gate_up, scale.to(gate_up.dtype))
 
 
 class _Gated(torch.autograd.Function):
@@ -53,8 +70,3 @@ class _Gated(torch.autograd.Function):
 def gated(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, of two tensors of one shape."""
     return _Gated.apply(gate, up)
-
-
-def swiglu(gate_up: Tensor, scale: Tensor | None = None) -> Tensor:
-    """silu(gate) * up * scale: [..., 2 * inner], gate first, and [..., 1] -> [..., inner]."""
-    return _SwiGlu.apply(gate_up, None if scale is None else scale.to(gate_up.dtype))

@@ -4,100 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from math import prod
-from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import ModelConfig
 from model.layers.feed_forward import FeedForward
-from model.layers.linear import operand_dtype, weight_gradient_queue
-from model.layers.product import by_onednn, product, transposed_product
-from model.layers.swiglu import swiglu
+from model.layers.linear import as_operand, operand_dtype
+from model.layers.product import by_onednn
+from model.layers.swiglu import scaled_swiglu
+from model.moe.grouped import grouped_feed_forward
 from model.moe.router import Router
-from model.moe.rows import Plan, collect, plan_rows, spread, spread_scales, sum_of_choices
+from model.moe.rows import collect, plan_rows, spread, spread_scales
 from model.parallel.collectives import LOCAL, Axis, all_to_all_rows, collective, copy_to, reduce_from
 from model.processor import LEAST
 
 ROW_MULTIPLE = 64
-
-
-class _GroupedLinear(torch.autograd.Function):
-    """y[rows of expert e] = x[rows of expert e] @ weight[e].T, rows sorted by expert.
-
-    One node instead of one per expert: autograd's bookkeeping would otherwise cost more than small experts' matmuls,
-    and each expert's weight gradient is written straight into its place.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, groups: Groups, plan: Plan | None, owner: tuple[Tensor]) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.groups, ctx.plan, ctx.owner = groups, plan, owner
-        return _products(_rows(x, plan), weight.transpose(1, 2), groups)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        grad, groups, plan = grads[0].contiguous(), ctx.groups, ctx.plan
-        need_input, need_weight, *_ = ctx.needs_input_grad
-        dx = _products(grad, weight, groups) if need_input else None
-        if dx is not None and plan is not None:
-            dx = sum_of_choices(dx, plan.place)
-        if not need_weight:
-            return dx, *(None,) * 4
-        queue = weight_gradient_queue()
-        if queue is None:
-            return dx, _weight_gradient(grad, _rows(x, plan), groups), *(None,) * 3
-        queue.add(ctx.owner[0], lambda: _weight_gradient(grad, _rows(x, plan), groups))
-        return dx, *(None,) * 4
-
-
-def _rows(x: Tensor, plan: Plan | None) -> Tensor:
-    """What experts read: gathered once more in backward, as there are several rows of a token to keep."""
-    return x if plan is None else x.index_select(0, plan.source)
-
-
-Groups = list[int] | Tensor
-"""Rows of each expert, or int32 [experts] where each one's rows end, which selects the GPU's grouped kernel."""
-
-
-def _products(x: Tensor, matrices: Tensor, groups: Groups) -> Tensor:
-    """[rows, a] x [experts, a, b] -> [rows, b]."""
-    if isinstance(groups, Tensor):
-        return F.grouped_mm(x, matrices, offs=groups)
-    y = x.new_empty(x.shape[0], matrices.shape[2])
-    for rows, out, matrix in zip(x.split(groups), y.split(groups), matrices.unbind(0), strict=True):
-        product(rows, matrix, out)
-    return y
-
-
-def _weight_gradient(grad: Tensor, x: Tensor, groups: Groups) -> Tensor:
-    """[rows, out], [rows, in] -> [experts, out, in]."""
-    if isinstance(groups, Tensor):
-        return F.grouped_mm(grad.t(), x, offs=groups)
-    dweight = x.new_empty(len(groups), grad.shape[1], x.shape[1])
-    for g, rows, out in zip(grad.split(groups), x.split(groups), dweight.unbind(0), strict=True):
-        transposed_product(g, rows, out)
-    return dweight
-
-
-def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor, plan: Plan | None = None) -> Tensor:
-    """Apply expert e's weight to its rows.
-
-    Args:
-        x: [rows, in], sorted by expert; with a plan [tokens, in], which it spreads. weight: [experts, out, in].
-        counts: [experts] rows of each expert.
-    """
-    parameter, dtype = weight, operand_dtype(x)
-    x, weight = x.to(dtype), weight.to(dtype)
-    groups: Groups
-    if x.device.type == "cuda" and x.dtype == torch.bfloat16:
-        groups = counts.cumsum(0).to(torch.int32)
-    else:
-        groups = counts.tolist()
-    return _GroupedLinear.apply(x, weight, groups, plan, (parameter,))
 
 
 def row_multiple(x: Tensor, matrix: int, rows: float) -> int:
@@ -118,12 +41,14 @@ def row_multiple(x: Tensor, matrix: int, rows: float) -> int:
 class RoutedExperts(nn.Module):
     """The routed experts' weights, stacked as Hugging Face stacks them (gate rows first).
 
-    Experts are cut over ep, each one's inner features over tp. `product` is (rows sorted by expert, weight parameter,
-    rows of each expert) -> output, or (tokens, weight parameter, rows of each expert, how they are spread) -> output.
+    Experts are cut over ep, each one's inner features over tp.
+
+    Attributes:
+        product: another matrix product, (rows sorted by expert, weight parameter, rows of each expert) -> output.
     """
 
     ep: Axis = LOCAL
-    product: Callable[..., Tensor] = staticmethod(grouped_linear)
+    product: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -134,16 +59,18 @@ class RoutedExperts(nn.Module):
     def forward(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
         """Weighted sum of chosen experts; nothing is dropped. x [tokens, hidden]; others [tokens, k]."""
         if self.ep.size == 1:
-            return self._compute(x, indices, weights).to(x.dtype)
-        return self._elsewhere(x, indices, weights).to(x.dtype)
+            return self._compute(x, indices, weights)
+        return self._elsewhere(x, indices, weights)
 
     def _compute(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
         """My experts, by their numbers here: x [tokens, hidden]; others [tokens, k] -> [tokens, hidden]."""
         experts, *matrix = self.gate_up_proj.shape
         plan = plan_rows(indices, experts, row_multiple(x, prod(matrix), indices.numel() / experts))
-        gate_up = self.product(x, self.gate_up_proj, plan.counts, plan)
         # The routing weight multiplies the narrow inner activation, not the wide output: same product, less work.
-        inner = swiglu(gate_up, spread_scales(weights, plan))
+        if self.product is None:
+            return grouped_feed_forward(x, self.gate_up_proj, self.down_proj, weights, plan)
+        gate_up = self.product(spread(x, plan), self.gate_up_proj, plan.counts)
+        inner = scaled_swiglu(gate_up, spread_scales(weights, plan))
         return collect(self.product(inner, self.down_proj, plan.counts), plan)
 
     def _elsewhere(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
@@ -183,8 +110,8 @@ class MixtureOfExperts(nn.Module):
         tokens = x.flatten(0, -2)
         given = None if routing is None else routing.flatten(0, -2)
         indices, weights = self.gate(tokens, rows=x.shape[0], given=given)
-        entered = copy_to(tokens, self.tp)  # once for routed and shared experts: one message backward
-        out = self.experts(entered, indices, copy_to(weights, self.tp)).view_as(x)
+        entered = copy_to(as_operand(tokens), self.tp)  # once for routed and shared experts: one message backward
+        out = self.experts(entered, indices, copy_to(weights, self.tp)).to(x.dtype).view_as(x)
         if self.shared_experts is not None:
-            out = out + self.shared_experts.partial(x if entered is tokens else entered.view_as(x))
+            out = out + self.shared_experts.partial(entered.view_as(x))
         return reduce_from(out, self.tp)

@@ -9,12 +9,11 @@ with a softmax, limits the groups of experts a token is sent to, and balances wi
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.auxiliary import add_loss, current_scale
 from model.config import ModelConfig
-from model.layers.linear import without_autocast
+from model.layers.linear import linear, without_autocast
 from model.moe.balance import batch_loss, sequence_loss
 from model.moe.replay import FREE
 from model.parallel.collectives import LOCAL, Axis
@@ -72,7 +71,7 @@ class Router(nn.Module):
         """
         config = self.config
         with without_autocast(x):
-            logits = F.linear(x.float(), self.weight.float())
+            logits = linear(x.float(), self.weight)
             scores = logits.sigmoid() if config.scoring_func == "sigmoid" else logits.softmax(-1)
             indices = self._choose(scores.detach())
             if given is not None:

@@ -16,22 +16,21 @@ from ray_pipeline.costs.weights import Weight, head_weight, layer_weights, mtp_p
 from ray_pipeline.costs.workload import BF16, FP32, Part, Workload
 
 
-def dense_tokens(work: Workload, copies: int = 2) -> int:
+def dense_tokens(work: Workload) -> int:
     """Norm and SwiGLU, per token."""
     model = work.model
     inner = model.intermediate_size // work.layout.tp
     # gate, up and their product
-    return block_norm_bytes(work) + read_bytes(model.hidden_size, work, copies) + 3 * inner * work.element
+    return block_norm_bytes(work) + read_bytes(model.hidden_size, work) + 3 * inner * work.element
 
 
-def expert_tokens(work: Workload, copies: int = 2) -> int:
+def expert_tokens(work: Workload) -> int:
     """Norm, router and shared experts, per token, and where its rows among the routed ones are."""
     model, a, k = work.model, work.element, work.model.num_experts_per_tok
     hidden, inner = model.hidden_size, model.moe_intermediate_size // work.layout.tp
-    shared = copies if model.n_shared_experts else 0
     # Routed experts gather their rows from it; those of other ranks arrive as rows.
-    copies = shared if work.layout.ep > 1 else max(1, shared + copies - 1)
-    total = block_norm_bytes(work) + read_bytes(hidden, work, copies, as_fp32=True)
+    read = model.n_shared_experts > 0 or work.layout.ep == 1
+    total = block_norm_bytes(work) + read_bytes(hidden, work, by_products=read, as_fp32=True)
     total += _router(model) + k * INDEX
     if work.layout.ep > 1:  # the places of the rows that are sent, and the tokens that they are of
         total += 2 * k * INDEX
@@ -52,8 +51,8 @@ def routed_rows(work: Workload, on: Kernels) -> int:
 def routed_bytes(work: Workload, on: Kernels) -> int:
     """What the routed experts keep of a micro-batch."""
     hidden, inner = work.model.hidden_size, work.model.moe_intermediate_size // work.layout.tp
-    # The token it is of; gate and up; the weight; silu(gate) * up times the weight.
-    row = INDEX + work.element * (2 * inner + 1 + inner)
+    # The token it is of; gate and up; the weight.
+    row = INDEX + work.element * (2 * inner + 1)
     # What other ranks sent is kept as it came, without padding.
     arrived = work.tokens_at_once * work.model.num_experts_per_tok if work.layout.ep > 1 else 0
     return routed_rows(work, on) * row + arrived * work.element * hidden
@@ -72,15 +71,13 @@ def layer_bytes(work: Workload, on: Kernels, layer: int) -> int:
     checkpointing = work.layout.activation_checkpointing
     if checkpointing == "full":
         return tokens * FP32 * model.hidden_size  # its input alone
-    # The matmul before an MTP block makes its stream bf16, of which matmuls share one tensor.
-    copies = 1 if layer >= model.num_hidden_layers else 2
     if model.is_moe_layer(layer):
-        rest = tokens * expert_tokens(work, copies) + routed_bytes(work, on)
+        rest = tokens * expert_tokens(work) + routed_bytes(work, on)
     else:
-        rest = tokens * dense_tokens(work, copies)
+        rest = tokens * dense_tokens(work)
     if checkpointing == "selective":
         return tokens * FP32 * model.hidden_size + rest
-    return tokens * attention_tokens(work, on, copies) + attention_pairs(work, on) + rest
+    return tokens * attention_tokens(work, on) + attention_pairs(work, on) + rest
 
 
 def cast_weights(work: Workload, weights: Iterable[Weight]) -> int:

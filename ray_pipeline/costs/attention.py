@@ -20,25 +20,20 @@ from ray_pipeline.costs.kernels import (
 from ray_pipeline.costs.workload import BF16, FP32, Workload
 
 
-def attention_tokens(work: Workload, on: Kernels, copies: int = 2) -> int:
-    """Norm, projections and what they give to the core, per token of the rank.
-
-    Args:
-        copies: of the normalised input that two matmuls keep in bf16; 1 where the stream is bf16 and they share it.
-    """
+def attention_tokens(work: Workload, on: Kernels) -> int:
+    """Norm, projections and what they give to the core, per token of the rank."""
     model = work.model
-    matmuls = copies if copies == 1 or model.is_latent else 2 if model.attention == "mqa" else 3
-    total = block_norm_bytes(work) + read_bytes(model.hidden_size, work, matmuls)
+    total = block_norm_bytes(work) + read_bytes(model.hidden_size, work)
     total += (_latents(work) if model.is_latent else 0) + _core_tokens(work, on)
-    return total + (indexer_tokens(work, copies) if model.attention == "dsa" else 0)
+    return total + (indexer_tokens(work) if model.attention == "dsa" else 0)
 
 
 def _latents(work: Workload) -> int:
     model, total = work.model, 0
     if model.q_lora_rank is not None:
-        total += norm_bytes(model.q_lora_rank) + read_bytes(model.q_lora_rank, work, 1)
+        total += norm_bytes(model.q_lora_rank) + read_bytes(model.q_lora_rank, work)
     # In fp32 the latent is a view that keeps the rotary key beside it alive.
-    total += norm_bytes(model.kv_lora_rank) + read_bytes(model.kv_lora_rank, work, 1)
+    total += norm_bytes(model.kv_lora_rank) + read_bytes(model.kv_lora_rank, work)
     return total + (0 if work.bf16 else FP32 * model.qk_rope_head_dim)
 
 
@@ -76,8 +71,8 @@ def entering(work: Workload) -> int:
     """Bytes per token that every tensor-parallel rank reads and its heads are made from."""
     model, a = work.model, work.element
     if not model.is_latent:
-        return model.hidden_size * FP32 + (2 * model.head_dim * a if model.attention == "mqa" else 0)
-    queries = model.hidden_size * FP32 if model.q_lora_rank is None else model.q_lora_rank * a
+        return model.hidden_size * a + (2 * model.head_dim * a if model.attention == "mqa" else 0)
+    queries = a * (model.hidden_size if model.q_lora_rank is None else model.q_lora_rank)
     return queries + (model.kv_lora_rank + model.qk_rope_head_dim) * a
 
 

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from ray_pipeline.costs.workload import BF16, FP32, Workload
+from ray_pipeline.costs.workload import FP32, Workload
 
 BLOCK = 1 << 24  # numbers of scores at once (`model.attention.indexer`)
 
 
-def indexer_tokens(work: Workload, copies: int) -> int:
-    """Bytes that one layer's indexer keeps for the backward pass, per token of the rank.
-
-    Args:
-        copies: of the layer's input that autocast makes; 1 where it is bf16 already.
-    """
+def indexer_tokens(work: Workload) -> int:
+    """Bytes that one layer's indexer keeps for the backward pass, per token of the rank."""
     model, a, width = work.model, work.element, work.model.index_head_dim
     # Gradients of its queries, of whole rows' keys and of its weights, which the forward pass makes.
     total = a * model.index_n_heads * width + a * width * work.layout.sp + FP32 * model.index_n_heads
     total += a * width + 2 * FP32  # the key before its norm, and mean and deviation
-    if work.bf16:  # the layer's input in fp32 for the weights, and once more in bf16 unless that is what it is
-        total += model.hidden_size * (FP32 + (BF16 if copies > 1 else 0))
+    if work.bf16:  # the layer's input in fp32 for the weights
+        total += model.hidden_size * FP32
     return total
 
 

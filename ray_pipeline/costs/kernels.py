@@ -1,7 +1,7 @@
 """How the operations of a layer keep their tensors, on which device: the pieces that activations are added up from.
 
-`a` is the width of a matmul's operand in bytes: under autocast every matmul keeps its own bf16 copy of its input, in
-fp32 all readers share one tensor.
+`a` is the width of a matmul's operand in bytes: under autocast what matmuls read is cast to bf16, in fp32 all readers
+share one tensor.
 """
 
 from __future__ import annotations
@@ -63,11 +63,11 @@ def block_norm_bytes(work: Workload) -> int:
     return 2 * FP32 * width if work.model.norm == "dyt" else norm_bytes(width)
 
 
-def read_bytes(width: int, work: Workload, matmuls: int, *, as_fp32: bool = False) -> int:
-    """One fp32 tensor read by `matmuls` matrix products, and by an fp32 operation that keeps it."""
+def read_bytes(width: int, work: Workload, *, by_products: bool = True, as_fp32: bool = False) -> int:
+    """One fp32 tensor that matrix products keep, all of them the same cast of it, and an fp32 operation as it is."""
     if not work.bf16:
         return FP32 * width
-    return BF16 * width * matmuls + (FP32 * width if as_fp32 else 0)
+    return (BF16 * by_products + FP32 * as_fp32) * width
 
 
 @cache

@@ -78,13 +78,13 @@ def layer_messages(work: Workload, layer: int) -> dict[str, tuple[int, int]]:
     # tp: both halves of the block sum their outputs; backward sums the gradients of what every rank read.
     attention_out = model.hidden_size * a
     out = model.hidden_size * (FP32 if moe else a)
-    read = entering(work) + model.hidden_size * FP32
+    read = entering(work) + model.hidden_size * a
     read += model.num_experts_per_tok * FP32 if moe else 0
     # sp: queries, keys and values turn positions into heads, the output turns them back.
     heads, keys = model.num_attention_heads // layout.tp, key_heads(work)
     exchanged = (heads + keys) * (model.qk_head_dim + model.value_head_dim) * a
-    # ep: the chosen rows and their weights go out, in the stream's fp32, and results come back.
-    rows = model.num_experts_per_tok * (model.hidden_size * (FP32 + a) + FP32) if moe else 0
+    # ep: the chosen rows and their weights go out, and results come back.
+    rows = model.num_experts_per_tok * (2 * model.hidden_size * a + FP32) if moe else 0
     again = _repeated(layout.activation_checkpointing)
     tp_forward = 2 * _ring(tokens * (attention_out + out), layout.tp)
     tp_again = 2 * _ring(tokens * (attention_out * again["attention"] + out * again["feed-forward"]), layout.tp)

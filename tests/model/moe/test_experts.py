@@ -1,101 +1,116 @@
-"""Experts' products over sorted rows, and their backward in two halves."""
+"""Experts' feed-forwards as one node: equal to one expert after the other, in every form of forward and backward."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from model.layers.linear import deferred_weight_gradients, separable_backward
-from model.moe.experts import _products, _weight_gradient, grouped_linear
-from model.moe.rows import collect, plan_rows, spread
+from model.layers.linear import deferred_weight_gradients
+from model.moe.grouped import Parts, grouped_feed_forward
+from model.moe.rows import plan_rows
 
-COUNTS = [3, 0, 4, 1]
+TOKENS, HIDDEN, INNER, EXPERTS = 6, 16, 8, 4
 
 
-def tensors(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def tensors(dtype: torch.dtype = torch.float32, idle: int | None = 2) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Tokens, both parameters and the choices' weights, all leaves, and the choices; `idle` gets no token."""
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(sum(COUNTS), 16, generator=generator).to(dtype).requires_grad_()
-    weight = torch.randn(len(COUNTS), 8, 16, generator=generator).to(dtype).requires_grad_()
-    return x, weight, torch.tensor(COUNTS)
+    shapes = (TOKENS, HIDDEN), (EXPERTS, 2 * INNER, HIDDEN), (EXPERTS, HIDDEN, INNER), (TOKENS, 2)
+    leaves = [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes]
+    scores = torch.rand(TOKENS, EXPERTS, generator=generator)
+    if idle is not None:
+        scores[:, idle] = -1.0
+    return leaves, scores.topk(2).indices
 
 
-def one_by_one(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    return torch.cat([rows @ matrix.t() for rows, matrix in zip(x.split(COUNTS), weight, strict=True)])
+def one_by_one(x, gate_up, down, weights, chosen):
+    """eq. 12 as it is written."""
+    out = torch.zeros_like(x)
+    for token, choice in ((t, k) for t in range(len(x)) for k in range(chosen.shape[1])):
+        expert = chosen[token, choice]
+        gate, up = (gate_up[expert] @ x[token]).chunk(2)
+        out[token] += weights[token, choice] * (down[expert] @ (F.silu(gate) * up))
+    return out
 
 
-def test_grouped_linear_equals_one_expert_after_the_other():
-    x, weight, counts = tensors()
-    y, other, _ = tensors()
-    grouped_linear(x, weight, counts).square().sum().backward()
-    one_by_one(y, other).square().sum().backward()
-    torch.testing.assert_close(x.grad, y.grad)
-    torch.testing.assert_close(weight.grad, other.grad)
+def ours(leaves, chosen, multiple: int = 1):
+    return grouped_feed_forward(*leaves, plan_rows(chosen, EXPERTS, multiple))
+
+
+@pytest.mark.parametrize("multiple", [1, 4])
+def test_experts_equal_one_after_the_other(multiple):
+    (leaves, chosen), (others, _) = tensors(), tensors()
+    found, expected = ours(leaves, chosen, multiple), one_by_one(*others, chosen)
+    torch.testing.assert_close(found, expected)
+    found.square().sum().backward()
+    expected.square().sum().backward()
+    for a, b in zip(leaves, others, strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-5, atol=1e-4)
+    assert not leaves[1].grad[2].any() and not leaves[2].grad[2].any()  # the idle expert
 
 
 @pytest.mark.parametrize("bf16", [False, True])
 def test_weight_gradients_of_experts_can_wait(bf16):
-    x, weight, counts = tensors()
-    y, other, _ = tensors()
+    (leaves, chosen), (others, _) = tensors(), tensors()
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-        with separable_backward():
-            out = grouped_linear(x, weight, counts)
         with deferred_weight_gradients() as queue:
-            out.float().square().sum().backward()
-        grouped_linear(y, other, counts).float().square().sum().backward()
-    assert weight.grad is None and len(queue) == 1
-    assert torch.equal(x.grad, y.grad)
+            ours(leaves, chosen, 4).float().square().sum().backward()
+        ours(others, chosen, 4).float().square().sum().backward()
+    assert leaves[1].grad is None and leaves[2].grad is None and len(queue) == 2
+    for i in (0, 3):
+        assert torch.equal(leaves[i].grad, others[i].grad)
     queue.run()
-    assert torch.equal(weight.grad, other.grad) and weight.grad.dtype == torch.float32
+    for a, b in zip(leaves, others, strict=True):
+        assert torch.equal(a.grad, b.grad) and a.grad.dtype == torch.float32
 
 
-@pytest.mark.parametrize("multiple", [1, 4])
-@pytest.mark.parametrize("later", [False, True])
-def test_tokens_spread_by_the_experts_are_as_tokens_spread_before(later, multiple):
-    """The same bits, and what is kept is the tokens, not their rows."""
-    generator = torch.Generator().manual_seed(1)
-    chosen = torch.randint(4, (6, 2), generator=generator)
-    plan = plan_rows(chosen, 4, multiple)
-    tokens = torch.randn(6, 16, generator=generator)
-    found = []
-    for spreads in (True, False):
-        x, (_, weight, _) = tokens.clone().requires_grad_(), tensors()
-        kept: list[int] = []
+@pytest.mark.parametrize("bf16", [False, True])
+def test_tokens_are_kept_and_neither_their_rows_nor_the_inner_activations(bf16):
+    leaves, chosen = tensors()
+    kept: list[int] = []
 
-        def pack(tensor: torch.Tensor, kept: list[int] = kept) -> torch.Tensor:
-            kept.append(tensor.numel())
-            return tensor
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor.numel())
+        return tensor
 
-        hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
-        with separable_backward(), hooks:
-            args = (x, weight, plan.counts, plan) if spreads else (spread(x, plan), weight, plan.counts)
-            out = grouped_linear(*args)
-        if spreads:
-            assert sorted(kept) == [tokens.numel(), weight.numel()]
-        real = collect(out, plan).square().sum()
-        if later:
-            with deferred_weight_gradients() as queue:
-                real.backward()
-            queue.run()
-        else:
-            real.backward()
-        found.append((out, x.grad, weight.grad))
-    for a, b in zip(*found, strict=True):
-        assert torch.equal(a, b)
+    plan = plan_rows(chosen, EXPERTS, 4)
+    rows = len(plan.source)
+    assert rows > TOKENS * 2
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16), hooks:
+        grouped_feed_forward(*leaves, plan)
+    matrices = leaves[1].numel(), leaves[2].numel()
+    # Each row's weight and token; the places of the choices, for these and once more for the gradient of their weights.
+    plans = [rows, rows, TOKENS * 2, TOKENS * 2]
+    assert sorted(kept) == sorted([TOKENS * HIDDEN, *matrices, rows * 2 * INNER, *plans])
 
 
-def test_frozen_experts_cost_no_weight_gradient():
-    x, weight, counts = tensors()
-    weight.requires_grad_(False)
+@pytest.mark.parametrize("frozen", [(0,), (1,), (2,), (1, 2), (3,)])
+def test_what_is_frozen_gets_no_gradient_and_the_others_the_same(frozen):
+    (leaves, chosen), (others, _) = tensors(), tensors()
+    for i in frozen:
+        leaves[i].requires_grad_(False)
     with deferred_weight_gradients() as queue:
-        grouped_linear(x, weight, counts).sum().backward()
-    assert len(queue) == 0 and weight.grad is None and x.grad is not None
+        ours(leaves, chosen).square().sum().backward()
+    assert len(queue) == 2 - len({1, 2} & set(frozen))
+    queue.run()
+    ours(others, chosen).square().sum().backward()
+    for i, (a, b) in enumerate(zip(leaves, others, strict=True)):
+        assert a.grad is None if i in frozen else torch.equal(a.grad, b.grad)
 
 
-def test_the_grouped_kernel_and_the_loop_agree():
-    """The GPU's path, with the same kernel's CPU form: offsets instead of counts."""
-    x, weight, counts = (t.detach() for t in tensors(torch.bfloat16))
-    ends = counts.cumsum(0).to(torch.int32)
-    y = _products(x, weight.transpose(1, 2), ends)
-    torch.testing.assert_close(y, _products(x, weight.transpose(1, 2), COUNTS))
-    torch.testing.assert_close(_products(y, weight, ends), _products(y, weight, COUNTS))
-    torch.testing.assert_close(_weight_gradient(y, x, ends), _weight_gradient(y, x, COUNTS))
+@pytest.mark.parametrize("idle", [None, 2])
+def test_the_grouped_kernel_and_the_loop_agree(idle, monkeypatch):
+    """The GPU's path, with the same kernel's CPU form."""
+    found = []
+    for grouped in (True, False):
+        monkeypatch.setattr(
+            "model.moe.grouped.Parts", lambda counts, grouped, wanted=grouped: Parts(counts, grouped=wanted)
+        )
+        leaves, chosen = tensors(torch.bfloat16, idle)
+        out = ours(leaves, chosen)
+        out.float().square().sum().backward()
+        found.append((out, *(leaf.grad for leaf in leaves)))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)
