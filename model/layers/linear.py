@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.layers.product import by_onednn, product, transposed_product
+from model.processor import LEAST
 
 
 class WeightGradients:
@@ -136,11 +137,16 @@ def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
+def _is_better_by_product(x: Tensor, weight: Tensor) -> bool:
+    """Small ones, as where tokens are generated one by one, are not even asked for their dtype."""
+    return x.numel() * weight.shape[0] >= LEAST and operand_dtype(x) == torch.float32 and by_onednn(x)
+
+
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """[..., in] x [out, in] -> [..., out]; `weight` is a parameter. Follows autocast as `F.linear` does."""
-    dtype = operand_dtype(x)
-    if not backward_is_separable() and not (dtype == torch.float32 and by_onednn(x)):
+    if not backward_is_separable() and not _is_better_by_product(x, weight):
         return F.linear(x, weight)
+    dtype = operand_dtype(x)
     return _SeparableLinear.apply(x.to(dtype), weight.to(dtype), (weight,))
 
 

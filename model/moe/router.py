@@ -71,7 +71,7 @@ class Router(nn.Module):
         """
         config = self.config
         with without_autocast(x):
-            logits = linear(x.float(), self.weight)
+            logits = linear(x.float(), self.weight.float())
             scores = logits.sigmoid() if config.scoring_func == "sigmoid" else logits.softmax(-1)
             indices = self._choose(scores.detach())
             if given is not None:
