@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from model.layers.block_loss import label_losses, slices
-from model.layers.linear import operand_dtype, weight_gradient_queue, without_autocast
+from model.layers.linear import as_operand, weight_gradient_queue, without_autocast
 from model.layers.product import by_onednn, product, transposed_product
 from model.parallel.collectives import Axis
 
@@ -174,9 +174,9 @@ def chunked_sums(x: Tensor, weight: Tensor, loss: ChunkLoss) -> Tensor:
     Args:
         x: [rows, hidden_size]. weight: a parameter [vocab_size / tp, hidden_size].
     """
-    dtype = operand_dtype(x)
+    x = as_operand(x)
     with without_autocast(x):
-        return _Sums.apply(x.to(dtype), weight, loss)
+        return _Sums.apply(x, weight, loss)
 
 
 def loss_sum(x: Tensor, weight: Tensor, labels: Tensor, axis: Axis) -> Tensor:
@@ -190,6 +190,6 @@ def loss_sum(x: Tensor, weight: Tensor, labels: Tensor, axis: Axis) -> Tensor:
 
 def loss_per_token(x: Tensor, weight: Tensor, labels: Tensor, axis: Axis, temperature: float) -> Tensor:
     """-log p(label) at the given temperature, fp32 [rows]; arguments as in `loss_sum`."""
-    dtype = operand_dtype(x)
+    x = as_operand(x)
     with without_autocast(x):
-        return _PerToken.apply(x.to(dtype), weight, labels, axis, temperature)
+        return _PerToken.apply(x, weight, labels, axis, temperature)

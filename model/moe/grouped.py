@@ -1,4 +1,5 @@
-"""The routed experts' feed-forwards as one node of the graph: down(silu(gate(x)) * up(x) * weight), summed per token.
+"""The routed experts' feed-forwards as one node of the graph: down(silu(gate(x)) * up(x) * weight), summed per token
+(DeepSeek-V3, arXiv:2412.19437, eq. 12, its second sum).
 
 A CPU takes one expert after the other: what a product reads has just been written and lies in a core's cache. A GPU's
 grouped kernel takes all of them at once. Tokens are gathered, and the inner activations computed, once more in backward
