@@ -11,6 +11,7 @@ from torch import Tensor
 from model.parallel.collectives import Axis, all_reduce
 
 BLOCK_ELEMENTS = 2**18  # logits that a CPU works on at a time: 1 MB in fp32
+LEAST = 1e-30  # a probability whose logarithm fp32 still knows
 
 
 def slices(rows: int, size: int) -> Iterator[slice]:
@@ -25,14 +26,21 @@ def _block_rows(logits: Tensor, axis: Axis) -> int:
     return max(1, BLOCK_ELEMENTS // logits.shape[1])
 
 
-def in_blocks(logits: Tensor, axis: Axis, loss: Callable[[Tensor, slice], Tensor | None]) -> None:
+def in_blocks(
+    logits: Tensor, axis: Axis, loss: Callable[[Tensor, slice], Tensor | None], *, overwrite: bool = True
+) -> None:
     """Show all of the logits [rows, vocab_size / tp] to `loss`, a few rows at a time.
 
     It is called with them in fp32, to be overwritten, and with which rows they are; what it returns takes their place.
+
+    Args:
+        overwrite: False leaves the logits as they are where nothing takes their place.
     """
-    for rows in slices(len(logits), _block_rows(logits, axis)):
-        block = logits[rows]
-        made = loss(block.float(), rows)
+    start = 0
+    for block in logits.split(_block_rows(logits, axis)):
+        rows = slice(start, start + len(block))
+        start = rows.stop
+        made = loss(block.to(torch.float32, copy=not overwrite), rows)
         if made is not None and made.data_ptr() != block.data_ptr():
             block.copy_(made)
 
@@ -46,54 +54,72 @@ def _mine(labels: Tensor, vocab_size: int, axis: Axis) -> tuple[Tensor, Tensor |
     return index.masked_fill(outside, 0), outside
 
 
-def _softmax(logits: Tensor, column: Tensor, outside: Tensor | None, axis: Axis) -> Tensor:
-    """In place: probabilities. Returns -log p(label) [rows, 1]."""
-    highest = all_reduce(logits.amax(-1, keepdim=True), axis, dist.ReduceOp.MAX)
-    if axis.size == 1 and logits.device.type == "cpu":
-        chosen = logits.gather(1, column)
-        torch.softmax(logits, -1, out=logits)  # twice as quick as step by step
-        # The likeliest entry's probability is 1 over the normaliser.
-        return highest - chosen - logits.amax(-1, keepdim=True).log_()
-    logits -= highest
+def _alone(logits: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
+    """-log p(label) [rows, 1] and probabilities, of logits in fp32 of the whole vocabulary, on a CPU."""
+    probabilities = torch.softmax(logits, -1)  # several times quicker than step by step
+    label = probabilities.gather(1, column)
+    if bool((label < LEAST).any()):
+        return torch.logsumexp(logits, -1, keepdim=True) - logits.gather(1, column), probabilities
+    return label.log_().neg_(), probabilities
+
+
+def _together(logits: Tensor, column: Tensor, outside: Tensor | None, axis: Axis) -> tuple[Tensor, Tensor]:
+    """-log p(label) [rows, 1], and probabilities in place of the logits, which are in fp32."""
+    logits -= all_reduce(logits.amax(-1, keepdim=True), axis, dist.ReduceOp.MAX)
     chosen = logits.gather(1, column)
     if outside is not None:
         chosen = chosen.masked_fill(outside, 0.0)
     total = all_reduce(logits.exp_().sum(-1, keepdim=True), axis)
     logits /= total
-    return total.log_() - all_reduce(chosen, axis)
+    return total.log_() - all_reduce(chosen, axis), logits
 
 
-def _subtract_label(probabilities: Tensor, column: Tensor, outside: Tensor | None) -> None:
-    """In place: the gradient of -log p(label) by the logits."""
-    one = torch.ones((), device=column.device).expand(column.shape)
+def _put_label_gradient(logits: Tensor, column: Tensor, outside: Tensor | None, gradient: Tensor) -> None:
+    """Where `logits` hold the gradients of -log p(label) by all other entries: that by the label's, [rows, 1]."""
+    gradient = gradient.to(logits.dtype)
     if outside is not None:
-        one = one.masked_fill(outside, 0.0)
-    probabilities.scatter_add_(1, column, -one)
+        gradient = torch.where(outside, logits.gather(1, column), gradient)
+    rows = torch.arange(len(logits), device=logits.device).unsqueeze(1)
+    logits.index_put_((rows, column), gradient)  # scatter_ would copy the logits
 
 
 def label_losses(
-    logits: Tensor, labels: Tensor, axis: Axis, *, gradient: bool, temperature: float = 1.0, scale: Tensor | None = None
+    logits: Tensor,
+    labels: Tensor,
+    axis: Axis,
+    *,
+    gradient: bool,
+    temperature: float = 1.0,
+    scale: Tensor | None = None,
+    overwrite: bool = True,
 ) -> Tensor:
-    """-log p(label) at the temperature, fp32 [rows], from logits [rows, vocab_size / tp], which are overwritten.
+    """-log p(label) at the temperature, fp32 [rows], from logits [rows, vocab_size / tp].
 
     Args:
         gradient: leave it in the place of the logits, times `scale` [rows, 1] if there is one. It is that by the logits
             at the temperature.
+        overwrite: False leaves the logits as they are; else there are none afterwards.
     """
-    out = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
+    column, outside = _mine(labels, logits.shape[1], axis)
+    alone = axis.size == 1 and logits.device.type == "cpu"
+    found = []
 
     def block(exact: Tensor, rows: slice) -> Tensor | None:
-        column, outside = _mine(labels[rows], logits.shape[1], axis)
         if temperature != 1:
             exact /= temperature
-        out[rows] = _softmax(exact, column, outside, axis).squeeze(1)
+        mine = column[rows]
+        losses, made = _alone(exact, mine) if alone else _together(exact, mine, outside, axis)
+        found.append(losses)
         if not gradient:
             return None
-        _subtract_label(exact, column, outside)
-        return exact if scale is None else exact.mul_(scale[rows])
+        return made if scale is None else made.mul_(scale[rows])
 
-    in_blocks(logits, axis, block)
-    return out
+    in_blocks(logits, axis, block, overwrite=overwrite)
+    losses = torch.cat(found)
+    if gradient:
+        of_label = torch.expm1(-losses)  # its probability less one
+        _put_label_gradient(logits, column, outside, of_label if scale is None else of_label.mul_(scale))
+    return losses.squeeze(1)
 
 
 @torch.no_grad()
@@ -103,8 +129,4 @@ def loss_of_logits(logits: Tensor, labels: Tensor, axis: Axis) -> Tensor:
     Args:
         logits: [rows, vocab_size / tp]; left as they are. labels: [rows], all to be counted.
     """
-    out = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
-    for rows in slices(len(logits), _block_rows(logits, axis)):
-        column, outside = _mine(labels[rows], logits.shape[1], axis)
-        out[rows] = _softmax(logits[rows].to(torch.float32, copy=True), column, outside, axis).squeeze(1)
-    return out
+    return label_losses(logits, labels, axis, gradient=False, overwrite=False)

@@ -19,7 +19,7 @@ from model.layers.linear import as_operand, weight_gradient_queue, without_autoc
 from model.layers.product import by_onednn, product, transposed_product
 from model.parallel.collectives import Axis
 
-CHUNK_BYTES = {"cpu": 2**23, "cuda": 2**28}  # of logits at a time: they stay in a CPU's cache, a GPU wants more work
+CHUNK_BYTES = {"cpu": 2**24, "cuda": 2**28}  # of logits at a time: they stay in a CPU's cache, a GPU wants more work
 COLUMNS = {"cpu": 4096}  # of a chunk's product with its states, made at a time: what is added stays small
 
 

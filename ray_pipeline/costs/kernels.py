@@ -46,7 +46,7 @@ def kernels(device: str) -> Kernels:
     if device == "cpu":
         onednn_from = LEAST if onednn_is_quicker() else None
         return Kernels(
-            blocked_attention=2048, shares_heads=True, row_multiple=64, onednn_from=onednn_from, loss_bytes=2**23,
+            blocked_attention=2048, shares_heads=True, row_multiple=64, onednn_from=onednn_from, loss_bytes=2**24,
             loss_block=2**18, loss_columns=4096,
         )  # fmt: skip
     return Kernels()

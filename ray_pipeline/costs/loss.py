@@ -60,7 +60,8 @@ def _chunk_bytes(work: Workload, on: Kernels, *, gradients: bool) -> int:
     vocab, element = work.model.vocab_size // work.layout.tp, BF16 if work.bf16 else FP32
     rows = min(max(256, on.loss_bytes // (vocab * element)), work.tokens_at_once)
     # Each part of a chunk would take exchanges of its own where the vocabulary is cut.
-    block = rows if work.layout.tp > 1 or on.loss_block is None else max(1, on.loss_block // vocab)
+    in_blocks = work.layout.tp == 1 and on.loss_block is not None
+    block = max(1, (on.loss_block or 0) // vocab) if in_blocks else rows
     exact = min(rows, block) * vocab * FP32
     columns = min(vocab, on.loss_columns or vocab)
     made_apart = work.bf16 or on.onednn_from is not None
@@ -68,7 +69,8 @@ def _chunk_bytes(work: Workload, on: Kernels, *, gradients: bool) -> int:
     if work.stage == "distillation":
         # The teacher's logits too, and in fp32 the student's turn into the first of its distributions.
         return 2 * rows * vocab * element + max(exact * (DISTRIBUTIONS - (not work.bf16)), product)
-    return rows * vocab * element + max(exact * work.bf16, product)
+    # A block's probabilities lie beside its logits, a whole chunk's take their place.
+    return rows * vocab * element + max(exact * (work.bf16 + in_blocks), product)
 
 
 def forward_bytes(work: Workload, on: Kernels) -> dict[str, int]:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.layers import chunked_loss
-from model.layers.block_loss import loss_of_logits
+from model.layers.block_loss import label_losses, loss_of_logits
 from model.layers.chunked_loss import loss_per_token, loss_sum
 from model.layers.linear import deferred_weight_gradients
 from model.parallel.collectives import LOCAL
@@ -119,6 +119,19 @@ def test_the_loss_of_given_logits_is_cross_entropy_and_leaves_them_as_they_are()
     ours = loss_of_logits(logits, labels, LOCAL)
     torch.testing.assert_close(ours, F.cross_entropy(before, labels, reduction="none"))
     assert torch.equal(logits, before) and not ours.requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_label_of_a_probability_that_fp32_cannot_hold_has_its_loss_and_gradient(dtype):
+    logits = torch.tensor([[0.0, 200.0, 3.0], [1.0, 2.0, 3.0], [-torch.inf, 0.0, 0.0]], dtype=dtype)
+    labels = torch.tensor([0, 1, 0])
+    exact = logits.double().requires_grad_()
+    expected = F.cross_entropy(exact, labels, reduction="none")
+    torch.testing.assert_close(loss_of_logits(logits, labels, LOCAL).double(), expected, rtol=1e-6, atol=0)
+    expected[:2].sum().backward()
+    label_losses(logits, labels, LOCAL, gradient=True)
+    close = 1e-6 if dtype == torch.float32 else 0.01
+    torch.testing.assert_close(logits[:2].double(), exact.grad[:2], rtol=close, atol=1e-30)
 
 
 def vocabulary_in_two(rank: int) -> torch.Tensor:
