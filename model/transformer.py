@@ -56,14 +56,15 @@ class Block(nn.Module):
 
     def _run(self, x: Tensor, rotation: Tensor, mask: Tensor | None, routing: Tensor | None) -> Tensor:
         if self.recompute == "selective" and torch.is_grad_enabled():
-            x = x + self._checkpointed(self._attend, x, rotation, mask)
+            x = self._checkpointed(self._attend, x, rotation, mask)
         else:
-            x = x + self._attend(x, rotation, mask)
-        y = self.post_attention_layernorm(x)
+            x = self._attend(x, rotation, mask)
+        x, y = self.post_attention_layernorm.beside(x)
         return x + (self.mlp(y) if routing is None else self.mlp(y, routing))
 
     def _attend(self, x: Tensor, rotation: Tensor, mask: Tensor | None) -> Tensor:
-        return self.self_attn(as_operand(self.input_layernorm(x)), rotation, mask)
+        x, y = self.input_layernorm.beside(x)
+        return x + self.self_attn(as_operand(y), rotation, mask)
 
     def _checkpointed(self, function: Callable[..., Tensor], *args: Tensor | None) -> Tensor:
         # The model draws no random numbers, so there is no state to keep; and a parameter that ZeRO 3 gathers for the

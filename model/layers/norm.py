@@ -28,23 +28,28 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 class _RmsNorm(torch.autograd.Function):
-    """x / rms(x) * weight in fp32, in fewer passes over memory than autograd makes of it."""
+    """x as it is and x / rms(x) * weight in fp32, in fewer passes over memory than autograd makes of it: the gradients
+    of both are added in the last one."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         inverse = _inverse_rms(x, eps)
         ctx.save_for_backward(x, weight, inverse)
-        return (x * inverse).mul_(weight)
+        ctx.set_materialize_grads(False)
+        return x, (x * inverse).mul_(weight)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight, inverse = ctx.saved_tensors
-        product = grads[0] * x
+        past, grad = grads
+        if grad is None:
+            return past, None, None
+        product = grad * x
         rows, scales = product.flatten(0, -2), inverse.flatten()
         dweight = torch.mv(rows.t(), scales)
         along = torch.mv(rows, weight).mul_(scales).mul_(scales).div_(-x.shape[-1]).view_as(inverse)
-        dx = torch.addcmul(torch.mul(x, along, out=product), grads[0], weight, out=product).mul_(inverse)
-        return dx, dweight, None
+        dx = torch.addcmul(torch.mul(x, along, out=product), grad, weight, out=product)
+        return dx.mul_(inverse) if past is None else torch.addcmul(past, dx, inverse, out=dx), dweight, None
 
 
 class RMSNorm(nn.Module):
@@ -57,14 +62,19 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., dim] -> [..., dim], in the dtype of `x`."""
+        return self.beside(x)[1]
+
+    def beside(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x, to go past a sublayer, and what the sublayer reads: [..., dim] each, in the dtype of `x`."""
         exact, weight = x.float(), self.weight.float()
         if not torch.is_grad_enabled():
             out = rms_norm(exact, weight, self.eps)
         elif x.device.type == "cpu":
-            out = _RmsNorm.apply(exact, weight, self.eps)
+            past, out = _RmsNorm.apply(exact, weight, self.eps)
+            x = past if exact is x else x
         else:
             out = F.rms_norm(exact, weight.shape, weight, self.eps)
-        return out if x.dtype == torch.float32 else out.to(x.dtype)
+        return x, out if x.dtype == torch.float32 else out.to(x.dtype)
 
 
 class DynamicTanh(nn.Module):
@@ -81,8 +91,12 @@ class DynamicTanh(nn.Module):
         squashed = torch.tanh(self.alpha.float() * x.float())
         return torch.addcmul(self.bias.float(), squashed, self.weight.float()).to(x.dtype)
 
+    def beside(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """As `RMSNorm.beside`."""
+        return x, self(x)
 
-def build_norm(config: ModelConfig) -> nn.Module:
+
+def build_norm(config: ModelConfig) -> RMSNorm | DynamicTanh:
     """The norm in front of a sublayer: [..., hidden_size] -> same."""
     if config.norm == "dyt":
         return DynamicTanh(config.hidden_size)

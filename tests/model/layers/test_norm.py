@@ -63,3 +63,22 @@ def test_rms_norm_trains_as_torchs_own():
     inputs = (x, norm.weight)
     for a, b in zip(torch.autograd.grad(ours, inputs, grad), torch.autograd.grad(theirs, inputs, grad), strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("reads", ["both", "past", "sublayer"])
+def test_gradients_of_what_goes_past_a_sublayer_and_of_what_it_reads_add_up(dtype, reads):
+    generator = torch.Generator().manual_seed(0)
+    norm = RMSNorm(6, 1e-6)
+    start = torch.randn(2, 3, 6, generator=generator).to(dtype)
+    weights = [torch.randn(2, 3, 6, generator=generator) * (reads in ("both", name)) for name in ("past", "sublayer")]
+    x = start.clone().requires_grad_()
+    past, read = norm.beside(x)
+    assert torch.equal(past, x) and torch.equal(read, norm(x))
+    used = [weight * out for weight, out in zip(weights, (past, read), strict=True) if weight.any()]
+    torch.stack(used).sum().backward()
+    plain = start.clone().requires_grad_()
+    normed = torch.nn.functional.rms_norm(plain.float(), (6,), norm.weight, 1e-6)
+    (weights[0] * plain + weights[1] * normed).sum().backward()
+    rounding = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 2**-7, "atol": 2**-7}
+    torch.testing.assert_close(x.grad, plain.grad, **rounding)
