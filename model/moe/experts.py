@@ -111,7 +111,7 @@ class MixtureOfExperts(nn.Module):
         given = None if routing is None else routing.flatten(0, -2)
         indices, weights = self.gate(tokens, rows=x.shape[0], given=given)
         entered = copy_to(as_operand(tokens), self.tp)  # once for routed and shared experts: one message backward
-        out = self.experts(entered, indices, copy_to(weights, self.tp)).to(x.dtype).view_as(x)
+        out = self.experts(entered, indices, copy_to(weights, self.tp)).view_as(x)
         if self.shared_experts is not None:
             out = out + self.shared_experts.partial(entered.view_as(x))
         return reduce_from(out, self.tp)

@@ -76,8 +76,7 @@ def layer_messages(work: Workload, layer: int) -> dict[str, tuple[int, int]]:
     model, layout, tokens, a = work.model, work.layout, work.tokens_at_once, work.element
     moe = model.is_moe_layer(layer)
     # tp: both halves of the block sum their outputs; backward sums the gradients of what every rank read.
-    attention_out = model.hidden_size * a
-    out = model.hidden_size * (FP32 if moe else a)
+    out = model.hidden_size * a
     read = entering(work) + model.hidden_size * a
     read += model.num_experts_per_tok * FP32 if moe else 0
     # sp: queries, keys and values turn positions into heads, the output turns them back.
@@ -86,8 +85,8 @@ def layer_messages(work: Workload, layer: int) -> dict[str, tuple[int, int]]:
     # ep: the chosen rows and their weights go out, and results come back.
     rows = model.num_experts_per_tok * (2 * model.hidden_size * a + FP32) if moe else 0
     again = _repeated(layout.activation_checkpointing)
-    tp_forward = 2 * _ring(tokens * (attention_out + out), layout.tp)
-    tp_again = 2 * _ring(tokens * (attention_out * again["attention"] + out * again["feed-forward"]), layout.tp)
+    tp_forward = 2 * _ring(tokens * 2 * out, layout.tp)
+    tp_again = 2 * _ring(tokens * out * sum(again.values()), layout.tp)
     sp_forward, ep_forward = _ring(tokens * exchanged, layout.sp), _ring(tokens * rows, layout.ep)
     sp_backward = sp_forward
     if model.attention == "dsa":
