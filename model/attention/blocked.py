@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.attention.parts import Keys, Part, bias_of, document_parts, visible_parts
+from model.attention.parts import Keys, Part, bias_of, document_parts, hide, visible_parts
 
 # Features of a head in fp32 from which products of blocks are quicker than the fused kernel by so much that it is worth
 # keeping their probabilities: from 48 on by a twentieth of a training step (measured).
@@ -48,12 +48,21 @@ def blocked_attention(
     return form.apply(q, k, v, mask, scale, parts)
 
 
-def _add_rows(into: Tensor, keys: Keys, values: Tensor) -> None:
-    """Add to some rows of `into` [..., seq, dim]."""
+def _add_rows(total: Tensor | None, rows: slice, keys: Keys, values: Tensor, like: Tensor) -> Tensor:
+    """Add to some keys of some rows of `total` [rows, ..., seq, dim], which is None before the first values.
+
+    Args:
+        like: of the shape that `total` has.
+    """
+    if total is None:
+        if isinstance(keys, slice) and values.shape == like.shape:
+            return values
+        total = torch.zeros_like(like)
     if isinstance(keys, slice):
-        into[..., keys, :] += values
+        total[rows][..., keys, :].add_(values)
     else:
-        into.index_add_(into.dim() - 2, keys, values)
+        total[rows].index_add_(-2, keys, values)
+    return total
 
 
 def keeps_probabilities(dtype: torch.dtype, width: int, v_dim: int, reach: int) -> bool:
@@ -87,8 +96,8 @@ class FusedBlocks(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, *kept = ctx.saved_tensors
         dout = F.pad(grads[0], (0, q.shape[-1] - ctx.v_dim))
-        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for part, log_sum in zip(ctx.parts, kept, strict=True):
+        dq, dk, dv = torch.empty_like(q), None, None
+        for part, log_sum in zip(reversed(ctx.parts), reversed(kept), strict=True):  # the last one meets most keys
             rows, queries, keys, _ = part
             hidden = {"is_causal": False} | _hidden(ctx.mask, part, q.dtype)
             dq[rows, :, queries], dk_part, dv_part = (
@@ -97,8 +106,9 @@ class FusedBlocks(torch.autograd.Function):
                     out[rows, :, queries], log_sum, dropout_p=0.0, scale=ctx.scale, **hidden,
                 )
             )  # fmt: skip
-            _add_rows(dk[rows], keys, dk_part)
-            _add_rows(dv[rows], keys, dv_part)
+            dk = _add_rows(dk, rows, keys, dk_part, k)
+            dv = _add_rows(dv, rows, keys, dv_part, v)
+        assert dv is not None
         return dq, dk, dv[..., : ctx.v_dim], None, None, None
 
 
@@ -117,42 +127,43 @@ class BlockedAttention(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, parts: list[Part]
     ) -> Tensor:
         batch, heads, seq, _ = q.shape
-        q = (q * scale).reshape(batch * heads, seq, -1)
         k, v = k.reshape(batch * heads, seq, -1), v.reshape(batch * heads, seq, -1)
         out = torch.empty(batch, seq, heads, v.shape[2], dtype=q.dtype)
         kept = []
         for part in parts:
-            each, queries, keys = _each_head(part.rows, heads), part.queries, part.keys
-            scores = torch.bmm(q[each, queries], _transposed(k[each, keys])).float()
-            by_head = scores.view(-1, heads, *scores.shape[1:])
-            by_head += bias_of(mask, part)
+            rows, queries, keys, _ = part
+            each, mine = _each_head(rows, heads), q[rows, :, queries]
+            mine = torch.mul(mine, scale, out=mine.new_empty(mine.shape)).flatten(0, 1)
+            scores = torch.bmm(mine, _transposed(k[each, keys])).float()
+            hide(scores.view(-1, heads, *scores.shape[1:]), mask, part)
             probabilities = torch.softmax(scores, -1).to(q.dtype)
-            mixed = torch.bmm(probabilities, v[each, keys]).view(*by_head.shape[:3], -1)
-            out[part.rows, queries] = mixed.transpose(1, 2)
-            kept.append(probabilities)
-        ctx.save_for_backward(q, k, v, out, *kept)
+            mixed = torch.bmm(probabilities, v[each, keys])
+            out[rows, queries] = mixed.view(-1, heads, *mixed.shape[1:]).transpose(1, 2)
+            kept += [mine, probabilities]
+        ctx.save_for_backward(k, v, out, *kept)
         ctx.scale, ctx.parts = scale, parts
         return out.transpose(1, 2)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, *kept = ctx.saved_tensors
+        k, v, out, *kept = ctx.saved_tensors
         batch, seq, heads, _ = out.shape
-        dout = grads[0].reshape(batch * heads, seq, -1)
         # Rows of d(scores) sum to zero: the part to subtract is <dout, out> (FlashAttention, arXiv:2205.14135, B.2).
-        mean = (grads[0] * out.transpose(1, 2)).sum(-1, keepdim=True, dtype=torch.float32).to(q.dtype)
-        mean = mean.reshape(batch * heads, seq, 1)
-        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for part, probabilities in zip(ctx.parts, kept, strict=True):
-            each, queries, keys = _each_head(part.rows, heads), part.queries, part.keys
-            mine = dout[each, queries]
+        mean = (grads[0] * out.transpose(1, 2)).sum(-1, keepdim=True, dtype=torch.float32).to(k.dtype)
+        dq, dk, dv = k.new_empty(batch, seq, heads, k.shape[2]).transpose(1, 2), None, None
+        each_part = zip(ctx.parts, kept[::2], kept[1::2], strict=True)
+        for (rows, queries, keys, _), q, probabilities in reversed(list(each_part)):  # the last one meets most keys
+            each = _each_head(rows, heads)
+            dout = grads[0][rows, :, queries].reshape(*q.shape[:2], -1)
             # A product and a sum: baddbmm_ into a part of a tensor would run one matrix at a time.
-            _add_rows(dv[each], keys, torch.bmm(probabilities.transpose(1, 2), mine))
-            dscores = torch.bmm(mine, _transposed(v[each, keys])).sub_(mean[each, queries])
-            dscores.mul_(probabilities)
-            dq[each, queries] = torch.bmm(dscores, k[each, keys])
-            _add_rows(dk[each], keys, torch.bmm(dscores.transpose(1, 2), q[each, queries]))
-        dq, dk, dv = (t.view(batch, heads, seq, -1) for t in (dq.mul_(ctx.scale), dk, dv))
+            dv = _add_rows(dv, each, keys, torch.bmm(probabilities.transpose(1, 2), dout), v)
+            dscores = torch.bmm(dout, _transposed(v[each, keys]))
+            dscores.sub_(mean[rows, :, queries].reshape(*q.shape[:2], 1)).mul_(probabilities)
+            mixed = torch.bmm(dscores, k[each, keys])
+            torch.mul(mixed.view(-1, heads, *mixed.shape[1:]), ctx.scale, out=dq[rows, :, queries])
+            dk = _add_rows(dk, each, keys, torch.bmm(dscores.transpose(1, 2), q), k)
+        assert dk is not None and dv is not None
+        dk, dv = (t.view(batch, heads, seq, -1) for t in (dk, dv))
         return dq, dk, dv, None, None, None
 
 

@@ -18,6 +18,7 @@ PIECE = 128  # queries of a document that is met alone
 CALL = 4000  # pairs of a query and a key that are computed in the time it takes to start on a part (measured)
 MASKED = 1.15  # what a pair costs in the fused kernel where a bias hides others (measured)
 WORTH_CHOOSING = 128  # keys before the window: of fewer it is quicker to meet all (measured)
+LOWEST = torch.finfo(torch.float32).min  # finite, as 0 * inf is no number
 
 Keys = slice | Tensor
 
@@ -100,6 +101,15 @@ def _pairs(parts: Sequence[Part]) -> float:
     return sum(length(p.rows) * length(p.queries) * length(p.keys) * (1 if p.causal else MASKED) + CALL for p in parts)
 
 
+def hide(scores: Tensor, mask: Tensor | None, part: Part) -> None:
+    """In place: scores [rows, heads, queries, keys], fp32, with what its query does not see as low as can be."""
+    if part.causal:  # and its last key is its last query
+        size = scores.shape[2]
+        scores[..., -size:].add_(torch.full((size, size), LOWEST).triu_(1))
+    else:
+        scores += bias_of(mask, part)
+
+
 def bias_of(mask: Tensor | None, part: Part) -> Tensor:
     """What hides a key when it is added to its score: fp32 [rows or 1, 1, queries, keys]."""
     rows, queries, keys, causal = part
@@ -110,4 +120,4 @@ def bias_of(mask: Tensor | None, part: Part) -> Tensor:
     else:
         assert mask is not None
         visible = mask[rows if len(mask) > 1 else slice(None), :, queries, keys].view(torch.uint8)
-    return visible.float().sub_(1.0).mul_(torch.finfo(torch.float32).max)  # finite, as 0 * inf is no number
+    return visible.float().sub_(1.0).mul_(-LOWEST)
