@@ -27,7 +27,7 @@ def _is_large(a: Tensor, b: Tensor) -> bool:
 
 def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     """[m, k] x [k, n] -> [m, n], as `torch.mm`, without a gradient."""
-    if not (_is_large(a, b) and by_onednn(a)):
+    if a.dtype == torch.bfloat16 or not (_is_large(a, b) and by_onednn(a)):
         return torch.mm(a, b) if out is None else torch.mm(a, b, out=out)
     if not (b.is_contiguous() or b.t().is_contiguous()):
         b = b.contiguous()  # else it would take a thousand times longer

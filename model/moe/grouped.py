@@ -35,7 +35,7 @@ class Parts:
 
     def rows(self, x: Tensor) -> list[Tensor]:
         """[rows, ...] -> that of each part."""
-        return [x] if self.ends is not None else list(x.split(self._sizes))
+        return [x] if self.ends is not None else list(torch.split_with_sizes(x, self._sizes))
 
     def experts(self, weight: Tensor) -> list[Tensor]:
         """[experts, a, b] -> that of each part: [a, b] of its expert, or all of them."""

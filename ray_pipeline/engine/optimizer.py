@@ -85,7 +85,7 @@ def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
 def _sum_of_squares(tensors: list[Tensor], device: torch.device) -> Tensor:
     if not tensors:
         return torch.zeros((), device=device)
-    return torch.stack([_row_norms(tensor.float()).pow(2).sum() for tensor in tensors]).sum()
+    return torch.cat([_row_norms(tensor.float()).flatten() for tensor in tensors]).square_().sum()
 
 
 def _row_norms(x: Tensor) -> Tensor:
