@@ -80,5 +80,4 @@ def test_gradients_of_what_goes_past_a_sublayer_and_of_what_it_reads_add_up(dtyp
     plain = start.clone().requires_grad_()
     normed = torch.nn.functional.rms_norm(plain.float(), (6,), norm.weight, 1e-6)
     (weights[0] * plain + weights[1] * normed).sum().backward()
-    rounding = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 2**-7, "atol": 2**-7}
-    torch.testing.assert_close(x.grad, plain.grad, **rounding)
+    assert (x.grad - plain.grad).norm() < (1e-6 if dtype == torch.float32 else 0.005) * plain.grad.norm()
