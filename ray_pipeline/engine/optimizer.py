@@ -94,14 +94,11 @@ def _row_norms(x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def clip_by_global_norm(gradients: dict[str, Tensor], max_norm: float, mesh: Mesh) -> float:
-    """Scale reduced gradients in place so that the norm over the whole model is at most `max_norm`.
+def global_norm(gradients: dict[str, Tensor], mesh: Mesh) -> Tensor:
+    """Norm of reduced gradients over the whole model: [].
 
     A slice counts on each rank that holds it, a parameter that tensor-parallel ranks all hold counts once, and expert
     slices are summed over expert-parallel ranks too.
-
-    Returns:
-        The norm before clipping. The formula is torch's clip_grad_norm_ (epsilon 1e-6 included).
     """
     counted = {n: g for n, g in gradients.items() if mesh.place["tp"] == 0 or shard_of(n).tp_dim is not None}
     device = next(iter(gradients.values())).device
@@ -109,8 +106,20 @@ def clip_by_global_norm(gradients: dict[str, Tensor], max_norm: float, mesh: Mes
     if mesh.sizes.ep > 1:
         experts = _sum_of_squares([g for n, g in counted.items() if is_cut_expert(n, mesh)], device)
         squares = squares + mesh.all_reduce(experts, "ep")
-    norm = mesh.all_reduce(squares, "model").sqrt()
-    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    if float(scale) != 1.0:
-        torch._foreach_mul_(list(gradients.values()), scale)
-    return float(norm)
+    return mesh.all_reduce(squares, "model").sqrt()
+
+
+def clipped_step(optimizer: torch.optim.Optimizer, norm: Tensor, max_norm: float) -> None:
+    """A step with gradients of this global norm scaled so that it is at most `max_norm`.
+
+    The formula is torch's clip_grad_norm_ (epsilon 1e-6 included). The fused AdamW divides gradients where it reads
+    them, which saves a pass over all of them.
+    """
+    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    clips = float(factor) != 1.0
+    if type(optimizer) is torch.optim.AdamW:  # Muon, which is one too, reads them itself
+        vars(optimizer)["grad_scale"] = factor.reciprocal() if clips else None
+    elif clips:
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        torch._foreach_mul_(gradients, factor)
+    optimizer.step()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from model.parallel.mesh import Mesh
 from ray_pipeline.config import OptimizerConfig
-from ray_pipeline.engine.optimizer import build_optimizer, clip_by_global_norm, is_cut_expert, moments_of
+from ray_pipeline.engine.optimizer import build_optimizer, clipped_step, global_norm, is_cut_expert, moments_of
 from ray_pipeline.engine.reduction import GradientReduction
 
 
@@ -82,10 +82,10 @@ class PlainUpdater:
             if parameter.grad is None:  # an expert or MTP module that no token reached
                 parameter.grad = torch.zeros_like(parameter)
             gradients[name] = parameter.grad
-        norm = clip_by_global_norm(gradients, self.grad_clip, self.mesh)
-        self.optimizer.step()
+        norm = global_norm(gradients, self.mesh)
+        clipped_step(self.optimizer, norm, self.grad_clip)
         self.optimizer.zero_grad(set_to_none=True)
-        return norm
+        return float(norm)
 
     def weights(self) -> dict[str, Tensor]:
         return {name: parameter.detach() for name, parameter in self.named.items()}

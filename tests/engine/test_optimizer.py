@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.parallel.mesh import Mesh, MeshSizes
 from ray_pipeline.config import OptimizerConfig
-from ray_pipeline.engine.optimizer import build_optimizer, clip_by_global_norm, learning_rate
+from ray_pipeline.engine.optimizer import build_optimizer, clipped_step, global_norm, learning_rate
 
 
 @given(st.sampled_from(["cosine", "wsd", "constant"]), st.integers(0, 50), st.integers(1, 500), st.data())
@@ -31,22 +31,34 @@ def test_cosine_falls_to_the_floor_and_wsd_is_flat_before_it_decays():
     assert learning_rate(wsd, 90, 100) == pytest.approx(0.5)
 
 
-@given(st.lists(st.floats(-5, 5), min_size=1, max_size=20), st.floats(0.01, 10))
-def test_clipping_equals_torchs(values, limit):
-    ours, theirs = torch.tensor(values), torch.tensor(values).requires_grad_()
-    theirs.grad = ours.clone()
-    expected = torch.nn.utils.clip_grad_norm_([theirs], limit)
-    norm = clip_by_global_norm({"w": ours}, limit, Mesh(MeshSizes()))
-    assert norm == pytest.approx(float(expected), rel=1e-5, abs=1e-7)
-    torch.testing.assert_close(ours, theirs.grad, rtol=1e-5, atol=1e-7)
+@pytest.mark.parametrize("name", ["adamw", "sgd", "muon"])
+@settings(deadline=None)
+@given(
+    values=st.lists(st.floats(-5, 5, width=32), min_size=4, max_size=20).filter(lambda v: len(v) % 2 == 0),
+    limit=st.floats(0.01, 10),
+)
+def test_a_clipped_step_is_that_of_gradients_that_torch_clipped(name, values, limit):
+    config = OptimizerConfig(name=name, lr=0.1)
+    start, gradient = torch.linspace(-1, 1, len(values)).view(2, -1), torch.tensor(values).view(2, -1)
+    ours, theirs = (torch.nn.Parameter(start.clone()) for _ in range(2))
+    one, other = (build_optimizer({"w": p}, config, Mesh(MeshSizes())) for p in (ours, theirs))
+    for _ in range(2):
+        ours.grad, theirs.grad = gradient.clone(), gradient.clone()
+        norm = global_norm({"w": ours.grad}, Mesh(MeshSizes()))
+        clipped_step(one, norm, limit)
+        expected = torch.nn.utils.clip_grad_norm_([theirs], limit)
+        other.step()
+        assert float(norm) == pytest.approx(float(expected), rel=1e-5, abs=1e-7)
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+        gradient, limit = gradient.flip(0) - 1, 1e9  # the second step clips nothing, whatever the first one did
 
 
 @pytest.mark.parametrize("shape", [(200_000,), (800, 250), (8, 100, 250)])
 def test_the_norm_of_many_small_numbers_and_a_large_one_is_exact(shape):
     gradient = torch.full(shape, 1e-4)
     gradient.view(-1)[0] = 1.0
-    norm = clip_by_global_norm({"w": gradient}, 1e9, Mesh(MeshSizes()))
-    assert norm == pytest.approx(float(gradient.double().norm()), rel=1e-6)
+    norm = global_norm({"w": gradient}, Mesh(MeshSizes()))
+    assert float(norm) == pytest.approx(float(gradient.double().norm()), rel=1e-6)
 
 
 def test_norm_weights_are_not_decayed():
