@@ -11,7 +11,7 @@ from torch import Tensor
 from model.parallel.collectives import Axis, all_reduce
 
 BLOCK_ELEMENTS = 2**18  # logits that a CPU works on at a time: 1 MB in fp32
-LEAST = 1e-30  # a probability whose logarithm fp32 still knows
+SMALLEST = 1e-30  # a probability whose logarithm fp32 still knows
 
 
 def slices(rows: int, size: int) -> Iterator[slice]:
@@ -58,7 +58,7 @@ def _alone(logits: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
     """-log p(label) [rows, 1] and probabilities, of logits in fp32 of the whole vocabulary, on a CPU."""
     probabilities = torch.softmax(logits, -1)  # several times quicker than step by step
     label = probabilities.gather(1, column)
-    if bool((label < LEAST).any()):
+    if bool((label < SMALLEST).any()):
         return torch.logsumexp(logits, -1, keepdim=True) - logits.gather(1, column), probabilities
     return label.log_().neg_(), probabilities
 

@@ -71,7 +71,7 @@ class RMSNorm(nn.Module):
             out = rms_norm(exact, weight, self.eps)
         elif x.device.type == "cpu":
             past, out = _RmsNorm.apply(exact, weight, self.eps)
-            x = past if exact is x else x
+            x = past if exact is x else x  # in another dtype its gradients do not meet here
         else:
             out = F.rms_norm(exact, weight.shape, weight, self.eps)
         return x, out if x.dtype == torch.float32 else out.to(x.dtype)
