@@ -36,10 +36,8 @@ def in_blocks(
     Args:
         overwrite: False leaves the logits as they are where nothing takes their place.
     """
-    start = 0
-    for block in logits.split(_block_rows(logits, axis)):
-        rows = slice(start, start + len(block))
-        start = rows.stop
+    for rows in slices(len(logits), _block_rows(logits, axis)):
+        block = logits[rows]
         made = loss(block.to(torch.float32, copy=not overwrite), rows)
         if made is not None and made.data_ptr() != block.data_ptr():
             block.copy_(made)
@@ -102,20 +100,18 @@ def label_losses(
     """
     column, outside = _mine(labels, logits.shape[1], axis)
     alone = axis.size == 1 and logits.device.type == "cpu"
-    found = []
+    losses = torch.empty(len(logits), 1, dtype=torch.float32, device=logits.device)
 
     def block(exact: Tensor, rows: slice) -> Tensor | None:
         if temperature != 1:
             exact /= temperature
-        mine = column[rows]
-        losses, made = _alone(exact, mine) if alone else _together(exact, mine, outside, axis)
-        found.append(losses)
+        # Alone, nothing is outside; together, all rows are one block.
+        losses[rows], made = _alone(exact, column[rows]) if alone else _together(exact, column, outside, axis)
         if not gradient:
             return None
         return made if scale is None else made.mul_(scale[rows])
 
     in_blocks(logits, axis, block, overwrite=overwrite)
-    losses = torch.cat(found)
     if gradient:
         of_label = torch.expm1(-losses)  # its probability less one
         _put_label_gradient(logits, column, outside, of_label if scale is None else of_label.mul_(scale))
