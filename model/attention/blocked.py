@@ -155,10 +155,10 @@ class BlockedAttention(torch.autograd.Function):
         for (rows, queries, keys, _), q, probabilities in reversed(list(each_part)):  # the last one meets most keys
             each = _each_head(rows, heads)
             dout = grads[0][rows, :, queries].reshape(*q.shape[:2], -1)
-            # A product and a sum: baddbmm_ into a part of a tensor would run one matrix at a time.
-            dv = _add_rows(dv, each, keys, torch.bmm(probabilities.transpose(1, 2), dout), v)
             dscores = torch.bmm(dout, _transposed(v[each, keys]))
             dscores.sub_(mean[rows, :, queries].reshape(*q.shape[:2], 1)).mul_(probabilities)
+            # A product and a sum: baddbmm_ into a part of a tensor would run one matrix at a time.
+            dv = _add_rows(dv, each, keys, torch.bmm(probabilities.transpose(1, 2), dout), v)
             mixed = torch.bmm(dscores, k[each, keys])
             torch.mul(mixed.view(-1, heads, *mixed.shape[1:]), ctx.scale, out=dq[rows, :, queries])
             dk = _add_rows(dk, each, keys, torch.bmm(dscores.transpose(1, 2), q), k)
