@@ -9,17 +9,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def swiglu(gate_up: Tensor, scale: Tensor) -> Tensor:
-    """silu(gate) * up * scale, without a gradient: [rows, 2 * inner], gate first, and [rows, 1] -> [rows, inner]."""
+def swiglu(gate_up: Tensor) -> Tensor:
+    """silu(gate) * up, without a gradient: [rows, 2 * inner], gate first -> [rows, inner]."""
     gate, up = gate_up.chunk(2, -1)
-    return F.silu(gate).mul_(up).mul_(scale)
+    return F.silu(gate).mul_(up)
 
 
 def swiglu_backward(gate_up: Tensor, scale: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`swiglu` once more, and its gradients.
+    """`swiglu` times `scale` once more, and its gradients.
 
     Args:
-        grad: that of the output [rows, inner]; is overwritten.
+        scale: [rows, 1]. grad: that of the output [rows, inner]; is overwritten.
     Returns:
         The output [rows, inner], and the gradients of `gate_up` and of `scale`.
     """
@@ -40,7 +40,7 @@ class _SwiGlu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor, scale: Tensor) -> Tensor:
         ctx.save_for_backward(gate_up, scale)
-        return swiglu(gate_up, scale)
+        return swiglu(gate_up).mul_(scale)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
@@ -49,7 +49,7 @@ class _SwiGlu(torch.autograd.Function):
 
 
 def scaled_swiglu(gate_up: Tensor, scale: Tensor) -> Tensor:
-    """`swiglu` with its gradients; gate and up lie side by side, and so do their gradients."""
+    """`swiglu` times `scale` [rows, 1], with gradients; gate and up lie side by side, and so do their gradients."""
     return _SwiGlu.apply(gate_up, scale.to(gate_up.dtype))
 
 

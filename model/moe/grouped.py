@@ -112,17 +112,20 @@ def _cast(parts: Parts, weight: Tensor, into: Tensor) -> Iterator[Tensor]:
 
 class _FeedForward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, gate_up: Tensor, down: Tensor, scales: Tensor, plan: Plan, parts: Parts) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, plan: Plan, parts: Parts
+    ) -> Tensor:
         wide, tall = (w if w.dtype == x.dtype else torch.empty_like(w, dtype=x.dtype) for w in (gate_up, down))
         rows = len(plan.source)
         inner, out = _Rows(parts, x, rows, gate_up.shape[1]), _Rows(parts, x, rows, down.shape[1])
-        each = parts.rows(plan.source), parts.rows(scales), _cast(parts, gate_up, wide), _cast(parts, down, tall)
-        for source, scale, first, second in zip(*each, strict=True):
+        each = parts.rows(plan.source), _cast(parts, gate_up, wide), _cast(parts, down, tall)
+        for source, first, second in zip(*each, strict=True):
             both = inner.add(x.index_select(0, source), first.mT)
-            out.add(swiglu(both, scale), second.mT)
+            out.add(swiglu(both), second.mT)
+        scales = spread_scales(weights, plan)
         ctx.save_for_backward(x, wide, tall, scales, inner.whole, plan.source, plan.place)
         ctx.parts, ctx.owners = parts, (gate_up, down)
-        return sum_of_choices(out.whole, plan.place)
+        return sum_of_choices(out.whole, plan.place, weights)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -144,7 +147,7 @@ class _FeedForward(torch.autograd.Function):
             if need_x:
                 dx.add(dboth, first)
         tokens = sum_of_choices(dx.whole, place) if need_x else None
-        return tokens, dwide.value(), dtall.value(), dscales, None, None
+        return tokens, dwide.value(), dtall.value(), dscales.squeeze(1)[place], None, None
 
 
 def grouped_feed_forward(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, plan: Plan) -> Tensor:
@@ -155,6 +158,5 @@ def grouped_feed_forward(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tens
         weights: [tokens, k] of the experts that the plan sends them to.
     """
     x = as_operand(x)
-    scales = spread_scales(weights, plan).to(x.dtype)
     parts = Parts(plan.counts, grouped=x.device.type == "cuda" and x.dtype == torch.bfloat16)
-    return _FeedForward.apply(x, gate_up, down, scales, plan, parts)
+    return _FeedForward.apply(x, gate_up, down, weights.to(x.dtype), plan, parts)

@@ -80,11 +80,11 @@ class _Collect(torch.autograd.Function):
         return grads[0].index_select(0, source), None, None
 
 
-def sum_of_choices(rows: Tensor, place: Tensor) -> Tensor:
-    """[rows, width] -> [tokens, width]."""
-    if place.shape[1] == 1:
+def sum_of_choices(rows: Tensor, place: Tensor, weights: Tensor | None = None) -> Tensor:
+    """[rows, width] -> [tokens, width], each row times its weight if there are any: [tokens, k]."""
+    if place.shape[1] == 1 and weights is None:
         return rows.index_select(0, place.flatten())
-    return F.embedding_bag(place, rows, mode="sum")  # gathers and adds in one pass
+    return F.embedding_bag(place, rows, mode="sum", per_sample_weights=weights)  # gathers and adds in one pass
 
 
 def spread(x: Tensor, plan: Plan) -> Tensor:
