@@ -140,8 +140,7 @@ class _FeedForward(torch.autograd.Function):
             *rows, parts.experts(wide), parts.experts(tall), strict=True
         ):
             grad = grads[0].index_select(0, source)
-            made, dboth, of_scale = swiglu_backward(both, scale, parts.product(grad, second))
-            dscale.copy_(of_scale)
+            made, dboth = swiglu_backward(both, scale, parts.product(grad, second), dscale)
             dtall.add(grad, made)
             dwide.add(dboth, x, source)
             if need_x:
