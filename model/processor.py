@@ -1,8 +1,9 @@
-"""Which of torch's two matrix libraries suits this machine's processor. Knows nothing of torch."""
+"""Which of torch's two matrix libraries suits this machine's processor, and in what sizes. Knows nothing of torch."""
 
 from __future__ import annotations
 
 from functools import cache
+from math import log2
 from pathlib import Path
 
 LEAST = 2**21  # multiplications of a product, of fewer MKL's are quicker to start (measured)
@@ -22,3 +23,12 @@ def onednn_is_quicker() -> bool:
     text = about.read_text(encoding="utf-8")
     flags = next((set(line.split()) for line in text.splitlines() if line.startswith("flags")), set())
     return "GenuineIntel" not in text and flags >= _AVX512
+
+
+def row_step(rows: float) -> int:
+    """What numbers of rows that change at every step are rounded up to for oneDNN, which compiles a kernel for each.
+
+    A power of two near a sixteenth of the `rows` there are on average: a thirty-second is padding, and some tens of
+    sizes come back again and again, however large a batch is.
+    """
+    return max(16, 2 ** round(log2(max(rows, 1) / 16)))

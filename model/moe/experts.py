@@ -18,16 +18,13 @@ from model.moe.grouped import grouped_feed_forward
 from model.moe.router import Router
 from model.moe.rows import collect, plan_rows, spread, spread_scales
 from model.parallel.collectives import LOCAL, Axis, all_to_all_rows, collective, copy_to, reduce_from
-from model.processor import LEAST
-
-ROW_MULTIPLE = 64
+from model.processor import LEAST, row_step
 
 
 def row_multiple(x: Tensor, matrix: int, rows: float) -> int:
     """What every expert's number of rows is rounded up to.
 
-    oneDNN compiles a kernel for each number of rows, and routing makes new ones at every step: in bf16 that is five
-    times slower on a CPU than a few sizes that repeat.
+    Routing makes new ones at every step: in bf16 that is five times slower on a CPU than a few sizes that repeat.
 
     Args:
         matrix: elements of an expert's larger matrix. rows: what an expert gets on average.
@@ -35,7 +32,7 @@ def row_multiple(x: Tensor, matrix: int, rows: float) -> int:
     if x.device.type != "cpu":
         return 1
     onednn = operand_dtype(x) == torch.bfloat16 or (by_onednn(x) and rows * matrix >= LEAST)
-    return ROW_MULTIPLE if onednn else 1
+    return row_step(rows) if onednn else 1
 
 
 class RoutedExperts(nn.Module):

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from model.config import ModelConfig
+from model.processor import row_step
 from ray_pipeline.costs.attention import attention_pairs, attention_tokens
 from ray_pipeline.costs.kernels import Kernels, block_norm_bytes, expected_rows, read_bytes
 from ray_pipeline.costs.loss import INDEX, loss_tokens, makes_gradients_ahead, num_heads
@@ -44,7 +45,7 @@ def routed_rows(work: Workload, on: Kernels) -> int:
     tokens, chosen, experts = work.tokens_at_once * work.layout.ep, model.num_experts_per_tok, model.n_routed_experts
     matrix = model.hidden_size * 2 * model.moe_intermediate_size // work.layout.tp
     large = on.onednn_from is not None and tokens * chosen / experts * matrix >= on.onednn_from
-    multiple = on.row_multiple if work.bf16 or large else 1
+    multiple = row_step(tokens * chosen / experts) if on.pads_rows and (work.bf16 or large) else 1
     return expected_rows(tokens, chosen, experts, multiple) // work.layout.ep
 
 

@@ -22,7 +22,7 @@ class Kernels:
         blocked_attention: attention goes by blocks of `BLOCK` queries, and may keep the probabilities of rows of up to
             so many tokens; 0: whole rows in a fused kernel.
         shares_heads: fused attention reads one key head for several query heads; else keys and values are repeated.
-        row_multiple: an expert's rows are rounded up to it where its products are oneDNN's: all in bf16.
+        pads_rows: an expert's rows are rounded up where its products are oneDNN's: all in bf16.
         onednn_from: multiplications of a product from which oneDNN computes it in fp32 too; None: never.
         loss_bytes: of logits that a loss has at a time (`model.layers.chunked_loss`).
         loss_block: logits, of those, whose distributions it has at a time (`model.layers.block_loss`); None: all.
@@ -31,7 +31,7 @@ class Kernels:
 
     blocked_attention: int = 0
     shares_heads: bool = False
-    row_multiple: int = 1
+    pads_rows: bool = False
     onednn_from: int | None = None
     loss_bytes: int = 2**28
     loss_block: int | None = None
@@ -46,7 +46,7 @@ def kernels(device: str) -> Kernels:
     if device == "cpu":
         onednn_from = LEAST if onednn_is_quicker() else None
         return Kernels(
-            blocked_attention=2048, shares_heads=True, row_multiple=64, onednn_from=onednn_from, loss_bytes=2**24,
+            blocked_attention=2048, shares_heads=True, pads_rows=True, onednn_from=onednn_from, loss_bytes=2**24,
             loss_block=2**18, loss_columns=4096,
         )  # fmt: skip
     return Kernels()
