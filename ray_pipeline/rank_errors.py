@@ -14,6 +14,7 @@ import re
 import time
 import traceback
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
@@ -142,8 +143,10 @@ def _error_file(folder: Path, rank: int) -> Path:
 
 def rank_errors(folder: Path) -> list[dict[str, Any]]:
     """What ranks recorded since the launch, the cause first: what is no lost message, and then the earliest."""
-    files = (folder / ERRORS).glob("rank-*.json")
-    found = [json.loads(path.read_text(encoding="utf-8")) for path in files]
+    found = []
+    for path in (folder / ERRORS).glob("rank-*.json"):
+        with suppress(FileNotFoundError):  # a rank that starts again takes its own away
+            found.append(json.loads(path.read_text(encoding="utf-8")))
     return sorted(found, key=lambda entry: (entry["lost_message"] is not None, entry["time"]))
 
 

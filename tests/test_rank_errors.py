@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from model.parallel.collectives import Axis, CollectiveFailed, collective
 from ray_pipeline.errors import UserError
 from ray_pipeline.rank_errors import (
+    ERRORS,
     Place,
     RankScope,
     explain_failure,
@@ -83,6 +84,12 @@ def test_a_restarted_rank_forgets_its_earlier_error(tmp_path):
     end(tmp_path, 0, ZeroDivisionError("a bug"))
     with RankScope(tmp_path, 0):
         assert rank_errors(tmp_path) == []
+
+
+def test_an_error_that_a_restarting_rank_takes_away_under_the_reader_is_left_out(tmp_path):
+    end(tmp_path, 0, ZeroDivisionError("a bug"))
+    (tmp_path / ERRORS / "rank-1.json").symlink_to("taken-away")  # listed, and gone when it is read
+    assert [entry["rank"] for entry in rank_errors(tmp_path)] == [0]
 
 
 @given(st.lists(st.tuples(st.text(max_size=40), st.none() | st.integers(0, 10**9)), min_size=1, max_size=8))

@@ -63,10 +63,10 @@ class RoutedExperts(nn.Module):
         """My experts, by their numbers here: x [tokens, hidden]; others [tokens, k] -> [tokens, hidden]."""
         experts, *matrix = self.gate_up_proj.shape
         plan = plan_rows(indices, experts, row_multiple(x, prod(matrix), indices.numel() / experts))
-        # The routing weight multiplies the narrow inner activation, not the wide output: same product, less work.
         if self.product is None:
             return grouped_feed_forward(x, self.gate_up_proj, self.down_proj, weights, plan)
         gate_up = self.product(spread(x, plan), self.gate_up_proj, plan.counts)
+        # The routing weight multiplies the narrow inner activation, not the wide output: same product, less work.
         inner = scaled_swiglu(gate_up, spread_scales(weights, plan))
         return collect(self.product(inner, self.down_proj, plan.counts), plan)
 

@@ -1,4 +1,4 @@
-"""The routed experts' feed-forwards as one node of the graph: down(silu(gate(x)) * up(x) * weight), summed per token
+"""The routed experts' feed-forwards as one node of the graph: weight * down(silu(gate(x)) * up(x)), summed per token
 (DeepSeek-V3, arXiv:2412.19437, eq. 12, its second sum).
 
 A CPU takes one expert after the other: what a product reads has just been written and lies in a core's cache. A GPU's
