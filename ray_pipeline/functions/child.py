@@ -6,6 +6,7 @@ Lines in: {"call": "module:function", "arguments": [...], "seed": n}. Lines out:
 from __future__ import annotations
 
 import inspect
+import io
 import json
 import os
 import random
@@ -97,6 +98,8 @@ def _main() -> None:
     # What the function prints goes to the log; the line protocol keeps a descriptor of its own.
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
+    assert isinstance(sys.stdout, io.TextIOWrapper)
+    sys.stdout.reconfigure(line_buffering=True)  # a process that is killed writes nothing that it still held back
     with os.fdopen(os.dup(0), encoding="utf-8") as lines:
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         _serve(lines, out, timeout_seconds)

@@ -118,7 +118,8 @@ def test_a_function_that_forks_answers_once(shared):
     assert [outcome.value for outcome in outcomes] == ["parent", 2, "parent", 4]
 
 
-def test_what_a_function_prints_does_not_disturb(capfd):
+def test_what_a_function_prints_does_not_disturb(capfd, monkeypatch):
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
     with pool(1) as made:
         assert made.run([call("prints", "to the log"), call("double", 2)]) == [Outcome("input"), Outcome(4)]
     assert "to the log" in capfd.readouterr().err
