@@ -31,8 +31,8 @@ def row_multiple(x: Tensor, matrix: int, rows: float) -> int:
     """
     if x.device.type != "cpu":
         return 1
-    onednn = operand_dtype(x) == torch.bfloat16 or (by_onednn(x) and rows * matrix >= LEAST)
-    return row_step(rows) if onednn else 1
+    bf16 = operand_dtype(x) == torch.bfloat16
+    return row_step(rows, bf16=bf16) if bf16 or (by_onednn(x) and rows * matrix >= LEAST) else 1
 
 
 class RoutedExperts(nn.Module):

@@ -45,7 +45,8 @@ def routed_rows(work: Workload, on: Kernels) -> int:
     tokens, chosen, experts = work.tokens_at_once * work.layout.ep, model.num_experts_per_tok, model.n_routed_experts
     matrix = model.hidden_size * 2 * model.moe_intermediate_size // work.layout.tp
     large = on.onednn_from is not None and tokens * chosen / experts * matrix >= on.onednn_from
-    multiple = row_step(tokens * chosen / experts) if on.pads_rows and (work.bf16 or large) else 1
+    padded = on.pads_rows and (work.bf16 or large)
+    multiple = row_step(tokens * chosen / experts, bf16=work.bf16) if padded else 1
     return expected_rows(tokens, chosen, experts, multiple) // work.layout.ep
 
 

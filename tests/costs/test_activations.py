@@ -64,7 +64,7 @@ MODELS = {
 def one_size_of_padded_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each expert's rows come to the same number, whichever tokens it gets: bytes can be compared exactly."""
     for module in (activations, experts):
-        monkeypatch.setattr(module, "row_step", lambda rows: 64)
+        monkeypatch.setattr(module, "row_step", lambda rows, bf16: 64)
 
 
 def kept_bytes(model: ModelConfig, layer: int, bf16: bool, recompute: Any, seq: int = 32) -> int:
@@ -240,7 +240,7 @@ def test_passes_norms_and_balancing_losses_add_what_the_formula_says(bf16: bool,
 def test_rows_with_padding_are_the_mean_over_even_choices(tokens: int, experts: int) -> None:
     chosen = torch.rand(400, tokens, experts).topk(2).indices
     counts = torch.stack([torch.bincount(draw.flatten(), minlength=experts) for draw in chosen])
-    for step in (64, row_step(2 * tokens / experts)):
+    for step in (64, row_step(2 * tokens / experts, bf16=True)):
         padded = (counts + step - 1) // step * step
         assert expected_rows(tokens, 2, experts, step) == pytest.approx(padded.sum(1).double().mean().item(), rel=0.01)
     assert expected_rows(tokens, 2, experts, 1) == 2 * tokens
