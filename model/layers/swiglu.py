@@ -15,26 +15,25 @@ def swiglu(gate_up: Tensor) -> Tensor:
     return F.silu(gate).mul_(up)
 
 
-def swiglu_backward(gate_up: Tensor, scale: Tensor, grad: Tensor, dscale: Tensor) -> tuple[Tensor, Tensor]:
+def swiglu_backward(gate_up: Tensor, scale: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """`swiglu` times `scale` once more, and its gradients.
 
     Args:
         scale: [rows, 1]. grad: that of the output [rows, inner]; is overwritten.
-        dscale: [rows, 1], which becomes the gradient of `scale`.
     Returns:
-        The output [rows, inner], and the gradient of `gate_up`.
+        The output [rows, inner], and the gradients of `gate_up` and of `scale`.
     """
     gate, up = gate_up.chunk(2, -1)
     active = F.silu(gate)
     unscaled = active * up
     out = unscaled * scale
-    torch.sum(unscaled.mul_(grad), -1, keepdim=True, out=dscale)
+    dscale = unscaled.mul_(grad).sum(-1, keepdim=True)
     grad.mul_(scale)
     dgate_up = torch.empty_like(gate_up)
     dgate, dup = dgate_up.chunk(2, -1)
     torch.mul(active, grad, out=dup)
     torch.ops.aten.silu_backward.grad_input(grad.mul_(up), gate, grad_input=dgate)
-    return out, dgate_up
+    return out, dgate_up, dscale
 
 
 class _SwiGlu(torch.autograd.Function):
@@ -46,8 +45,7 @@ class _SwiGlu(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
         gate_up, scale = ctx.saved_tensors
-        dscale = torch.empty_like(scale)
-        return swiglu_backward(gate_up, scale, grads[0].clone(), dscale)[1], dscale
+        return swiglu_backward(gate_up, scale, grads[0].clone())[1:]
 
 
 def scaled_swiglu(gate_up: Tensor, scale: Tensor) -> Tensor:

@@ -140,7 +140,8 @@ class _FeedForward(torch.autograd.Function):
             *rows, parts.experts(wide), parts.experts(tall), strict=True
         ):
             grad = grads[0].index_select(0, source)
-            made, dboth = swiglu_backward(both, scale, parts.product(grad, second), dscale)
+            made, dboth, of_scale = swiglu_backward(both, scale, parts.product(grad, second))
+            dscale.copy_(of_scale)
             dtall.add(grad, made)
             dwide.add(dboth, x, source)
             if need_x:
