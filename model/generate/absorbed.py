@@ -11,7 +11,7 @@ from torch import Tensor
 
 from model.attention.cope import position_logits
 from model.attention.mla import MultiHeadLatentAttention
-from model.layers.norm import rms_norm
+from model.generate.fast_norm import FastNorm
 from model.layers.product import Factor
 from model.layers.rope import apply_rotary
 
@@ -22,10 +22,8 @@ class AbsorbedAttention:
     def __init__(self, attention: MultiHeadLatentAttention):
         config = self.config = attention.config
         self.inner = attention
-        self.latent_norm = attention.kv_a_layernorm.weight, attention.kv_a_layernorm.eps
-        self.query_norm: tuple[Tensor, float] | None = None
-        if config.q_lora_rank is not None:
-            self.query_norm = attention.q_a_layernorm.weight, attention.q_a_layernorm.eps
+        self.latent_norm = FastNorm(attention.kv_a_layernorm)
+        self.query_norm = None if config.q_lora_rank is None else FastNorm(attention.q_a_layernorm)
         heads, latent = config.num_attention_heads, config.kv_lora_rank
         first = attention.q_proj if config.q_lora_rank is None else attention.q_a_proj
         self.width = latent + config.qk_rope_head_dim
@@ -54,8 +52,8 @@ class AbsorbedAttention:
         if self.query is None or self.query_norm is None:
             q = first * self.inner.scale
         else:
-            q = self.query.product(rms_norm(first, *self.query_norm))
-        return q.unflatten(1, (self.config.num_attention_heads, -1))
+            q = self.query.product(self.query_norm(first))
+        return q.view(len(q), self.config.num_attention_heads, -1)
 
     def in_latent_space(self, q: Tensor, rotation: Tensor) -> Tensor:
         """What `queries` gave, as the cache's columns are to be met: [rows, heads, width]."""
@@ -72,7 +70,7 @@ class AbsorbedAttention:
         self._write(into, self.inner.kv_a_proj_with_mqa(y), rotation)
 
     def _write(self, into: Tensor, projected: Tensor, rotation: Tensor) -> None:
-        write_latent(into, projected, *self.latent_norm, None if self.contextual else rotation)
+        write_latent(into, projected, self.latent_norm, None if self.contextual else rotation)
 
     def step(self, x: Tensor, residual: Tensor, rotation: Tensor, cache: Tensor, bias: Tensor, column: int) -> Tensor:
         """Attend to the columns up to `column`, which is written first.
@@ -105,16 +103,15 @@ class AbsorbedAttention:
 def rotate_in_place(x: Tensor, rotation: Tensor) -> None:
     """Turn the pairs of x [rows, n, dim] by complex rotation [rows, 1 or n, dim / 2]."""
     if x.dtype == torch.float32:
-        torch.view_as_complex(x.unflatten(2, (-1, 2))).mul_(rotation)
+        x.view(torch.complex64).mul_(rotation)
     else:  # complex numbers of half precision barely exist in torch
         x.copy_(apply_rotary(x.unsqueeze(2), rotation.expand(-1, x.shape[1], -1)).squeeze(2))
 
 
-def write_latent(into: Tensor, projected: Tensor, weight: Tensor, eps: float, rotation: Tensor | None) -> None:
+def write_latent(into: Tensor, projected: Tensor, norm: FastNorm, rotation: Tensor | None) -> None:
     """Normalised latent and shared key, rotated if at all, into the cache: both [rows, n, width]."""
-    latent = weight.shape[0]
     into.copy_(projected)
-    normalised = into[:, :, :latent]
-    normalised.copy_(rms_norm(normalised, weight, eps))
+    normalised = into[:, :, : norm.dim]
+    normalised.copy_(norm(normalised))
     if rotation is not None:
-        rotate_in_place(into[:, :, latent:], rotation)
+        rotate_in_place(into[:, :, norm.dim :], rotation)

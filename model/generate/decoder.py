@@ -16,6 +16,7 @@ from torch import Tensor
 from model.generate.attention_steps import build_decode_attention
 from model.generate.cache import KVCache
 from model.generate.fast_experts import FastExperts
+from model.generate.fast_norm import prepared
 from model.layers.feed_forward import FeedForward
 from model.layers.product import Factor
 from model.moe.experts import MixtureOfExperts
@@ -31,7 +32,7 @@ class DecoderLayer:
 
     def __init__(self, block: Block):
         self.attention = build_decode_attention(block.self_attn)
-        self.input_norm, self.post_norm = block.input_layernorm, block.post_attention_layernorm
+        self.input_norm, self.post_norm = prepared(block.input_layernorm), prepared(block.post_attention_layernorm)
         moe = block.mlp if isinstance(block.mlp, MixtureOfExperts) else None
         self.router = None if moe is None else moe.gate
         self.experts = None if moe is None else FastExperts(moe.experts)
@@ -55,7 +56,7 @@ class DecoderLayer:
             inner = F.silu(gate_up[:, : self.inner]).mul_(gate_up[:, self.inner :])
             x = self.down.added_product(x, inner)
         if self.router is not None and self.experts is not None:
-            x = x.add(self.experts(y, *self.router(y)))
+            x = self.experts.added(x, y, *self.router(y))
         return x
 
 
@@ -92,6 +93,7 @@ class Decoder:
     def refresh(self) -> None:
         """Merge and lay out the weights again."""
         self.layers = [DecoderLayer(block) for block in self._blocks()]
+        self.norm = prepared(self.model.norm)
         self.head = Factor(self.model.lm_head.weight.t().contiguous())
         self._draft_layers: list[DecoderLayer] | None = None
 
@@ -172,4 +174,4 @@ class Decoder:
                 x = layer.step(x, rotation, layer_cache, bias, column)
             x = self.after_pass(before, x, index)
         cache.length += 1
-        return self.head.product(self.model.norm(x))
+        return self.head.product(self.norm(x))

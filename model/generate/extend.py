@@ -99,7 +99,7 @@ def _extend_absorbed(attention: AbsorbedAttention, y: Tensor, x: Tensor, cache: 
     down = attention.down.product(y.flatten(0, 1))
     new = cache[:, span.column : span.column + n]
     projected = down[:, attention.first_width :].unflatten(0, (rows, n))
-    write_latent(new, projected, *attention.latent_norm, span.rotation)
+    write_latent(new, projected, attention.latent_norm, span.rotation)
     q = attention.in_latent_space(attention.queries(down[:, : attention.first_width]), rotation)
     seen = cache[:, : span.column + n]
     bias = span.bias.repeat_interleave(heads, 1)

@@ -32,21 +32,22 @@ class FastExperts:
         self.inner = width // 2
         self.matrices = list(zip(self.gate_up.unbind(0), self.down.unbind(0), strict=True))
 
-    def __call__(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
-        """x [rows, hidden]; indices, weights [rows, k] -> [rows, hidden]."""
+    def added(self, residual: Tensor, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+        """residual plus the experts' weighted sum: residual, x [rows, hidden]; indices, weights [rows, k] -> residual's
+        shape."""
         rows, k = indices.shape
         if x.device.type == "cuda":
             dense = rows <= DENSE_ROWS_ON_GPU and self.num_experts <= DENSE_ROWS_ON_GPU
-            return self._all(x, indices, weights) if dense else self._sorted(x, indices, weights)
+            return (self._all if dense else self._sorted)(residual, x, indices, weights)
         if rows * k <= FEW:
-            return self._one_by_one(x, indices, weights)
+            return self._one_by_one(residual, x, indices, weights)
         waste = 6 * (self.num_experts - k) * rows * self.hidden * self.inner
         dense = waste <= (WASTE_BY_ONEDNN if by_onednn(x) else WASTE)
-        return self._all(x, indices, weights) if dense else self._sorted(x, indices, weights)
+        return (self._all if dense else self._sorted)(residual, x, indices, weights)
 
-    def _one_by_one(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+    def _one_by_one(self, residual: Tensor, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
         k = indices.shape[1]
-        gate_up, out = x.new_empty(indices.numel(), 1, 2 * self.inner), torch.zeros_like(x)
+        gate_up, out = x.new_empty(indices.numel(), 1, 2 * self.inner), residual.clone()
         chosen = [self.matrices[expert] for expert in indices.flatten().tolist()]
         given, made = x.unsqueeze(1).unbind(), out.unsqueeze(1).unbind()
         for place, (into, (matrix, _)) in enumerate(zip(gate_up.unbind(), chosen, strict=True)):
@@ -56,19 +57,19 @@ class FastExperts:
             made[place // k].addmm_(row, matrix)
         return out
 
-    def _all(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+    def _all(self, residual: Tensor, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
         share = torch.zeros(x.shape[0], self.num_experts, device=x.device).scatter_(1, indices, weights).to(x.dtype)
         inner = self._activate(self.wide.product(x).unflatten(1, (self.num_experts, -1)))  # [rows, experts, inner]
-        return self.tall.product(inner.mul_(share.unsqueeze(2)).flatten(1))
+        return self.tall.added_product(residual, inner.mul_(share.unsqueeze(2)).flatten(1))
 
-    def _sorted(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+    def _sorted(self, residual: Tensor, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
         chosen = indices.flatten()
         order = chosen.argsort(stable=True)
         counts = torch.bincount(chosen, minlength=self.num_experts).tolist()
         row = order // indices.shape[1]
         gate_up = self._per_expert(x.index_select(0, row), 0, 2 * self.inner, counts)
         inner = self._activate(gate_up).mul_(weights.flatten()[order].unsqueeze(1).to(x.dtype))
-        return torch.zeros_like(x).index_add_(0, row, self._per_expert(inner, 1, self.hidden, counts))
+        return residual.index_add(0, row, self._per_expert(inner, 1, self.hidden, counts))
 
     def _activate(self, gate_up: Tensor) -> Tensor:
         return F.silu(gate_up[..., : self.inner]).mul_(gate_up[..., self.inner :])

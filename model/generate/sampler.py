@@ -127,5 +127,7 @@ def distributions(logits: Tensor, settings: Sampling, seen: Tensor | None = None
 
 def draw(kept: Tensor, uniforms: Tensor | None) -> Tensor:
     """A token of each distribution [rows, vocab_size]: at the uniform number [rows], or the likeliest without one."""
-    # Of equally likely ones the first, as by `argmax`, which takes a CPU twice as long.
-    return kept.max(-1).indices if uniforms is None else inverse_cdf(kept, uniforms)
+    if uniforms is not None:
+        return inverse_cdf(kept, uniforms)
+    # Of equally likely ones the first. On a CPU torch takes four to ten times as long over it as numpy (measured).
+    return torch.from_numpy(kept.numpy().argmax(-1)) if kept.device.type == "cpu" else kept.argmax(-1)

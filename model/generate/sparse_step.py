@@ -12,7 +12,6 @@ from torch import Tensor
 from model.attention.indexer import highest, index_scores
 from model.attention.sparse import SparseAttention
 from model.generate.absorbed import AbsorbedAttention
-from model.layers.norm import rms_norm
 from model.layers.product import Factor
 
 
@@ -55,7 +54,7 @@ class SparseStep(AbsorbedAttention):
         """Columns the new token reads, in any order: [rows, index_topk]; a short row fills up with its padding."""
         indexer = self.indexer
         assert self.query_norm is not None
-        query_latent = rms_norm(first, *self.query_norm)
+        query_latent = self.query_norm(first)
         q = self.index_query.product(query_latent).view(len(x), 1, indexer.heads, indexer.dim)
         q, weights = indexer.rotate(q, rotation), indexer.weights(x).unsqueeze(1)
         scores = index_scores(q, seen[:, :, self.latent_width :], weights) + bias

@@ -138,7 +138,7 @@ class SpeculativeWave:
         if proposed is None or drawn_from is None:
             tokens = draw(target, None if numbers is None else numbers[:, 0, REPLACE])
         elif numbers is None:
-            tokens = target.argmax(-1)
+            tokens = draw(target, None)
             kept = tokens == proposed
         else:
             tokens, kept = verify(target, drawn_from, proposed, numbers[:, 0])

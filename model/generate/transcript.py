@@ -78,14 +78,13 @@ class Transcript:
         self.requests, self.rules = requests, rules
         count = len(requests)
         self.longest = max(r.limit for r in requests)
-        self.limit = torch.tensor([r.limit for r in requests], device=device)
+        self.last = torch.tensor([r.limit - 1 for r in requests], device=device)  # column
         self.eos = torch.tensor(sorted(rules.eos_ids), dtype=torch.long, device=device)
         # One column more than needed, for what rows write that have ended.
         self.tokens = torch.zeros(count, self.longest + 1, dtype=torch.long, device=device)
         self.logprobs = torch.zeros(count, self.longest + 1, device=device)
         self.forced = torch.zeros(count, self.longest + 1, dtype=torch.bool, device=device)
         self.lengths = torch.zeros(count, dtype=torch.long, device=device)
-        self.finished = torch.zeros(count, dtype=torch.bool, device=device)
         self.seen: Tensor | None = None
         if rules.sampling.repetition_penalty != 1:
             self.seen = torch.zeros(count, vocab_size, dtype=torch.bool, device=device)
@@ -119,19 +118,18 @@ class Transcript:
         Returns:
             Those that go on: bool [rows].
         """
-        at = torch.where(alive, self.lengths[which], self.longest)
+        at = self.lengths[which]  # rows that have ended write behind their end, where nobody reads
         self.tokens[which, at] = tokens
         self.logprobs[which, at] = logprobs.gather(1, tokens.unsqueeze(1)).squeeze(1)
         if forced is not None:
             self.forced[which, at] = forced
         if self.seen is not None:
             self.seen[which, tokens] |= alive
-        self.lengths[which] += alive
-        ended = torch.isin(tokens, self.eos) & alive
+        self.lengths[which] = at + alive
+        ended = torch.isin(tokens, self.eos)
         if self.stops is not None or self.thinking is not None or self.rules.on_token is not None:
             ended |= self._follow(which, tokens, alive)
-        self.finished[which] |= ended
-        return alive & ~ended & (at + 1 < self.limit[which])
+        return alive & ~ended & (at < self.last[which])
 
     def _follow(self, which: Tensor, tokens: Tensor, alive: Tensor) -> Tensor:
         """Tell everyone who listens; returns where a stop string was met: bool [rows]."""
@@ -149,9 +147,11 @@ class Transcript:
     def completions(self) -> dict[int, Completion]:
         """By index of the request."""
         lengths, tokens, logprobs = self.lengths.tolist(), self.tokens.tolist(), self.logprobs.tolist()
-        forced, finished = self.forced.tolist(), self.finished.tolist()
+        forced, eos_ids = self.forced.tolist(), self.rules.eos_ids
         out = {}
         for i, (request, n) in enumerate(zip(self.requests, lengths, strict=True)):
-            text = None if self.stops is None else self.stops[i].finish()
-            out[request.index] = Completion(tokens[i][:n], logprobs[i][:n], finished[i], forced[i][:n], text)
+            watch = None if self.stops is None else self.stops[i]
+            finished = (n > 0 and tokens[i][n - 1] in eos_ids) or (watch is not None and watch.stopped is not None)
+            text = None if watch is None else watch.finish()
+            out[request.index] = Completion(tokens[i][:n], logprobs[i][:n], finished, forced[i][:n], text)
         return out

@@ -20,10 +20,6 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / rms(x) * weight, without gradients: [..., dim] -> same. On a CPU torch's own takes half as long again."""
     if x.device.type != "cpu" or x.dtype != torch.float32:
         return F.rms_norm(x, weight.shape, weight, eps)
-    dim = x.shape[-1]
-    if x.numel() == dim and eps:  # one token, for which starting an operation is what takes time
-        one = x.flatten()
-        return (x * weight).mul_((torch.dot(one, one).item() / dim + eps) ** -0.5)
     return (x * _inverse_rms(x, eps)).mul_(weight)
 
 

@@ -125,5 +125,10 @@ def test_impossible_settings_are_refused(setting, message):
         Sampling(**setting)
 
 
+@given(st.lists(st.lists(st.integers(0, 2), min_size=5, max_size=5), min_size=1, max_size=40))
+def test_greedy_takes_the_first_of_equally_likely_tokens(rows):
+    assert draw(torch.tensor(rows).float(), None).tolist() == [row.index(max(row)) for row in rows]
+
+
 def test_uniforms_depend_on_the_seed_alone():
     assert torch.equal(draw_uniforms([7, 8], 5)[0], draw_uniforms([9, 7], 5)[1])
