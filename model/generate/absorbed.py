@@ -102,10 +102,11 @@ class AbsorbedAttention:
 
 def rotate_in_place(x: Tensor, rotation: Tensor) -> None:
     """Turn the pairs of x [rows, n, dim] by complex rotation [rows, 1 or n, dim / 2]."""
-    if x.dtype == torch.float32:
+    if x.dtype == torch.float32 and not (x.storage_offset() | x.stride(0) | x.stride(1)) % 2:
         x.view(torch.complex64).mul_(rotation)
-    else:  # complex numbers of half precision barely exist in torch
-        x.copy_(apply_rotary(x.unsqueeze(2), rotation.expand(-1, x.shape[1], -1)).squeeze(2))
+    else:  # complex numbers of half precision barely exist in torch, and others begin at even places alone
+        exact = x.to(torch.float32, copy=True).unsqueeze(2)
+        x.copy_(apply_rotary(exact, rotation.expand(-1, x.shape[1], -1)).squeeze(2))
 
 
 def write_latent(into: Tensor, projected: Tensor, norm: FastNorm, rotation: Tensor | None) -> None:

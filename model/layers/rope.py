@@ -54,7 +54,13 @@ def rotary_table(config: ModelConfig) -> Tensor:
     return torch.polar(torch.full_like(angle, magnitude), angle)
 
 
+def _pairs(x: Tensor) -> Tensor:
+    """fp32 [..., dim], the first or last part of wider rows -> complex [..., dim / 2], a view where possible."""
+    if any(step % 2 for step in x.stride()[:-1]):  # rows of odd width: a complex number begins at an even place
+        x = x.clone(memory_format=torch.contiguous_format)
+    return torch.view_as_complex(x.unflatten(-1, (-1, 2)))
+
+
 def apply_rotary(x: Tensor, rotation: Tensor) -> Tensor:
     """Turn the pairs of x [batch, seq, heads, dim] by rotation [batch or 1, seq, dim / 2]."""
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * rotation.unsqueeze(2)).flatten(-2).to(x.dtype)
+    return torch.view_as_real(_pairs(x.float()) * rotation.unsqueeze(2)).flatten(-2).to(x.dtype)

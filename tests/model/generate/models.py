@@ -22,12 +22,16 @@ KINDS = {
     "mla": TINY,
     "q_lora_none": dataclasses.replace(TINY, q_lora_rank=None),
     "wide_latent": dataclasses.replace(TINY, kv_lora_rank=24),
+    "odd_widths": dataclasses.replace(TINY, kv_lora_rank=15, qk_nope_head_dim=7, v_head_dim=5),
     "mla_cope": dataclasses.replace(TINY, position="cope", cope_positions=8),
     "mha": dataclasses.replace(TINY, attention="mha", head_dim=8),
     "gqa": dataclasses.replace(TINY, attention="gqa", head_dim=8, num_attention_heads=4, num_key_value_heads=2),
     "mqa_cope": dataclasses.replace(TINY, attention="mqa", head_dim=8, position="cope", cope_positions=8),
     "sliding": dataclasses.replace(TINY, attention="sliding", head_dim=8, sliding_window=4, global_stride=3),
     "dsa": dataclasses.replace(TINY, attention="dsa", index_head_dim=8, index_n_heads=2, index_topk=4),
+    "dsa_odd_widths": dataclasses.replace(
+        TINY, attention="dsa", kv_lora_rank=15, index_head_dim=9, index_n_heads=2, index_topk=4
+    ),
     "dyt": dataclasses.replace(TINY, norm="dyt"),
     "recursion": dataclasses.replace(TINY, recursion_depth=2),
 }

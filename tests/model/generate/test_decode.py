@@ -21,6 +21,7 @@ VARIANTS = {
     "merged": TINY,
     "q_lora_none": dataclasses.replace(TINY, q_lora_rank=None),
     "wide_latent": dataclasses.replace(TINY, kv_lora_rank=24),
+    "odd_widths": dataclasses.replace(TINY, kv_lora_rank=15, qk_nope_head_dim=7, v_head_dim=5),
     "groups_yarn_no_shared": dataclasses.replace(
         TINY, n_group=4, topk_group=2, n_shared_experts=0, routed_scaling_factor=2.5, rope_scaling=YARN
     ),
