@@ -119,8 +119,13 @@ class ModelConfig:
         return self.num_attention_heads
 
     def is_moe_layer(self, layer: int) -> bool:
-        """Whether global layer index `layer` routes to experts. MTP layers (index >= num_hidden_layers) always do."""
+        """Whether global layer index `layer`, perhaps of `mtp_layers`, routes to experts."""
         return layer >= self.first_k_dense_replace
+
+    @property
+    def mtp_layers(self) -> range:
+        """Global layer indices of the MTP modules' blocks: they go on behind the last layer."""
+        return range(self.num_hidden_layers, self.num_hidden_layers + self.num_nextn_predict_layers)
 
     def validate(self) -> None:
         """Refuse what cannot be built.
@@ -170,17 +175,16 @@ class ModelConfig:
 
     def tail_params(self) -> int:
         """Active weights that follow the last layer: the head, once more per MTP module, and those modules' blocks."""
-        block = self.layer_params(self.num_hidden_layers, active=True) + 2 * self.hidden_size**2
-        depths = self.num_nextn_predict_layers
-        return depths * block + (1 + depths) * self.vocab_size * self.hidden_size
+        blocks = sum(self.layer_params(layer, active=True) + 2 * self.hidden_size**2 for layer in self.mtp_layers)
+        return blocks + (1 + len(self.mtp_layers)) * self.vocab_size * self.hidden_size
 
     def num_params(self, *, active: bool = False, mtp: bool = True) -> int:
         """Trained weights: embedding and head counted once each, MTP modules if asked (they share both)."""
         total = sum(self.layer_params(layer, active=active) for layer in range(self.num_hidden_layers))
         total += 2 * self.vocab_size * self.hidden_size + self.norm_params() + self.recursion_params()
         if mtp:
-            block = self.layer_params(self.num_hidden_layers, active=active)
-            total += self.num_nextn_predict_layers * (block + 2 * self.hidden_size**2 + 3 * self.norm_params())
+            joined = 2 * self.hidden_size**2 + 3 * self.norm_params()
+            total += sum(self.layer_params(layer, active=active) + joined for layer in self.mtp_layers)
         return total
 
     def flops_per_token(self, seq_len: int) -> int:

@@ -119,8 +119,7 @@ class Transformer(nn.Module):
         if self.is_last:
             self.norm = build_norm(config)
             self.lm_head = Head(config.hidden_size, config.vocab_size)
-            depths = config.num_nextn_predict_layers
-            blocks = (Block(config, config.num_hidden_layers + k) for k in range(depths))
+            blocks = (Block(config, layer) for layer in config.mtp_layers)
             self.mtp = nn.ModuleList(MultiTokenPredictor(config, block) for block in blocks)
         self.register_buffer("rotary", rotary_table(config), persistent=False)
 

@@ -48,8 +48,7 @@ def linear_layers(model: ModelConfig, layers: range) -> Iterator[tuple[str, int,
 
     The last stage has the MTP modules.
     """
-    last, depths = layers.stop == model.num_hidden_layers, model.num_nextn_predict_layers
-    ahead = range(layers.stop, layers.stop + depths) if last else range(0)
+    ahead = model.mtp_layers if layers.stop == model.num_hidden_layers else range(0)
     for layer in (*layers, *ahead):
         for name, (inputs, outputs) in (_attention(model) | _feed_forward(model, layer)).items():
             yield name, inputs, outputs

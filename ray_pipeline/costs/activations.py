@@ -95,8 +95,8 @@ def tail_bytes(work: Workload, on: Kernels) -> int:
     model, tokens = work.model, work.tokens_at_once
     total = tokens * (block_norm_bytes(work) + num_heads(work) * loss_tokens(work))
     if work.trains_mtp:
-        per_module = tokens * _joined(work) + layer_bytes(work, on, model.num_hidden_layers)
-        total += model.num_nextn_predict_layers * (per_module + rotation_bytes(work))
+        around = tokens * _joined(work) + rotation_bytes(work)
+        total += sum(layer_bytes(work, on, layer) + around for layer in model.mtp_layers)
     return total
 
 
@@ -126,8 +126,7 @@ def carried_bytes(work: Workload, part: Part) -> int:
 def kept_casts(work: Workload, part: Part) -> Iterator[Weight]:
     """Matrices whose bf16 copy a graph keeps; what is computed again in backward is cast again."""
     model, checkpointing = work.model, work.layout.activation_checkpointing
-    ahead = range(model.num_hidden_layers, model.num_hidden_layers + model.num_nextn_predict_layers)
-    trained = [*part.layers, *(ahead if part.last and work.trains_mtp else ())]
+    trained = [*part.layers, *(model.mtp_layers if part.last and work.trains_mtp else ())]
     if checkpointing != "full":
         for layer in trained:
             for weight in layer_weights(model, layer):

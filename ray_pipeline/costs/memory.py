@@ -230,9 +230,7 @@ def _passing(work: Workload, held: _Held, on: Kernels, part: Part, have: bool) -
         have: weights have gradients already, to which those of the head are added at once.
     """
     model, tokens, layout = work.model, work.tokens_at_once, work.layout
-    layer = part.layers.stop - 1
-    if part.last and work.trains_mtp:
-        layer = model.num_hidden_layers + model.num_nextn_predict_layers - 1
+    layer = [*part.layers, *(model.mtp_layers if part.last and work.trains_mtp else ())][-1]
     again = 0
     if layout.activation_checkpointing != "none":
         fully = without_checkpointing(work)

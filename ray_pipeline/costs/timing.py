@@ -48,9 +48,8 @@ def part_flops(work: Workload, part: Part) -> tuple[int, int]:
     With packed documents attention is computed under a mask, on a GPU over whole rows.
     """
     model, layout = work.model, work.layout
-    depths = model.num_nextn_predict_layers if part.last and work.trains_mtp else 0
-    layers = [*part.layers] * model.recursion_depth
-    layers += range(model.num_hidden_layers, model.num_hidden_layers + depths)
+    ahead = model.mtp_layers if part.last and work.trains_mtp else range(0)
+    layers = [*part.layers] * model.recursion_depth + [*ahead]
     scores = core_flops(work, kernels(layout.device))
     forward = again = 0
     for layer in layers:
@@ -64,7 +63,7 @@ def part_flops(work: Workload, part: Part) -> tuple[int, int]:
         ]
     if part.last:
         head = 2 * model.vocab_size * model.hidden_size // layout.tp
-        forward += (1 + depths) * head + depths * 4 * model.hidden_size**2
+        forward += (1 + len(ahead)) * head + len(ahead) * 4 * model.hidden_size**2
         again += head if computes_logits_again(work) else 0
     return work.tokens_at_once * forward, work.tokens_at_once * again
 

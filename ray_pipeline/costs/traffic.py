@@ -112,7 +112,7 @@ def part_messages(work: Workload, part: Part) -> dict[str, tuple[int, int]]:
     model, tp = work.model, work.layout.tp
     layers = list(part.layers) * model.recursion_depth
     if part.last and work.trains_mtp:
-        layers += range(model.num_hidden_layers, model.num_hidden_layers + model.num_nextn_predict_layers)
+        layers += model.mtp_layers
     total = {axis: [0, 0] for axis in ("tp", "sp", "ep")}
     for layer in layers:
         for axis, (forward, backward) in layer_messages(work, layer).items():

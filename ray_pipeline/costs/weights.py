@@ -128,8 +128,7 @@ def mtp_projection(model: ModelConfig) -> Weight:
 def mtp_weights(model: ModelConfig) -> list[Weight]:
     """All multi-token prediction modules; embedding and head are the main model's."""
     around = [mtp_projection(model), _block_norms(model, 3)]
-    blocks = range(model.num_hidden_layers, model.num_hidden_layers + model.num_nextn_predict_layers)
-    modules = (weight for layer in blocks for weight in [*layer_weights(model, layer), *around])
+    modules = (weight for layer in model.mtp_layers for weight in [*layer_weights(model, layer), *around])
     return [replace(weight, kind="MTP") for weight in modules]
 
 
