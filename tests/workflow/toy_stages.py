@@ -113,8 +113,9 @@ def count(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def _fault(faults: Path, folder: Path, rank: int, step: int) -> None:
-    if (faults / "slow").exists() and step >= 4:
-        time.sleep(20)  # longer than workers outlive their driver, on a busy machine too
+    if (faults / "slow").exists() and step == 4:
+        (faults / f"rank-{rank}-waits").touch()
+        time.sleep(60)  # longer than workers outlive their driver, on a busy machine too
     if (faults / "user-error").exists() and rank == 0 and step == 1:
         with (folder / "attempts.log").open("a") as file:
             file.write("x")
