@@ -35,11 +35,13 @@ class Chat(NamedTuple):
     Attributes:
         tools: functions the assistant may call, in OpenAI's form.
         trained_from: index of the first message that is trained, if it is the assistant's.
+        untrained: indices of the assistant's messages that are not trained all the same.
     """
 
     messages: Sequence[Message]
     tools: Sequence[Tool] = ()
     trained_from: int = 0
+    untrained: frozenset[int] = frozenset()
 
 
 class _Generation(jinja2.ext.Extension):
@@ -160,10 +162,10 @@ class ChatTemplate:
             UserError: the template drops something that the assistant says, or a later turn changes what was rendered
                 before, so no span is right (R1's own template, which drops earlier reasoning, is of this kind).
         """
-        messages, tools, first = chat
+        messages, tools, first, untrained = chat
         text, spans = self.render(messages, tools=tools), []
         for i, message in enumerate(messages):
-            if message["role"] != "assistant" or i < first:
+            if message["role"] != "assistant" or i < first or i in untrained:
                 continue
             before = self.render(messages[:i], tools=tools, generation_prompt=True)
             after = text if i + 1 == len(messages) else self.render(messages[: i + 1], tools=tools)

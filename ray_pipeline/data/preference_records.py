@@ -9,8 +9,8 @@ from typing import Any
 
 from ray_pipeline.data.chat import Chat
 from ray_pipeline.data.fields import BadRecord, Record, filled, names, nearest_field
-from ray_pipeline.data.records import instruction_turn, prompt_turns, system_turns
-from ray_pipeline.data.turns import Message, read_tools, read_turns, said
+from ray_pipeline.data.records import instruction_turn, prompt_turns, system_turns, tools_of
+from ray_pipeline.data.turns import Message, is_empty, read_tools, read_turns, said, without_flags
 
 # Columns that tell a form, and what it is called in errors; the first that fits is taken.
 FORMS = {
@@ -66,8 +66,8 @@ def as_preference(record: Record) -> Preference:
         raise BadRecord(f'"{form[0]}" must hold a user turn')
     if prompt[-1]["role"] == "assistant":
         raise BadRecord(f'"{form[0]}" must end before the answer, but its last turn is the assistant\'s')
-    tools = read_tools(record.get("tools"))
-    return Preference(tuple(prompt), _answer(record, "chosen"), _answer(record, "rejected"), tools)
+    tools = read_tools(tools_of(record))
+    return Preference(without_flags(prompt)[0], _answer(record, "chosen"), _answer(record, "rejected"), tools)
 
 
 _PROMPTS: dict[str, Callable[[Record], list[Message]]] = {
@@ -85,16 +85,25 @@ def _answer(record: Record, field: str) -> tuple[Message, ...]:
         turns = read_turns(value if isinstance(value, list) else [value], field)
     else:
         turns = [{"role": "assistant", "content": filled(record, field)}]
-    _check_answer(turns, field)
-    return tuple(turns)
+    return _checked_answer(turns, field)
 
 
-def _check_answer(turns: list[Message], field: str) -> None:
-    roles, last = [turn["role"] for turn in turns], turns[-1]
+def _checked_answer(turns: list[Message], field: str) -> tuple[Message, ...]:
+    """The turns of an answer as templates see them.
+
+    Raises:
+        BadRecord: it is not the assistant's, a turn of it is empty, or not all of it is to be compared.
+    """
+    roles = [turn["role"] for turn in turns]
     if roles[0] != "assistant" or roles[-1] != "assistant":
         raise BadRecord(f'"{field}" must answer the prompt with an assistant\'s turns, but has {roles}')
-    if not last["content"].strip() and "tool_calls" not in last:
-        raise BadRecord(f'the last turn of "{field}" is empty')
+    for turn in turns:
+        if turn["role"] == "assistant" and is_empty(turn):
+            raise BadRecord(f'{"the last" if turn is turns[-1] else "a"} turn of "{field}" is empty')
+    answer, untrained = without_flags(turns)
+    if untrained:
+        raise BadRecord(f'"{field}" has a turn not to be trained, but pairs are compared by whole answers')
+    return answer
 
 
 def _whole_conversations(record: Record) -> Preference:
@@ -104,7 +113,5 @@ def _whole_conversations(record: Record) -> Preference:
     alike = min(alike, len(chosen) - 1, len(rejected) - 1)  # the same answer twice leaves a prompt all the same
     if not any(message["role"] == "user" for message in chosen[:alike]):
         raise BadRecord('"chosen" and "rejected" must begin with the same user turn, or give a "prompt" of their own')
-    for turns, field in ((chosen[alike:], "chosen"), (rejected[alike:], "rejected")):
-        _check_answer(turns, field)
-    answers = (tuple(chosen[alike:]), tuple(rejected[alike:]))
-    return Preference(tuple(chosen[:alike]), *answers, read_tools(record.get("tools")))
+    answers = (_checked_answer(chosen[alike:], "chosen"), _checked_answer(rejected[alike:], "rejected"))
+    return Preference(without_flags(chosen[:alike])[0], *answers, read_tools(tools_of(record)))

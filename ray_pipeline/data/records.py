@@ -136,6 +136,11 @@ def system_turns(record: Record) -> list[Message]:
     return [{"role": "system", "content": system}] if system.strip() else []
 
 
+def tools_of(record: Record) -> object:
+    """The functions that may be called, as the record has them; "functions" is OpenAI's first name of them."""
+    return record.get("tools") or record.get("functions")
+
+
 def instruction_turn(record: Record) -> Message:
     """Alpaca's question: the instruction and, on a line of its own, its input."""
     given = optional_text(record, "input").strip()
@@ -149,16 +154,16 @@ def _completed(record: Record, answer: str) -> Conversation:
         ending = read_turns(record[answer], answer)
     else:
         ending = [{"role": "assistant", "content": filled(record, answer)}]
-    return conversation_of([*prompt_turns(record), *ending], record.get("tools"), answer)
+    return conversation_of([*prompt_turns(record), *ending], tools_of(record), answer)
 
 
 def _messages(record: Record) -> Conversation:
-    return conversation_of(read_turns(record["messages"], "messages"), record.get("tools"), "messages")
+    return conversation_of(read_turns(record["messages"], "messages"), tools_of(record), "messages")
 
 
 def _sharegpt(record: Record) -> Conversation:
     turns = system_turns(record) + read_turns(record["conversations"], "conversations")
-    return conversation_of(turns, record.get("tools"), "conversations")
+    return conversation_of(turns, tools_of(record), "conversations")
 
 
 def _alpaca(record: Record) -> Conversation:

@@ -14,16 +14,20 @@ from typing import Any
 
 from ray_pipeline.data.chat import Chat
 from ray_pipeline.data.fields import BadRecord, Record, shown
+from ray_pipeline.data.turn_fields import content_text, is_trained, reasoning_of, refuse_media, with_reasoning
 from ray_pipeline.errors import did_you_mean
 from ray_pipeline.tools.format import CALL_TYPE, JSON_CLOSE, JSON_OPEN
 
 Message = dict[str, Any]
-ROLES = ("system", "user", "assistant", "tool")
+# "function" is what OpenAI's API called a tool before it had several.
+ROLES = {"system": "system", "user": "user", "assistant": "assistant", "tool": "tool", "function": "tool"}
 # ShareGPT's names of them. "function_call" is an assistant's turn too.
 SHAREGPT_ROLES = {
     "system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
     "function_call": "assistant", "observation": "tool", "tool": "tool",
 }  # fmt: skip
+# In a turn that has just been read: present, and False, where the turn is not to be trained. No template sees it.
+_TRAINED = "train"
 # What else of a turn some templates write.
 _KEPT = {"tool": ("name", "tool_call_id")}
 
@@ -35,10 +39,12 @@ class Conversation:
     Attributes:
         messages: role and content of each turn, calls in "tool_calls"; the last is the assistant's.
         tools: the functions it may call, in OpenAI's form: {"type": "function", "function": {"name", ...}}.
+        untrained: indices of the assistant's turns that are read and not learned from.
     """
 
     messages: tuple[Message, ...]
     tools: tuple[dict[str, Any], ...] = ()
+    untrained: frozenset[int] = frozenset()
 
     @property
     def question(self) -> str:
@@ -52,7 +58,7 @@ class Conversation:
 
     def chat(self) -> Chat:
         """The whole of it, to encode."""
-        return Chat(self.messages, self.tools)
+        return Chat(self.messages, self.tools, untrained=self.untrained)
 
     def spelled(self) -> list[str]:
         """Every text of it as a template writes it between its tokens."""
@@ -83,22 +89,42 @@ def conversation_of(messages: Sequence[Message], tools: object, column: str) -> 
     Args:
         tools: as the record has them, None for none. column: what the turns are called in errors.
     Raises:
-        BadRecord: nobody asks, or the end is not an assistant's turn with something in it.
+        BadRecord: nobody asks, the end is not an assistant's turn, one of its turns is empty, or none is trained.
     """
     roles = [message["role"] for message in messages]
     if "user" not in roles or roles[-1] != "assistant":
         raise BadRecord(f'"{column}" must hold a user turn and end with an assistant turn, but has {shown(roles)}')
-    if not messages[-1]["content"].strip() and "tool_calls" not in messages[-1]:
+    if is_empty(messages[-1]):
         raise BadRecord(f'the last of "{column}" is empty, so there is nothing to learn from')
-    return Conversation(tuple(messages), read_tools(tools))
+    turns, untrained = without_flags(messages)
+    answers = [index for index, role in enumerate(roles) if role == "assistant"]
+    for count, index in enumerate(answers, start=1):
+        if index not in untrained and is_empty(turns[index]):
+            raise BadRecord(f'answer {count} of {len(answers)} in "{column}" is empty and would teach to stop at once')
+    if untrained.issuperset(answers):
+        raise BadRecord(f'every answer in "{column}" is marked as not to be trained, so there is nothing to learn from')
+    return Conversation(turns, read_tools(tools), untrained)
+
+
+def is_empty(message: Message) -> bool:
+    """Whether a turn neither says nor calls anything."""
+    return not message["content"].strip() and "tool_calls" not in message
+
+
+def without_flags(messages: Sequence[Message]) -> tuple[tuple[Message, ...], frozenset[int]]:
+    """The turns as templates see them, and the indices of those that are not to be trained."""
+    untrained = frozenset(index for index, message in enumerate(messages) if not message.get(_TRAINED, True))
+    return tuple({k: v for k, v in message.items() if k != _TRAINED} for message in messages), untrained
 
 
 def read_turns(value: object, column: str) -> list[Message]:
-    """A list of turns in either notation.
+    """A list of turns in either notation, or the same as JSON text.
 
     Raises:
         BadRecord: naming the turn and what it lacks.
     """
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        value = _parsed(value, f'"{column}"')
     if not isinstance(value, list) or not value:
         raise BadRecord(f'"{column}" must be a list of turns, but is {shown(value)}')
     out: list[Message] = []
@@ -112,6 +138,8 @@ def read_turns(value: object, column: str) -> list[Message]:
             raise BadRecord(f"{place} is what came of a call, but no call stands before it")
         if turn.get("from") == "function_call" and out and out[-1]["role"] == "assistant":
             # ShareGPT writes what is said and each call as turns of their own; templates have one turn for them.
+            if message.get(_TRAINED) != out[-1].get(_TRAINED):
+                raise BadRecord(f"{place} and the words before it are one turn, but one of the two alone is trained")
             out[-1]["tool_calls"] = [*out[-1].get("tool_calls", []), *message["tool_calls"]]
         else:
             out.append(message)
@@ -122,24 +150,35 @@ def read_turn(turn: Record, place: str) -> Message:
     """One turn in either notation; `place` names it in errors."""
     sharegpt = "from" in turn
     role_field, text_field = ("from", "value") if sharegpt else ("role", "content")
-    roles = SHAREGPT_ROLES if sharegpt else {role: role for role in ROLES}
+    roles = SHAREGPT_ROLES if sharegpt else ROLES
     given = turn.get(role_field)
     if not isinstance(given, str) or given not in roles:
         hint = did_you_mean(given, roles) if isinstance(given, str) else ""
         raise BadRecord(f'{place} needs a "{role_field}" of {", ".join(roles)}, not {shown(given)}{hint}')
+    refuse_media(turn, place)
     role, content = roles[given], turn.get(text_field)
+    flag = {_TRAINED: False} if not is_trained(turn, role, place) and role == "assistant" else {}
     if given == "function_call":
-        return {"role": role, "content": "", "tool_calls": _calls(_parsed(content, place), place)}
-    calls = _calls(_parsed(turn["tool_calls"], place), place) if turn.get("tool_calls") else None
+        return {"role": role, "content": "", "tool_calls": _calls(_parsed(content, place), place)} | flag
+    calls = _turn_calls(turn, place)
     if calls is not None and role != "assistant":
         raise BadRecord(f'{place} has "tool_calls", but only an assistant calls tools, not "{given}"')
-    if content is None and calls is not None:
-        content = ""
-    if not isinstance(content, str):
+    if content is None and calls is None:
         raise BadRecord(f'{place} needs a "{text_field}" that is text, not {shown(content)}')
-    message: Message = {"role": role, "content": content}
-    message |= {key: turn[key] for key in _KEPT.get(role, ()) if isinstance(turn.get(key), str)}
+    words, thought = content_text(content, f'{place} needs a "{text_field}"')
+    if role == "assistant":
+        words = with_reasoning(reasoning_of(turn, place) or thought, words, place)
+    message: Message = {"role": role, "content": words}
+    message |= {key: turn[key] for key in _KEPT.get(role, ()) if isinstance(turn.get(key), str)} | flag
     return message if calls is None else message | {"tool_calls": calls}
+
+
+def _turn_calls(turn: Record, place: str) -> list[dict[str, Any]] | None:
+    """A turn's calls: several in "tool_calls", or one in "function_call", as OpenAI's API had it first."""
+    calls, legacy = turn.get("tool_calls"), turn.get("function_call")
+    if calls and legacy:
+        raise BadRecord(f'{place} has "tool_calls" and "function_call"; keep one of them')
+    return _calls(_parsed(calls or legacy, place), place) if calls or legacy else None
 
 
 def _calls(value: object, place: str) -> list[dict[str, Any]]:

@@ -125,7 +125,7 @@ def test_sharegpts_system_column_comes_first():
         (
             as_conversation,
             {"messages": [{"role": "asistant", "content": "x"}]},
-            r'turn 1 of "messages" needs a "role" of system, user, assistant, tool, not asistant \(did you mean "assis',
+            r'turn 1 of "messages" needs a "role" of system, user, assistant, tool, function, not asistant \(did',
         ),
         (as_conversation, {"messages": TURNS[:1]}, r"end with an assistant turn, but has \['user'\]"),
         (as_conversation, {"messages": TURNS[1:]}, "must hold a user turn"),
