@@ -10,6 +10,7 @@ from typing import IO, Protocol
 from ray_pipeline.artifacts import atomic_path
 from ray_pipeline.config import PipelineFields
 from ray_pipeline.identity import local_path, source_names
+from ray_pipeline.input_files import Digests
 
 INPUTS = "inputs"
 # Only a resume on Modal needs checkpoints, and it finds them on the volume.
@@ -40,8 +41,7 @@ def remote_name(path: Path) -> str:
     for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
         if file.is_file():
             digest.update(file.name.encode())
-            with file.open("rb") as content:
-                digest.update(hashlib.file_digest(content, "sha256").digest())
+            digest.update(bytes.fromhex(Digests().sha256(file)))
     return f"{INPUTS}/{digest.hexdigest()[:16]}/{path.name}"
 
 

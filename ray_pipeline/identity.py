@@ -13,10 +13,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ray_pipeline.artifacts import file_sha256
 from ray_pipeline.config import STAGES, TRAINING_STAGES, PipelineFields
 from ray_pipeline.errors import UserError
-from ray_pipeline.stage_chain import chain, input_stage, reads_teacher, reads_text, upstream
+from ray_pipeline.input_files import Digests, data_files, is_pattern, matches, pattern_folder
+from ray_pipeline.stage_chain import chain, input_stage, reads_folder, reads_teacher, reads_text, upstream
 from ray_pipeline.teacher_name import TOP_K, teacher_path
 
 # Raised when a stage's code writes something else for the same settings, so that old outputs are not taken for new.
@@ -96,9 +96,11 @@ def with_source_names(config: PipelineFields, names: Mapping[str, str]) -> Pipel
 
 
 def local_path(name: str) -> Path | None:
-    """The existing file or folder that `name` means, without `topk:` before it or a `:column` at its end; None for
-    anything else."""
+    """The existing file or folder that `name` means, without `topk:` before it or a `:column` at its end, or the folder
+    of a glob; None for anything else."""
     name = name.removeprefix(TOP_K)
+    if is_pattern(name) and matches(name):
+        return pattern_folder(name)
     for candidate in (name, name.split(":")[0]):
         if candidate and candidate not in ("builtin", "train") and Path(candidate).exists():
             return Path(candidate)
@@ -113,36 +115,84 @@ def absolute_name(name: str) -> str:
 
 def moved_name(name: str, path: Path, place: str) -> str:
     """The name of the source at `path` when it lies at `place`: what stands before and behind the path stays."""
-    before = TOP_K if name.startswith(TOP_K) else ""
-    return before + name.removeprefix(TOP_K).replace(str(path), place, 1)
+    before, name = (TOP_K if name.startswith(TOP_K) else ""), name.removeprefix(TOP_K)
+    if is_pattern(name):
+        return before + str(Path(place) / Path(name).relative_to(path))
+    return before + name.replace(str(path), place, 1)
 
 
-def content_digest(path: Path) -> str:
+def content_digest(path: Path, digests: Digests | None = None) -> str:
     """SHA-256 of a file, or of all files of a folder with their names.
 
     Raises:
         UserError: it cannot be read.
     """
+    digests = digests or Digests()
     try:
         if path.is_file():
-            return file_sha256(path)
-        files = sorted(entry for entry in path.rglob("*") if entry.is_file())
-        listing = [(entry.relative_to(path).as_posix(), file_sha256(entry)) for entry in files]
+            return digests.sha256(path)
+        listing = [(entry.relative_to(path).as_posix(), digests.sha256(entry)) for entry in _files_of(path)]
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}). Check its rights, or give another file.") from None
+        raise _unreadable(path, error) from None
     return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
+
+
+def _unreadable(path: Path, error: OSError) -> UserError:
+    return UserError(f"{path}: cannot be read ({error.strerror}). Check its rights, or give another file.")
+
+
+def _files_of(path: Path) -> list[Path]:
+    """The file, or all files of the folder."""
+    return [path] if path.is_file() else sorted(entry for entry in path.rglob("*") if entry.is_file())
+
+
+def _source_files(key: str, name: str, path: Path) -> list[Path]:
+    """The files that are read of a local source: of a folder or glob of data its shards alone."""
+    if key == _TEACHER:  # of a stage's folder the model alone is read
+        return _files_of(teacher_path(name))
+    if key.startswith("data.") and (is_pattern(name) or path.is_dir()):
+        return data_files(name)
+    return _files_of(path)
+
+
+def _source_digest(key: str, name: str, path: Path, digests: Digests) -> str:
+    if key == _TEACHER:
+        return content_digest(teacher_path(name), digests)
+    if not key.startswith("data.") or path.is_file():
+        return content_digest(path, digests)
+    try:
+        return digests.of_files(data_files(name))
+    except OSError as error:
+        raise _unreadable(path, error) from None
 
 
 def source_digests(config: PipelineFields, known: Mapping[str, str] | None = None) -> dict[str, str]:
     """Name -> digest of the local files the config reads. `known` speaks for files that are gone since."""
-    out = {}
+    out, digests = {}, Digests(config.output_dir)
     for key, name in source_names(config).items():
         path = local_path(name)
-        if path is not None:  # of a stage's folder the model alone is read
-            out[name] = content_digest(teacher_path(name) if key == _TEACHER else path)
+        if path is not None:
+            out[name] = _source_digest(key, name, path, digests)
         elif known and name in known:
             out[name] = known[name]
     return out
+
+
+def stage_files(config: PipelineFields, stage: str) -> dict[Path, str]:
+    """SHA-256 of every local file that the stage reads beside what other stages wrote."""
+    out: dict[Path, str] = {}
+    digests = Digests(config.output_dir)
+    for key, name in source_names(config).items():
+        path = local_path(name)
+        if path is not None and _reads(config, stage, key):
+            out |= {file: digests.sha256(file) for file in _source_files(key, name, path)}
+    return out
+
+
+def _reads(config: PipelineFields, stage: str, key: str) -> bool:
+    if key == "init_from.path":
+        return stage in chain(config) and reads_folder(config, stage)
+    return stage == ("distillation" if key == _TEACHER else "data_prep")
 
 
 def identities(config: PipelineFields, digests: Mapping[str, str] | None = None) -> dict[str, Identity]:
@@ -195,6 +245,8 @@ def _key(stage: str, decides: Mapping[str, Any], read: Mapping[str, str]) -> str
 
 def _reading(name: str) -> str:
     """What of a local source's name decides how it is read: its ending and column."""
+    if is_pattern(name):
+        return ""  # of several files each has its own ending, which is in their digest
     before = TOP_K if name.startswith(TOP_K) else ""
     path, colon, column = name.removeprefix(TOP_K).partition(":")
     return before + Path(path).suffix + colon + column

@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib
 import os
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from ray_pipeline.artifacts import weights_digest
 from ray_pipeline.config import TRAINING_STAGES, PipelineFields
+from ray_pipeline.input_files import Digests, InputGuard
 from ray_pipeline.launcher import RayLauncher, prepare_folder, worker_environment
 from ray_pipeline.layout import stored_layout
 from ray_pipeline.layout_rules import elastic_layouts
@@ -24,7 +25,11 @@ StageFunction = Callable[[StageContext], StageResult]
 
 @dataclass(frozen=True)
 class StageJob:
-    """What a stage task is given; picklable."""
+    """What a stage task is given; picklable.
+
+    Attributes:
+        files: SHA-256 of the local files that the stage reads, as the run was accepted with them.
+    """
 
     row: PlannedStage
     config: PipelineFields
@@ -34,6 +39,7 @@ class StageJob:
     wandb_id: str
     device: Literal["cpu", "cuda"]
     function: StageFunction | None
+    files: Mapping[Path, str] = field(default_factory=dict)
 
 
 def execute_stage(job: StageJob, *upstream: StageResult) -> StageResult:
@@ -62,8 +68,13 @@ def execute_stage(job: StageJob, *upstream: StageResult) -> StageResult:
         elastic=elastic if row.stage in TRAINING_STAGES else (),
     )  # fmt: skip
     function = job.function or importlib.import_module(f"ray_pipeline.stages.{row.stage}").run
-    context = StageContext(job.config, job.run_name, job.run_dir, row.folder, inputs, launcher, wandb_id=job.wandb_id)
+    guard = InputGuard(job.files, Digests(job.config.output_dir))
+    guard.check()
+    context = StageContext(
+        job.config, job.run_name, job.run_dir, row.folder, inputs, launcher, wandb_id=job.wandb_id, guard=guard
+    )
     result = function(context)
+    guard.check()  # what was read is what the identity names, or the stage did not happen
     model = row.folder / "model"
     digest = weights_digest(model) if row.stage in TRAINING_STAGES and model.is_dir() else None
     close_record(

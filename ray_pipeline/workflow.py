@@ -15,7 +15,16 @@ from ray_pipeline.artifacts import write_text
 from ray_pipeline.config import PipelineFields
 from ray_pipeline.config_load import config_yaml
 from ray_pipeline.errors import StageFailed, UserError
-from ray_pipeline.identity import absolute_name, default_run_name, source_digests, source_names, with_source_names
+from ray_pipeline.identity import (
+    absolute_name,
+    default_run_name,
+    identities,
+    source_digests,
+    source_names,
+    stage_files,
+    with_source_names,
+)
+from ray_pipeline.input_files import note_digests
 from ray_pipeline.launcher import RayLauncher
 from ray_pipeline.layout import Layout, with_layout
 from ray_pipeline.ledger import (
@@ -39,7 +48,6 @@ from ray_pipeline.workflow_plan import (
     StageSelection,
     plan,
     refuse_other_config,
-    run_identities,
 )
 from ray_pipeline.workflow_view import outcome_text, print_failure, print_plan
 
@@ -103,10 +111,12 @@ def _go(
     with RunLock(run_dir):
         rows = plan(config, run_dir, selection)
         print_plan(console, rows, run_dir, layout)
+        files = {row.stage: stage_files(config, row.stage) for row in rows}
         run = _accept(config, run_dir, rows)
+        note_digests(config.output_dir, {path for read in files.values() for path in read})
         failed = False
         if any(row.action in ("run", "resume") for row in rows):
-            failed = not _execute(config, run_dir, rows, run, layout, functions, console)
+            failed = not _execute(config, run_dir, rows, run, files, layout, functions, console)
         return _finish(run_dir, [row for row in rows if selection.selects(row.stage)], failed, console)
 
 
@@ -116,10 +126,16 @@ def _with_absolute_paths(config: PipelineFields) -> PipelineFields:
 
 
 def _accept(config: PipelineFields, run_dir: Path, rows: Sequence[PlannedStage]) -> RunFile:
-    """Store the settings as the run's own, with the identities they give."""
+    """Store the settings as the run's own, with the identities they give.
+
+    Raises:
+        UserError: an input file changed since the stages were planned.
+    """
     run = RunFile(run_dir)
     run.sources |= source_digests(config, run.sources)
-    found = run_identities(config, run)
+    found = identities(config, run.sources)
+    if any(found[row.stage].key != row.identity for row in rows):
+        raise UserError("An input file changed while the plan was made. Run the same command again.")
     run.stages = {
         row.stage: {"identity": row.identity, "folder": row.folder.name, "decides": dict(found[row.stage].decides)}
         for row in rows
@@ -187,6 +203,7 @@ def _execute(
     run_dir: Path,
     rows: Sequence[PlannedStage],
     run: RunFile,
+    files: Mapping[str, Mapping[Path, str]],
     layout: Layout,
     functions: Mapping[str, StageFunction] | None,
     console: Console,
@@ -204,7 +221,7 @@ def _execute(
                 inputs = upstream(config, row.stage)
                 job = StageJob(
                     row, config, run_dir.name, run_dir, inputs, run.wandb_id(row.stage, row.identity),
-                    layout.device, (functions or {}).get(row.stage),
+                    layout.device, (functions or {}).get(row.stage), files[row.stage],
                 )  # fmt: skip
                 ref = task.options(name=row.stage).remote(job, *(done[name] for name in inputs))
                 done[row.stage] = pending[row.stage] = ref

@@ -186,7 +186,7 @@ def test_unreadable_data_is_a_user_error(tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     (tmp_path / "a.txt").write_text("")
-    monkeypatch.setattr("ray_pipeline.identity.file_sha256", refuse)
+    monkeypatch.setattr("ray_pipeline.input_files.file_sha256", refuse)
     with pytest.raises(UserError, match=r"a\.txt: cannot be read \(Permission denied\)\. Check its rights"):
         content_digest(tmp_path / "a.txt")
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ray_pipeline.config import PipelineFields
+from ray_pipeline.input_files import InputGuard
 
 RankFunction = Callable[[dict[str, Any]], dict[str, Any]]
 
@@ -35,6 +36,7 @@ class StageContext:
         run_dir: the run's folder. folder: this stage's own folder, `run_dir/<stage>-<identity>`.
         inputs: finished upstream stages, by name.
         wandb_id: stable id of this stage's W&B run.
+        guard: tells whether the local files it reads are still those the run was accepted with.
     """
 
     config: PipelineFields
@@ -44,6 +46,7 @@ class StageContext:
     inputs: Mapping[str, StageResult]
     launcher: Launcher
     wandb_id: str = ""
+    guard: InputGuard = field(default_factory=lambda: InputGuard({}))
 
 
 @dataclass(frozen=True)

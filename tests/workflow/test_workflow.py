@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from ray_pipeline import workflow
 from ray_pipeline.errors import UserError
 from ray_pipeline.ledger import RunLock, read_status
 from ray_pipeline.local_ray import start_ray
@@ -150,6 +151,33 @@ def test_changed_contents_of_a_data_file_rerun_all_and_its_loss_does_not(tmp_pat
     assert toy.calls(tmp_path / "toy") == ["data_prep", "data_prep"]
     data.unlink()
     assert resume(tmp_path, stages=only, **source) == 0
+    assert toy.calls(tmp_path / "toy") == []
+
+
+def test_a_file_that_changes_before_it_is_read_is_not_stored_under_the_old_identity(tmp_path):
+    data = tmp_path / "text.txt"
+    data.write_text("one")
+    source = {"data__pretrain": [{"name": str(data)}]}
+    only = StageSelection(until="data_prep")
+
+    def changing(context):
+        data.write_text("two")
+        return toy.note(context, "data_prep")
+
+    functions = {**toy.FUNCTIONS, "data_prep": changing}
+    with pytest.raises(UserError, match=r"text\.txt: changed since this run looked at it.*Run the same command again"):
+        run(tmp_path, functions=functions, stages=only, **source)
+    assert read_status(tmp_path / "toy")["stages"][0]["status"] == "failed"
+    assert resume(tmp_path, stages=only, **source) == 0
+    assert len(list((tmp_path / "toy").glob("data_prep-*"))) == 2
+
+
+def test_a_file_that_changes_while_the_run_is_planned_is_refused(tmp_path, monkeypatch):
+    data = tmp_path / "text.txt"
+    data.write_text("one")
+    monkeypatch.setattr(workflow, "print_plan", lambda *_: data.write_text("two"))
+    with pytest.raises(UserError, match="An input file changed while the plan was made"):
+        run(tmp_path, data__pretrain=[{"name": str(data)}])
     assert toy.calls(tmp_path / "toy") == []
 
 
