@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from ray_pipeline.config import DataConfig, PipelineFields
 from ray_pipeline.data.cleaning import validation_members
 from ray_pipeline.data.mixture import mixture_members
-from ray_pipeline.data.packing import pack_documents
+from ray_pipeline.data.packing import Row, pack_apart, pack_documents
 from ray_pipeline.data.ray_prepare import Corpus, Progress, tokenise
 from ray_pipeline.data.shards import write_rows
-from ray_pipeline.data.sources import BUILTIN, check_vocabulary, parse_source, read_documents
+from ray_pipeline.data.sources import BUILTIN, check_vocabulary, figure_names, parse_source, read_documents
 from ray_pipeline.data.text import document_at
 from ray_pipeline.data.tokenizer import ChatTokenizer
 from ray_pipeline.data.tokenizer_files import copy_pretrained, save_trained, train_bpe
@@ -112,15 +112,18 @@ class PackedText:
         self.config, self.corpus, self.split, self.tokenizer = config, corpus, split, tokenizer
         self.counts = np.zeros(len(tokenizer), np.int64)
         self.datasets: dict[str, dict[str, Any]] = {}
-        self._validation: list[NDArray[np.uint32]] = []
+        self._validation: list[tuple[int, NDArray[np.uint32]]] = []
         self._tokens = 0
 
     def write(self, folder: Path, progress: Progress) -> PackedText:
         """One pass over the corpus; validation documents, a small share, wait in memory."""
-        self._write(folder, "train", self._train_documents(progress))
-        tokens = sum(len(ids) for ids in self._validation)
-        self._tokens = tokens
-        self._write(folder, "validation", self._validation)
+        seq_len, pad_id = self.config.data.seq_len, self.tokenizer.pad_id
+        self._write(folder, "train", pack_documents(self._train_documents(progress), seq_len, pad_id))
+        self._tokens = sum(len(ids) for _, ids in self._validation)
+        # Apart, so that the loss of each source can be told: at most one row more a source.
+        apart = pack_apart(sorted(self._validation, key=lambda document: document[0]), seq_len, pad_id)
+        names = figure_names([source.name for source in self.config.data.pretrain])
+        self._write(folder, "validation", apart, names)
         return self
 
     def _train_documents(self, progress: Progress) -> Iterator[NDArray[np.uint32]]:
@@ -129,20 +132,20 @@ class PackedText:
         for index, ids in tokenise(self.corpus, self.tokenizer.to_json(), wanted, progress):
             document = np.concatenate([bos, ids, eos]).astype(np.uint32)
             if self.split.validation[index]:
-                self._validation.append(document)
+                self._validation.append((self.corpus.sources[index], document))
                 continue
             self._tokens += len(document)
             self.counts += np.bincount(document[1:], minlength=len(self.counts))
             yield document
 
-    def _write(self, folder: Path, name: str, documents: Iterable[NDArray[np.uint32]]) -> None:
-        seq_len = self.config.data.seq_len
+    def _write(self, folder: Path, name: str, packed: Iterable[Row], sources: Sequence[str] = ()) -> None:
         rows = write_rows(
             folder / name,
-            pack_documents(documents, seq_len, self.tokenizer.pad_id),
-            seq_len=seq_len,
+            packed,
+            seq_len=self.config.data.seq_len,
             vocab_size=len(self.tokenizer),
             tokens_per_shard=self.config.data.tokens_per_shard,
+            sources=sources,
         )
         members = self.split.train if name == "train" else self.split.validation
         self.datasets[f"{folder.name}/{name}"] = {

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -34,26 +35,46 @@ class ShardFile:
 
 
 @dataclass(frozen=True)
+class SourceRows:
+    """How many rows a source has; `name` is what its figures are called."""
+
+    name: str
+    rows: int
+
+
+@dataclass(frozen=True)
 class RowsManifest:
     """rows.json.
 
     Attributes:
         targets: supervised next-token targets over all rows.
         files: shard after shard, each with the fields tokens, segments, mask.
+        sources: where no row holds documents of two sources: those that have rows, which lie source after source.
+            Empty where rows are mixed, and in folders written before sources were told apart.
     """
 
     seq_len: int
     rows: int
     targets: int
     files: tuple[ShardFile, ...]
+    sources: tuple[SourceRows, ...] = ()
 
 
 def write_rows(
-    folder: Path, rows: Iterable[Row], *, seq_len: int, vocab_size: int, tokens_per_shard: int
+    folder: Path,
+    rows: Iterable[Row],
+    *,
+    seq_len: int,
+    vocab_size: int,
+    tokens_per_shard: int,
+    sources: Sequence[str] = (),
 ) -> RowsManifest:
     """Write rows as shards; the manifest comes last, so a folder with one is whole.
 
     Token ids take two bytes where the vocabulary allows.
+
+    Args:
+        sources: names of the sources that `Row.source` counts, where rows are packed apart, source after source.
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MANIFEST).unlink(missing_ok=True)
@@ -61,6 +82,7 @@ def write_rows(
     per_shard = max(1, tokens_per_shard // (seq_len + 1))
     files: list[ShardFile] = []
     total = targets = 0
+    held: Counter[int] = Counter()
     source = iter(rows)
     for number in itertools.count():
         chunk = list(itertools.islice(source, per_shard))
@@ -68,10 +90,12 @@ def write_rows(
             break
         total += len(chunk)
         targets += sum(count_targets(row) for row in chunk)
+        held.update(row.source for row in chunk)
         for name in FIELDS:
             values = np.stack([getattr(row, name) for row in chunk]).astype(dtypes[name])
             files.append(_write_file(folder, f"{number:05d}.{name}.bin", name, values))
-    manifest = RowsManifest(seq_len, total, targets, tuple(files))
+    apart = tuple(SourceRows(sources[index], held[index]) for index in held) if sources else ()
+    manifest = RowsManifest(seq_len, total, targets, tuple(files), apart)
     write_json(folder / MANIFEST, {"format": FORMAT, **asdict(manifest)})
     return manifest
 
@@ -95,7 +119,8 @@ def read_manifest(folder: Path) -> RowsManifest:
         raw: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         found = raw.pop("format")
         files = tuple(ShardFile(**entry) for entry in raw.pop("files"))
-        manifest = RowsManifest(files=files, **raw)
+        sources = tuple(SourceRows(**entry) for entry in raw.pop("sources", ()))
+        manifest = RowsManifest(files=files, sources=sources, **raw)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}). {way_out}") from None
     except (ValueError, KeyError, TypeError, AttributeError):

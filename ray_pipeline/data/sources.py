@@ -89,6 +89,24 @@ def _quoted(names: Sequence[str]) -> str:
     return ", ".join(f'"{name}"' for name in names)
 
 
+def figure_names(names: Sequence[str]) -> list[str]:
+    """What the figures of sources are called: letters, digits, `.`, `_` and `-`, at most 60 of them, all different.
+
+    A file goes by its name without folder and ending, so that its figures are called alike wherever it lies.
+    """
+    out: list[str] = []
+    for name in names:
+        path = Path(name)
+        is_file = name.startswith((".", "/", "~")) or path.suffix in local_files.SUFFIXES
+        own = path.name.split(".")[0] if is_file else name
+        short = re.sub(r"[^A-Za-z0-9._-]+", "-", own).strip("-.")[:50] or "source"
+        taken, number = short, 2
+        while taken in out:
+            taken, number = f"{short}-{number}", number + 1
+        out.append(taken)
+    return out
+
+
 def licence_of(source: str) -> str:
     """Licence of a source the config has no field for."""
     if source in SFT_BUILTIN:

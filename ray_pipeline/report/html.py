@@ -96,7 +96,8 @@ def _stage(entry: Mapping[str, Any]) -> str:
     lines, baselines = read_metrics(folder), entry.get("baselines") or {}
     charts = []
     for title, names, levels in CHARTS:
-        series = {_short(name): [(line["step"], line[name]) for line in lines if name in line] for name in names}
+        drawn_names = [*names, *(_of_sources(lines) if "eval/validation_loss" in names else ())]
+        series = {_short(name): [(line["step"], line[name]) for line in lines if name in line] for name in drawn_names}
         held = {level.replace("_", " "): baselines[level] for level in levels if level in baselines}
         charts.append(chart(title, series, held))
     drawn = "".join(charts)
@@ -105,6 +106,12 @@ def _stage(entry: Mapping[str, Any]) -> str:
     if not (drawn or samples or error):
         return ""
     return f'<h2>{escape(entry["stage"])}</h2>{error}<div class="charts">{drawn}</div>{samples}'
+
+
+def _of_sources(lines: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Logged names of the held-out loss of single sources, as far as there are colours."""
+    names = dict.fromkeys(name for line in lines for name in line if name.startswith("eval/validation_loss/"))
+    return list(names)[:2]
 
 
 def _short(name: str) -> str:

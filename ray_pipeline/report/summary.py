@@ -86,7 +86,7 @@ def count_text(number: float) -> str:
 def figure_text(stage: str, metrics: Mapping[str, float]) -> str:
     """The stage's main figure."""
     if stage == "pretrain" and "validation_loss" in metrics:
-        return f"validation loss {metrics['validation_loss']:.3f} nats{experts_text(metrics)}"
+        return f"validation loss {metrics['validation_loss']:.3f} nats{sources_text(metrics)}{experts_text(metrics)}"
     if "accuracy" in metrics:
         text = f"held-out accuracy {percent(metrics['accuracy'])}"
         if "preference_accuracy" in metrics:
@@ -107,6 +107,14 @@ def figure_text(stage: str, metrics: Mapping[str, float]) -> str:
         return f"{metrics['checks_passed']:.0f} exports checked{form}" + (f", {left:.0f} GGUF not" if left else "")
     first = list(metrics.items())[:3]
     return ", ".join(f"{name.replace('_', ' ')} {number_text(value)}" for name, value in first) + left_out_text(metrics)
+
+
+def sources_text(metrics: Mapping[str, float], most: int = 6) -> str:
+    """` (builtin 3.955, input 3.412)`: the loss of each source, where there are several."""
+    each = {n.partition("/")[2]: value for n, value in metrics.items() if n.startswith("validation_loss/")}
+    named = [f"{name} {value:.3f}" for name, value in list(each.items())[:most]]
+    more = [f"and {len(each) - most} more"] if len(each) > most else []
+    return f" ({', '.join(named + more)})" if named else ""
 
 
 def left_out_text(metrics: Mapping[str, float]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from ray_pipeline.config import DataConfig, PipelineFields, SourceConfig, TokenizerConfig
 from ray_pipeline.data.sources import (
     check_sources,
+    figure_names,
     parse_source,
     read_conversations,
     read_documents,
@@ -121,3 +123,11 @@ def test_tinyshakespeare_becomes_hundreds_of_documents():
     assert 400 < len(documents) < 1000
     whole = Path(source.location).read_text()
     assert "".join("".join(documents).split()) == "".join(whole.split())
+
+
+def test_sources_have_figures_of_names_that_differ_and_that_trackers_take(tmp_path):
+    given = ["builtin", str(tmp_path / "sea.txt"), "/elsewhere/sea.jsonl", "org/Tiny Stories:train:text", "", "-/-"]
+    names = figure_names(given)
+    assert names[:3] == ["builtin", "sea", "sea-2"] and names[3] == "org-Tiny-Stories-train-text"
+    assert len(set(names)) == len(names) and all(re.fullmatch(r"[\w.-]{1,60}", name) for name in names)
+    assert len(figure_names(["x" * 400, "x" * 400])[1]) <= 60

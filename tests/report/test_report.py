@@ -77,6 +77,17 @@ def test_how_evenly_experts_were_used_stands_beside_the_loss():
     assert text == f"validation loss 1.931 nats; {experts}"
 
 
+def test_the_loss_of_each_source_stands_beside_that_of_the_whole(tmp_path):
+    figures = {"validation_loss": 1.931, "validation_loss/builtin": 1.5, "validation_loss/sea": 2.25}
+    assert figure_text("pretrain", figures) == "validation loss 1.931 nats (builtin 1.500, sea 2.250)"
+    many = {f"validation_loss/{i}": float(i) for i in range(8)}
+    assert figure_text("pretrain", figures | many).endswith("2 2.000, 3 3.000, and 4 more)")
+    run_dir = make_run(tmp_path)
+    with (run_dir / "pretrain-a" / "metrics.jsonl").open("a") as log:
+        log.write(json.dumps({"stage": "pretrain", "step": 40, "time": 0, "eval/validation_loss/sea": 2.25}) + "\n")
+    assert "validation loss/sea" in write_report(run_dir).read_text()
+
+
 def test_reused_stage_that_learned_nothing_still_says_so(tmp_path):
     rows = summary_rows(read_status(make_run(tmp_path))["stages"], frozenset({"grpo"}))
     assert rows[3].status == "LEARNED NOTHING"

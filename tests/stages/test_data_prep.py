@@ -159,6 +159,13 @@ def test_sources_are_mixed_by_weight_and_named(tmp_path):
     builtin, own = entry["sources"]
     assert (own["licence"], own["weight"]) == ("CC0", 1.0)
     assert builtin["documents"] > 300 and 10 < own["documents"] < 40
+    held = PackedRows(result.folder / "pretrain" / "validation")
+    assert [source.name for source in held.manifest.sources] == ["builtin", "own"]
+    assert sum(source.rows for source in held.manifest.sources) == len(held)
+    tokenizer = load_tokenizer(result.folder / "tokenizer")
+    of_own = held.slice(held.manifest.sources[0].rows, len(held)).tokens
+    assert all("the sea is wide" in tokenizer.decode(row.tolist()) for row in of_own)
+    assert not PackedRows(result.folder / "pretrain" / "train").manifest.sources
 
 
 @pytest.mark.parametrize(
