@@ -93,7 +93,10 @@ class LayoutConfig(Section):
 class SourceConfig(Section):
     """One source of documents in a mixture."""
 
-    name: str = Field(description='builtin, .txt/.jsonl/.parquet path, or a datasets name "org/name[:split[:column]]"')
+    name: str = Field(
+        description="builtin, a path (.txt, .json, .jsonl, .parquet; .gz and .zst as well), a folder or glob of "
+        'shards, or a datasets name "org/name[:split[:column]]"'
+    )
     weight: PositiveFloat = 1.0
     licence: str = Field("unknown", description="recorded in the shard manifest")
 
@@ -123,6 +126,17 @@ class DataConfig(Section):
         12, description="a document sharing this many words in a row with an evaluation question is dropped"
     )
     max_documents: PositiveInt | None = Field(None, description="read at most this many documents of each source")
+    text_documents: Literal["auto", "file", "paragraphs", "lines"] = Field(
+        "auto",
+        description="what is a document of a .txt file: all of it, paragraphs merged up to text_characters, or a line; "
+        "auto: what stands between separators where there are any, else paragraphs",
+    )
+    text_separator: str | None = Field(
+        "<|endoftext|>", min_length=1, description="ends a document of a .txt file; null: nothing does"
+    )
+    text_characters: PositiveInt | None = Field(
+        None, description="characters that paragraphs are merged up to; default: those of a row, 2000 at least"
+    )
     tokens_per_shard: PositiveInt = 16_000_000
 
 

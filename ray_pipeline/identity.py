@@ -40,7 +40,7 @@ _NO_RESULT |= {"grpo.batch_size", "grpo.rollout.workers", "grpo.scoring.processe
 _NO_RESULT |= {"init_from.max_vocab_size", "init_from.max_file_bytes", "distillation.teacher_layout"}
 _TEACHER = "distillation.teacher"
 # Of the data, these decide pretraining's rows alone, and a tokenizer that is trained; and DPO's pairs alone.
-_TEXT = ("data.pretrain.", "data.builtin_documents", "data.tokens_per_shard")
+_TEXT = ("data.pretrain.", "data.builtin_documents", "data.tokens_per_shard", "data.text_")
 _PAIRS = ("data.preferences",)
 
 

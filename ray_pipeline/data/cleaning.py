@@ -8,7 +8,8 @@ import unicodedata
 
 # Control and format characters carry no text; tab and newline do. Joiners stay: scripts and emoji need them.
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200b\u2060\ufeff\ufffe\uffff]")
-_TRAILING = re.compile(r"[ \t\u00a0\u3000]+(?=\n|$)")
+# Looked for from the first blank of a run alone, or a long run that ends in a letter takes the square of its length.
+_TRAILING = re.compile(r"(?<![ \t\u00a0\u3000])[ \t\u00a0\u3000]++(?=\n|$)")
 _BLANK_LINES = re.compile(r"\n{3,}")
 
 

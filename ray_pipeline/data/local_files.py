@@ -1,22 +1,22 @@
-"""Local .txt, .json, .jsonl and .parquet files, read in pieces, with errors that name the line or the byte."""
+"""Local .txt, .json, .jsonl and .parquet files, read in pieces, with errors that name the line or the byte. All but
+parquet may be compressed as .gz or .zst."""
 
 from __future__ import annotations
 
 import codecs
 import json
-import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from ray_pipeline.errors import UserError, did_you_mean
+from ray_pipeline.input_files import COMPRESSED, SUFFIXES, form, is_data
 
-SUFFIXES = (".txt", ".json", ".jsonl", ".parquet")
-# Paragraphs of a text are merged up to this many characters, which is several packed rows of small models.
-DOCUMENT_CHARACTERS = 2000
 CHECKED_RECORDS = 20_000
 _CHUNK = 1 << 22
-_BLANK = re.compile(r"\n[ \t]*\n")
+Told = Callable[[Path, int], None]
+"""Told of a file how many of its bytes, as they lie on disk, have been read."""
 
 
 def check_file(path: Path) -> None:
@@ -28,8 +28,10 @@ def check_file(path: Path) -> None:
         where = "" if path.parent.is_dir() else f" (there is no folder {path.parent})"
         hint = did_you_mean(path.name, siblings)
         raise UserError(f"{path}: no such file{where}{hint}. Give the path of an existing file.")
-    if path.suffix not in SUFFIXES:
-        raise UserError(f'{path}: files end in {", ".join(SUFFIXES)}, not "{path.suffix}".')
+    if form(path) not in SUFFIXES:
+        raise UserError(f'{path}: files end in {", ".join(SUFFIXES)}, not "{form(path)}".')
+    if not is_data(path):
+        raise UserError(f"{path}: parquet is compressed inside, so it is read as .parquet alone. Unpack the file.")
     try:
         with path.open("rb") as handle:
             first = handle.read(1)
@@ -46,18 +48,43 @@ def _not_utf8(path: Path, offset: int, byte: int) -> UserError:
     )
 
 
-def read_utf8(path: Path) -> Iterator[str]:
-    """The text in pieces, line ends as "\\n"; a byte order mark is skipped.
+@contextmanager
+def open_bytes(path: Path) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
+    """(the file's bytes, unpacked; the file as it lies on disk, whose `tell` says how far it is read).
 
     Raises:
-        UserError: with the offset of the first byte that is not UTF-8.
+        UserError: a compressed file that is not whole.
+    """
+    with path.open("rb") as raw:
+        if path.suffix not in COMPRESSED:
+            yield raw, raw
+            return
+        import pyarrow
+
+        try:
+            with pyarrow.CompressedInputStream(raw, {".gz": "gzip", ".zst": "zstd"}[path.suffix]) as unpacked:
+                yield unpacked, raw
+        except (pyarrow.ArrowException, OSError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"{path}: not a whole {path.suffix} file ({reason}). Write it again.") from None
+
+
+def read_utf8(path: Path, told: Told | None = None) -> Iterator[str]:
+    """The text in pieces, line ends as "\\n"; a byte order mark is skipped.
+
+    Args:
+        told: told of the bytes read before a piece is given.
+    Raises:
+        UserError: with the offset of the first byte that is not UTF-8, or of a compressed file that is not whole.
     """
     decoder = codecs.getincrementaldecoder("utf-8")()
     consumed = 0
     carry = ""
-    with path.open("rb") as handle:
+    with open_bytes(path) as (handle, raw):
         while True:
             chunk = handle.read(_CHUNK)
+            if told is not None:
+                told(path, raw.tell())
             pending = len(decoder.getstate()[0])  # bytes of a character cut by the chunk border
             try:
                 text = decoder.decode(chunk, final=not chunk)
@@ -81,60 +108,28 @@ def check_utf8(path: Path) -> None:
         raise UserError(f"{path}: holds only white space. Give a file with text in it.")
 
 
-def read_text_documents(path: Path) -> Iterator[str]:
-    """Documents of a plain text: paragraphs merged up to DOCUMENT_CHARACTERS, long ones cut at a line end or space."""
-    check_file(path)
-    rest = ""
-    for piece in read_utf8(path):
-        paragraphs = _BLANK.split(rest + piece)
-        rest = paragraphs.pop()  # may go on in the next piece
-        held: list[str] = []
-        size = 0
-        for paragraph in paragraphs:
-            if held and size + len(paragraph) > DOCUMENT_CHARACTERS:
-                yield from _cut("\n\n".join(held))
-                held, size = [], 0
-            held.append(paragraph)
-            size += len(paragraph) + 2
-        rest = "\n\n".join([*held, rest])
-        while len(rest) > _CHUNK:  # a text without blank lines must not pile up
-            head, rest = rest[:_CHUNK], rest[_CHUNK:]
-            yield from _cut(head)
-    yield from _cut(rest)
-
-
-def _cut(text: str) -> Iterator[str]:
-    """Pieces of at most twice DOCUMENT_CHARACTERS with something in them."""
-    while len(text) > 2 * DOCUMENT_CHARACTERS:
-        at = max(text.rfind("\n", 1, DOCUMENT_CHARACTERS), 0) or max(text.rfind(" ", 1, DOCUMENT_CHARACTERS), 0)
-        at = at or DOCUMENT_CHARACTERS
-        if text[:at].strip():
-            yield text[:at]
-        text = text[at:]
-    if text.strip():
-        yield text
-
-
-def read_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def read_records(path: Path, told: Told | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
     """("file:line", record) of a .jsonl file, ("file:row", record) of a .parquet file or an array in a .json file.
 
+    Args:
+        told: told how far the file is read.
     Raises:
         UserError: a line or an entry that is not a JSON object, naming it, or a file that is damaged.
     """
     check_file(path)
-    if path.suffix == ".parquet":
-        yield from _read_parquet(path)
-    elif path.suffix == ".jsonl":
-        yield from _read_jsonl(path)
-    elif path.suffix == ".json":
-        yield from _read_json(path)
+    if form(path) == ".parquet":
+        yield from _read_parquet(path, told)
+    elif form(path) == ".jsonl":
+        yield from _read_jsonl(path, told)
+    elif form(path) == ".json":
+        yield from _read_json(path, told)
     else:
         raise UserError(f"{path}: plain text has no records. Give a .json, .jsonl or .parquet file.")
 
 
-def _lines(path: Path) -> Iterator[str]:
+def _lines(path: Path, told: Told | None) -> Iterator[str]:
     rest = ""
-    for piece in read_utf8(path):
+    for piece in read_utf8(path, told):
         lines = (rest + piece).split("\n")
         rest = lines.pop()
         yield from lines
@@ -142,8 +137,8 @@ def _lines(path: Path) -> Iterator[str]:
         yield rest
 
 
-def _read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    for number, line in enumerate(_lines(path), start=1):
+def _read_jsonl(path: Path, told: Told | None) -> Iterator[tuple[str, dict[str, Any]]]:
+    for number, line in enumerate(_lines(path, told), start=1):
         if not line.strip():
             continue
         place = f"{path}:{number}"
@@ -154,9 +149,9 @@ def _read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         yield place, _checked_object(record, place, line)
 
 
-def _read_json(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _read_json(path: Path, told: Told | None) -> Iterator[tuple[str, dict[str, Any]]]:
     """Entries of the array that is the file's whole content."""
-    text = "".join(read_utf8(path))
+    text = "".join(read_utf8(path, told))
     try:
         entries = json.loads(text)
     except json.JSONDecodeError as error:
@@ -187,13 +182,17 @@ def _checked_object(record: Any, place: str, source: str) -> dict[str, Any]:
     return record
 
 
-def _read_parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _read_parquet(path: Path, told: Told | None) -> Iterator[tuple[str, dict[str, Any]]]:
     import pyarrow
     import pyarrow.parquet
 
     try:
         number = 0
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=1024):
+        file = pyarrow.parquet.ParquetFile(path)
+        rows, size = max(1, file.metadata.num_rows), path.stat().st_size
+        for batch in file.iter_batches(batch_size=1024):
+            if told is not None:
+                told(path, size * min(rows, number + len(batch)) // rows)
             for record in batch.to_pylist():
                 number += 1
                 yield f"{path}:row {number}", record

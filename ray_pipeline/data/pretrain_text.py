@@ -18,6 +18,7 @@ from ray_pipeline.data.ray_prepare import Corpus, Progress, tokenise
 from ray_pipeline.data.shards import write_rows
 from ray_pipeline.data.sources import BUILTIN, check_vocabulary, figure_names, parse_source, read_documents
 from ray_pipeline.data.text import document_at
+from ray_pipeline.data.text_files import TextRule
 from ray_pipeline.data.tokenizer import ChatTokenizer
 from ray_pipeline.data.tokenizer_files import copy_pretrained, save_trained, train_bpe
 from ray_pipeline.data.turns import Conversation
@@ -35,7 +36,7 @@ def mixture_documents(config: PipelineFields) -> Iterator[tuple[int, str]]:
             count = min(config.data.builtin_documents, config.data.max_documents or config.data.builtin_documents)
             texts = (document_at(config.seed, index) for index in range(count))
         else:
-            texts = read_documents(parse_source(source.name), config.data.max_documents)
+            texts = read_documents(parse_source(source.name), config.data.max_documents, rule=TextRule.of(config.data))
         for text in texts:
             yield number, text
 

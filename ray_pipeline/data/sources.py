@@ -6,7 +6,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -15,16 +15,19 @@ from ray_pipeline.config import PipelineFields
 from ray_pipeline.data import hub, local_files
 from ray_pipeline.data.chat import ChatTemplate
 from ray_pipeline.data.fields import BadRecord, Record
+from ray_pipeline.data.local_files import Told
 from ray_pipeline.data.preference_records import Preference, as_preference
 from ray_pipeline.data.reasoning_gym_source import check_task, parse_gym_name
 from ray_pipeline.data.records import as_conversation, as_document, as_question
 from ray_pipeline.data.tasks import TOOLS_MIX, draw_unique
 from ray_pipeline.data.tasks.question import THINK_OPEN, Question
+from ray_pipeline.data.text_files import TextRule, read_text_documents
 from ray_pipeline.data.tokenizer import load_tokenizer
 from ray_pipeline.data.tokenizer_files import trained_template
 from ray_pipeline.data.tool_conversations import tool_conversation
 from ray_pipeline.data.turns import Conversation
 from ray_pipeline.errors import UserError, did_you_mean
+from ray_pipeline.input_files import data_files, form, is_pattern
 from ray_pipeline.stage_chain import reads_text
 
 BUILTIN = "builtin"
@@ -43,7 +46,8 @@ class Source:
     """A parsed source name.
 
     Attributes:
-        location: file path, "org/name" or a reasoning-gym task. split, column: hub only. size: reasoning-gym only.
+        location: path of a file, of a folder or glob of its shards, "org/name" or a reasoning-gym task.
+        split, column: hub only. size: reasoning-gym only.
     """
 
     given: str
@@ -52,6 +56,11 @@ class Source:
     split: str = "train"
     column: str | None = None
     size: int | None = None
+
+    @property
+    def files(self) -> list[Path]:
+        """The shards of a file source, in the order they are read in."""
+        return data_files(self.location)
 
     @property
     def category(self) -> str:
@@ -73,14 +82,15 @@ def parse_source(given: str, builtin: Sequence[str] = (BUILTIN,)) -> Source:
     if gym is not None:
         return Source(given, "gym", gym[0], size=gym[1])
     path = Path(given)
-    looks_local = path.suffix in (*local_files.SUFFIXES, ".csv") or given.startswith((".", "/", "~"))
-    if looks_local or (given and path.exists()):
+    looks_local = form(path) in (*local_files.SUFFIXES, ".csv") or given.startswith((".", "/", "~"))
+    if looks_local or (given and (path.exists() or is_pattern(given))):
         return Source(given, "file", str(path.expanduser()))
     match = HUB_NAME.match(given)
     if match is None:
         raise UserError(
             f'"{given}": no such file{did_you_mean(given, builtin)}. Give {_quoted(builtin)}, a '
-            f"{', '.join(local_files.SUFFIXES)} file, or a datasets name like roneneldan/TinyStories:train:text."
+            f"{', '.join(local_files.SUFFIXES)} file, a folder or glob of such files, or a datasets name like "
+            "roneneldan/TinyStories:train:text."
         )
     return Source(given, "hub", match["name"], match["split"] or "train", match["column"])
 
@@ -114,32 +124,47 @@ def licence_of(source: str) -> str:
     return "Apache-2.0 (reasoning-gym)" if parse_gym_name(source) else "unknown"
 
 
-def _records(source: Source) -> Iterator[tuple[str, Record]]:
-    """(place, record) pairs; the place is "file:line" for messages."""
+def _records(source: Source, told: Told | None = None) -> Iterator[tuple[str, Record]]:
+    """(place, record) pairs, shard after shard; the place is "file:line" for messages."""
     if source.kind == "file":
-        return local_files.read_records(Path(source.location))
+        return itertools.chain.from_iterable(local_files.read_records(path, told) for path in source.files)
     return hub.stream_records(source.location, source.split)
 
 
-def _convert(source: Source, convert: Callable[[Record], T], limit: int | None) -> Iterator[T]:
+def _convert(
+    source: Source, convert: Callable[[Record], T], limit: int | None, told: Told | None = None
+) -> Iterator[T]:
     if limit is None and source.kind == "hub":
         limit = HUB_DOCUMENTS
-    for place, record in itertools.islice(_records(source), limit):
+    for place, record in itertools.islice(_records(source, told), limit):
         try:
             yield convert(record)
         except BadRecord as error:
             raise UserError(f"{place}: {error}. Mend or remove it.") from None
 
 
-def read_documents(source: Source, limit: int | None = None) -> Iterator[str]:
-    """Texts of a file or hub source, in its order, `limit` at most.
+def read_documents(
+    source: Source, limit: int | None = None, *, rule: TextRule | None = None, told: Told | None = None
+) -> Iterator[str]:
+    """Texts of a file or hub source, shard after shard, in their order, `limit` at most.
 
+    Args:
+        rule: what is a document of a .txt file. told: told of the bytes read of each file.
     Raises:
         UserError: unreadable, naming file and line, or the byte that is not UTF-8.
     """
-    if source.kind == "file" and source.location.endswith(".txt"):
-        return itertools.islice(local_files.read_text_documents(Path(source.location)), limit)
+    if source.kind == "file":
+        return itertools.islice(_file_documents(source, rule or TextRule(), told), limit)
     return _convert(source, lambda record: as_document(record, source.column), limit)
+
+
+def _file_documents(source: Source, rule: TextRule, told: Told | None) -> Iterator[str]:
+    for path in source.files:
+        if form(path) == ".txt":
+            yield from read_text_documents(path, rule, told)
+        else:
+            shard = replace(source, location=str(path))
+            yield from _convert(shard, lambda record: as_document(record, source.column), None, told)
 
 
 def read_conversations(source: Source, limit: int | None = None) -> Iterator[Conversation]:
@@ -237,18 +262,20 @@ def check_source(source: Source, read: Callable[[Source], Iterable[object]], *, 
         check_task(source.location)
     if source.kind != "file":
         return
-    path = Path(source.location)
-    local_files.check_file(path)
-    if path.suffix == ".txt":
-        if not documents:
-            raise UserError(
-                f'{path}: plain text has no questions and answers. Give .json, .jsonl, .parquet or "builtin".'
-            )
-        local_files.check_utf8(path)
+    files = source.files
+    for path in files:
+        local_files.check_file(path)
+        if form(path) == ".txt":
+            if not documents:
+                raise UserError(
+                    f'{path}: plain text has no questions and answers. Give .json, .jsonl, .parquet or "builtin".'
+                )
+            local_files.check_utf8(path)
+    if all(form(path) == ".txt" for path in files):
         return
     found = 0
     for found, _ in enumerate(read(source), start=1):
         if found == local_files.CHECKED_RECORDS:
             break
     if not found:
-        raise UserError(f"{path}: holds no records. Give a file with at least one.")
+        raise UserError(f"{source.location}: holds no records. Give a file with at least one.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import unicodedata
 
 import pytest
@@ -75,3 +76,9 @@ def test_the_share_held_out_is_what_was_asked_for():
     digests = [content_hash(str(i)) for i in range(20_000)]
     assert all(0 <= hash_fraction(d) < 1 for d in digests)
     assert 0.045 < sum(validation_members(digests, 0.05)) / len(digests) < 0.055
+
+
+def test_long_runs_of_blanks_are_cleaned_in_linear_time():
+    start = time.perf_counter()
+    assert clean_text("a" + " " * 400_000 + "b" + " \t" * 200_000) == "a" + " " * 400_000 + "b"
+    assert time.perf_counter() - start < 2  # minutes, where every blank of a run is tried as its first

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ray_pipeline.data import local_files
-from ray_pipeline.data.local_files import check_file, check_utf8, read_records, read_text_documents, read_utf8
+from ray_pipeline.data.local_files import check_file, check_utf8, read_records, read_utf8
 from ray_pipeline.errors import UserError
 
 text = st.text(alphabet=st.sampled_from("abé€😀 \n\r\t"), max_size=80)
@@ -25,41 +25,51 @@ def test_text_is_read_whole_however_the_chunks_fall(tmp_path_factory, content, c
     assert read == content.replace("\r\n", "\n").replace("\r", "\n")
 
 
-@given(st.lists(st.text(alphabet="ab \n", min_size=1, max_size=50), min_size=1, max_size=40), st.integers(1, 64))
-def test_documents_hold_all_words_in_order(tmp_path_factory, paragraphs, chunk):
-    content = "\n\n".join(paragraphs)
-    path = tmp_path_factory.mktemp("t") / "a.txt"
-    path.write_text(content or " ")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(local_files, "_CHUNK", max(chunk, 30))
-        patch.setattr(local_files, "DOCUMENT_CHARACTERS", 30)
-        documents = list(read_text_documents(path))
-    assert all(document.strip() and len(document) <= 60 for document in documents)
-    assert "".join("".join(documents).split()) == "".join(content.split())
-
-
-def test_paragraphs_are_merged_up_to_a_sensible_size(tmp_path):
-    path = tmp_path / "play.txt"
-    path.write_text("\n\n".join(f"Speaker {i}:\n" + "word " * 20 for i in range(200)))
-    documents = list(read_text_documents(path))
-    assert all(document.startswith("Speaker") for document in documents)
-    assert 1500 < sum(map(len, documents)) / len(documents) <= local_files.DOCUMENT_CHARACTERS
-
-
-def test_text_without_blank_lines_is_cut_at_line_ends(tmp_path):
-    path = tmp_path / "log.txt"
-    path.write_text("".join(f"line {i} of the log\n" for i in range(2000)))
-    documents = list(read_text_documents(path))
-    assert len(documents) > 10
-    assert all(document.strip().startswith("line") for document in documents)
-
-
 @pytest.mark.parametrize("before", [0, 10, (1 << 22) - 1, (1 << 22) + 5])
 def test_the_first_byte_that_is_not_utf8_is_named(tmp_path, before):
     path = tmp_path / "latin.txt"
     path.write_bytes(b"a" * before + b"\xe9t\xe9" + b"b" * 10)
     with pytest.raises(UserError, match=rf"byte {before} \(0xe9\) is not UTF-8.*iconv"):
         check_utf8(path)
+
+
+def pack(path, content: bytes, suffix: str):
+    """Write `content` as path + suffix, in two frames as `cat a.gz b.gz` makes them."""
+    import pyarrow
+
+    packed = path.with_name(path.name + suffix)
+    half = len(content) // 2
+    with packed.open("wb") as file:
+        for part in (content[:half], content[half:]):
+            sink = pyarrow.BufferOutputStream()
+            with pyarrow.CompressedOutputStream(sink, {".gz": "gzip", ".zst": "zstd"}[suffix]) as stream:
+                stream.write(part)
+            file.write(sink.getvalue())
+    return packed
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+def test_compressed_files_are_read_as_what_they_hold(tmp_path, suffix):
+    lines = "".join(f'{{"text": "é {i}"}}\n' for i in range(3000)).encode()
+    path = pack(tmp_path / "a.jsonl", lines, suffix)
+    told = []
+    read = list(read_records(path, lambda *call: told.append(call)))
+    assert [record["text"] for _, record in read] == [f"é {i}" for i in range(3000)]
+    assert read[2999][0] == f"{path}:3000"
+    assert told[-1] == (path, path.stat().st_size)
+    assert "".join(read_utf8(pack(tmp_path / "a.txt", b"one\r\ntwo", suffix))) == "one\ntwo"
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(UserError, match=rf"a\.jsonl\{suffix}: not a whole {suffix} file \(.*Write it again"):
+        list(read_records(path))
+
+
+def test_how_far_a_file_is_read_is_told_in_its_bytes(tmp_path):
+    import pyarrow.parquet
+
+    path, told = tmp_path / "a.parquet", []
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a"] * 3000}), path)
+    list(read_records(path, lambda _, done: told.append(done)))
+    assert told == sorted(told) and len(told) == 3 and told[-1] == path.stat().st_size
 
 
 def test_a_character_cut_off_at_the_end_is_named(tmp_path):
@@ -86,12 +96,14 @@ def test_missing_and_unfit_files_say_what_to_do(tmp_path):
     (tmp_path / "stories.txt").write_text("x")
     (tmp_path / "empty.txt").touch()
     (tmp_path / "data.csv").write_text("a,b")
+    (tmp_path / "table.parquet.gz").write_text("x")
     cases = {
         "storeis.txt": r'no such file \(did you mean "stories\.txt"\?\)',
         "nowhere/stories.txt": r"no such file \(there is no folder .*nowhere\)",
         "empty.txt": "the file is empty",
         "data.csv": r'files end in \.txt, \.json, \.jsonl, \.parquet, not "\.csv"',
         "": "is a folder",
+        "table.parquet.gz": "parquet is compressed inside",
     }
     for name, message in cases.items():
         with pytest.raises(UserError, match=message):

@@ -46,7 +46,7 @@ def test_names_are_told_apart(given, kind, location, split, column):
 
 @pytest.mark.parametrize("given", ["biultin", "gsm8k", "a/b/c", "org/name:a:b:c", ""])
 def test_what_is_neither_is_refused(given):
-    with pytest.raises(UserError, match='Give "builtin", a .txt, .json, .jsonl, .parquet file, or a datasets name'):
+    with pytest.raises(UserError, match='Give "builtin", a .txt, .*file, a folder or glob of such files, or a'):
         parse_source(given)
     with pytest.raises(UserError, match='did you mean "builtin"'):
         parse_source("biultin")
@@ -93,6 +93,25 @@ def test_good_files_pass_and_are_read_in_order(files):
     assert [c.question for c in read_conversations(source, limit=2)] == ["0+1?", "1+1?"]
     assert list(read_documents(source, limit=1)) == ["0+1?\n#### 1"]
     assert list(read_documents(parse_source(str(files / "text.txt")))) == ["one\n\ntwo"]
+
+
+@pytest.mark.parametrize("name", ["shards", "shards/*"])
+def test_shards_of_one_source_are_read_in_order_of_their_names(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    Path("shards").mkdir()
+    for shard, texts in {"b.jsonl": "de", "a.jsonl": "abc"}.items():
+        (Path("shards") / shard).write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    (Path("shards") / "c.txt").write_text("f<|endoftext|>g")
+    (Path("shards") / "README").write_text("not read")
+    source = parse_source(name)
+    assert list(read_documents(source)) == list("abcdefg")
+    assert list(read_documents(source, limit=4)) == list("abcd")
+    check_sources(config(text=name))
+    with pytest.raises(UserError, match=r"--sft-data .*c\.txt: plain text has no questions"):
+        check_sources(config(sft=name))
+    (Path("shards") / "d.txt").write_bytes(b"\xe9")
+    with pytest.raises(UserError, match=r"--data .*d\.txt: byte 0 "):
+        check_sources(config(text=name))
 
 
 def test_a_tokenizer_larger_than_the_model_is_refused():
