@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import os
+import tempfile
 from pathlib import Path
 from typing import IO, Protocol
 
 from ray_pipeline.artifacts import atomic_path
 from ray_pipeline.config import PipelineFields
+from ray_pipeline.errors import UserError
 from ray_pipeline.identity import local_path, source_names
 from ray_pipeline.input_files import Digests
+from ray_pipeline.ledger import RUN_FILE, RunFile, refuse_foreign_run
 
 INPUTS = "inputs"
 # Only a resume on Modal needs checkpoints, and it finds them on the volume.
@@ -45,15 +48,40 @@ def remote_name(path: Path) -> str:
     return f"{INPUTS}/{digest.hexdigest()[:16]}/{path.name}"
 
 
+def refuse_other_run(volume: VolumeFiles, run_name: str, run_dir: Path) -> None:
+    """Refuse to copy a run's files over those of another one that has its name.
+
+    Raises:
+        UserError: with where the outputs are.
+    """
+    refuse_foreign_run(run_dir)
+    names = [path for path, _, _ in volume.files(f"/{run_name}") if Path(path).name == RUN_FILE]
+    if not names or not (run_dir / RUN_FILE).exists():
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        with Path(folder, RUN_FILE).open("wb") as file:
+            volume.read(names[0], file)
+        if RunFile(Path(folder)).uid != RunFile(run_dir).uid:
+            raise UserError(
+                f"{run_dir}: holds another run of this name, which is not replaced. The outputs are on Modal's volume; "
+                "run the same command with another --output-dir to fetch them."
+            )
+
+
 def fetch(volume: VolumeFiles, run_name: str, output_dir: Path) -> tuple[int, int]:
     """Copy a run's files to `output_dir/run_name`, each written aside and renamed. A file that is here with the same
     size and time is kept.
 
     Returns:
         (files copied, bytes copied).
+    Raises:
+        UserError: another run of this name, or a folder that is none, is there.
     """
     files = size = 0
-    for path, length, changed in volume.files(f"/{run_name}"):
+    refuse_other_run(volume, run_name, output_dir / run_name)
+    # run.json first: a fetch that is cut short leaves a folder that is known as this run's.
+    entries = sorted(volume.files(f"/{run_name}"), key=lambda entry: Path(entry[0]).name != RUN_FILE)
+    for path, length, changed in entries:
         relative = Path(path.lstrip("/")).relative_to(run_name)
         if any(part in SKIPPED for part in relative.parts):
             continue

@@ -18,17 +18,15 @@ from typing import TYPE_CHECKING, Any
 
 from model.config import ModelConfig, RopeScaling
 from ray_pipeline.errors import UserError
+from ray_pipeline.integrity import MANIFEST, file_sha256, refuse_foreign_folder, sealed, verify_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from model.transformer import Transformer
 
-MANIFEST = "manifest.json"
-RECORD = "record.json"  # of a stage, beside its outputs
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
-_CHUNK = 1 << 22
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 
@@ -55,6 +53,8 @@ def explain_write_error(error: OSError, path: Path) -> UserError | OSError:
         )
     if error.errno in (errno.ENOTDIR, errno.EEXIST):
         return UserError(f"{path}: a file is in the way of a folder ({error.strerror}). Choose another --output-dir.")
+    if error.errno == errno.EISDIR:
+        return UserError(f"{path}: a folder is in the way of a file ({error.strerror}). Move it away.")
     return error
 
 
@@ -92,13 +92,16 @@ def atomic_path(path: Path, *, durable: bool = True) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
-    """A folder to fill; with a manifest it becomes `folder` when the block ends well, and replaces what was there.
+    """A folder to fill; with a manifest it becomes `folder` when the block ends well, and replaces one made this way.
 
     Raises:
-        UserError: full disk or no right to write.
+        UserError: something else is there; full disk or no right to write.
     """
     aside, old = (folder.with_name(f".{folder.name}.{kind}") for kind in ("partial", "old"))
     with writing(folder):
+        if old.exists() and not folder.exists():  # killed between the two renames below
+            old.rename(folder)
+        refuse_foreign_folder(folder)
         shutil.rmtree(aside, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
         aside.mkdir(parents=True)
@@ -126,6 +129,11 @@ def write_json(path: Path, value: Any, *, durable: bool = True) -> None:
         aside.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def write_sealed(path: Path, value: Mapping[str, Any], *, durable: bool = True) -> None:
+    """A record with its own checksum, atomically; `integrity.read_sealed` reads it."""
+    write_json(path, sealed(value), durable=durable)
+
+
 def read_json(path: Path) -> Any:
     """The file's value.
 
@@ -140,19 +148,10 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path}: damaged ({error}). Delete it and run that stage again.") from None
 
 
-def file_sha256(path: Path) -> str:
-    """Hex SHA-256 of a file's bytes."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
 def write_manifest(folder: Path) -> Path:
     """SHA-256 and size of every file below `folder`, into its manifest.json; the files are on disk when it returns."""
     paths = (path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
-    write_json(folder / MANIFEST, {"files": manifest_entries(folder, paths)})
+    write_sealed(folder / MANIFEST, {"files": manifest_entries(folder, paths)})
     return folder / MANIFEST
 
 
@@ -164,40 +163,6 @@ def manifest_entries(folder: Path, paths: Iterable[Path]) -> dict[str, dict[str,
         entry = {"sha256": file_sha256(path), "bytes": path.stat().st_size}
         files[path.relative_to(folder).as_posix()] = entry
     return files
-
-
-def verify_folder(folder: Path) -> None:
-    """Hold every file against the manifest.
-
-    Raises:
-        UserError: naming the first file that is missing or damaged, or the manifest itself.
-    """
-    if found := damage(folder):
-        raise UserError(f"{found}. Delete {folder} and resume: it is made again, or an older checkpoint is taken.")
-
-
-def damage(folder: Path, *, share: tuple[int, int] = (0, 1)) -> str | None:
-    """What is wrong with the first file that is not as the manifest says; None where all is well.
-
-    Args:
-        share: (index, count): look at every count-th file alone, so that several ranks can share the work.
-    """
-    if not (folder / MANIFEST).is_file():
-        return f"{folder / MANIFEST}: missing, so {folder.name} was not written to its end"
-    try:
-        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
-    except (ValueError, KeyError) as error:  # ValueError: not JSON, or not even text
-        return f"{folder / MANIFEST}: damaged ({error})"
-    index, count = share
-    for name, entry in sorted(files.items())[index::count]:
-        path = folder / name
-        if not path.is_file():
-            return f"{path}: missing; the manifest lists it"
-        if path.stat().st_size != entry["bytes"]:
-            return f"{path}: damaged: {path.stat().st_size} bytes, written were {entry['bytes']}"
-        if file_sha256(path) != entry["sha256"]:
-            return f"{path}: damaged: its SHA-256 is not the one in the manifest"
-    return None
 
 
 def save_model(folder: Path, config: ModelConfig, state: Mapping[str, Tensor]) -> None:

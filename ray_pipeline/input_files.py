@@ -15,8 +15,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-from ray_pipeline.artifacts import file_sha256, write_json
+from ray_pipeline.artifacts import write_sealed
 from ray_pipeline.errors import UserError
+from ray_pipeline.integrity import file_sha256, unsealed
 
 SUFFIXES = (".txt", ".json", ".jsonl", ".parquet")
 COMPRESSED = (".gz", ".zst")
@@ -138,7 +139,7 @@ def _sha256_once(path: Path, stamp: Stamp) -> str:
 def _read_note(path: Path) -> dict[str, tuple[Stamp, str]]:
     """path -> (stamp, digest). A note that cannot be read costs time, nothing else: files are hashed again."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = unsealed(path.read_bytes())
         return {name: (Stamp(*stamp), str(digest)) for name, (stamp, digest) in values.items()}
     except (OSError, ValueError, TypeError, AttributeError):
         return {}
@@ -152,7 +153,7 @@ def note_digests(folder: Path, paths: Iterable[Path]) -> None:
         stamp = stamp_of(path)
         if now - max(stamp.modified, stamp.changed) > _SETTLED_NS:
             noted[str(path.absolute())] = (stamp, digests.sha256(path))
-    write_json(folder / NOTE, noted, durable=False)
+    write_sealed(folder / NOTE, noted, durable=False)
 
 
 class InputGuard:

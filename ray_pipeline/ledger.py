@@ -5,6 +5,7 @@
       run.json             uid, and per stage its present identity and the settings behind it
       .lock                held by the one process that works on the run
       <stage>-<identity>/  a stage's outputs, with record.json beside them
+      <stage>-<identity>.again/  a finished stage that is run again, until it is whole and takes that one's place
 
 A stage's folder and record carry its identity (`ray_pipeline.identity`), so outputs made under other settings are never
 taken for present ones, and come back into use when the settings do.
@@ -16,6 +17,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 import socket
 import time
 import uuid
@@ -23,19 +25,28 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
-from ray_pipeline.artifacts import RECORD, read_json, write_json, writing
+from ray_pipeline.artifacts import read_json, write_json, writing
 from ray_pipeline.config import STAGES, PipelineFields
 from ray_pipeline.errors import UserError
+from ray_pipeline.integrity import RECORD
 from ray_pipeline.progress import read_progress
 from ray_pipeline.stages.base import StageResult
 
-RUN_FILE, CONFIG_FILE, LOCK = "run.json", "config.yaml", ".lock"
+RUN_FILE, CONFIG_FILE, REPORT_FILE, LOCK = "run.json", "config.yaml", "report.html", ".lock"
 Status = Literal["running", "done", "failed", "learned_nothing"]
+
+
+AGAIN = ".again"  # behind the name of a stage's folder: an attempt that is to replace a finished one
 
 
 def stage_folder(run_dir: Path, stage: str, identity: str) -> Path:
     """Where a stage with this identity keeps its outputs."""
     return run_dir / f"{stage}-{identity[:10]}"
+
+
+def again_folder(folder: Path) -> Path:
+    """Where a finished stage is run again (`--stage`, `--from`): beside its outputs, until the new ones are whole."""
+    return folder.with_name(folder.name + AGAIN)
 
 
 @dataclass
@@ -105,6 +116,36 @@ def close_record(folder: Path, record: Record, status: Status, **values: Any) ->
         setattr(record, name, value)
     write_record(folder, record)
     return record
+
+
+def settle(folder: Path) -> None:
+    """Put a finished new attempt in the place of the finished one before it; also after a kill halfway through."""
+    again, old = again_folder(folder), folder.with_name(f".{folder.name}.old")
+    record = read_record(again)
+    with writing(folder):
+        if record is not None and record.is_finished:
+            if folder.exists():
+                shutil.rmtree(old, ignore_errors=True)
+                folder.rename(old)
+            again.rename(folder)
+        if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def refuse_foreign_run(run_dir: Path) -> None:
+    """Refuse a folder that has files of a run's names and is no run.
+
+    Raises:
+        UserError: naming what is there.
+    """
+    if (run_dir / RUN_FILE).exists() or any(run_dir.glob(f"*-*/{RECORD}")):
+        return
+    for name in (CONFIG_FILE, REPORT_FILE):
+        if (run_dir / name).exists():
+            raise UserError(
+                f"{run_dir / name}: is there, but no {RUN_FILE} beside it, so this folder is not a run, and its files "
+                "are not replaced. Give another --run-name or --output-dir."
+            )
 
 
 class RunFile:
@@ -199,7 +240,7 @@ def read_status(run_dir: Path) -> dict[str, Any]:
             entry |= asdict(record)
             if record.status == "running" and holder is None:
                 entry["status"] = "interrupted"
-        stages.append(entry | {"folder": str(folder), "progress": read_progress(folder)})
+        stages.append(entry | {"folder": str(folder), "progress": read_progress(folder)} | _again(folder, holder))
     return {
         "run": run_dir.name,
         "run_dir": str(run_dir),
@@ -207,3 +248,13 @@ def read_status(run_dir: Path) -> dict[str, Any]:
         "worked_on_by": holder,
         "stages": stages,
     }
+
+
+def _again(folder: Path, holder: dict[str, Any] | None) -> dict[str, Any]:
+    """How far the attempt is that will replace a finished stage; nothing where there is none."""
+    record = read_record(again_folder(folder))
+    if record is None:
+        return {}
+    status = "interrupted" if record.status == "running" and holder is None else record.status
+    place = again_folder(folder)
+    return {"again": {"status": status, "error": record.error, "folder": str(place), "progress": read_progress(place)}}

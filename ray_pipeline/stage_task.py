@@ -16,7 +16,7 @@ from ray_pipeline.input_files import Digests, InputGuard
 from ray_pipeline.launcher import RayLauncher, prepare_folder, worker_environment
 from ray_pipeline.layout import stored_layout
 from ray_pipeline.layout_rules import elastic_layouts
-from ray_pipeline.ledger import Record, begin_record, close_record, read_record
+from ray_pipeline.ledger import Record, begin_record, close_record, read_record, settle
 from ray_pipeline.stages.base import StageContext, StageResult
 from ray_pipeline.workflow_plan import PlannedStage
 
@@ -45,17 +45,18 @@ class StageJob:
 def execute_stage(job: StageJob, *upstream: StageResult) -> StageResult:
     """Body of a stage's task: look in the ledger again, run the stage, enter what came of it."""
     row = job.row
+    settle(row.folder)
     before = read_record(row.folder)
-    if before is not None and before.is_finished and not row.fresh:
+    if before is not None and before.is_finished and not row.again:
         return before.result(row.folder)
-    prepare_folder(row.folder)
-    if row.fresh:
-        shutil.rmtree(row.folder)
-        row.folder.mkdir()
+    prepare_folder(row.work)
+    if row.fresh:  # what an earlier new attempt left
+        shutil.rmtree(row.work)
+        row.work.mkdir()
     os.environ.update(worker_environment(1, os.cpu_count() or 1, job.device))
     inputs = dict(zip(job.inputs, upstream, strict=True))
     record = begin_record(
-        row.folder,
+        row.work,
         Record(
             row.stage, row.identity, "running", wandb_id=job.wandb_id, ranks=row.ranks,
             upstream={name: result.folder.name for name, result in inputs.items()},
@@ -71,14 +72,15 @@ def execute_stage(job: StageJob, *upstream: StageResult) -> StageResult:
     guard = InputGuard(job.files, Digests(job.config.output_dir))
     guard.check()
     context = StageContext(
-        job.config, job.run_name, job.run_dir, row.folder, inputs, launcher, wandb_id=job.wandb_id, guard=guard
+        job.config, job.run_name, job.run_dir, row.work, inputs, launcher, wandb_id=job.wandb_id, guard=guard
     )
     result = function(context)
     guard.check()  # what was read is what the identity names, or the stage did not happen
-    model = row.folder / "model"
+    model = row.work / "model"
     digest = weights_digest(model) if row.stage in TRAINING_STAGES and model.is_dir() else None
     close_record(
-        row.folder, record, "learned_nothing" if result.learned is False else "done",
+        row.work, record, "learned_nothing" if result.learned is False else "done",
         metrics=dict(result.metrics), baselines=dict(result.baselines), learned=result.learned, weights_digest=digest,
     )  # fmt: skip
+    settle(row.folder)
     return StageResult(row.folder, result.metrics, result.baselines, result.learned)

@@ -35,6 +35,8 @@ from ray_pipeline.ledger import (
     close_record,
     read_record,
     read_status,
+    refuse_foreign_run,
+    settle,
 )
 from ray_pipeline.local_ray import start_ray
 from ray_pipeline.progress import ProgressView
@@ -104,11 +106,14 @@ def _go(
     console = Console(width=None if Console().is_terminal else 150)
     selection = stages or StageSelection()
     config = _with_absolute_paths(with_layout(config, layout)).model_copy(update={"run_name": run_dir.name})
+    refuse_foreign_run(run_dir)
     if dry_run:
         print_plan(console, plan(config, run_dir, selection), run_dir, layout)
         return 0
     selection.check()
     with RunLock(run_dir):
+        for entry in RunFile(run_dir).stages.values():
+            settle(run_dir / entry["folder"])
         rows = plan(config, run_dir, selection)
         print_plan(console, rows, run_dir, layout)
         files = {row.stage: stage_files(config, row.stage) for row in rows}
@@ -237,7 +242,7 @@ def _watch(rows: Mapping[str, PlannedStage], pending: Mapping[str, Any], console
     import ray
     from ray.exceptions import RayError
 
-    with ProgressView(console, {stage: rows[stage].folder for stage in pending}) as view:
+    with ProgressView(console, {stage: rows[stage].work for stage in pending}) as view:
         for stage, ref in pending.items():  # a chain: a stage starts when the one before it has ended
             view.start(stage)
             while not ray.wait([ref], timeout=POLL)[0]:
@@ -262,11 +267,11 @@ def _watch(rows: Mapping[str, PlannedStage], pending: Mapping[str, Any], console
 def _record_failure(row: PlannedStage, error: Exception) -> UserError | StageFailed:
     """Enter the failure in the ledger, with the traceback in a file beside it."""
     cause = getattr(error, "cause", None) or error
-    record = read_record(row.folder) or Record(row.stage, row.identity, "running")
+    record = read_record(row.work) or Record(row.stage, row.identity, "running")
     if isinstance(cause, UserError):
-        close_record(row.folder, record, "failed", error=str(cause), error_log=None)
+        close_record(row.work, record, "failed", error=str(cause), error_log=None)
         return cause
     failure = cause if isinstance(cause, StageFailed) else StageFailed(f"{type(cause).__name__}: {cause}")
-    write_text(row.folder / ERROR_LOG, f"{failure}\n\n{failure.details}\n\n{error}\n")
-    close_record(row.folder, record, "failed", error=str(failure), error_log=str(row.folder / ERROR_LOG))
+    write_text(row.work / ERROR_LOG, f"{failure}\n\n{failure.details}\n\n{error}\n")
+    close_record(row.work, record, "failed", error=str(failure), error_log=str(row.work / ERROR_LOG))
     return failure

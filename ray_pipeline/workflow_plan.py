@@ -14,7 +14,7 @@ from ray_pipeline.errors import UserError, did_you_mean
 from ray_pipeline.hardware import has_nvidia_driver
 from ray_pipeline.identity import Identity, identities, source_digests
 from ray_pipeline.layout import Layout
-from ray_pipeline.ledger import Record, RunFile, read_record, stage_folder
+from ray_pipeline.ledger import Record, RunFile, again_folder, read_record, stage_folder
 from ray_pipeline.progress import seconds_text
 from ray_pipeline.stage_chain import chain, upstream
 
@@ -78,7 +78,7 @@ class PlannedStage:
     """One row of the plan.
 
     Attributes:
-        fresh: the folder is emptied first.
+        fresh: the attempt starts from nothing. again: it is to replace a finished one, which stays until it is whole.
         estimated_memory_bytes: per rank.
     """
 
@@ -90,6 +90,12 @@ class PlannedStage:
     identity: str
     folder: Path
     fresh: bool = False
+    again: bool = False
+
+    @property
+    def work(self) -> Path:
+        """Where the attempt is made."""
+        return again_folder(self.folder) if self.again else self.folder
 
 
 def run_identities(config: PipelineFields, run: RunFile) -> dict[str, Identity]:
@@ -126,6 +132,7 @@ def _decide(
 ) -> PlannedStage:
     record = _whole_record(folder)
     finished = record is not None and record.is_finished
+    again = read_record(again_folder(folder)) if finished else None
     row = PlannedStage(stage, "run", "", 1, 0, identity.key, folder)
     if not selection.selects(stage):
         state = f"finished, {seconds_text(record.seconds)}" if record is not None and finished else "not finished"
@@ -134,8 +141,10 @@ def _decide(
     flag = selection.forces(stage)
     rerun = [name for name in inputs if rows[name].action in ("run", "resume")]
     if record is not None and finished:
+        if again is not None and not again.is_finished:
+            return _unfinished(replace(row, again=True), again, identity.decides.get(f"{stage}.steps"))
         if flag is not None:
-            return replace(row, reason=f"asked for by {flag}", fresh=True)
+            return replace(row, reason=f"asked for by {flag}", fresh=True, again=True)
         learned = "" if record.status == "done" else " (learned nothing)"
         return replace(row, action="reuse", reason=f"finished, {seconds_text(record.seconds)}, unchanged{learned}")
     if record is not None:
@@ -167,7 +176,9 @@ def _unfinished(row: PlannedStage, record: Record, all_steps: int | None) -> Pla
     what = "failed" if record.status == "failed" else "unfinished"
     if record.status == "failed" and record.error:
         what = f"failed ({record.error.splitlines()[0][:60]})"
-    steps = newest_checkpoint(row.folder)
+    if row.again:
+        what = f"new attempt {what}"
+    steps = newest_checkpoint(row.work)
     if steps is None:
         return replace(row, action="run", reason=f"{what}: no checkpoint yet")
     return replace(row, action="resume", reason=f"{what}: checkpoint at step {steps} of {all_steps}")

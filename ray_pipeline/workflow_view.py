@@ -49,7 +49,9 @@ def outcome_text(record: Record) -> str:
 def print_failure(console: Console, row: PlannedStage, failure: StageFailed) -> None:
     """The cause in a few lines, where the whole traceback is, and how to go on."""
     cause = "\n".join(str(failure).splitlines()[:4])
-    log = row.folder / "error.log"
+    log = row.work / "error.log"
     resume = f"python -m ray_pipeline.cli resume {row.folder.parent}"
     text = f"{row.stage} FAILED: {cause}\nWhole traceback: {log}\nGo on with: {resume}"
+    if row.again:
+        text += f"\nThe finished {row.stage} of before is still there. To stay with it: rm -r {row.work}"
     console.print(text, style="red", markup=False, highlight=False, soft_wrap=True)

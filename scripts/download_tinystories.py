@@ -31,11 +31,14 @@ def download(name: str, split: str, output: Path, max_documents: int | None) -> 
     Returns:
         The number of records.
     Raises:
-        UserError: no such dataset, no network, a full disk.
+        UserError: the file is there already, no such dataset, no network, a full disk.
     """
     from ray_pipeline.artifacts import atomic_path
     from ray_pipeline.data.hub import stream_records
+    from ray_pipeline.errors import UserError
 
+    if output.exists():
+        raise UserError(f"{output}: is there already. Use it, give another --output, or move it away.")
     count = 0
     with atomic_path(output) as aside, aside.open("w", encoding="utf-8") as file:
         for _, record in islice(stream_records(name, split), max_documents):

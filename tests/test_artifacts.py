@@ -15,6 +15,7 @@ from model.config import ModelConfig, RopeScaling
 from model.transformer import Transformer
 from ray_pipeline import artifacts
 from ray_pipeline.errors import UserError
+from ray_pipeline.integrity import verify_folder
 
 TOY = ModelConfig(
     vocab_size=32, hidden_size=16, intermediate_size=24, moe_intermediate_size=8, num_hidden_layers=2,
@@ -55,7 +56,7 @@ def test_saving_again_replaces_the_model(saved):
     before = artifacts.weights_digest(folder)
     artifacts.save_model(folder, TOY, {name: tensor + 1 for name, tensor in model.state_dict().items()})
     assert artifacts.weights_digest(folder) != before
-    artifacts.verify_folder(folder)
+    verify_folder(folder)
     assert [path.name for path in folder.parent.iterdir()] == ["model"]
 
 
@@ -75,7 +76,7 @@ def test_truncated_file_is_named(saved):
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(UserError, match=r"model\.safetensors: damaged: \d+ bytes, written were \d+"):
-        artifacts.verify_folder(folder)
+        verify_folder(folder)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "manifest.json"])
@@ -84,6 +85,37 @@ def test_missing_file_is_named(saved, name):
     (folder / name).unlink()
     with pytest.raises(UserError, match=rf"{name}: missing"):
         artifacts.load_model(folder)
+
+
+@pytest.mark.parametrize("made", ["folder", "with manifest", "file", "link"])
+def test_a_path_that_was_not_made_here_is_not_replaced(saved, tmp_path, made):
+    folder = saved[0] if made == "with manifest" else tmp_path / "mine"
+    if made == "file":
+        folder.write_text("mine")
+    elif made == "link":
+        (tmp_path / "there").mkdir()
+        folder.symlink_to(tmp_path / "there")
+    else:
+        folder.mkdir(exist_ok=True)
+        (folder / "notes.txt").write_text("mine")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match=r"is not replaced.* Give another path"), artifacts.atomic_folder(folder):
+        raise AssertionError("nothing is begun")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_kill_between_the_two_renames_of_a_folder_loses_neither(saved):
+    folder, model = saved
+    folder.rename(folder.with_name(".model.old"))
+    with pytest.raises(ZeroDivisionError), artifacts.atomic_folder(folder):
+        raise ZeroDivisionError
+    assert artifacts.weights_digest(folder) == artifacts.weights_digest(model.state_dict())
+
+
+def test_a_folder_in_the_way_of_a_file_is_told(tmp_path):
+    (tmp_path / "record.json").mkdir()
+    with pytest.raises(UserError, match=r"record\.json: a folder is in the way of a file"):
+        artifacts.write_json(tmp_path / "record.json", {})
 
 
 def test_full_disk_is_a_user_error_and_leaves_the_old_file(tmp_path):

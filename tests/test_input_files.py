@@ -8,11 +8,11 @@ import time
 import pytest
 
 from ray_pipeline import input_files
-from ray_pipeline.artifacts import file_sha256
 from ray_pipeline.config import PipelineFields
 from ray_pipeline.errors import UserError
 from ray_pipeline.identity import absolute_name, identities, local_path, moved_name, stage_files
 from ray_pipeline.input_files import Digests, InputGuard, data_files, left_aside, note_digests
+from ray_pipeline.integrity import file_sha256
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ray_pipeline.cli.output_files import report_writers
 from ray_pipeline.cli.runs import output_dir
 from ray_pipeline.errors import UserError
 
@@ -210,29 +211,6 @@ def levels(given: str | None) -> tuple[int, ...] | None:
 def split_names(given: str) -> list[str]:
     """Names with commas between them."""
     return [name.strip() for name in given.split(",") if name.strip()]
-
-
-def report_writers(wishes: dict[str, Any]) -> list[tuple[Any, Path]]:
-    """(reporter, path) of everything that will be written.
-
-    Raises:
-        UserError: an unknown reporter, a path that is a folder or lies in a file, or two reports in one file.
-    """
-    from ray_pipeline.evaluation.reports import get_reporter
-
-    asked = [(name, wishes[f"{name}_file"], f"--{name}") for name in ("json", "html") if wishes[f"{name}_file"]]
-    for given in wishes["reports"]:
-        name, equals, file = given.partition("=")
-        if not equals or not file:
-            raise UserError(f"--report {given}: write it as NAME=FILE, for example --report jsonl=answers.jsonl.")
-        asked.append((name, Path(file), "--report"))
-    paths = [path.absolute() for _, path, _ in asked]
-    for _, path, option in asked:
-        if path.is_dir() or any(parent.is_file() for parent in path.absolute().parents):
-            raise UserError(f"{option} {path}: is a folder, or lies in a file. Give the path of a file to write.")
-        if paths.count(path.absolute()) > 1:
-            raise UserError(f"{option} {path}: two reports would be written to this file. Give different ones.")
-    return [(get_reporter(name), path) for name, path, _ in asked]
 
 
 def _ask(plan: Plan, source: ModelSource) -> Report:

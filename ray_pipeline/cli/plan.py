@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from ray_pipeline.cli.options import layout_options, recipe_options, take_request
+from ray_pipeline.cli.output_files import has_keys, refuse_to_replace
 
 
 @click.command()
@@ -31,6 +32,8 @@ def plan(stage: str, hardware: str | None, json_file: Path | None, **options: An
     if stage not in TRAINING_STAGES:
         hint, known = did_you_mean(stage, TRAINING_STAGES), ", ".join(TRAINING_STAGES)
         raise UserError(f"--stage {stage}: no such training stage{hint}. They are {known}.")
+    if json_file is not None:
+        refuse_to_replace("--json", json_file, lambda path: has_keys(path, frozenset({"fullest_pp_rank", "fits"})))
     config = take_request(options).load()
     device = default_hardware(config) if hardware is None else find_hardware(hardware)
     # What this machine has does not matter: the ranks are taken to be there, as on Modal.

@@ -70,16 +70,27 @@ def table(stages: list[dict[str, Any]]) -> Table:
     for stage in stages:
         state, progress = stage["status"], stage.get("progress")
         finished = state in ("done", "learned_nothing")
+        shown = "" if finished or not progress else progress_text(progress)
+        if "again" in stage:
+            shown = again_text(stage["again"])
         out.add_row(
             stage["stage"],
             f"[{STYLES.get(state, '')}]{state.replace('_', ' ')}[/]",
-            "" if finished or not progress else progress_text(progress),
+            shown,
             figures(stage.get("metrics")),
             figures(stage.get("baselines")),
             seconds_text(stage["seconds"]) if stage.get("seconds") else "",
             (stage.get("weights_digest") or "")[:12],
         )
     return out
+
+
+def again_text(again: dict[str, Any]) -> str:
+    """`new attempt interrupted: step 3/10`: of a finished stage that is run again."""
+    from ray_pipeline.progress import progress_text
+
+    what = again["error"].splitlines()[0] if again["error"] else progress_text(again["progress"] or {})
+    return f"new attempt {again['status']}: {what}"
 
 
 def figures(values: dict[str, float] | None) -> str:

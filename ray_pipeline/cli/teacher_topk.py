@@ -26,8 +26,9 @@ def teacher_topk(run: str, folder: Path, teacher: str | None, k: int, temperatur
     from ray_pipeline.cli.stage_folders import choose_stage
     from ray_pipeline.data.loader import PackedRows
     from ray_pipeline.stage_chain import POLICY_STAGES
-    from ray_pipeline.training.teacher_topk import write_top_k
+    from ray_pipeline.training.teacher_topk import refuse_other_folder, write_top_k
 
+    refuse_other_folder(folder)
     run_dir = find_run(run, output_dir(runs_dir))
     _, data = choose_stage(run_dir, "data_prep", ("data_prep",))
     if teacher is None:

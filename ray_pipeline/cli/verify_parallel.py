@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ray_pipeline.cli.options import axis_options, take_request
+from ray_pipeline.cli.output_files import has_keys, refuse_to_replace
 from ray_pipeline.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
@@ -221,10 +222,11 @@ def check_writable(path: Path) -> None:
     """Before minutes of work, not after them.
 
     Raises:
-        UserError: the file cannot be written there.
+        UserError: the file cannot be written there, or another one is there.
     """
     if path.is_dir() or not path.absolute().parent.is_dir():
         raise UserError(f"--json {path}: must name a file in a folder that exists.")
+    refuse_to_replace("--json", path, lambda path: has_keys(path, frozenset({"passed", "layouts", "refused"})))
 
 
 def write_results(path: Path, results: dict[str, Any]) -> None:

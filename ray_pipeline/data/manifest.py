@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ray_pipeline.artifacts import file_sha256, write_json
+from ray_pipeline.artifacts import write_json
+from ray_pipeline.integrity import file_sha256
 
 MANIFEST = "manifest.json"
 FORMAT = 1

@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ray_pipeline.artifacts import atomic_path, file_sha256, write_json
+from ray_pipeline.artifacts import atomic_path, write_json
 from ray_pipeline.data.packing import Row, count_targets
 from ray_pipeline.errors import UserError
+from ray_pipeline.integrity import file_sha256
 
 MANIFEST = "rows.json"
 FORMAT = 1

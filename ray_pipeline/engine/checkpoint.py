@@ -19,7 +19,6 @@ from torch import Tensor
 
 from model.parallel.collectives import Axis, collective
 from model.parallel.mesh import Mesh
-from ray_pipeline.artifacts import damage
 from ray_pipeline.engine.checkpoint_format import (
     FORMAT,
     SOURCE_FOLDER,
@@ -34,6 +33,7 @@ from ray_pipeline.engine.checkpoint_format import (
 )
 from ray_pipeline.engine.engine import Engine
 from ray_pipeline.errors import UserError
+from ray_pipeline.integrity import damage
 
 # A single process is the point where torch warns about it.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")

@@ -27,18 +27,12 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from model.parallel.collectives import collective
 from model.parallel.mesh import Mesh
-from ray_pipeline.artifacts import (
-    MANIFEST,
-    explain_write_error,
-    manifest_entries,
-    sync_to_disk,
-    write_json,
-    writing,
-)
+from ray_pipeline.artifacts import explain_write_error, manifest_entries, sync_to_disk, write_json, writing
 from ray_pipeline.engine.checkpoint import WORLD, list_checkpoints, step_name
 from ray_pipeline.engine.checkpoint_format import SOURCE_FOLDER, STATE_FILE, my_share, page, placed, stored
 from ray_pipeline.engine.engine import Engine
 from ray_pipeline.errors import UserError
+from ray_pipeline.integrity import MANIFEST
 from ray_pipeline.rank_errors import lost_message
 
 BEST_FILE = "best.json"

@@ -9,10 +9,10 @@ from typing import Any, Literal
 from model.convert.folder import describe, is_native
 from model.convert.hf_config import FAMILIES
 from model.convert.weight_files import read_object
-from ray_pipeline.artifacts import MANIFEST, damage
 from ray_pipeline.config_post_training import ToolsConfig
 from ray_pipeline.data.tokenizer import ChatTokenizer, load_tokenizer
 from ray_pipeline.errors import UserError
+from ray_pipeline.integrity import MANIFEST, own_damage
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 NO_PICKLE = "transformers reads safetensors only here, because a pickle can run any program"
@@ -80,7 +80,7 @@ def describe_folder(path: Path, *, name: str | None = None) -> ModelSource:
     if not (path / "tokenizer.json").is_file():
         raise UserError(f"{path}: there is no tokenizer.json to ask it with. Copy the model's tokenizer there.")
     if is_native(values) or values.get("model_type") in FAMILIES:
-        if (path / MANIFEST).is_file() and (found := damage(path)):
+        if found := own_damage(path):
             raise UserError(f"{found}. Export it again, or delete {MANIFEST} there if the change was meant.")
         try:
             describe(path)

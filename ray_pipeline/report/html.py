@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from ray_pipeline.artifacts import write_text
-from ray_pipeline.ledger import read_status
+from ray_pipeline.ledger import REPORT_FILE, read_status
 from ray_pipeline.progress import seconds_text
 from ray_pipeline.report.curves import chart
 from ray_pipeline.report.summary import summary_rows
 from ray_pipeline.tracking import read_metrics
 
-REPORT_FILE = "report.html"
 MOST_SAMPLES = 12
 # Charts of a stage: title, logged names of its lines, baselines drawn as levels.
 CHARTS = (

@@ -23,10 +23,11 @@ from model.convert.hf import save_hf
 from model.convert.hf_config import unpublished_reason
 from model.convert.native import save_native
 from model.transformer import Transformer
-from ray_pipeline.artifacts import atomic_folder, atomic_path, load_model, verify_folder, write_json
+from ray_pipeline.artifacts import atomic_folder, atomic_path, load_model, write_json
 from ray_pipeline.data.tokenizer import load_tokenizer
 from ray_pipeline.errors import StageFailed, UserError
 from ray_pipeline.evaluation.export_checks import Check, check_gguf, check_hf, check_native
+from ray_pipeline.integrity import verify_folder
 from ray_pipeline.progress import Progress
 from ray_pipeline.stage_chain import exported_stage, lineage, reads_folder
 from ray_pipeline.stages.base import StageContext, StageResult

@@ -7,10 +7,10 @@ from pathlib import Path
 from torch import Tensor
 
 from model.convert.hf_load import ModelFolder, open_folder, read_state
-from ray_pipeline.artifacts import MANIFEST, damage
 from ray_pipeline.config import PipelineFields
 from ray_pipeline.config_init_from import limits_of, selection_of
 from ray_pipeline.errors import UserError
+from ray_pipeline.integrity import MANIFEST, own_damage
 
 
 def open_initial(config: PipelineFields) -> ModelFolder | None:
@@ -24,7 +24,7 @@ def open_initial(config: PipelineFields) -> ModelFolder | None:
     path = Path(config.init_from.path)
     if not path.is_dir():
         raise UserError(f"--init-from {path}: no such folder. Give one with config.json and safetensors files.")
-    if (path / MANIFEST).is_file() and (found := damage(path)):  # one that EXPORT wrote says what its files were
+    if found := own_damage(path):  # one that EXPORT wrote says what its files were
         raise UserError(f"--init-from {found}. Export it again, or delete {MANIFEST} there if the change was meant.")
     try:
         return open_folder(path, selection_of(config.init_from), limits_of(config.init_from))

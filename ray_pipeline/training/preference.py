@@ -15,13 +15,14 @@ from torch import Tensor
 
 from model.loss import IGNORE, label_logprobs
 from model.transformer import Transformer
-from ray_pipeline.artifacts import atomic_folder, damage
+from ray_pipeline.artifacts import atomic_folder
 from ray_pipeline.data.batch import Batch
 from ray_pipeline.data.loader import row_order
 from ray_pipeline.data.preferences import PairRows
 from ray_pipeline.engine.engine import Engine
 from ray_pipeline.engine.gather import all_ranks_gather
 from ray_pipeline.evaluation.statistics import wilson_interval
+from ray_pipeline.integrity import damage
 from ray_pipeline.objectives.preference import Dpo, answer_lengths, answer_places
 from ray_pipeline.training.rank import Rank
 

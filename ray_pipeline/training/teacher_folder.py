@@ -14,9 +14,10 @@ from model.config import ModelConfig
 from model.convert.folder import describe, is_native
 from model.convert.hf_config import FAMILIES
 from model.convert.weight_files import read_object
-from ray_pipeline.artifacts import RECORD, read_json
+from ray_pipeline.artifacts import read_json
 from ray_pipeline.config import PipelineFields
 from ray_pipeline.errors import UserError
+from ray_pipeline.integrity import RECORD
 from ray_pipeline.layout import Layout
 from ray_pipeline.layout_rules import refusal
 from ray_pipeline.teacher_name import is_top_k, teacher_path

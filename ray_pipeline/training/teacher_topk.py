@@ -23,10 +23,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from model.transformer import Transformer
-from ray_pipeline.artifacts import atomic_folder, damage, read_json, write_json
+from ray_pipeline.artifacts import atomic_folder, read_json, write_json
 from ray_pipeline.data.batch import Batch
 from ray_pipeline.data.loader import PackedRows, row_order
 from ray_pipeline.errors import UserError
+from ray_pipeline.integrity import damage, refuse_foreign_folder
 from ray_pipeline.teacher_name import TOP_K
 from ray_pipeline.training.teacher_folder import vocabulary
 
@@ -122,6 +123,20 @@ def _file_name(number: int) -> str:
     return f"{number:05d}.safetensors"
 
 
+def refuse_other_folder(folder: Path) -> None:
+    """Refuse to write where anything but log-probabilities of an earlier call lies.
+
+    Raises:
+        UserError: naming what is there.
+    """
+    refuse_foreign_folder(folder)
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / DESCRIPTION).is_file():
+        raise UserError(
+            f"{folder}: holds something that `teacher-topk` did not write (there is no {DESCRIPTION} in it), so it is "
+            "not replaced. Give a new folder."
+        )
+
+
 @torch.no_grad()
 def write_top_k(
     model: Transformer, rows: PackedRows, tokenizer: Path, folder: Path, *, k: int, temperature: float = 1.0
@@ -130,7 +145,9 @@ def write_top_k(
 
     Raises:
         ValueError: k is not within the vocabulary.
+        UserError: another thing is at `folder`.
     """
+    refuse_other_folder(folder)
     if not 1 <= k <= model.config.vocab_size:
         raise ValueError(f"k={k}: must be within 1..{model.config.vocab_size}, the vocabulary")
     device = next(model.parameters()).device

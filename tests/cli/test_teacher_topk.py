@@ -13,6 +13,21 @@ from tests.training.distill_run import distil, stage_dir, teacher_run
 from tests.training.test_teacher_folder import other_tokenizer
 
 
+def test_what_teacher_topk_did_not_write_is_never_replaced(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    run_dir, mine = teacher_run(tmp_path), tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.tex").write_text("years of work")
+    model = stage_dir(run_dir, "grpo") / "model"
+    before = {path: path.read_bytes() for path in sorted(tmp_path.rglob("*")) if path.is_file()}
+    for folder, said in ((mine, "holds thesis.tex"), (model, "`teacher-topk` did not write"), (run_dir, "holds ")):
+        assert main(["teacher-topk", "toy", str(folder), "--k", "5", "--output-dir", str(tmp_path)]) == 2
+        assert said in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in sorted(tmp_path.rglob("*")) if path.is_file()} == before
+    few = tmp_path / "few"
+    for _ in range(2):  # its own it does replace
+        assert main(["teacher-topk", "toy", str(few), "--k", "5", "--output-dir", str(tmp_path)]) == 0
+
+
 def test_a_runs_conversations_are_scored_and_learned_from(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     run_dir, folder = teacher_run(tmp_path), tmp_path / "few"
     place = ("--output-dir", str(tmp_path))

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ray_pipeline.artifacts import verify_folder
 from ray_pipeline.data.manifest import unigram_entropy, write_data_manifest
 from ray_pipeline.errors import UserError
+from ray_pipeline.integrity import verify_folder
 
 
 @given(st.integers(1, 300), st.integers(1, 10**9))

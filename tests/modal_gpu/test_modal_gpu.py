@@ -18,6 +18,8 @@ from modal_gpu.launch import run_on_modal, upload
 from ray_pipeline.cli import main
 from ray_pipeline.config import ModalConfig
 from ray_pipeline.config_load import config_yaml, load_config
+from ray_pipeline.errors import UserError
+from ray_pipeline.ledger import RunFile
 from ray_pipeline.workflow_plan import StageSelection
 
 STAGES = {"only": None, "from_": None, "until": None}
@@ -147,16 +149,23 @@ class FakeVolume:
 
 
 def test_outputs_come_down_once_without_checkpoints(tmp_path: Path) -> None:
+    RunFile(tmp_path / "there").save()
+    run_file = (tmp_path / "there" / "run.json").read_bytes()
     volume = FakeVolume(
         {
             "toy/config.yaml": b"seed: 0",
+            "toy/run.json": run_file,
             "toy/sft-12/model/model.safetensors": b"weights",
             "toy/sft-12/checkpoints/step_1/shard": b"large",
         }
     )
-    assert fetch(volume, "toy", tmp_path) == (2, 14)
+    assert fetch(volume, "toy", tmp_path) == (3, 14 + len(run_file))
     assert (tmp_path / "toy/sft-12/model/model.safetensors").read_bytes() == b"weights"
     assert not (tmp_path / "toy/sft-12/checkpoints").exists()
     assert fetch(volume, "toy", tmp_path) == (0, 0)
     os.utime(tmp_path / "toy/config.yaml", (1, 1))
     assert fetch(volume, "toy", tmp_path) == (1, 7)
+    RunFile(tmp_path / "other" / "toy").save()
+    with pytest.raises(UserError, match=r"toy: holds another run of this name.* another --output-dir"):
+        fetch(volume, "toy", tmp_path / "other")
+    assert [path.name for path in (tmp_path / "other" / "toy").iterdir()] == ["run.json"]

@@ -34,6 +34,13 @@ def test_the_copy_can_be_given_to_data(script, monkeypatch, tmp_path, capsys):
     assert f"--data {output}" in capsys.readouterr().out
 
 
+def test_a_file_that_is_there_is_not_replaced(script, tmp_path, capsys):
+    output = tmp_path / "mine.jsonl"
+    output.write_text("mine")
+    assert script.main(["--output", str(output)]) == 2
+    assert "mine.jsonl: is there already" in capsys.readouterr().err and output.read_text() == "mine"
+
+
 def test_a_broken_download_leaves_nothing_and_says_why(script, monkeypatch, tmp_path, capsys):
     def broken(name, split):
         yield "row", {"text": "a"}

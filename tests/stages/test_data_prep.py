@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from ray_pipeline.artifacts import verify_folder
 from ray_pipeline.config import DataConfig, PipelineFields, SourceConfig, TokenizerConfig
 from ray_pipeline.data.decontaminate import Decontaminator
 from ray_pipeline.data.loader import PackedRows
 from ray_pipeline.data.tokenizer import load_tokenizer
 from ray_pipeline.errors import UserError
+from ray_pipeline.integrity import verify_folder
 from ray_pipeline.local_ray import start_ray
 from ray_pipeline.stages import data_prep
 from ray_pipeline.stages.base import StageContext

@@ -7,11 +7,11 @@ import json
 
 import pytest
 
-from ray_pipeline.artifacts import verify_folder
 from ray_pipeline.config import DataConfig, PipelineFields, TokenizerConfig
 from ray_pipeline.data.loader import PackedRows
 from ray_pipeline.data.preferences import PairRows
 from ray_pipeline.data.tokenizer import load_tokenizer
+from ray_pipeline.integrity import verify_folder
 from ray_pipeline.stages import data_prep
 from ray_pipeline.stages.base import StageContext
 from ray_pipeline.tools.format import CALL_BEGIN, OUTPUT_BEGIN, OUTPUTS_END, TOOL_TOKENS

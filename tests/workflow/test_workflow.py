@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
 from ray_pipeline import workflow
 from ray_pipeline.errors import UserError
-from ray_pipeline.ledger import RunLock, read_status
+from ray_pipeline.ledger import RunLock, again_folder, read_record, read_status
 from ray_pipeline.local_ray import start_ray
 from ray_pipeline.workflow import resume_pipeline, run_pipeline
 from ray_pipeline.workflow_plan import StageSelection
@@ -80,6 +81,48 @@ def test_run_rerun_change_and_selections(tmp_path, capsys):
     assert before["wandb_id"] != after["wandb_id"], "a stage started afresh is another W&B run"
     assert run(tmp_path, stages=StageSelection(from_="grpo", until="distillation")) == 0
     assert toy.calls(tmp_path / "toy") == ["grpo", "distillation"]
+
+
+def test_a_finished_stage_stays_until_its_new_attempt_is_whole(tmp_path, capsys):
+    until = StageSelection(until="sft")
+    assert run(tmp_path, stages=until) == 0
+    [folder] = (tmp_path / "toy").glob("sft-*")
+    (folder / "mark").touch()
+    capsys.readouterr()
+    assert run(tmp_path, functions=toy.FUNCTIONS | {"sft": toy.bug}, stages=StageSelection(only="sft")) == 1
+    said, again = capsys.readouterr().out.replace("\n", ""), folder.with_name(f"{folder.name}.again")
+    assert f"The finished sft of before is still there. To stay with it: rm -r {again}" in said
+    entry = read_status(tmp_path / "toy")["stages"][2]
+    assert (entry["status"], entry["again"]["status"], entry["folder"]) == ("done", "failed", str(folder))
+    assert (folder / "mark").exists() and read_record(folder).is_finished
+    toy.calls(tmp_path / "toy")
+    assert resume(tmp_path, stages=until) == 0
+    assert toy.calls(tmp_path / "toy") == ["sft"]
+    assert not again.exists() and not (folder / "mark").exists() and read_record(folder).attempt == 2
+    assert [path.name for path in (tmp_path / "toy").glob(".sft*")] == []
+
+
+def test_a_kill_while_a_new_attempt_takes_its_place_loses_neither(tmp_path):
+    until = StageSelection(until="sft")
+    assert run(tmp_path, stages=until) == 0
+    [folder] = (tmp_path / "toy").glob("sft-*")
+    shutil.copytree(folder, again_folder(folder))
+    (again_folder(folder) / "new").touch()
+    folder.rename(folder.with_name(f".{folder.name}.old"))
+    toy.calls(tmp_path / "toy")
+    assert resume(tmp_path, stages=until) == 0
+    assert toy.calls(tmp_path / "toy") == []
+    assert (folder / "new").exists()
+    assert sorted(path.name for path in (tmp_path / "toy").glob("*sft*")) == [folder.name]
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "report.html"])
+def test_a_folder_that_is_no_run_is_not_written_to(tmp_path, name):
+    (tmp_path / "toy").mkdir()
+    (tmp_path / "toy" / name).write_text("mine")
+    with pytest.raises(UserError, match=rf"{name}: is there, but no run\.json beside it.* another --run-name"):
+        run(tmp_path)
+    assert [(path.name, path.read_text()) for path in (tmp_path / "toy").iterdir()] == [(name, "mine")]
 
 
 def test_until_stops_and_stage_needs_its_inputs(tmp_path):
