@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from ray_pipeline.config import PipelineFields
+from ray_pipeline.config import GrpoConfig, PipelineFields
 from ray_pipeline.config_base import Section
 from ray_pipeline.lora_targets import target_problem
 from ray_pipeline.teacher_name import TOP_K, is_top_k
@@ -65,15 +65,15 @@ def _grpo(config: PipelineFields) -> Iterator[str]:
     grpo = config.grpo
     if grpo.clip_low >= 1:
         yield f"grpo.clip_low={grpo.clip_low}: the ratio is clipped below at 1 - clip_low; use a value below 1"
-    if grpo.checkpoint_every % grpo.updates_per_rollout:
+    if grpo.loss_type == "bnpo":
         yield (
-            f"grpo.checkpoint_every={grpo.checkpoint_every}: must be a multiple of updates_per_rollout="
-            f"{grpo.updates_per_rollout}, because rollouts are not part of a checkpoint"
+            "grpo.loss_type=bnpo: averages over the tokens of each micro-batch, so that the result would depend on "
+            "micro_batch and on the number of ranks. Use dapo, the average over all tokens of a step."
         )
     if not grpo.rewards or not any(grpo.rewards.values()):
         yield f"grpo.rewards={grpo.rewards}: nothing would be rewarded. Name a reward, for example {{answer: 1.0}}."
     if grpo.beta == 0:
-        keys = ("refresh_reference_every",)
+        keys = ("refresh_reference_every", "unbiased_kl")
         yield from _without_effect(grpo, "grpo", keys, "grpo.beta=0 drops the reference")
     if grpo.overlong_buffer == 0:
         yield from _without_effect(grpo, "grpo", ("overlong_penalty",), "grpo.overlong_buffer=0 leaves it no room")
@@ -82,8 +82,25 @@ def _grpo(config: PipelineFields) -> Iterator[str]:
             f"grpo.overlong_buffer={grpo.overlong_buffer}: the penalty would begin before the first of "
             f"max_new_tokens={grpo.max_new_tokens} tokens. Use a smaller one, for example {grpo.max_new_tokens // 4}."
         )
+    yield from _mini_batches(grpo)
     yield from _drafting(config)
     yield from _rollout(config)
+    yield from _correction(grpo)
+
+
+def _mini_batches(grpo: GrpoConfig) -> Iterator[str]:
+    if grpo.checkpoint_every % grpo.steps_per_rollout:
+        yield (
+            f"grpo.checkpoint_every={grpo.checkpoint_every}: must be a multiple of updates_per_rollout="
+            f"{grpo.updates_per_rollout} x num_iterations={grpo.num_iterations}, because rollouts are not part of a "
+            f"checkpoint. Use for example {grpo.steps_per_rollout}."
+        )
+    answers = grpo.prompts_per_step * grpo.group_size
+    if grpo.updates_per_rollout > answers:
+        yield (
+            f"grpo.updates_per_rollout={grpo.updates_per_rollout}: cuts prompts_per_step x group_size = {answers} "
+            f"answers into mini-batches. Use at most {answers}, and grpo.num_iterations to train on them again."
+        )
 
 
 def _drafting(config: PipelineFields) -> Iterator[str]:
@@ -101,8 +118,35 @@ def _rollout(config: PipelineFields) -> Iterator[str]:
             "grpo.rollout.max_staleness=1: the training ranks sample themselves and cannot train meanwhile. Use "
             "--set grpo.rollout.workers=1 or more, or max_staleness=0."
         )
-    if rollout.engine == "vllm" and config.backend == "cpu":
-        yield "grpo.rollout.engine=vllm: vLLM samples on GPUs, and backend=cpu. Use engine=native, or another backend."
+    if rollout.engine == "vllm":
+        yield (
+            "grpo.rollout.engine=vllm: not offered. Loading a step's weights into a vLLM model that is already "
+            "initialised can corrupt its experts, and nothing would show it. Use engine=native."
+        )
+
+
+def _correction(grpo: GrpoConfig) -> Iterator[str]:
+    low, high, mode = grpo.correction_min, grpo.correction_max, grpo.sampler_correction
+    if not grpo.recompute_logprobs:
+        reason = "grpo.recompute_logprobs=false takes the sampler's log-probabilities for the trainer's"
+        yield from _without_effect(grpo, "grpo", ("sampler_correction", "correction_min", "correction_max"), reason)
+        if grpo.rollout.max_staleness:
+            yield (
+                "grpo.recompute_logprobs=false, grpo.rollout.max_staleness=1: answers of older weights would train "
+                "without a correction. Leave out either."
+            )
+    elif mode == "none":
+        reason = "grpo.sampler_correction=none weighs nothing"
+        yield from _without_effect(grpo, "grpo", ("correction_min", "correction_max"), reason)
+        if grpo.rollout.max_staleness:
+            yield (
+                "grpo.sampler_correction=none, grpo.rollout.max_staleness=1: answers of older weights would train "
+                "without a correction. Use sequence_mask, the default, or one of the others."
+            )
+    elif low is None and high is None and mode.endswith("truncate"):
+        yield f"grpo.sampler_correction={mode}: has no bound to truncate at. Set grpo.correction_max, for example 3.0."
+    if low is not None and high is not None and low >= high:
+        yield f"grpo.correction_min={low:g}: must be below correction_max={high:g}. Use for example 0.5 and 5."
 
 
 def _tools(config: PipelineFields) -> Iterator[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
 
 from model.config import ModelConfig
 from ray_pipeline.config_base import Fraction, Section, TrainingConfig
@@ -46,7 +46,7 @@ class DpoConfig(TrainingConfig):
 class RolloutConfig(Section):
     """Where answers are sampled. With `max_staleness: 0` the result never depends on it."""
 
-    engine: Literal["native", "vllm"] = Field("native", description="vllm: on GPUs, where it is installed")
+    engine: Literal["native", "vllm"] = Field("native", description="vllm: not offered yet")
     workers: NonNegativeInt = Field(
         0, description="Ray actors that sample; 0: the training ranks sample themselves, between updates"
     )
@@ -79,11 +79,14 @@ class GrpoConfig(TrainingConfig):
 
     prompts_per_step: PositiveInt = 32
     group_size: Annotated[int, Field(ge=2)] = 8
-    updates_per_rollout: PositiveInt = Field(1, description="optimizer steps per batch of rollouts")
+    updates_per_rollout: PositiveInt = Field(
+        1, description="mini-batches that the answers of a batch of rollouts are cut into, one optimizer step each"
+    )
+    num_iterations: PositiveInt = Field(1, description="times that these mini-batches are gone through")
     loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo"] = Field(
         "dapo",
-        description="how token losses are averaged: per answer, over the micro-batch, by max_new_tokens "
-        "(arXiv:2503.20783), over the whole batch (arXiv:2503.14476)",
+        description="how token losses are averaged: grpo per answer, dr_grpo by max_new_tokens (arXiv:2503.20783), "
+        "dapo over all tokens of the step (arXiv:2503.14476); bnpo is not offered",
     )
     importance_sampling_level: Literal["token", "sequence"] = Field(
         "token", description="sequence: one ratio per answer (GSPO, arXiv:2507.18071)"
@@ -108,10 +111,23 @@ class GrpoConfig(TrainingConfig):
     )
     overlong_penalty: NonNegativeFloat = 1.0
     mask_truncated: bool = Field(False, description="answers cut off at max_new_tokens train nothing")
+    sampler_correction: Literal["none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] = Field(
+        "sequence_mask",
+        description="weight of a token's or an answer's loss: its probability by the trainer over the sampler's, which "
+        "is truncated (TIS) or masked (IcePop) at the bounds; 1 where both agree",
+    )
+    correction_min: PositiveFloat | None = Field(None, description="lower bound of sampler_correction")
+    correction_max: PositiveFloat | None = Field(3.0, description="upper bound of sampler_correction")
+    off_policy_threshold: PositiveFloat | None = Field(
+        None,
+        description="bad answers whose tokens have become less likely than this since they were sampled (mean, nats) "
+        "train nothing (arXiv:2512.02556, section 3.1)",
+    )
+    unbiased_kl: bool = Field(True, description="the KL's estimate times the ratio (arXiv:2512.02556, section 3.1)")
     recompute_logprobs: bool = Field(
         True,
-        description="the ratio's denominator by the trainer's own forward pass instead of the sampler's; answers of "
-        "older weights (max_staleness: 1) keep the sampler's, the only record of what that policy was",
+        description="the ratio's denominator by the trainer's own forward pass; false: the sampler's, without a "
+        "correction",
     )
     replay_routing: bool = Field(True, description="training uses the experts that sampling chose for each token")
     max_new_tokens: PositiveInt = 96
@@ -126,6 +142,17 @@ class GrpoConfig(TrainingConfig):
     )
     scoring: ScoringConfig = Field(default_factory=ScoringConfig)
     rollout: RolloutConfig = Field(default_factory=RolloutConfig)
+
+    @field_validator("scale_rewards", "sampler_correction", mode="before")
+    @classmethod
+    def _none_is_a_name_here(cls, value: object) -> object:
+        """Written as a flag or in the environment, `none` reads as null."""
+        return "none" if value is None else value
+
+    @property
+    def steps_per_rollout(self) -> int:
+        """Optimizer steps on one batch of rollouts."""
+        return self.updates_per_rollout * self.num_iterations
 
 
 class StudentConfig(Section):

@@ -11,6 +11,7 @@ TOP_K = {
     "distillation.teacher": "topk:x", "distillation.teacher_answers": 0, "distillation.init": "random",
     "distillation.on_policy": 0, "distillation.conversations": "true",
 }  # fmt: skip
+STALE = {"grpo.rollout.max_staleness": 1, "grpo.rollout.workers": 1}
 TOKENS = {"distillation.loss": "cross_entropy", "distillation.on_policy": 0}
 
 
@@ -30,7 +31,17 @@ def d(**settings: object) -> dict[str, object]:
         ({"grpo.rewards": "{}"}, "nothing would be rewarded"),
         ({"grpo.rewards": "{answer: 0.0}"}, "nothing would be rewarded"),
         ({"grpo.rollout.max_staleness": 1}, r"cannot train meanwhile\. Use --set grpo\.rollout\.workers=1"),
-        ({"grpo.rollout.engine": "vllm", "backend": "cpu"}, "vLLM samples on GPUs, and backend=cpu"),
+        ({"grpo.rollout.engine": "vllm"}, "engine=vllm: not offered.* can corrupt its experts.* Use engine=native"),
+        ({"grpo.loss_type": "bnpo"}, "over the tokens of each micro-batch.* Use dapo"),
+        ({"grpo.updates_per_rollout": 5, "grpo.num_iterations": 3}, r"updates_per_rollout=5 x num_iterations=3.* 15\."),
+        ({"grpo.updates_per_rollout": 999, "grpo.checkpoint_every": 999}, r"= 256 answers into mini.* at most 256"),
+        ({"grpo.beta": 0, "grpo.unbiased_kl": "false"}, "grpo.beta=0 drops the reference"),
+        ({"grpo.sampler_correction": "none", "grpo.correction_max": 2}, "sampler_correction=none weighs nothing"),
+        ({"grpo.sampler_correction": "none", **STALE}, "would train without a correction. Use sequence_mask"),
+        ({"grpo.sampler_correction": "token_truncate", "grpo.correction_max": "none"}, "has no bound to truncate at"),
+        ({"grpo.correction_min": 4}, r"correction_min=4: must be below correction_max=3\."),
+        ({"grpo.recompute_logprobs": "false", "grpo.correction_max": 2}, "takes the sampler's log-probabilities for"),
+        ({"grpo.recompute_logprobs": "false", **STALE}, "would train without a correction. Leave out either"),
         ({"tools.max_calls": 2}, r"tools\.names=\[\] offers no tool"),
         ({"tools.names": "[calculator]"}, "the trained tokenizer has no tokens for calls"),
         (d(jsd_beta=0.1), "distillation.loss=forward_kl is not jsd"),
@@ -57,6 +68,7 @@ def test_what_cannot_work_or_changes_nothing_is_refused(settings: dict[str, obje
     "settings",
     [
         TOP_K,
+        {"grpo.scale_rewards": "none", "grpo.sampler_correction": "none"},
         d(loss="jsd", jsd_beta=0.1, on_policy=1.0, prompts_per_step=8, conversations="false", teacher_answers=0),
         {**TOKENS, **d(teacher_answers=0, conversations="true")},  # the student trained by SFT alone
         {**TOKENS, **d(teacher="x", conversations="false")},  # traces of a teacher with another tokenizer

@@ -52,7 +52,6 @@ OWNERS = {
         "ray_pipeline.serve",
     ),
     "deepspeed": ("ray_pipeline.engine.zero",),
-    "vllm": ("ray_pipeline.rollouts.vllm_sampler",),
     "wandb": ("ray_pipeline.tracking",),
     "modal": ("modal_gpu",),
     "click": ("ray_pipeline.cli",),

@@ -6,8 +6,6 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ray_pipeline.errors import UserError
-
 if TYPE_CHECKING:
     from ray_pipeline.config import PipelineFields
     from ray_pipeline.layout import Layout
@@ -46,16 +44,9 @@ def check_inputs(config: PipelineFields, layout: Layout, stages: StageSelection)
 
         check_tool_names(config.tools.names)
     if "grpo" in working:
-        _check_rollouts(config, layout)
+        from ray_pipeline.rewards.registry import check_reward_names
 
-
-def _check_rollouts(config: PipelineFields, layout: Layout) -> None:
-    """Rewards, and the engine that samples."""
-    from ray_pipeline.rewards.registry import check_reward_names
-
-    check_reward_names(config.grpo.rewards)
-    if config.grpo.rollout.engine == "vllm" and layout.device != "cuda":
-        raise UserError("grpo.rollout.engine=vllm: vLLM samples on GPUs, and there is none here. Use engine=native.")
+        check_reward_names(config.grpo.rewards)
 
 
 def _check_folder(config: PipelineFields) -> None:

@@ -1,4 +1,4 @@
-"""Rollout engines: where answers are sampled. Knows nothing of rewards, and of Ray and vLLM only by name.
+"""Rollout engines: where answers are sampled. Knows nothing of rewards, and of Ray only by name.
 
 Every training rank calls an engine alike. Requests are cut into shares of a fixed size, and each share is decoded by
 itself: whoever decodes it, and however many do, the answers are the same bit for bit (as long as they compute with as

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from ray_pipeline.objectives.grpo import Grpo
 from ray_pipeline.objectives.sampler_gap import SamplerGap
 from ray_pipeline.stages.base import StageContext, StageResult
 from ray_pipeline.stages.judge import judge_accuracy
 from ray_pipeline.training.finish import read_input, save_trained_model
 from ray_pipeline.training.heldout import HeldOut, WholeModel
 from ray_pipeline.training.rank import rank_arguments, start_rank
-from ray_pipeline.training.rollout_setup import rollout_source
+from ray_pipeline.training.rollout_setup import objective_of, rollout_source
 from ray_pipeline.training.trainer import Trainer
 
 STAGE = "grpo"
@@ -26,16 +25,7 @@ def train(arguments: dict[str, Any]) -> dict[str, Any]:
     heldout = HeldOut(rank, whole)
     input_accuracy = heldout.baseline("input")
     engine, gap = rank.trainer_engine(config, initial), SamplerGap()
-    objective = Grpo(
-        beta=settings.beta,
-        clip_low=settings.clip_low,
-        clip_high=settings.clip_high,
-        temperature=settings.temperature,
-        loss_type=settings.loss_type,
-        importance_sampling_level=settings.importance_sampling_level,
-        max_new_tokens=settings.max_new_tokens,
-        gap=gap,
-    )
+    objective = objective_of(settings, gap)
 
     def evaluate() -> dict[str, float]:
         whole.sync(engine)

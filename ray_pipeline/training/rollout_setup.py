@@ -16,7 +16,8 @@ from ray_pipeline.config import GrpoConfig, ToolsConfig
 from ray_pipeline.data.tokenizer import ChatTokenizer
 from ray_pipeline.engine.engine import Engine
 from ray_pipeline.errors import UserError
-from ray_pipeline.objectives.sampler_gap import SamplerGap
+from ray_pipeline.objectives.grpo import Grpo
+from ray_pipeline.objectives.sampler_gap import Correction, SamplerGap
 from ray_pipeline.rewards.scoring import Scorer, Scores
 from ray_pipeline.rewards.self_test import check_rewards
 from ray_pipeline.rollouts.collector import Collector, Question, Score
@@ -52,7 +53,9 @@ def rollout_source(
         stack.callback(sampling.close)
         collector = Collector(settings, rank.config.seed, questions, sampling, score, tokenizer, rank.phase)
         reference = _reference(rank, policy.config, initial) if settings.beta else None
-        builder = BatchBuilder(settings, policy, reference, rank.config.data.seq_len, tokenizer.pad_id)
+        builder = BatchBuilder(
+            settings, policy, reference, rank.config.data.seq_len, tokenizer.pad_id, rank.config.seed
+        )
         yield RolloutSource(rank, policy, sampling, collector, builder, gap, left_out=left_out)
 
 
@@ -118,6 +121,7 @@ def rollout_engine(rank: Rank, whole: WholeModel, config: ModelConfig) -> Rollou
         UserError: it cannot be had here.
     """
     settings, mesh, device = rank.config.grpo, rank.mesh, rank.device
+    assert settings.rollout.engine == "native", "config_checks refuses the others"
     rules = sampling_rules(settings, rank.config.tools)
     tokenizer, rollout = rank.data / "tokenizer", settings.rollout
     if rollout.max_staleness and not rollout.workers:
@@ -125,14 +129,7 @@ def rollout_engine(rank: Rank, whole: WholeModel, config: ModelConfig) -> Rollou
             "grpo.rollout.max_staleness=1: the training ranks cannot sample while they train. Use --set "
             "grpo.rollout.workers=1 or more, or max_staleness=0."
         )
-    build: functools.partial[Any]
-    if rollout.engine == "vllm":
-        from ray_pipeline.rollouts.vllm_sampler import VllmSampler, check_vllm
-
-        check_vllm(config, rules, device)
-        build = functools.partial(VllmSampler, config, tokenizer, rules, rank.folder / "vllm")
-    else:
-        build = functools.partial(DecoderSampler.build, config, tokenizer, rules, device)
+    build = functools.partial(DecoderSampler.build, config, tokenizer, rules, device)
     rows = share_rows(settings.prompts_per_step * settings.group_size, rollout.workers or mesh.world)
     if rollout.workers:
         threads = torch.get_num_threads()  # as a rank has: with another number matrix products round otherwise
@@ -143,7 +140,24 @@ def rollout_engine(rank: Rank, whole: WholeModel, config: ModelConfig) -> Rollou
             gpus=int(device.type == "cuda"),
         )  # fmt: skip
     own: Sampler = DecoderSampler(whole.model, whole.decoder, whole.tokenizer, rules)
-    return InRankEngine(mesh, build() if rollout.engine == "vllm" else own, rows)
+    return InRankEngine(mesh, own, rows)
+
+
+def objective_of(settings: GrpoConfig, gap: SamplerGap) -> Grpo:
+    """What the settings say is minimised; `gap` is told of every step."""
+    return Grpo(
+        beta=settings.beta,
+        clip_low=settings.clip_low,
+        clip_high=settings.clip_high,
+        temperature=settings.temperature,
+        loss_type=settings.loss_type,  # type: ignore[arg-type]  # config_checks refuses bnpo
+        importance_sampling_level=settings.importance_sampling_level,
+        max_new_tokens=settings.max_new_tokens,
+        correction=Correction(settings.sampler_correction, settings.correction_min, settings.correction_max),
+        off_policy_threshold=settings.off_policy_threshold,
+        unbiased_kl=settings.unbiased_kl,
+        gap=gap,
+    )
 
 
 def sampling_rules(settings: GrpoConfig, tools: ToolsConfig) -> SamplingRules:
@@ -161,6 +175,6 @@ def sampling_rules(settings: GrpoConfig, tools: ToolsConfig) -> SamplingRules:
 def _reference(rank: Rank, config: ModelConfig, initial: dict[str, Tensor]) -> Reference:
     settings = rank.config.grpo
     return Reference(
-        rank, config, initial, every=settings.refresh_reference_every, updates=settings.updates_per_rollout,
+        rank, config, initial, every=settings.refresh_reference_every, updates=settings.steps_per_rollout,
         temperature=settings.temperature,
     )  # fmt: skip

@@ -21,7 +21,8 @@ STATE_FILE = "rollouts.pt"
 
 
 class RolloutSource:
-    """Samples at steps that are multiples of `updates_per_rollout`; the steps between reuse the same rollouts.
+    """Samples at steps that are multiples of `steps_per_rollout`; the steps between train on the same rollouts: each
+    takes the next of their `updates_per_rollout` mini-batches, `num_iterations` times round.
 
     The prompts of an iteration and every draw of the sampler depend on (seed, iteration, place in the order of
     prompts) and the weights alone. The trainer checkpoints between iterations only, with `state`: the place, and the
@@ -50,23 +51,25 @@ class RolloutSource:
         self.rank, self.policy, self.sampling = rank, policy, sampling
         self.collector, self.builder, self.gap, self.left_out = collector, builder, gap, left_out
         self.settings = rank.config.grpo
-        self.iterations = -(-self.settings.steps // self.settings.updates_per_rollout)
+        self.iterations = -(-self.settings.steps // self.settings.steps_per_rollout)
         self._asked: Asked | None = None
         self._ready: Collected | None = None
         self._place: int | None = None
-        self._batch: Batch | None = None
+        self._batches: list[Batch | None] = []
         self._iteration = -1
         self._figures: dict[str, float] = {}
         self._began = time.monotonic()
 
     def batch(self, step: int) -> Batch | None:
-        """The batch of an optimizer step; None where no group of its iteration has anything to learn from."""
-        iteration, inside = divmod(step, self.settings.updates_per_rollout)
+        """The mini-batch of an optimizer step; None where none of its answers has anything to learn from."""
+        iteration, inside = divmod(step, self.settings.steps_per_rollout)
         if iteration != self._iteration:
             assert inside == 0, "resumed in the middle of a batch of rollouts"
             self._roll_out(iteration, step)
+        batch = self._batches[inside % len(self._batches)]
+        self._figures["untrained_step"] = float(batch is None)
         self._began = time.monotonic()
-        return self._batch
+        return batch
 
     def metrics(self) -> dict[str, float]:
         """Figures of the latest rollouts, and of the update that was just made on them.
@@ -92,7 +95,7 @@ class RolloutSource:
         self._ready = None if saved["ahead"] is None else Collected.of(saved["ahead"])
 
     def _roll_out(self, iteration: int, step: int) -> None:
-        """Make this iteration's batch, and ask for the next one's answers where they may be older than its weights."""
+        """Make this iteration's mini-batches, and ask for the next answers where they may be older than its weights."""
         self.rank.phase("sampling")
         collected = self._ready or self.collector.collect(self._asked or self._ask(iteration))
         assert collected.iteration == iteration, f"rollouts of iteration {collected.iteration}, not {iteration}"
@@ -102,11 +105,10 @@ class RolloutSource:
             self._asked = self._ask(iteration + 1)
         began = time.monotonic()
         self.rank.phase("training" if any(map(is_informative, collected.groups)) else "no group to learn from")
-        self._batch = self.builder.build(collected.groups, step)
+        self._batches = self.builder.build(collected.groups, step)
         self._figures = rollout_figures(collected) | {
             "preparing_seconds": time.monotonic() - began,
             "left_out_prompts": float(self.left_out),
-            "untrained_step": float(self._batch is None),
         }
 
     def _ask(self, iteration: int) -> Asked:

@@ -223,7 +223,7 @@ class Trainer:
         # Rank 0 decides: a figure that differs in its last bit must not make some ranks save and others not.
         found: Best | None = all_ranks_gather(self.rank.mesh, Best.of(done, figures))[0]
         # Between two updates on the same rollouts there is nothing to resume from.
-        resumable = done % getattr(self.settings, "updates_per_rollout", 1) == 0 or done == self.settings.steps
+        resumable = done % getattr(self.settings, "steps_per_rollout", 1) == 0 or done == self.settings.steps
         if not self.settings.keep_best or not resumable or found is None or not found.beats(self.best):
             return False
         self.best = found

@@ -20,7 +20,7 @@ from ray_pipeline.rollouts.rollout import Rollout
 from ray_pipeline.training.heldout import WholeModel
 from ray_pipeline.training.rank import Rank, start_rank
 from ray_pipeline.training.reference import logprobs_at
-from ray_pipeline.training.rollout_setup import rollout_source
+from ray_pipeline.training.rollout_setup import objective_of, rollout_source
 from scripts.grpo_bench.task import FIRST_STEP, LR, REWARDS, Task
 from scripts.model_bench.competitors import build
 
@@ -32,9 +32,7 @@ def run(task: Task, folder: Path, wait: Callable[[], None], report: Callable[[di
     rank, state = _rank(task, folder), build(task.model).state_dict()
     settings = rank.config.grpo
     gap = SamplerGap()
-    objective = Grpo(
-        beta=settings.beta, clip_low=settings.clip_low, clip_high=settings.clip_high, temperature=1.0, gap=gap
-    )
+    objective = objective_of(settings, gap)
     wait()
     report(compare(task, rank, objective, state, folder))
     engine, whole = rank.trainer_engine(task.model, state), WholeModel(rank, task.model).load(state)

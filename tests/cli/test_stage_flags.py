@@ -67,7 +67,7 @@ def test_resume_changes_the_stages_of_a_run_and_reuses_what_they_share(
     [
         ("grpo.rewards={anser: 1.0}", 'did you mean "answer"'),
         ("grpo.rewards={no_such_module_here:f: 1.0}", "no_such_module_here"),
-        ("grpo.rollout.engine=vllm", "vLLM samples on GPUs"),
+        ("grpo.rollout.engine=vllm", "engine=vllm: not offered"),
         ("distillation.teacher=nowhere", "distillation.teacher=nowhere: no such folder"),
         ("distillation.teacher_layout={pp_size: 2}", "distillation.teacher_layout: "),
     ],

@@ -60,16 +60,20 @@ def rollouts(seed: int = 1, rows: Sequence[Sequence[tuple[int, int]]] = ROWS) ->
     batch.extras["advantages"] = by_document(batch, torch.randn(count(rows), generator=generator))
     for name in ("old_logprobs", "ref_logprobs"):
         batch.extras[name] = -4.2 + 0.8 * torch.rand(batch.labels.shape, generator=generator)
+    noise = 0.4 * torch.rand(batch.labels.shape, generator=generator) - 0.2
+    batch.extras["sampler_logprobs"] = batch.extras["old_logprobs"] + noise
     return batch
 
 
 def near(batch: Batch, model: Transformer, hidden: Tensor, shift: float, seed: int = 6) -> Batch:
-    """The same with log-probabilities that differ from the model's by up to `shift`."""
+    """The same with log-probabilities that differ from the model's by up to `shift`, the sampler's by twice that."""
     generator = torch.Generator().manual_seed(seed)
     logprobs = label_logprobs(hidden, model.lm_head, batch.labels).detach()
     for name in ("old_logprobs", "ref_logprobs"):
         noise = shift * (2 * torch.rand(logprobs.shape, generator=generator) - 1)
         batch.extras[name] = (logprobs + noise) * (batch.labels != IGNORE)
+    noise = shift * (2 * torch.rand(logprobs.shape, generator=generator) - 1) * (batch.labels != IGNORE)
+    batch.extras["sampler_logprobs"] = batch.extras["old_logprobs"] + noise
     return batch
 
 

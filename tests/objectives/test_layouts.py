@@ -18,6 +18,7 @@ from ray_pipeline.objectives.distillation import Distillation
 from ray_pipeline.objectives.divergence import Divergence
 from ray_pipeline.objectives.grpo import Grpo
 from ray_pipeline.objectives.preference import Dpo
+from ray_pipeline.objectives.sampler_gap import Correction
 from tests.distributed import run_ranks
 from tests.engine.test_parity import CONFIG
 from tests.objectives import batches
@@ -26,10 +27,13 @@ SGD = OptimizerConfig(name="sgd", lr=1.0, warmup_steps=0, grad_clip=100.0)
 CLIPPED: dict[str, Any] = {"beta": 0.1, "clip_low": 0.1, "clip_high": 0.2, "temperature": 0.9, "max_new_tokens": 12}
 GRPO = {
     "grpo": Grpo(loss_type="grpo", **CLIPPED),
-    "bnpo": Grpo(loss_type="bnpo", **CLIPPED),
     "dr_grpo": Grpo(loss_type="dr_grpo", **CLIPPED),
     "dapo": Grpo(loss_type="dapo", **CLIPPED),
     "gspo": Grpo(loss_type="grpo", importance_sampling_level="sequence", **CLIPPED),
+    "tokens corrected": Grpo(correction=Correction("token_mask", 0.85, 1.1), off_policy_threshold=0.01, **CLIPPED),
+    "answers corrected": Grpo(
+        loss_type="grpo", correction=Correction("sequence_mask", 0.7, 1.2), off_policy_threshold=0.01, **CLIPPED
+    ),
 }
 DPO = {
     "sigmoid": Dpo(),
@@ -52,7 +56,7 @@ LAYOUTS = {
     2: [MeshSizes(pp=2), MeshSizes(dp=2), MeshSizes(tp=2), MeshSizes(sp=2), MeshSizes(dp=2, ep=2)],
     4: [MeshSizes(sp=2, tp=2), MeshSizes(pp=2, sp=2, ep=2), MeshSizes(dp=2, tp=2, ep=2)],
 }
-QUICK = ("dapo", "gspo", "sigmoid", "ipo", "jsd", "whole head", "hidden", "jsd of top-k")
+QUICK = ("dapo", "gspo", "answers corrected", "sigmoid", "ipo", "jsd", "whole head", "hidden", "jsd of top-k")
 
 
 @dataclass

@@ -19,12 +19,11 @@ from model.transformer import Transformer
 from ray_pipeline.artifacts import save_model, weights_digest
 from ray_pipeline.config import PipelineFields
 from ray_pipeline.data.tokenizer_files import save_trained, train_bpe
-from ray_pipeline.objectives.grpo import Grpo
 from ray_pipeline.objectives.sampler_gap import SamplerGap
 from ray_pipeline.training.finish import read_input
 from ray_pipeline.training.heldout import WholeModel
 from ray_pipeline.training.rank import Rank, start_rank
-from ray_pipeline.training.rollout_setup import rollout_source
+from ray_pipeline.training.rollout_setup import objective_of, rollout_source
 from ray_pipeline.training.rollout_source import RolloutSource
 from ray_pipeline.training.trainer import Trainer
 
@@ -114,10 +113,6 @@ def opened(given: dict[str, Any]) -> Iterator[tuple[Rank, RolloutSource, Trainer
     config, initial = read_input(rank)
     whole = WholeModel(rank, config).load(initial)
     engine, gap = rank.trainer_engine(config, initial), SamplerGap()
-    objective = Grpo(
-        beta=settings.beta, clip_low=settings.clip_low, clip_high=settings.clip_high, temperature=settings.temperature,
-        loss_type=settings.loss_type, importance_sampling_level=settings.importance_sampling_level,
-        max_new_tokens=settings.max_new_tokens, gap=gap,
-    )  # fmt: skip
+    objective = objective_of(settings, gap)
     with rollout_source(rank, engine, whole, initial, gap) as source:
         yield rank, source, Trainer(rank, engine, objective)

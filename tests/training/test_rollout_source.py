@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ray_pipeline.artifacts import weights_digest
-from ray_pipeline.data.batch import IGNORE
+from ray_pipeline.data.batch import IGNORE, Batch
 from ray_pipeline.errors import UserError
 from ray_pipeline.training.rollout_source import RolloutSource
 from tests.training.grpo_run import arguments, opened, prepare
@@ -50,8 +50,8 @@ def test_the_sampler_and_the_trainer_agree_and_the_ratio_of_a_single_update_is_1
         assert bool((batch.extras["routing"][batch.labels != IGNORE] >= 0).all())
 
 
-def test_several_updates_hold_the_ratio_to_the_trainers_own_log_probabilities(folder):
-    with opened(arguments(folder, "several", updates_per_rollout=2)) as (_, source, trainer):
+def test_several_iterations_hold_the_ratio_to_the_trainers_own_log_probabilities(folder):
+    with opened(arguments(folder, "several", num_iterations=2)) as (_, source, trainer):
         batch = source.batch(0)
         close = {"rtol": 0, "atol": 1e-5}
         torch.testing.assert_close(batch.extras["old_logprobs"], batch.extras["sampler_logprobs"], **close)
@@ -61,6 +61,46 @@ def test_several_updates_hold_the_ratio_to_the_trainers_own_log_probabilities(fo
         source.batch(2)
         figures = source.metrics()
         assert figures["sampler_gap_max"] < 1e-5, "of the first batch; the second is not trained yet"
+
+
+def answers_of(batches: list[Batch | None]) -> list[tuple[int, ...]]:
+    """Tokens of each answer with its prompt, and its advantage."""
+    found = []
+    for batch in filter(None, batches):
+        for row in range(len(batch)):
+            for document in batch.doc_ids[row].unique().tolist():
+                inside = batch.doc_ids[row] == document
+                if (batch.labels[row, inside] != IGNORE).any():
+                    advantages = batch.extras["advantages"][row, inside]
+                    found.append((*batch.tokens[row, inside].tolist(), round(float(advantages.abs().max()), 5)))
+    return sorted(found)
+
+
+@pytest.mark.parametrize("updates", [3, 5, 16])
+def test_updates_cut_the_rollouts_into_mini_batches(folder, updates):
+    """16 answers do not divide by 3 or 5: each is in one mini-batch, whose numbers differ by one at most."""
+    settings = {"updates_per_rollout": updates, "num_iterations": 2, "steps": 2 * updates, "beta": 0.1}
+    with opened(arguments(folder, f"cut-{updates}", **settings, checkpoint_every=2 * updates)) as (_, source, _):
+        handed = [source.batch(step) for step in range(2 * updates)]
+        assert all(first is second for first, second in zip(handed[:updates], handed[updates:], strict=True))
+        cut = handed[:updates]
+        trained = sum(batch is not None for batch in cut)
+        with opened(arguments(folder, f"whole-{updates}", beta=0.1)) as (_, undivided, _):
+            whole = answers_of([undivided.batch(0)])
+        assert answers_of(cut) == whole
+        counts = [len(answers_of([batch])) for batch in cut]
+        assert max(counts) - min(counts) <= 1 and trained == min(updates, len(whole))
+        for batch in filter(None, cut):
+            torch.testing.assert_close(
+                batch.extras["old_logprobs"], batch.extras["sampler_logprobs"], rtol=0, atol=1e-5
+            )
+            assert bool((batch.extras["ref_logprobs"][batch.labels != IGNORE] < 0).all())
+
+
+def test_the_first_mini_batch_alone_meets_the_policy_as_it_is(folder):
+    with opened(arguments(folder, "first", updates_per_rollout=2)) as (_, source, _):
+        first, second = source.batch(0), source.batch(1)
+        assert "old_logprobs" not in first.extras and "old_logprobs" in second.extras
 
 
 def test_the_samplers_log_probabilities_can_be_the_denominator(folder):
@@ -76,6 +116,7 @@ def test_the_samplers_log_probabilities_can_be_the_denominator(folder):
         {},
         {"resample_rounds": 2, "rewards": {"format": 1.0, "length": 0.01}, "checkpoint_every": 1},
         {"updates_per_rollout": 2, "refresh_reference_every": 3, "steps": 8, "beta": 0.1},
+        {"updates_per_rollout": 3, "num_iterations": 2, "steps": 18, "checkpoint_every": 6, "beta": 0.1},
     ],
 )
 def test_a_run_broken_off_anywhere_ends_with_the_weights_of_an_unbroken_one(folder, tmp_path_factory, settings):
@@ -147,10 +188,6 @@ def test_prompts_that_leave_no_room_are_left_out_and_counted(folder):
 def test_staleness_needs_workers(folder):
     message = "max_staleness=1: the training ranks cannot sample while they train"
     refuses(folder, message, rollout={"max_staleness": 1})
-
-
-def test_vllm_is_refused_where_it_is_not_installed(folder):
-    refuses(folder, "engine=vllm: vLLM is not installed", rollout={"engine": "vllm"})
 
 
 def test_a_checkpoint_before_the_first_batch_carries_nothing(folder):
