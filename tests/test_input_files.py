@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 
@@ -11,8 +12,8 @@ from ray_pipeline import input_files
 from ray_pipeline.config import PipelineFields
 from ray_pipeline.errors import UserError
 from ray_pipeline.identity import absolute_name, identities, local_path, moved_name, stage_files
-from ray_pipeline.input_files import Digests, InputGuard, data_files, left_aside, note_digests
-from ray_pipeline.integrity import file_sha256
+from ray_pipeline.input_files import Digests, InputGuard, data_files, left_aside, note_digests, stamp_of
+from ray_pipeline.integrity import file_sha256, sealed, unsealed
 
 
 @pytest.fixture
@@ -89,8 +90,11 @@ def test_a_file_that_is_too_new_is_not_noted_and_a_damaged_note_is_none(tmp_path
     path = tmp_path / "a.txt"
     path.write_text("one")
     note_digests(tmp_path, [path])
-    assert (tmp_path / ".inputs.json").read_text() == "{}\n"
+    assert unsealed((tmp_path / ".inputs.json").read_bytes()) == {}
     (tmp_path / ".inputs.json").write_text("[3")
+    assert Digests(tmp_path).sha256(path) == Digests().sha256(path)
+    wrong = json.dumps(sealed({str(path): [stamp_of(path), "0" * 64]}))
+    (tmp_path / ".inputs.json").write_text(wrong.replace("0" * 64, "1" + "0" * 63))  # one bit of the digest
     assert Digests(tmp_path).sha256(path) == Digests().sha256(path)
 
 
