@@ -13,6 +13,7 @@ from model.parallel.shard import shard_of
 from ray_pipeline.config import OptimizerConfig
 from ray_pipeline.engine.muon import Muon, is_orthogonalised
 
+CPU = torch.device("cpu")
 MOMENTS = {"adamw": ("exp_avg", "exp_avg_sq"), "sgd": (), "muon": ("momentum_buffer",)}
 
 
@@ -94,14 +95,14 @@ def _row_norms(x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def global_norm(gradients: dict[str, Tensor], mesh: Mesh) -> Tensor:
-    """Norm of reduced gradients over the whole model: [].
+def global_norm(gradients: dict[str, Tensor], mesh: Mesh, device: torch.device = CPU) -> Tensor:
+    """Norm of reduced gradients over the whole model: [], on `device` where this rank has none.
 
     A slice counts on each rank that holds it, a parameter that tensor-parallel ranks all hold counts once, and expert
     slices are summed over expert-parallel ranks too.
     """
     counted = {n: g for n, g in gradients.items() if mesh.place["tp"] == 0 or shard_of(n).tp_dim is not None}
-    device = next(iter(gradients.values())).device
+    device = next(iter(gradients.values())).device if gradients else device
     squares = _sum_of_squares([g for n, g in counted.items() if not is_cut_expert(n, mesh)], device)
     if mesh.sizes.ep > 1:
         experts = _sum_of_squares([g for n, g in counted.items() if is_cut_expert(n, mesh)], device)

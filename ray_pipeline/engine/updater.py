@@ -13,6 +13,7 @@ from model.parallel.mesh import Mesh
 from ray_pipeline.config import OptimizerConfig
 from ray_pipeline.engine.optimizer import build_optimizer, clipped_step, global_norm, is_cut_expert, moments_of
 from ray_pipeline.engine.reduction import GradientReduction
+from ray_pipeline.engine.untouched import Arrivals, pass_over
 
 
 class Updater(Protocol):
@@ -63,6 +64,8 @@ class PlainUpdater:
         self.named, self.mesh, self.grad_clip = named, mesh, config.grad_clip
         self.moments = {name: moments_of(name, parameter, config.name) for name, parameter in named.items()}
         self.optimizer = build_optimizer(named, config, mesh)
+        self.arrivals = Arrivals(named, mesh)
+        self.device = next(iter(named.values())).device
         dense = [p for name, p in named.items() if not is_cut_expert(name, mesh)]
         experts = [p for name, p in named.items() if is_cut_expert(name, mesh)]
         self.reductions = [
@@ -75,15 +78,22 @@ class PlainUpdater:
             reduction.expect(backwards)
 
     def step(self) -> float:
+        here = self.arrivals.here()
         for reduction in self.reductions:
             reduction.finish()
+        missed = self.arrivals.missed(here)
         gradients: dict[str, Tensor] = {}
         for name, parameter in self.named.items():
-            if parameter.grad is None:  # an expert or MTP module that no token reached
+            if name in missed:
+                parameter.grad = None
+                continue
+            if parameter.grad is None:  # experts whose tokens all are on other ranks
                 parameter.grad = torch.zeros_like(parameter)
             gradients[name] = parameter.grad
-        norm = global_norm(gradients, self.mesh)
+        norm = global_norm(gradients, self.mesh, self.device)
         clipped_step(self.optimizer, norm, self.grad_clip)
+        for name in missed:
+            pass_over(self.optimizer, self.named[name], self.moments[name])
         self.optimizer.zero_grad(set_to_none=True)
         return float(norm)
 

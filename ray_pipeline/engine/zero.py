@@ -21,6 +21,7 @@ from model.parallel.shard import shard_of
 from ray_pipeline.config import OptimizerConfig
 from ray_pipeline.engine import zero_settings
 from ray_pipeline.engine.optimizer import MOMENTS, build_optimizer, expert_group_name, is_cut_expert
+from ray_pipeline.engine.untouched import Arrivals, KeptParts
 
 
 class ZeroUpdater:
@@ -67,6 +68,8 @@ class ZeroUpdater:
             dist_init_required=False,
         )
         self.optimizer: torch.optim.Optimizer = self.zero.optimizer
+        self.arrivals = Arrivals(named, mesh, by_hook=zero_stage >= 2)
+        self.kept = KeptParts(self.optimizer, self.moments)
         if mesh.sizes.ep > 1 and mesh.sizes.pp > 1 and not any(is_cut_expert(name, mesh) for name in named):
             _count_experts_of_other_stages(self.zero, mesh, zero_stage)
 
@@ -83,6 +86,7 @@ class ZeroUpdater:
         """DeepSpeed reduces after every backward (ZeRO 2, 3), or at the step (ZeRO 1)."""
 
     def step(self) -> float:
+        self._keep(self.arrivals.missed(self.arrivals.here()))
         if self.zero_stage == 1:
             for parameter in self.named.values():
                 if parameter.grad is None:
@@ -90,6 +94,23 @@ class ZeroUpdater:
             self.zero.setup_buckets()  # no hook has fired; `step` reduces what gathered in `.grad`
         self.engine.step()
         return float(self.engine.get_global_grad_norm())
+
+    def _keep(self, missed: set[str]) -> None:
+        """Parameters that no gradient reached: to DeepSpeed their gradient is zero, or under ZeRO 3 an earlier one."""
+        self.kept.parts = {}
+        for name in missed:
+            parameter: Any = self.named[name]
+            if self.zero_stage == 3:
+                group, start, length = self.zero.grad_position[self.zero.get_param_id(parameter)]
+                self.zero._get_fp32_grad_state_partition(parameter, release_swap_buffers=False)[0].zero_()
+                flat = self.zero.fp32_partitioned_groups_flat[group]
+            else:
+                part = parameter._hp_mapping  # none of it may be here
+                if part is None:
+                    continue
+                flat = self.zero.single_partition_of_fp32_groups[part.param_group_index]
+                start, length = part.hp_fragment_address.start, part.hp_fragment_address.numel
+            self.kept.parts.setdefault(flat, []).append((start, length))
 
     def weights(self) -> dict[str, Tensor]:
         from deepspeed.utils import safe_get_full_fp32_param
