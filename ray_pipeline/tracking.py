@@ -18,6 +18,7 @@ from ray_pipeline.artifacts import atomic_path
 from ray_pipeline.config import PipelineFields
 
 METRICS_FILE = "metrics.jsonl"
+EVALUATED = "eval/step"  # in W&B alone: the step of the last evaluation
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -34,24 +35,41 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     return lines
 
 
+def _is_evaluation(figures: Mapping[str, Any]) -> bool:
+    return any(name.startswith("eval/") for name in figures)
+
+
 class Tracker:
     """Logs to `folder/metrics.jsonl` and to one W&B run whose id stays the same over resumes.
 
     On resume the lines past `resume_step` are dropped, because those steps are taken again. W&B is brought to the same
     state: a process that is killed takes with it what W&B had not flushed (seen: all of a short offline run), so the
     lines that are kept are sent again where W&B does not have them, and its `step` metric never goes back.
+
+    Args:
+        evaluated: whether what was logged of the evaluation at `resume_step` stays; else it is taken again.
     """
 
     def __init__(
-        self, folder: Path, stage: str, config: PipelineFields, *, wandb_id: str, group: str, resume_step: int = 0
+        self,
+        folder: Path,
+        stage: str,
+        config: PipelineFields,
+        *,
+        wandb_id: str,
+        group: str,
+        resume_step: int = 0,
+        evaluated: bool = True,
     ):
         self.folder, self.stage = folder, stage
         kept = [line for line in read_metrics(folder) if line["step"] <= resume_step]
+        kept = [line for line in kept if evaluated or line["step"] < resume_step or not _is_evaluation(line)]
         with atomic_path(folder / METRICS_FILE) as aside:
             aside.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
         self._file = (folder / METRICS_FILE).open("a", encoding="utf-8")
         self._run: Any = None
-        self._received = 0  # the last step W&B had before this process
+        # The last steps that W&B had figures of training and of an evaluation from, before this process.
+        self._received = {"step": 0, EVALUATED: 0}
         if config.tracking.wandb:
             self._start_wandb(config, wandb_id, group)
             for line in kept:
@@ -75,8 +93,9 @@ class Tracker:
         self._file.close()
 
     def _send(self, step: int, figures: Mapping[str, float]) -> None:
-        if step > self._received:
-            self._guard(lambda run: run.log({"step": step, **figures}))
+        evaluation = {EVALUATED: step} if _is_evaluation(figures) else {}
+        if step > self._received[EVALUATED if evaluation else "step"]:
+            self._guard(lambda run: run.log({"step": step, **figures, **evaluation}))
 
     def _start_wandb(self, config: PipelineFields, wandb_id: str, group: str) -> None:
         import wandb
@@ -99,7 +118,11 @@ class Tracker:
             # Offline, `_step` starts again at every resume; our own step is the axis.
             self._run.define_metric("step")
             self._run.define_metric("*", step_metric="step")
-            self._received = int(self._run.summary.get("step") or 0)
+            received = int(self._run.summary.get("step") or 0)
+            # A run that was begun before evaluations had their own count had one with every step.
+            self._received = {"step": received, EVALUATED: int(self._run.summary.get(EVALUATED, received))}
+            if not received:
+                self._run.summary[EVALUATED] = 0
         except Error as error:
             self._give_up(error)
 

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from ray_pipeline.config import PipelineFields, TrackingConfig
-from ray_pipeline.tracking import Tracker, read_metrics
+from ray_pipeline.tracking import EVALUATED, Tracker, read_metrics
 
 QUIET = PipelineFields(tracking=TrackingConfig(wandb=False))
 
@@ -109,3 +109,33 @@ def test_wandb_that_fails_is_told_once_and_training_goes_on(tmp_path):
     said = session(tmp_path, 0, 1, 3, WANDB_API_KEY="not-a-key", WANDB_BASE_URL="http://127.0.0.1:9")
     assert said.count("Weights & Biases stopped") == 1
     assert steps(tmp_path) == [1, 1, 2, 2, 3, 3]
+
+
+def test_an_evaluation_that_is_taken_again_is_logged_once(tmp_path):
+    first = tracker(tmp_path)
+    for step in (2, 4):
+        first.log(step, {"train/loss": 1.0})
+        first.log(step, {"eval/accuracy": 0.5})
+    again = Tracker(tmp_path, "sft", QUIET, wandb_id="abc123", group="run-1", resume_step=4, evaluated=False)
+    assert [(line["step"], "eval/accuracy" in line) for line in read_metrics(tmp_path)] == [
+        (2, False), (2, True), (4, False)
+    ]  # fmt: skip
+    again.log(4, {"eval/accuracy": 0.5})
+    assert steps(tmp_path) == [2, 2, 4, 4]
+
+
+def test_wandb_that_had_a_step_but_not_its_evaluation_is_sent_it(tmp_path):
+    class Run:
+        def __init__(self) -> None:
+            self.rows: list[dict] = []
+
+        def log(self, row: dict) -> None:
+            self.rows.append(row)
+
+    log = tracker(tmp_path)
+    log._run, log._received = Run(), {"step": 4, EVALUATED: 2}
+    for step in (2, 4, 6):
+        log.log(step, {"train/loss": 1.0})
+        log.log(step, {"eval/accuracy": 0.5})
+    found = [(row["step"], EVALUATED in row) for row in log._run.rows]
+    assert found == [(4, True), (6, False), (6, True)]

@@ -88,6 +88,17 @@ class CheckpointWriter:
         files = dict(source or {})
         self._in_flight = _in_thread(lambda: self._write(step, contents, best, files, engine.device))
 
+    def name_best(self, figure: dict[str, Any]) -> None:
+        """Keep the checkpoint of `figure["step"]` as the best, once what is in flight is whole. On every rank alike."""
+        before = self._in_flight
+
+        def mark() -> None:
+            if before is not None:
+                before.result()
+            self._together(lambda: self._on_main(lambda: self._keep(figure["step"], figure)))
+
+        self._in_flight = _in_thread(mark)
+
     def wait(self) -> None:
         """Until the checkpoint in flight is whole; raises what went wrong with it."""
         if self._in_flight is not None:

@@ -31,6 +31,7 @@ from ray_pipeline.training.rank import Rank
 
 Evaluate = Callable[[], dict[str, float]]
 FIGURES = ("preference_accuracy", "accuracy", "validation_loss")  # the first that is measured tells the best checkpoint
+TIES = ("preference_loss", "validation_loss")  # and of equal accuracies the lower of the first of these
 NOTHING_LEARNED = StepStats(loss=0.0, grad_norm=0.0, weight=1.0, metrics={})  # a step without a batch
 
 
@@ -61,23 +62,34 @@ class SourceWithState(Protocol):
 
 @dataclass(frozen=True)
 class Best:
-    """The best evaluation so far: of preferences or of answers where they are measured, else of the validation loss."""
+    """The best evaluation so far: of preferences or of answers where they are measured, else of the validation loss.
+
+    Attributes:
+        loss: held-out, which decides between equal accuracies; None where none is measured.
+    """
 
     step: int
     figure: str
     value: float
+    loss: float | None = None
 
     @classmethod
     def of(cls, step: int, figures: dict[str, float]) -> Best | None:
         """From an evaluation's figures; None where there is nothing to compare."""
         figure = next((name for name in FIGURES if name in figures), None)
-        return None if figure is None or math.isnan(figures[figure]) else cls(step, figure, figures[figure])
+        if figure is None or math.isnan(figures[figure]):
+            return None
+        return cls(step, figure, figures[figure], next((figures[name] for name in TIES if name in figures), None))
 
     def beats(self, other: Best | None) -> bool:
         """Whether it is truly better; the earlier of equals stays."""
         if other is None or other.figure != self.figure:
             return True
-        return self.value > other.value if self.figure != "validation_loss" else self.value < other.value
+        if self.figure == "validation_loss":
+            return self.value < other.value
+        if self.value != other.value or self.loss is None or other.loss is None:
+            return self.value > other.value
+        return self.loss < other.loss
 
 
 class Trainer:
@@ -89,6 +101,7 @@ class Trainer:
         self.checkpoints = rank.folder / "checkpoints"
         self.history: dict[str, float] = {}
         self.best: Best | None = None
+        self._evaluated = True  # whether the checkpoint that training goes on from had its evaluation
 
     def fit(self, source: BatchSource, evaluate: Evaluate) -> dict[str, float]:
         """Train to the last step. Checkpoints are written beside it; the last one is whole when this returns.
@@ -102,6 +115,8 @@ class Trainer:
             source.load_state(source_files(self.checkpoints, start))
         tracker = self._tracker(start)
         with CheckpointWriter(self.rank.mesh, self.checkpoints, keep=self.settings.keep_checkpoints) as writer:
+            if not self._evaluated and self._is_better(tracker, start, evaluate):
+                self._name_best(writer)
             self._steps(start, source, evaluate, tracker, writer)
             self.rank.place.at("saving")
         if tracker is not None:
@@ -138,20 +153,34 @@ class Trainer:
                 self._log(tracker, done, stats, rate, speed, source.metrics())
                 losses, tokens, since = [], 0, time.monotonic()
             paused = time.monotonic()
-            better = False
-            if done % settings.eval_every == 0 or last:
-                place.at("evaluating")
-                better = self._evaluated(tracker, done, evaluate())
-            if done % settings.checkpoint_every == 0 or last or better:
-                place.at("saving")
-                self._save(writer, done, source)
+            self._save_and_evaluate(done, source, evaluate, tracker, writer)
             since += time.monotonic() - paused
 
-    def _save(self, writer: CheckpointWriter, done: int, source: BatchSource) -> None:
-        best = self.best
-        extra = {"history": self.history, "best": None if best is None else asdict(best)}
+    def _save_and_evaluate(
+        self, done: int, source: BatchSource, evaluate: Evaluate, tracker: Tracker | None, writer: CheckpointWriter
+    ) -> None:
+        """What is due after step `done`. A checkpoint is saved first: an evaluation may fail, or be killed."""
+        settings, last = self.settings, done == self.settings.steps
+        saves, evaluates = (last or done % every == 0 for every in (settings.checkpoint_every, settings.eval_every))
+        if saves:
+            self._save(writer, done, source, evaluated=not evaluates)
+        if evaluates and self._is_better(tracker, done, evaluate):
+            if saves:
+                self._name_best(writer)
+            else:
+                self._save(writer, done, source, evaluated=True)
+
+    def _save(self, writer: CheckpointWriter, done: int, source: BatchSource, *, evaluated: bool) -> None:
+        """`evaluated`: nothing is owed at this step; else a run that goes on from it evaluates first."""
+        self.rank.place.at("saving")
+        best = None if self.best is None else asdict(self.best)
+        extra = {"history": self.history, "best": best, "evaluated": evaluated}
         files = source.state() if isinstance(source, SourceWithState) else {}
-        writer.save(self.engine, done, extra, best=None if best is None else best.step, source=files)
+        writer.save(self.engine, done, extra, best=None if best is None else best["step"], source=files)
+
+    def _name_best(self, writer: CheckpointWriter) -> None:
+        assert self.best is not None
+        writer.name_best(asdict(self.best))
 
     def _resume(self) -> int:
         """Steps taken by the newest checkpoint, which is loaded; 0 where there is none.
@@ -170,6 +199,7 @@ class Trainer:
         self.history = saved["extra"]["history"]
         best = saved["extra"]["best"]
         self.best = None if best is None or not self.settings.keep_best else Best(**best)
+        self._evaluated = saved["extra"].get("evaluated", True)
         return int(saved["step"])
 
     def _way_out(self, error: UnusableCheckpoint) -> str:
@@ -190,8 +220,9 @@ class Trainer:
         if not rank.is_main:
             return None
         return Tracker(
-            rank.folder, rank.stage, rank.config, wandb_id=rank.wandb_id, group=rank.run_name, resume_step=start
-        )
+            rank.folder, rank.stage, rank.config, wandb_id=rank.wandb_id, group=rank.run_name, resume_step=start,
+            evaluated=self._evaluated,
+        )  # fmt: skip
 
     def _refuse_nan(self, stats: StepStats, step: int) -> None:
         if not (math.isfinite(stats.loss) and math.isfinite(stats.grad_norm)):
@@ -215,8 +246,10 @@ class Trainer:
             layers = {name: figures[name] for name in LOSSES if name in figures}
             self.rank.progress.update(done, loss=figures["loss"], tokens_per_second=speed, layer_losses=layers)
 
-    def _evaluated(self, tracker: Tracker | None, done: int, figures: dict[str, float]) -> bool:
-        """Take note of an evaluation; whether its checkpoint is to be kept as the best so far."""
+    def _is_better(self, tracker: Tracker | None, done: int, evaluate: Evaluate) -> bool:
+        """Evaluate and take note; whether the checkpoint of this step is to be kept as the best so far."""
+        self.rank.place.at("evaluating")
+        figures = evaluate()
         self.history |= figures
         if tracker is not None:
             tracker.log(done, {f"eval/{name}": value for name, value in figures.items()})

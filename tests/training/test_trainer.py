@@ -16,6 +16,7 @@ from ray_pipeline.engine.checkpoint import list_checkpoints
 from ray_pipeline.engine.checkpoint_writer import BEST_FILE
 from ray_pipeline.errors import UserError
 from ray_pipeline.launcher import InlineLauncher
+from ray_pipeline.tracking import read_metrics
 from ray_pipeline.training.trainer import Best
 from tests.training.toy_run import arguments, train
 
@@ -26,6 +27,16 @@ def fit(folder: Path, **settings: Any) -> dict[str, Any]:
 
 def checkpoints(folder: Path) -> Path:
     return folder / "toy" / "pretrain-0" / "checkpoints"
+
+
+def logged(folder: Path) -> list[dict[str, Any]]:
+    """Lines of metrics.jsonl without what the clock decides."""
+    lines = read_metrics(folder / "toy" / "pretrain-0")
+    return [{k: v for k, v in line.items() if k not in ("time", "tokens_per_second")} for line in lines]
+
+
+def best_of(folder: Path) -> dict[str, Any]:
+    return json.loads((checkpoints(folder) / BEST_FILE).read_text())
 
 
 def names(folder: Path) -> list[int]:
@@ -48,11 +59,14 @@ def test_the_last_checkpoints_and_the_best_are_kept_and_the_best_is_named(unbrok
     folder, figures = unbroken
     best = json.loads((checkpoints(folder) / BEST_FILE).read_text())
     page = json.loads((checkpoints(folder) / "step_00000008" / "trainer.json").read_text())
-    assert best == {"checkpoint": f"step_{page['extra']['best']['step']:08d}", **page["extra"]["best"]}
-    assert best["figure"] == "validation_loss" and best["step"] in (4, 8)
+    measured = {line["step"]: line["eval/validation_loss"] for line in logged(folder) if "eval/validation_loss" in line}
+    assert measured.keys() == {4, 8} and best["value"] == min(measured.values()) == measured[best["step"]]
+    assert best["figure"] == "validation_loss" and best["checkpoint"] == f"step_{best['step']:08d}"
     assert names(folder) == sorted({best["step"], 6, 8})
     experts = ("load_entropy", "largest_load", "dropped_tokens")
-    assert page["extra"]["history"] == {k: figures[k] for k in ("train_loss", "validation_loss", *experts)}
+    assert page["extra"]["evaluated"] is False  # it was saved before it was evaluated
+    assert page["extra"]["history"].keys() == {"train_loss", "validation_loss", *experts}
+    assert page["extra"]["history"]["train_loss"] == figures["train_loss"]
     assert figures["dropped_tokens"] == 0 and 0 < figures["load_entropy"] <= 1 <= figures["largest_load"]
 
 
@@ -63,6 +77,39 @@ def test_a_stage_that_was_interrupted_ends_with_the_same_weights(unbroken, tmp_p
     resumed = fit(tmp_path)
     assert resumed["started"] == 4
     assert resumed | {"started": 0} == unbroken[1]
+
+
+def struck(where: str, step: int = 0) -> dict[str, Any]:
+    return {"kind": "bug", "rank": 0, "step": step, "where": where}
+
+
+@pytest.mark.parametrize("fault", [struck("evaluate"), struck("batch", 4)], ids=["evaluating", "after it"])
+def test_a_run_that_ends_in_or_after_an_evaluation_has_the_same_figures_once(unbroken, tmp_path, fault):
+    with pytest.raises(ZeroDivisionError):
+        fit(tmp_path, fault=fault)
+    assert names(tmp_path) == [2, 4], "the checkpoint of step 4 comes before its evaluation"
+    resumed = fit(tmp_path)
+    assert resumed["started"] == 4
+    assert resumed | {"started": 0} == unbroken[1]
+    assert logged(tmp_path) == logged(unbroken[0])
+    assert best_of(tmp_path) == best_of(unbroken[0])
+
+
+def test_a_run_killed_in_its_last_evaluation_still_takes_it(unbroken, tmp_path, monkeypatch):
+    shutil.copytree(unbroken[0], tmp_path, dirs_exist_ok=True)
+    log = tmp_path / "toy" / "pretrain-0" / "metrics.jsonl"
+    log.write_text("".join(log.read_text().splitlines(keepends=True)[:-1]))
+    (checkpoints(tmp_path) / BEST_FILE).unlink()
+    resumed = fit(tmp_path)
+    assert resumed == unbroken[1] | {"started": 8}
+    assert logged(tmp_path) == logged(unbroken[0]) and best_of(tmp_path) == best_of(unbroken[0])
+
+
+def test_an_evaluation_that_is_due_alone_is_not_taken_again(tmp_path):
+    """At step 3 the best is saved after its evaluation, which its checkpoint then holds."""
+    fit(tmp_path, steps=4, checkpoint_every=4, eval_every=3)
+    page = json.loads((checkpoints(tmp_path) / "step_00000003" / "trainer.json").read_text())
+    assert page["extra"]["evaluated"] is True and page["extra"]["best"]["step"] == 3
 
 
 MECHANISMS = {
@@ -155,10 +202,31 @@ def test_the_best_of_a_run_is_the_first_of_the_best(values, figure):
         assert found is not None
         best = found if found.beats(best) else best
     choose = max if figure == "accuracy" else min
-    assert best == Best(values.index(choose(values)), figure, choose(values))
+    loss = choose(values) if figure == "validation_loss" else None
+    assert best == Best(values.index(choose(values)), figure, choose(values), loss)
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.floats(0, 9)), min_size=1, max_size=20), st.booleans())
+def test_of_equal_accuracies_the_one_of_the_lowest_loss_is_the_best(found, preferences):
+    names = ("preference_accuracy", "preference_loss") if preferences else ("accuracy", "validation_loss")
+    best: Best | None = None
+    for step, (right, loss) in enumerate(found):
+        one = Best.of(step, {names[0]: right / 3, names[1]: loss, "format_rate": 0.5})
+        assert one is not None
+        best = one if one.beats(best) else best
+    highest = max(right for right, _ in found)
+    lowest = min(loss for right, loss in found if right == highest)
+    assert best == Best(found.index((highest, lowest)), names[0], highest / 3, lowest)
+
+
+def test_where_no_loss_is_measured_or_it_is_no_number_the_first_of_equals_stays():
+    first, later = Best(1, "accuracy", 0.5), Best(2, "accuracy", 0.5, 1.0)
+    assert not later.beats(first) and not Best(3, "accuracy", 0.5).beats(later)
+    assert not Best(3, "accuracy", 0.5, float("nan")).beats(later)
+    assert Best(3, "accuracy", 0.6, 9.0).beats(later)
 
 
 def test_accuracy_decides_where_it_is_measured_and_nothing_decides_without_figures():
-    assert Best.of(3, {"validation_loss": 1.0, "accuracy": 0.5}) == Best(3, "accuracy", 0.5)
+    assert Best.of(3, {"validation_loss": 1.0, "accuracy": 0.5}) == Best(3, "accuracy", 0.5, 1.0)
     assert Best.of(3, {"reward": 1.0}) is None
     assert Best.of(3, {"validation_loss": float("nan")}) is None
