@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -24,13 +25,11 @@ class Row(NamedTuple):
     Attributes:
         tokens: [seq_len + 1] uint32. segments: [seq_len + 1] uint16, non-decreasing.
         mask: [seq_len + 1] uint8, 1 where the token counts as a target of the token before it.
-        source: index of the source of all its documents, where sources are packed apart.
     """
 
     tokens: Tokens
     segments: NDArray[np.uint16]
     mask: NDArray[np.uint8]
-    source: int = 0
 
 
 @dataclass
@@ -90,15 +89,18 @@ def pack_documents(documents: Iterable[Sequence[int] | Tokens], seq_len: int, pa
         yield row.finish()
 
 
-def pack_apart(documents: Iterable[tuple[int, Sequence[int] | Tokens]], seq_len: int, pad_id: int) -> Iterator[Row]:
+def pack_apart(
+    documents: Iterable[tuple[int, Sequence[int] | Tokens]], seq_len: int, pad_id: int, held: Counter[int]
+) -> Iterator[Row]:
     """Rows of `pack_documents` that hold documents of one source each.
 
     Args:
-        documents: (index of its source, ids), source after source.
+        documents: (index of its source, ids), source after source. held: counts the rows of each source, as they come.
     """
     for source, members in itertools.groupby(documents, key=lambda document: document[0]):
         for row in pack_documents((ids for _, ids in members), seq_len, pad_id):
-            yield row._replace(source=source)
+            held[source] += 1
+            yield row
 
 
 def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:

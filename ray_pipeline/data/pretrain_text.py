@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -122,9 +123,10 @@ class PackedText:
         self._write(folder, "train", pack_documents(self._train_documents(progress), seq_len, pad_id))
         self._tokens = sum(len(ids) for _, ids in self._validation)
         # Apart, so that the loss of each source can be told: at most one row more a source.
-        apart = pack_apart(sorted(self._validation, key=lambda document: document[0]), seq_len, pad_id)
+        held: Counter[int] = Counter()
+        apart = pack_apart(sorted(self._validation, key=lambda document: document[0]), seq_len, pad_id, held)
         names = figure_names([source.name for source in self.config.data.pretrain])
-        self._write(folder, "validation", apart, names)
+        self._write(folder, "validation", apart, lambda: {names[source]: rows for source, rows in held.items()})
         return self
 
     def _train_documents(self, progress: Progress) -> Iterator[NDArray[np.uint32]]:
@@ -139,7 +141,9 @@ class PackedText:
             self.counts += np.bincount(document[1:], minlength=len(self.counts))
             yield document
 
-    def _write(self, folder: Path, name: str, packed: Iterable[Row], sources: Sequence[str] = ()) -> None:
+    def _write(
+        self, folder: Path, name: str, packed: Iterable[Row], sources: Callable[[], Mapping[str, int]] = dict
+    ) -> None:
         rows = write_rows(
             folder / name,
             packed,

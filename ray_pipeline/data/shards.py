@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -68,14 +67,14 @@ def write_rows(
     seq_len: int,
     vocab_size: int,
     tokens_per_shard: int,
-    sources: Sequence[str] = (),
+    sources: Callable[[], Mapping[str, int]] = dict,
 ) -> RowsManifest:
     """Write rows as shards; the manifest comes last, so a folder with one is whole.
 
     Token ids take two bytes where the vocabulary allows.
 
     Args:
-        sources: names of the sources that `Row.source` counts, where rows are packed apart, source after source.
+        sources: where rows are packed apart, asked when all are written: name of a source -> its rows, in their order.
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MANIFEST).unlink(missing_ok=True)
@@ -83,7 +82,6 @@ def write_rows(
     per_shard = max(1, tokens_per_shard // (seq_len + 1))
     files: list[ShardFile] = []
     total = targets = 0
-    held: Counter[int] = Counter()
     source = iter(rows)
     for number in itertools.count():
         chunk = list(itertools.islice(source, per_shard))
@@ -91,11 +89,10 @@ def write_rows(
             break
         total += len(chunk)
         targets += sum(count_targets(row) for row in chunk)
-        held.update(row.source for row in chunk)
         for name in FIELDS:
             values = np.stack([getattr(row, name) for row in chunk]).astype(dtypes[name])
             files.append(_write_file(folder, f"{number:05d}.{name}.bin", name, values))
-    apart = tuple(SourceRows(sources[index], held[index]) for index in held) if sources else ()
+    apart = tuple(SourceRows(name, count) for name, count in sources().items())
     manifest = RowsManifest(seq_len, total, targets, tuple(files), apart)
     write_json(folder / MANIFEST, {"format": FORMAT, **asdict(manifest)})
     return manifest

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -32,9 +33,12 @@ def stored(folder: Path, *, apart: bool = True) -> PackedRows:
     for number, (count, vocabulary) in enumerate(LENGTHS.values()):
         drawn = torch.randint(vocabulary.start, vocabulary.stop, (count, 17), generator=generator)
         documents += [(number, row.tolist()) for row in drawn]
-    rows = pack_apart(documents, 16, 0) if apart else pack_documents((ids for _, ids in documents), 16, 0)
-    names = list(LENGTHS) if apart else []
-    write_rows(folder, rows, seq_len=16, vocab_size=CONFIG.vocab_size, tokens_per_shard=200, sources=names)
+    held: Counter[int] = Counter()
+    rows = pack_apart(documents, 16, 0, held) if apart else pack_documents((ids for _, ids in documents), 16, 0)
+    write_rows(
+        folder, rows, seq_len=16, vocab_size=CONFIG.vocab_size, tokens_per_shard=200,
+        sources=lambda: {list(LENGTHS)[source]: count for source, count in held.items()},
+    )  # fmt: skip
     return PackedRows(folder)
 
 
