@@ -6,12 +6,12 @@ This file is the schema alone; `config_load` reads YAML, environment and flags i
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
 
 from model.config import ModelConfig
-from ray_pipeline.config_base import Fraction, OptimizerConfig, Section, TrainingConfig
+from ray_pipeline.config_base import MOST_SEED, Fraction, OptimizerConfig, Section, TrainingConfig
 from ray_pipeline.config_post_training import (
     DistillationConfig,
     DpoConfig,
@@ -205,7 +205,7 @@ class PipelineFields(Section):
     recipe: str = "tiny"
     run_name: str | None = Field(None, description="default: the recipe's name and a hash of what decides the result")
     output_dir: Path = Path("runs")
-    seed: NonNegativeInt = 0
+    seed: Annotated[int, Field(ge=0, le=MOST_SEED)] = 0
     backend: Literal["auto", "cpu", "cuda", "modal"] = "auto"
     model_size: Literal["tiny", "small", "medium", "large"] | None = Field(
         None, description="a preset for `model`; keys given there win"

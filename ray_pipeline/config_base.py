@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+MOST_SEED = 2**63 - 1  # what torch takes and JSON readers of other languages keep
 
 
 class Section(BaseModel):

@@ -150,6 +150,7 @@ def test_all_mistakes_are_listed_with_value_origin_and_suggestion(tmp_path: Path
             {"pretrain.steps": "100", "pretrain.indexer_warmup_steps": "101", "model.attention": "dsa"},
             "more than pretrain.steps=100. Use at most 100",
         ),
+        ({"seed": str(2**63)}, f"seed={2**63}: must be less than or equal to {2**63 - 1}"),
         ({"grpo..beta": "7"}, "a key looks like grpo.beta"),
         ({"model.rope_scaling": "{factor: 4}"}, "model.rope_scaling.original_max_position_embeddings: must be given"),
     ],

@@ -13,6 +13,7 @@ import click
 
 from ray_pipeline.cli.output_files import report_writers
 from ray_pipeline.cli.runs import output_dir
+from ray_pipeline.config_base import MOST_SEED
 from ray_pipeline.errors import UserError
 
 if TYPE_CHECKING:
@@ -35,7 +36,9 @@ _RANGE = re.compile(r"([1-5])(?:-([1-5]))?")
 @click.option("--temperature", type=click.FloatRange(0), help="0 is greedy. Default: 0, or 0.6 with --samples.")
 @click.option("--max-new-tokens", type=click.IntRange(1), help="Of one answer. Default: the run's own limit, or 512.")
 @click.option("--limit", type=click.IntRange(1), help="Questions of each task. Default: the task's own number.")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of questions and answers.")
+@click.option(
+    "--seed", type=click.IntRange(0, MOST_SEED), default=0, show_default=True, help="Of questions and answers."
+)
 @click.option("--difficulty", metavar="A-B", help="Only questions of these levels, 1 to 5, for example 1-3.")
 @click.option("--compare", help="Another RUN, PATH or report (.json): a paired test on the same questions.")
 @click.option("--tools", help="Tools the model may call, for example calculator,python; default: those of the run.")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ray_pipeline.cli.runs import find_run, output_dir
+from ray_pipeline.config_base import MOST_SEED
 from ray_pipeline.errors import UserError
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ class Wishes:
 @click.option("--raw/--chat", default=None, help="Continue the text, or answer it. Default: by stage.")
 @click.option("--max-new-tokens", type=click.IntRange(1), default=200, show_default=True)
 @click.option("--temperature", type=click.FloatRange(0), help="0 is greedy. Default: 0.8 for raw text, 0 for chat.")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--seed", type=click.IntRange(0, MOST_SEED), default=0, show_default=True)
 @click.option("--top-k", type=click.IntRange(0), default=0, help="Draw from the k likeliest tokens. Default: all.")
 @click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True)
 @click.option("--min-p", type=click.FloatRange(0, 1), default=0.0, help="Least share of the likeliest token's chance.")

@@ -30,6 +30,7 @@ def adapter_class() -> Any:
         def __init__(self, model: LanguageModel, settings: AskSettings, watch: Watch):
             super().__init__()
             self.model, self.settings, self.watch = model, settings, watch
+            self.cut = 0  # prompts that were too long, and lost their beginning
             self._device = model.backend.device
             self._rendered = Tokenizer.from_str(model.tokenizer.to_json())
 
@@ -52,6 +53,7 @@ def adapter_class() -> Any:
         def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
             encode = self.model.tokenizer.encode
             pairs = [(self._context(context), encode(text)) for context, text in (r.args for r in requests)]
+            self.cut += sum(len(prompt) + len(text) > self.model.backend.context + 1 for prompt, text in pairs)
             return self.model.logprobs(pairs)
 
         def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
@@ -86,7 +88,10 @@ def adapter_class() -> Any:
         def _write(
             self, indices: list[int], prompts: list[list[int]], requests: Sequence[Any], limit: int, temperature: float
         ) -> dict[int, str]:
-            room = self.model.backend.context - 1
+            # The whole answer must fit behind its prompt; where it alone would not, the prompt keeps half.
+            context = self.model.backend.context
+            room = context - limit if limit < context else max(1, context // 2)
+            self.cut += sum(len(prompts[i]) > room for i in indices)
             cut = [prompts[i][-room:] for i in indices]
             written = self.model.backend.generate(
                 cut, max_new_tokens=limit, temperature=temperature, eos_ids=self.model.eos_ids,
@@ -128,20 +133,21 @@ class HarnessTask:
             UserError: what the harness refuses.
         """
         evaluator = importlib.import_module("lm_eval.evaluator")
-        started = time.perf_counter()
+        started, adapter = time.perf_counter(), adapter_class()(model, settings, watch)
         try:
             found = evaluator.simple_evaluate(
-                model=adapter_class()(model, settings, watch), tasks=list(self.tasks.values()),
+                model=adapter, tasks=list(self.tasks.values()),
                 task_manager=self.manager, limit=self.limit, bootstrap_iters=0, apply_chat_template=True,
-                random_seed=settings.seed, numpy_random_seed=settings.seed, torch_random_seed=settings.seed,
+                random_seed=settings.seed, numpy_random_seed=settings.seed % 2**32, torch_random_seed=settings.seed,
                 fewshot_random_seed=settings.seed,
             )  # fmt: skip
         except ValueError as error:
             raise UserError(f"--tasks lm_eval:{self.name}: lm-eval refuses it ({error}).") from None
         items = [item for task, samples in found["samples"].items() for item in items_of(task, samples)]
-        return TaskResult(
-            f"lm_eval:{self.name}", "harness", items, time.perf_counter() - started, other=figures_of(found["results"])
+        other = figures_of(found["results"]) | (
+            {"prompts cut to the context": float(adapter.cut)} if adapter.cut else {}
         )
+        return TaskResult(f"lm_eval:{self.name}", "harness", items, time.perf_counter() - started, other=other)
 
 
 def items_of(task: str, samples: Sequence[dict[str, Any]]) -> list[ItemResult]:

@@ -21,7 +21,7 @@ class PromptOrder:
         self._epoch = functools.lru_cache(maxsize=2)(self._shuffled)
 
     def _shuffled(self, epoch: int) -> list[int]:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**63)  # torch takes no more
         return torch.randperm(self.questions, generator=generator).tolist()
 
     def at(self, place: int, count: int) -> list[int]:

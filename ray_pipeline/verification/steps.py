@@ -36,7 +36,7 @@ class Trace:
 
 def make_batch(subject: Subject, step: int) -> Batch:
     """Random tokens, two documents a row, with the border at another place in each."""
-    generator = torch.Generator().manual_seed(1000 * subject.seed + step)
+    generator = torch.Generator().manual_seed((1000 * subject.seed + step) % 2**63)  # torch takes no more
     rows, length = subject.rows, subject.seq_len
     tokens = torch.randint(0, subject.model.vocab_size, (rows, length), generator=generator)
     border = torch.randint(1, length, (rows, 1), generator=generator)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -91,6 +93,35 @@ def test_the_rolling_likelihood_is_that_of_windows_of_the_context(model: Languag
     left = tokens[room:]
     context = tokens[: len(tokens) - len(left)][-(room - len(left) + 1) :]
     assert found == pytest.approx(first + model.logprobs([(context, left)])[0][0], abs=1e-3)
+
+
+@pytest.mark.parametrize("seed", [0, 2**63 - 1])
+def test_a_prompt_is_cut_to_what_its_answer_leaves_of_the_context_and_counted(
+    model: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    """Also with the largest seed: numpy's takes 32 bits."""
+    context, asked = model.backend.context, []
+    generate = model.backend.generate
+
+    def seen(prompts: list[list[int]], **options: Any) -> Any:
+        asked.extend((prompt, options["max_new_tokens"]) for prompt in prompts)
+        return generate(prompts, **options)
+
+    monkeypatch.setattr(model.backend, "generate", seen)
+    body = (
+        "output_type: generate_until\ndoc_to_text: '{{question}}'\ndoc_to_target: '{{answer}}'\n"
+        "generation_kwargs:\n  until: ['\\n\\n']\n  max_gen_toks: LIMIT\nmetric_list:\n  - metric: exact_match\n"
+    )
+    records = [{"question": "the cat sat on the mat " * 60, "answer": "x"}, {"question": "two", "answer": "x"}]
+    for name, limit, room in (("toy_long", 6, context - 6), ("toy_endless", context, context // 2)):
+        asked.clear()
+        task = yaml_task(tmp_path, name, body.replace("LIMIT", str(limit)), *records)
+        found = evaluate(model, make_task(f"lm_eval:{task}", Request()), replace(SETTINGS, seed=seed))
+        lengths = sorted(len(prompt) for prompt, _ in asked)
+        assert lengths == [len(model.prompt("two")), room] and {wanted for _, wanted in asked} == {limit}
+        longest = max(asked, key=lambda one: len(one[0]))[0]
+        assert longest == model.prompt(records[0]["question"])[-room:]
+        assert found.other["prompts cut to the context"] == 1.0
 
 
 def test_an_empty_context_is_the_start_token(model: LanguageModel) -> None:

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ray_pipeline.config_base import MOST_SEED
 from ray_pipeline.rollouts.prompt_order import PromptOrder
 
 
@@ -32,6 +33,14 @@ def test_a_place_does_not_depend_on_what_was_asked_before(questions, place, coun
 def test_seeds_and_epochs_differ():
     order = PromptOrder(50, 0)
     assert order.at(0, 50) != order.at(50, 50) and order.at(0, 50) != PromptOrder(50, 1).at(0, 50)
+
+
+@pytest.mark.parametrize("seed", [2 * 10**13, MOST_SEED - 1, MOST_SEED])
+def test_large_seeds_ask_every_question_once_an_epoch_too(seed):
+    order = PromptOrder(7, seed)
+    asked = order.at(0, 21)
+    assert all(Counter(asked[start : start + 7]) == Counter(range(7)) for start in (0, 7, 14))
+    assert asked != PromptOrder(7, seed - 2).at(0, 21)
 
 
 def test_nothing_to_ask_is_refused():

@@ -78,6 +78,7 @@ def test_batches_depend_on_seed_and_step_alone_and_hold_two_documents() -> None:
     subject = small_subject(Layout())
     batch, again, other = make_batch(subject, 1), make_batch(subject, 1), make_batch(subject, 2)
     assert torch.equal(batch.tokens, again.tokens) and not torch.equal(batch.tokens, other.tokens)
+    assert len(make_batch(replace(subject, seed=2**63 - 1), 1)) == len(batch)
     assert batch.doc_ids[:, 0].eq(0).all() and batch.doc_ids[:, -1].eq(1).all()
     last = batch.doc_ids[:, 1:] != batch.doc_ids[:, :-1]
     assert (batch.labels[:, :-1][last] < 0).all(), "no document predicts the next one"
