@@ -12,6 +12,59 @@ Record = Mapping[str, Any]
 _SHOWN = 80
 
 
+class Watched(dict[str, Any]):
+    """A record that remembers which of its fields were read, as do the records in it.
+
+    A record in it of which no field was read by name was taken whole, as a call's arguments are.
+    """
+
+    def __init__(self, record: Record):
+        super().__init__(record)
+        self._read: set[str] = set()
+
+    def __getitem__(self, field: str) -> Any:
+        self._read.add(field)
+        value = super().__getitem__(field)
+        if type(value) is dict:
+            self[field] = value = Watched(value)
+        elif type(value) is list and any(type(entry) is dict for entry in value):
+            self[field] = value = [Watched(entry) if type(entry) is dict else entry for entry in value]
+        return value
+
+    def get(self, field: str, default: Any = None) -> Any:
+        """The field, or `default`; either way it was looked for."""
+        try:
+            return self[field]
+        except KeyError:
+            return default
+
+    def items(self) -> Any:
+        """All of it; counts as reading every field."""
+        self._read.update(self)
+        return super().items()
+
+    def unread(self) -> set[str]:
+        """Fields with something in them that were not read: "id", or "messages[].name" of the records in a list."""
+        out: set[str] = set()
+        for field, value in super().items():
+            if field not in self._read:
+                if value is not None and value not in ("", [], {}):
+                    out.add(field)
+            elif isinstance(value, Watched):
+                out |= {f"{field}.{name}" for name in value._parts()}
+            elif isinstance(value, list):
+                out |= {f"{field}[].{name}" for entry in value if isinstance(entry, Watched) for name in entry._parts()}
+        return out
+
+    def _parts(self) -> set[str]:
+        return self.unread() if self._read else set()
+
+
+def glance(record: Record, field: str) -> Any:
+    """A field's value, or None, without counting as read."""
+    return dict.get(record, field) if isinstance(record, dict) else record.get(field)
+
+
 class BadRecord(Exception):
     """A record that does not have what is needed; the reader adds the file and the line."""
 

@@ -8,17 +8,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from ray_pipeline.data.chat import Chat
-from ray_pipeline.data.fields import BadRecord, Record, filled, names, nearest_field
-from ray_pipeline.data.records import instruction_turn, prompt_turns, system_turns, tools_of
+from ray_pipeline.data.fields import BadRecord, Record, filled, names, nearest_field, shown
+from ray_pipeline.data.records import instruction_turn, prompt_turns, tools_of, with_system
+from ray_pipeline.data.turn_fields import refuse_media
 from ray_pipeline.data.turns import Message, is_empty, read_tools, read_turns, said, without_flags
 
 # Columns that tell a form, and what it is called in errors; the first that fits is taken.
 FORMS = {
     ("conversations", "chosen", "rejected"): "ShareGPT (and system, tools)",
-    ("prompt", "chosen", "rejected"): "TRL's, each a text or turns (and tools)",
+    ("prompt", "chosen", "rejected"): "TRL's, each a text or turns; UltraFeedback's (and system, tools)",
     ("question", "chosen", "rejected"): "one question (and system)",
     ("instruction", "chosen", "rejected"): "Alpaca (and input, system)",
-    ("chosen", "rejected"): "TRL's, whole conversations that begin alike",
+    ("chosen", "rejected"): "TRL's, whole conversations that begin alike (and system, tools)",
 }
 
 
@@ -59,9 +60,12 @@ def as_preference(record: Record) -> Preference:
         hint = nearest_field(record, (column for columns in FORMS for column in columns))
         accepted = "; ".join(f"{', '.join(columns)}: {name}" for columns, name in FORMS.items())
         raise BadRecord(f"has {names(record)}{hint}, which is no form of preference. Accepted are {accepted}")
+    refuse_media(record)
     if form == ("chosen", "rejected"):
         return _whole_conversations(record)
-    prompt = _PROMPTS[form[0]](record)
+    prompt = with_system(record, _PROMPTS[form[0]](record))
+    if _are_whole(record):
+        return _with_its_prompt(_whole_conversations(record), prompt, form[0])
     if not any(message["role"] == "user" for message in prompt):
         raise BadRecord(f'"{form[0]}" must hold a user turn')
     if prompt[-1]["role"] == "assistant":
@@ -71,11 +75,29 @@ def as_preference(record: Record) -> Preference:
 
 
 _PROMPTS: dict[str, Callable[[Record], list[Message]]] = {
-    "conversations": lambda record: system_turns(record) + read_turns(record["conversations"], "conversations"),
+    "conversations": lambda record: read_turns(record["conversations"], "conversations"),
     "prompt": prompt_turns,
-    "question": lambda record: system_turns(record) + prompt_turns(record, "question"),
-    "instruction": lambda record: [*system_turns(record), instruction_turn(record)],
+    "question": lambda record: prompt_turns(record, "question"),
+    "instruction": lambda record: [instruction_turn(record)],
 }
+
+
+def _are_whole(record: Record) -> bool:
+    """Whether the chosen answer is a conversation that begins before the answer, as UltraFeedback's do."""
+    chosen = record["chosen"]
+    return isinstance(chosen, list) and len(chosen) > 1 and read_turns(chosen, "chosen")[0]["role"] != "assistant"
+
+
+def _with_its_prompt(pair: Preference, prompt: list[Message], field: str) -> Preference:
+    """The pair, if its conversations begin with what stands in the column of the prompt as well.
+
+    Raises:
+        BadRecord: they ask something else.
+    """
+    asked = [turn["content"].strip() for turn in pair.prompt]
+    if prompt[-1]["content"].strip() not in asked:
+        raise BadRecord(f'"chosen" and "rejected" do not ask what "{field}" asks ({shown(prompt[-1]["content"])})')
+    return pair
 
 
 def _answer(record: Record, field: str) -> tuple[Message, ...]:
@@ -108,7 +130,7 @@ def _checked_answer(turns: list[Message], field: str) -> tuple[Message, ...]:
 
 def _whole_conversations(record: Record) -> Preference:
     """Both conversations whole: what they begin with alike is the prompt."""
-    chosen, rejected = (read_turns(record[field], field) for field in ("chosen", "rejected"))
+    chosen, rejected = (with_system(record, read_turns(record[field], field)) for field in ("chosen", "rejected"))
     alike = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected, strict=False)))
     alike = min(alike, len(chosen) - 1, len(rejected) - 1)  # the same answer twice leaves a prompt all the same
     if not any(message["role"] == "user" for message in chosen[:alike]):

@@ -1,18 +1,18 @@
-"""Records of json, jsonl and parquet files, or of a hub dataset, as documents, conversations and questions. No files
-here.
+"""Records of json, jsonl and parquet files, or of a hub dataset, as documents and conversations. No files here.
 
-A conversation's form is told by its columns: see FORMS. Questions have `question` + `answer` (GSM8K), or `prompt` +
-`answer` as DATA_PREP writes them.
+A conversation's form is told by its columns: see FORMS. Questions are in `question_records`, pairs in
+`preference_records`.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ray_pipeline.data.fields import BadRecord, Record, filled, names, nearest_field, optional_text, text
-from ray_pipeline.data.tasks.question import Question, think
+from ray_pipeline.data.fields import BadRecord, Record, filled, glance, names, nearest_field, optional_text, text
+from ray_pipeline.data.question_records import BEFORE, CHOICES, SYSTEM, answer_of, question_text
+from ray_pipeline.data.tasks.question import think
+from ray_pipeline.data.turn_fields import REASONING, reasoning_of, refuse_media, with_reasoning
 from ray_pipeline.data.turns import Conversation, Message, conversation_of, read_turns, said
 
 __all__ = [
@@ -22,35 +22,25 @@ __all__ = [
     "Record",
     "as_conversation",
     "as_document",
-    "as_question",
     "instruction_turn",
     "prompt_turns",
-    "split_answer",
     "system_turns",
+    "tools_of",
+    "with_system",
 ]
-
-_ANNOTATION = re.compile(r"<<[^<>]*>>")
-# GSM8K's last line: "#### 72", thousands with commas (arXiv:2110.14168).
-_FINAL = re.compile(r"^####[ \t]*(.+?)[ \t]*$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
 class Form:
-    """A form of conversations.
-
-    Attributes:
-        needs: the columns that tell it. may: further columns that are read.
-    """
+    """A form of conversations. Attributes: needs: the columns that tell it."""
 
     name: str
     needs: tuple[str, ...]
-    may: tuple[str, ...]
     convert: Callable[[Record], Conversation]
 
     def __str__(self) -> str:
         needs = " and ".join(f'"{column}"' for column in self.needs)
-        may = f" (and {', '.join(self.may)})" if self.may else ""
-        return f"{needs}{may}: {self.name}"
+        return f"{needs}: {self.name}"
 
 
 def as_document(record: Record, column: str | None = None) -> str:
@@ -79,44 +69,22 @@ def as_conversation(record: Record) -> Conversation:
     """
     for form in FORMS:
         if all(column in record for column in form.needs):
+            refuse_media(record)
+            _refuse_bad_answer(record)
             return form.convert(record)
-    hint = nearest_field(record, (column for form in FORMS for column in (*form.needs, *form.may)))
+    hint = nearest_field(record, (column for form in FORMS for column in form.needs))
     accepted = "; ".join(map(str, FORMS))
-    raise BadRecord(f"has {names(record)}{hint}, which is no form of conversation. Accepted are {accepted}")
+    raise BadRecord(
+        f"has {names(record)}{hint}, which is no form of conversation. Accepted are {accepted}. Beside them are read "
+        f"{', '.join(ASIDE)}"
+    )
 
 
-def as_question(record: Record, category: str) -> Question:
-    """A question with its exact answer, for GRPO and evaluation.
-
-    Args:
-        category: used where the record names none.
-    Raises:
-        BadRecord: no question, or no answer.
-    """
-    field = "question" if "question" in record else "prompt"
-    if field not in record or "answer" not in record:
-        hint = nearest_field(record, ("question", "prompt", "answer"))
-        raise BadRecord(f'needs "question" and "answer", but has {names(record)}{hint}')
-    steps, final = split_answer(filled(record, "answer"))
-    difficulty = record.get("difficulty")
-    if not isinstance(difficulty, int):
-        difficulty = min(5, steps.count("\n") + 1) if steps else 0  # a line of working is a step
-    named = record.get("category")
-    if isinstance(named, str):
-        category = named
-    return Question(filled(record, field).strip(), steps, final, category, difficulty)
-
-
-def split_answer(answer: str) -> tuple[str, str]:
-    """A worked solution as (steps, final answer): the final one stands behind "####"; without that, all of it is final.
-
-    Calculator annotations `<<48/2=24>>` are removed.
-    """
-    text = _ANNOTATION.sub("", answer).strip()
-    finals = list(_FINAL.finditer(text))
-    if not finals:
-        return "", text
-    return text[: finals[-1].start()].strip(), finals[-1][1]
+def _refuse_bad_answer(record: Record) -> None:
+    """Raise BadRecord for KTO's label of an answer that nobody should give."""
+    label = glance(record, "label")
+    if isinstance(label, int) and label in (0, 1) and not record.get("label"):
+        raise BadRecord('"label" is false: it marks a bad answer (KTO), which would be learned as a good one')
 
 
 def prompt_turns(record: Record, field: str = "prompt") -> list[Message]:
@@ -127,13 +95,30 @@ def prompt_turns(record: Record, field: str = "prompt") -> list[Message]:
     """
     if isinstance(record[field], list):
         return read_turns(record[field], field)
-    return [{"role": "user", "content": filled(record, field).strip()}]
+    return [{"role": "user", "content": question_text(record, field)}]
 
 
 def system_turns(record: Record) -> list[Message]:
-    """The column "system" as a turn; none where it is missing or empty."""
-    system = optional_text(record, "system")
-    return [{"role": "system", "content": system}] if system.strip() else []
+    """The column "system" or "system_prompt" as a turn; none where it is missing or empty."""
+    for name in SYSTEM:
+        system = optional_text(record, name)
+        if system.strip():
+            return [{"role": "system", "content": system}]
+    return []
+
+
+def with_system(record: Record, turns: list[Message]) -> list[Message]:
+    """The turns after the record's own column of the system message, if it has one.
+
+    Raises:
+        BadRecord: the turns begin with another system message.
+    """
+    system = system_turns(record)
+    if system and turns[0]["role"] == "system":
+        if system[0]["content"].strip() != turns[0]["content"].strip():
+            raise BadRecord("has two system messages, a column of its own and the first turn. Keep one of them")
+        return turns
+    return system + turns
 
 
 def tools_of(record: Record) -> object:
@@ -142,31 +127,30 @@ def tools_of(record: Record) -> object:
 
 
 def instruction_turn(record: Record) -> Message:
-    """Alpaca's question: the instruction and, on a line of its own, its input."""
+    """Alpaca's question: the instruction and, on a line of its own, its input; Dolly's, with its context before it."""
     given = optional_text(record, "input").strip()
-    question = "\n".join(part for part in (filled(record, "instruction").strip(), given) if part)
+    question = "\n".join(part for part in (question_text(record, "instruction"), given) if part)
     return {"role": "user", "content": question}
 
 
-def _completed(record: Record, answer: str) -> Conversation:
-    """prompt + response or completion, each a text or a list of turns, as TRL has them."""
-    if isinstance(record[answer], list):
-        ending = read_turns(record[answer], answer)
-    else:
-        ending = [{"role": "assistant", "content": filled(record, answer)}]
-    return conversation_of([*prompt_turns(record), *ending], tools_of(record), answer)
+def _answer(record: Record, field: str) -> Message:
+    """An answer that is text, with the record's column of reasoning before it."""
+    words = filled(record, field)
+    return {"role": "assistant", "content": with_reasoning(reasoning_of(record, "the record"), words, "the record")}
 
 
-def _messages(record: Record) -> Conversation:
-    return conversation_of(read_turns(record["messages"], "messages"), tools_of(record), "messages")
+def _completed(record: Record, asked: str, answer: str) -> Conversation:
+    """A prompt and its answer, each a text or a list of turns, as TRL has them."""
+    ending = read_turns(record[answer], answer) if isinstance(record[answer], list) else [_answer(record, answer)]
+    turns = with_system(record, prompt_turns(record, asked))
+    return conversation_of([*turns, *ending], tools_of(record), answer)
 
 
-def _sharegpt(record: Record) -> Conversation:
-    turns = system_turns(record) + read_turns(record["conversations"], "conversations")
-    return conversation_of(turns, tools_of(record), "conversations")
+def _turns(record: Record, column: str) -> Conversation:
+    return conversation_of(with_system(record, read_turns(record[column], column)), tools_of(record), column)
 
 
-def _alpaca(record: Record) -> Conversation:
+def _alpaca(record: Record, answer: str) -> Conversation:
     messages = system_turns(record)
     history = [] if record.get("history") is None else record["history"]
     if not isinstance(history, list):
@@ -175,22 +159,31 @@ def _alpaca(record: Record) -> Conversation:
         if not isinstance(pair, list | tuple) or len(pair) != 2 or not all(isinstance(part, str) for part in pair):
             raise BadRecord(f'pair {number} of "history" must be a question and an answer, but is {str(pair)[:80]}')
         messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
-    answer = {"role": "assistant", "content": filled(record, "output")}
-    return conversation_of([*messages, instruction_turn(record), answer], None, "output")
+    return conversation_of([*messages, instruction_turn(record), _answer(record, answer)], None, answer)
 
 
-def _solved(record: Record) -> Conversation:
-    """A question with its answer; GSM8K's worked steps become the reasoning."""
-    steps, final = split_answer(filled(record, "answer"))
-    question = {"role": "user", "content": filled(record, "question").strip()}
-    return Conversation((question, {"role": "assistant", "content": think(steps, final) if steps else final}))
+def _solved(record: Record, asked: str) -> Conversation:
+    """A question with its answer; worked steps, GSM8K's or MATH's, become the reasoning."""
+    steps, final = answer_of(record)
+    thought = reasoning_of(record, "the record")
+    if steps and thought:
+        raise BadRecord("has a worked answer and reasoning beside it. Keep one of them")
+    answer = with_reasoning(thought, think(steps, final) if steps else final, "the record")
+    turns = [*with_system(record, prompt_turns(record, asked)), {"role": "assistant", "content": answer}]
+    return conversation_of(turns, tools_of(record), "answer")
 
 
 FORMS = (
-    Form("turns with role and content", ("messages",), ("tools",), _messages),
-    Form("ShareGPT", ("conversations",), ("system", "tools"), _sharegpt),
-    Form("Alpaca", ("instruction", "output"), ("input", "system", "history"), _alpaca),
-    Form("one question", ("prompt", "response"), ("tools",), lambda record: _completed(record, "response")),
-    Form("TRL's", ("prompt", "completion"), ("tools",), lambda record: _completed(record, "completion")),
-    Form("GSM8K", ("question", "answer"), (), _solved),
+    Form("turns with role and content", ("messages",), lambda record: _turns(record, "messages")),
+    Form("ShareGPT", ("conversations",), lambda record: _turns(record, "conversations")),
+    Form("Alpaca", ("instruction", "output"), lambda record: _alpaca(record, "output")),
+    Form("Dolly", ("instruction", "response"), lambda record: _alpaca(record, "response")),
+    Form("one question", ("prompt", "response"), lambda record: _completed(record, "prompt", "response")),
+    Form("TRL's", ("prompt", "completion"), lambda record: _completed(record, "prompt", "completion")),
+    Form("OpenOrca", ("question", "response"), lambda record: _completed(record, "question", "response")),
+    Form("MetaMath", ("query", "response"), lambda record: _completed(record, "query", "response")),
+    Form("GSM8K", ("question", "answer"), lambda record: _solved(record, "question")),
+    Form("MATH", ("problem", "solution"), lambda record: _solved(record, "problem")),
 )
+# Columns that are read beside those that tell a form, where the form has a place for them.
+ASIDE = (*SYSTEM, "tools", "functions", "input", "history", *BEFORE, *CHOICES, *REASONING)

@@ -17,8 +17,9 @@ from ray_pipeline.data.chat import ChatTemplate
 from ray_pipeline.data.fields import BadRecord, Record
 from ray_pipeline.data.local_files import Told
 from ray_pipeline.data.preference_records import Preference, as_preference
+from ray_pipeline.data.question_records import as_question
 from ray_pipeline.data.reasoning_gym_source import check_task, parse_gym_name
-from ray_pipeline.data.records import as_conversation, as_document, as_question
+from ray_pipeline.data.records import as_conversation, as_document
 from ray_pipeline.data.tasks import TOOLS_MIX, draw_unique
 from ray_pipeline.data.tasks.question import THINK_OPEN, Question
 from ray_pipeline.data.text_files import TextRule, read_text_documents

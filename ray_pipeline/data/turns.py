@@ -192,7 +192,8 @@ def _calls(value: object, place: str) -> list[dict[str, Any]]:
         arguments = _parsed({} if function.get("arguments") is None else function["arguments"], place)
         if not isinstance(arguments, dict):
             raise BadRecord(f"{place}: the arguments of {name} must be a JSON object, not {shown(arguments)}")
-        made: dict[str, Any] = {"type": "function", "function": {"name": name, "arguments": arguments}}
+        _check_kind(call, place)
+        made: dict[str, Any] = {"type": "function", "function": {"name": name, "arguments": dict(arguments)}}
         if isinstance(call.get("id"), str):
             made["id"] = call["id"]
         out.append(made)
@@ -217,12 +218,20 @@ def read_tools(value: object) -> tuple[dict[str, Any], ...]:
         function = tool.get("function", tool) if isinstance(tool, Mapping) else None
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
             raise BadRecord(f'each of "tools" needs a "name", not {shown(tool)}')
+        _check_kind(tool, '"tools"')
         for field, kind in (("description", str), ("parameters", Mapping)):
             if function.get(field) is not None and not isinstance(function[field], kind):
                 raise BadRecord(f'"tools": {field} of {function["name"]} is {shown(function[field])}')
-        about = {key: value for key, value in function.items() if value is not None}
+        about = {key: dict(v) if isinstance(v, Mapping) else v for key, v in function.items() if v is not None}
         out.append({"type": "function", "function": about})
     return tuple(out)
+
+
+def _check_kind(described: Record, place: str) -> None:
+    """Raise BadRecord for a call or a tool that is no function."""
+    kind = described.get("type")
+    if kind not in (None, "function"):
+        raise BadRecord(f'{place}: tools are of the type "function", not {shown(kind)}')
 
 
 def _parsed(value: object, place: str) -> Any:

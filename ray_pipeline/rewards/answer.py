@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 
+from ray_pipeline.data.question_records import boxed
 from ray_pipeline.reasoning import parse
 from ray_pipeline.rewards.registry import reward
 from ray_pipeline.tools.calls import own_words
@@ -34,24 +35,11 @@ def final_text(completion: str) -> str | None:
     return parse(own_words(completion)).answer
 
 
-def _boxed(text: str) -> str | None:
-    r"""Content of the last `\boxed{...}`, braces balanced."""
-    start = text.rfind("\\boxed{")
-    if start < 0:
-        return None
-    depth, begin = 1, start + len("\\boxed{")
-    for i in range(begin, len(text)):
-        depth += {"{": 1, "}": -1}.get(text[i], 0)
-        if depth == 0:
-            return text[begin:i]
-    return None
-
-
 def extract(text: str) -> str:
     r"""The stated answer: in the last `\boxed{}`, after the last `####`, after "answer is", or the text itself."""
-    boxed = _boxed(text)
-    if boxed is not None:
-        return boxed.strip()
+    inside = boxed(text)
+    if inside is not None:
+        return inside.strip()
     if "####" in text:
         return text.rpartition("####")[2].strip()
     stated = list(_ANSWER_IS.finditer(text))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ray_pipeline.config_post_training import ScoringConfig
-from ray_pipeline.data.records import split_answer
+from ray_pipeline.data.question_records import split_answer
 from ray_pipeline.data.tasks.question import THINK_CLOSE, think
 from ray_pipeline.errors import UserError
 from ray_pipeline.reasoning import parse

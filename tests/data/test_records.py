@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ray_pipeline.data.preference_records import as_preference
-from ray_pipeline.data.records import BadRecord, as_conversation, as_document, as_question, split_answer
+from ray_pipeline.data.question_records import as_question, split_answer
+from ray_pipeline.data.records import BadRecord, as_conversation, as_document
 
 GSM8K = {
     "question": "Natalia sold 48 clips in April and half as many in May. How many together?",

@@ -85,6 +85,10 @@ def test_arguments_may_be_missing():
         ([{"role": "user", "content": "x", "tool_calls": [CALL]}], "turn 2 .* only an assistant calls tools"),
         ([{"role": "assistant", "content": 3, "tool_calls": [CALL]}], 'turn 2 .* needs a "content" that is text'),
         ([{"role": "assistant", "tool_calls": [3]}], 'turn 2 .*: a call needs a "name" and "arguments", not 3'),
+        (
+            [{"role": "assistant", "tool_calls": [{"type": "custom", "name": "f"}]}],
+            'turn 2 .*: tools are of the type "function", not custom',
+        ),
         (["x"], 'turn 2 .* must have a "role" and a "content", but is x'),
     ],
 )
@@ -99,6 +103,7 @@ def test_a_malformed_turn_is_named(turns, message):
         ("[{", '"tools": not valid JSON'),
         ({"name": "f"}, '"tools" must be a list of functions'),
         ([{"description": "f"}], 'each of "tools" needs a "name"'),
+        ([{"type": "web", "name": "f"}], '"tools": tools are of the type "function", not web'),
         ([{"name": "f", "parameters": "x"}], '"tools": parameters of f is x'),
         ([{"name": "f", "description": 3}], '"tools": description of f is 3'),
     ],

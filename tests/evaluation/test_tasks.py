@@ -113,7 +113,7 @@ def test_choices_of_arc_are_read(tmp_path: Path) -> None:
 )
 def test_a_record_without_what_is_needed_is_named(name: str, record: dict, expected: str, tmp_path: Path) -> None:
     good = {
-        "question": "q", "choices": ["x", "y"], "answer": "1" if name in ("gsm8k", "math500") else 1, "problem": "p",
+        "question": "q", "choices": ["x", "y"], "answer": "x" if name in ("gsm8k", "math500") else 1, "problem": "p",
         "prompt": "def f():\n", "entry_point": "f", "test": "def check(f): pass",
     }  # fmt: skip
     path = lines(tmp_path / "t.jsonl", good, record)

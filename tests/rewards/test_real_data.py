@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from ray_pipeline.data.records import as_conversation, as_question
+from ray_pipeline.data.question_records import as_question
+from ray_pipeline.data.records import as_conversation
 from ray_pipeline.data.tasks.question import think
 from ray_pipeline.rewards.answer import answer, parse_number
 from ray_pipeline.rewards.exact import exact

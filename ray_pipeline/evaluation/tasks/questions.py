@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ray_pipeline.data.records import as_question
+from ray_pipeline.data.question_records import as_question
 from ray_pipeline.errors import UserError
 from ray_pipeline.evaluation.scoring import AnswerScoring, RewardScoring
 from ray_pipeline.evaluation.tasks.item import Item, Request, Task
