@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from model.convert.tokenizer_start import begins_with_bos
+
 # gguf.TokenType, kept as numbers so that reading a tokenizer needs no gguf.
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
 # DeepSeek-V3's own three splits, as its tokenizer.json has them (escapes or letters, both occur).
@@ -82,6 +84,9 @@ def read_tokenizer(folder: Path, vocab_size: int) -> GgufTokenizer:
         content = token["content"] if isinstance(token, dict) else token
         if content is not None:
             special[name] = ids[content]
+    add_bos = begins_with_bos(folder)
+    if add_bos and "bos" not in special:  # it begins with eos, which llama.cpp must know as bos too
+        special["bos"] = special["eos"]
     template = folder / "chat_template.jinja"
     return GgufTokenizer(
         pre=pre_tokenizer_name(tokenizer),
@@ -89,6 +94,6 @@ def read_tokenizer(folder: Path, vocab_size: int) -> GgufTokenizer:
         types=[kind for _, kind in entries],
         merges=[m if isinstance(m, str) else " ".join(m) for m in model["merges"]],
         special=special,
-        add_bos=bool(settings.get("add_bos_token", True)),
+        add_bos=add_bos,
         chat_template=template.read_text(encoding="utf-8") if template.exists() else settings.get("chat_template"),
     )

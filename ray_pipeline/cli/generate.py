@@ -86,7 +86,8 @@ def generate(
     if temperature is None:
         temperature = 0.8 if raw and wishes["num_beams"] == 1 else 0.0
     check_cuts(temperature, wishes)
-    write(folder / "model", data / "tokenizer", prompt, Wishes(raw=raw, temperature=temperature, **wishes))
+    settings = Wishes(raw=raw, temperature=temperature, **wishes)
+    write(folder / "model", data / "tokenizer", prompt, settings, pretrained="pretrain" in RunFile(run_dir).chain)
     return 0
 
 
@@ -142,20 +143,23 @@ def check_cuts(temperature: float, wishes: dict[str, Any]) -> None:
             )
 
 
-def write(model_folder: Path, tokenizer_folder: Path, prompt: str, wishes: Wishes) -> None:
+def write(model_folder: Path, tokenizer_folder: Path, prompt: str, wishes: Wishes, *, pretrained: bool) -> None:
     """Load, then print the text as it is made.
 
+    Args:
+        pretrained: the model has seen documents of PRETRAIN, which begin with bos whatever its tokenizer says.
     Raises:
         UserError: damaged files, a prompt that cannot be continued, or a model that cannot draft.
     """
     import torch
 
+    from model.convert.tokenizer_start import begins_with_bos
     from model.generate.decode import Decoder, check_prompts
     from ray_pipeline.artifacts import load_model
     from ray_pipeline.data.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(tokenizer_folder)
-    tokens = prompt_tokens(tokenizer, prompt, raw=wishes.raw)
+    tokens = prompt_tokens(tokenizer, prompt, raw=wishes.raw, begins=pretrained or begins_with_bos(tokenizer_folder))
     model = load_model(model_folder).eval()
     context = model.config.max_position_embeddings
     if len(tokens) >= context:
@@ -226,9 +230,11 @@ def search(decoder: Decoder, tokenizer: ChatTokenizer, tokens: list[int], wishes
     printer.finish()
 
 
-def prompt_tokens(tokenizer: ChatTokenizer, prompt: str, *, raw: bool) -> list[int]:
-    """Ids to continue: a document's beginning, or a question in the chat template."""
-    return [tokenizer.bos_id, *tokenizer.encode(prompt)] if raw else tokenizer.encode_prompt(prompt)
+def prompt_tokens(tokenizer: ChatTokenizer, prompt: str, *, raw: bool, begins: bool) -> list[int]:
+    """Ids to continue: a document's beginning, with bos if it `begins` so, or a question in the chat template."""
+    if not raw:
+        return tokenizer.encode_prompt(prompt)
+    return ([tokenizer.bos_id] if begins else []) + tokenizer.encode(prompt)
 
 
 class Printer:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from model.convert.gguf import GgufType
+from model.convert.tokenizer_start import begins_with_bos
 from model.generate.decode import Decoder, generate
 from model.transformer import Transformer
 from ray_pipeline.artifacts import load_model
@@ -109,18 +110,19 @@ def _is_near_tie(logits: torch.Tensor, ours: int, theirs: int) -> bool:
 
 @torch.inference_mode()
 def check_hf(
-    folder: Path, model: Transformer, tokenizer: ChatTokenizer, questions: Sequence[str], *, max_new_tokens: int = 32
-) -> Check:
+    folder: Path, model: Transformer, tokenizer: ChatTokenizer, questions: Sequence[str], *, max_new_tokens: int = 32,
+    begins: bool = False,
+) -> Check:  # fmt: skip
     """Load a Hugging Face folder with the Auto classes: same logits, greedy tokens, token ids and rendered chats.
 
     Args:
-        model: ours, on the CPU in fp32, with weights rounded to the folder's dtype.
+        model: ours, on the CPU in fp32, with weights rounded to the folder's dtype. begins: see `check_gguf`.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     their_tokenizer = AutoTokenizer.from_pretrained(folder)
-    problems = [f"tokenizer: {p}" for p in _tokenizer_problems(their_tokenizer, tokenizer, questions)]
+    problems = [f"tokenizer: {p}" for p in _tokenizer_problems(their_tokenizer, tokenizer, questions, begins)]
     worst, different = 0.0, 0
     answers = reference_answers(model, tokenizer, questions, max_new_tokens)
     for prompt, completion in answers:
@@ -151,12 +153,13 @@ def check_hf(
 
 @torch.inference_mode()
 def check_native(
-    folder: Path, model: Transformer, tokenizer: ChatTokenizer, questions: Sequence[str], *, max_new_tokens: int = 32
-) -> Check:
+    folder: Path, model: Transformer, tokenizer: ChatTokenizer, questions: Sequence[str], *, max_new_tokens: int = 32,
+    begins: bool = False,
+) -> Check:  # fmt: skip
     """Load a folder of our own format: the same architecture, weights bit for bit, logits, ids and rendered chats.
 
     Args:
-        model: on the CPU in fp32, with weights rounded to the folder's dtype.
+        model: on the CPU in fp32, with weights rounded to the folder's dtype. begins: see `check_gguf`.
     """
     try:
         loaded = load_model(folder).eval()
@@ -175,14 +178,16 @@ def check_native(
     if worst:
         problems.append(f"largest logit difference {worst:.3g} is over 0")
     same = all(again.encode(t) == tokenizer.encode(t) for t in TEXTS)
+    same = same and begins_with_bos(folder) == begins
     if not same or any(again.encode_prompt(q) != tokenizer.encode_prompt(q) for q in questions):
         problems.append("the tokenizer gives other ids")
     figures = {"max_logit_difference": worst, "greedy_answers_compared": float(len(answers))}
     return _outcome(folder.name, figures, problems)
 
 
-def _tokenizer_problems(theirs: Any, ours: ChatTokenizer, questions: Sequence[str]) -> list[str]:
-    out = [f"ids of {t!r} differ" for t in TEXTS if theirs(t, add_special_tokens=False)["input_ids"] != ours.encode(t)]
+def _tokenizer_problems(theirs: Any, ours: ChatTokenizer, questions: Sequence[str], begins: bool) -> list[str]:
+    begin = [ours.bos_id] if begins else []
+    out = [f"ids of {t!r} differ" for t in TEXTS if theirs(t)["input_ids"] != begin + ours.encode(t)]
     for question in questions:
         asked = [{"role": "user", "content": question}]
         ids = theirs.apply_chat_template(asked, add_generation_prompt=True, tokenize=True, return_dict=True)[
@@ -235,12 +240,12 @@ class _Comparison:
 
 def check_gguf(
     path: Path, kind: GgufType, model: Transformer, tokenizer: ChatTokenizer, questions: Sequence[str], *,
-    max_new_tokens: int = 16,
+    max_new_tokens: int = 16, begins: bool = False,
 ) -> Check:  # fmt: skip
     """Load a GGUF file in llama.cpp: same token ids and chat prompts, and log-probabilities along our greedy answers.
 
     Args:
-        model: ours, on the CPU in fp32, unrounded.
+        model: ours, on the CPU in fp32, unrounded. begins: plain text was trained on with a start token before it.
     """
     answers = reference_answers(model, tokenizer, questions, max_new_tokens)
     context = max((len(p) + len(c) for p, c in answers), default=0) + 8
@@ -250,7 +255,10 @@ def check_gguf(
         return Check(path.name, "not run", detail=str(missing))
     except RuntimeError as error:
         return Check(path.name, "failed", detail=f"llama.cpp does not load it: {error}")
-    problems = [f"ids of {t!r} differ" for t in TEXTS if llama.tokenize(t, special=False) != tokenizer.encode(t)]
+    begin = [tokenizer.bos_id] if begins else []
+    problems = [
+        f"ids of {t!r} differ" for t in TEXTS if llama.tokenize(t, special=False) != begin + tokenizer.encode(t)
+    ]
     problems += [f"prompt ids of {q!r} differ" for q in questions if llama.prompt(q) != tokenizer.encode_prompt(q)]
     problems = problems[:3]
     total = _Comparison()

@@ -59,8 +59,8 @@ class LlamaCpp:
             return json.load(answer)
 
     def tokenize(self, text: str, *, special: bool) -> list[int]:
-        """Ids of a text. special: control tokens in it count as such, and bos is added where the file says so."""
-        body = {"content": text, "add_special": special, "parse_special": special}
+        """Ids of a text, with bos before it where the file says so. special: control tokens in it count as such."""
+        body = {"content": text, "add_special": True, "parse_special": special}
         return [int(t) for t in self._post("/tokenize", body)["tokens"]]
 
     def prompt(self, question: str) -> list[int]:

@@ -9,6 +9,7 @@ Every artifact is whole or absent, so a stage that is killed goes on behind the 
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from model.convert.gguf_tokenizer import read_tokenizer
 from model.convert.hf import save_hf
 from model.convert.hf_config import unpublished_reason
 from model.convert.native import save_native
+from model.convert.tokenizer_start import begins_with_bos, with_bos
 from model.transformer import Transformer
 from ray_pipeline.artifacts import atomic_folder, atomic_path, load_model, write_json
 from ray_pipeline.data.tokenizer import load_tokenizer
@@ -52,13 +54,33 @@ def run(context: StageContext) -> StageResult:
         StageFailed: an exported file that does not give what the model gives, with the figures.
     """
     models = exported_models(context)
-    kinds = context.config.export.gguf
+    with tempfile.TemporaryDirectory() as aside:
+        tokenizers = {place: _tokenizer_of(context, stage, Path(aside, place)) for place, stage in models.items()}
+        checks = _write_and_check(context, models, tokenizers)
+    write_json(context.folder / "checks.json", [check.as_json() for check in checks])
+    _raise_failures(checks)
+    metrics = {f"{check.name}/{figure}": value for check in checks for figure, value in check.figures.items()}
+    metrics["checks_passed"] = float(sum(check.status == "passed" for check in checks))
+    metrics["checks_not_run"] = float(sum(check.status == "not run" for check in checks))
+    return StageResult(context.folder, metrics)
+
+
+def _tokenizer_of(context: StageContext, stage: str, aside: Path) -> Path:
+    """The folder of the tokenizer whose plain text begins as the stage's model has seen it: with bos, as PRETRAIN's
+    documents do, or as the tokenizer of given weights has it."""
+    folder = context.inputs["data_prep"].folder / "tokenizer"
+    load_tokenizer(folder)  # refuses a damaged one by its own name
+    return with_bos(folder, aside) if "pretrain" in lineage(context.config, stage) else folder
+
+
+def _write_and_check(context: StageContext, models: dict[str, str], tokenizers: dict[str, Path]) -> list[Check]:
+    kinds, questions = context.config.export.gguf, _questions(context)
     progress = Progress(context.folder, STAGE, 2 * (len(models) + len(kinds)))
     done = 0
     checks: list[Check] = []
-    tokenizer_folder = context.inputs["data_prep"].folder / "tokenizer"
-    tokenizer, questions = load_tokenizer(tokenizer_folder), _questions(context)
     for place, stage in models.items():
+        tokenizer_folder = tokenizers[place]
+        tokenizer, begins = load_tokenizer(tokenizer_folder), begins_with_bos(tokenizer_folder)
         model = load_model(context.inputs[stage].folder / "model").eval()
         reason = unpublished_reason(model.config)
         name = place if reason is None else place.replace("hf", "native")
@@ -75,18 +97,14 @@ def run(context: StageContext) -> StageResult:
             else:
                 progress.phase(f"writing and checking {kind} GGUF")
                 _write_gguf(context, kind, model, tokenizer_folder)
-                checks.append(check_gguf(_gguf_path(context, kind), kind, model, tokenizer, questions))
+                path = _gguf_path(context, kind)
+                checks.append(check_gguf(path, kind, model, tokenizer, questions, begins=begins))
             progress.update(done := done + 2)
         progress.phase(f"checking {name}")
         check = check_hf if reason is None else check_native
-        checks.append(check(context.folder / name, _rounded(context, model), tokenizer, questions))
+        checks.append(check(context.folder / name, _rounded(context, model), tokenizer, questions, begins=begins))
         progress.update(done := done + 1)
-    write_json(context.folder / "checks.json", [check.as_json() for check in checks])
-    _raise_failures(checks)
-    metrics = {f"{check.name}/{figure}": value for check in checks for figure, value in check.figures.items()}
-    metrics["checks_passed"] = float(sum(check.status == "passed" for check in checks))
-    metrics["checks_not_run"] = float(sum(check.status == "not run" for check in checks))
-    return StageResult(context.folder, metrics)
+    return checks
 
 
 def _questions(context: StageContext) -> list[str]:

@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 
 from ray_pipeline.cli import main
-from ray_pipeline.cli.generate import Printer
+from ray_pipeline.cli.generate import Printer, prompt_tokens
 from ray_pipeline.cli.runs import find_run, latest_run, list_runs
 from ray_pipeline.config_load import load_config
 from ray_pipeline.data.inspect import render_rows
 from ray_pipeline.data.loader import PackedRows
 from ray_pipeline.data.tokenizer import load_tokenizer
+from ray_pipeline.data.tokenizer_files import save_trained, train_bpe
 from ray_pipeline.errors import UserError
 from ray_pipeline.ledger import RunFile
 from tests.cli.made_run import CHAT, SEQ_LEN, TOY, make_run
@@ -240,3 +241,11 @@ def test_inspect_batch_shows_the_rows_of_the_step(capsys: pytest.CaptureFixture,
 def test_inspect_batch_shows_grpo_questions(capsys: pytest.CaptureFixture, output_dir: Path) -> None:
     text = ask(capsys, output_dir, "inspect-batch", "toy", "--stage", "grpo")
     assert CHAT[0]["content"] in text and "answer 4" in text and "2 of 3 questions" in text
+
+
+def test_raw_text_begins_as_the_model_has_seen_it(tmp_path: Path) -> None:
+    tokenizer = save_trained(train_bpe(["What is 12?"] * 20, 320), tmp_path)
+    plain = tokenizer.encode("What")
+    assert prompt_tokens(tokenizer, "What", raw=True, begins=True) == [tokenizer.bos_id, *plain]
+    assert prompt_tokens(tokenizer, "What", raw=True, begins=False) == plain
+    assert prompt_tokens(tokenizer, "What", raw=False, begins=False) == tokenizer.encode_prompt("What")

@@ -80,6 +80,13 @@ def test_a_faithful_hf_folder_passes(hf_folder, tokenizer):
     assert check.figures["greedy_answers_compared"] == len(QUESTIONS)
 
 
+def test_plain_text_that_does_not_begin_as_in_training_fails(hf_folder, native_folder, tokenizer):
+    check = check_hf(hf_folder, build(), tokenizer, QUESTIONS, begins=True)
+    assert check.status == "failed" and "tokenizer: ids of" in check.detail
+    check = check_native(native_folder, build(NATIVE), tokenizer, QUESTIONS, begins=True)
+    assert (check.status, check.detail) == ("failed", "the tokenizer gives other ids")
+
+
 def test_a_changed_weight_fails_with_the_figure(hf_folder, tokenizer):
     model = build()
     with torch.no_grad():

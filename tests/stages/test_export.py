@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from gguf import GGUFReader
+from transformers import AutoTokenizer
 
 from model.config import ModelConfig
 from model.init import init_weights
@@ -19,6 +21,7 @@ from model.transformer import Transformer
 from ray_pipeline.artifacts import load_model, save_model
 from ray_pipeline.config import PipelineFields
 from ray_pipeline.config_checks import warnings
+from ray_pipeline.data.tokenizer import load_tokenizer
 from ray_pipeline.data.tokenizer_files import save_trained, train_bpe
 from ray_pipeline.errors import StageFailed, UserError
 from ray_pipeline.evaluation.export_checks import Check
@@ -91,6 +94,26 @@ def test_every_file_is_written_and_checked(tmp_path):
     assert json.loads((folder / "hf-student" / "config.json").read_text())["num_hidden_layers"] == 1
 
 
+@pytest.mark.parametrize("pretrained", [True, False])
+def test_plain_text_begins_as_the_model_has_seen_it(tmp_path, pretrained):
+    """With bos where PRETRAIN's documents did, else as the given tokenizer has it; llama.cpp is asked by the stage."""
+    stages = ["data_prep", "pretrain", "sft", "grpo", "export"]
+    settings = {} if pretrained else {"init_from": {"path": "somewhere"}}
+    settings |= {
+        "stages": [stage for stage in stages if pretrained or stage != "pretrain"],
+        "export": {"gguf": ["f32"]},
+    }
+    export.run(make_context(tmp_path, settings))
+    checks = {c["name"]: c["status"] for c in json.loads((tmp_path / "export" / "checks.json").read_text())}
+    assert set(checks.values()) == {"passed"}
+    ours = load_tokenizer(tmp_path / "data_prep" / "tokenizer")
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "export" / "hf")
+    begin = [ours.bos_id] if pretrained else []
+    assert theirs("the cat")["input_ids"] == begin + ours.encode("the cat")
+    fields = GGUFReader(tmp_path / "export" / "model-f32.gguf").fields
+    assert bool(fields["tokenizer.ggml.add_bos_token"].contents()) == pretrained
+
+
 def test_an_architecture_without_a_published_class_is_written_in_our_own_format(tmp_path):
     other = {"attention": "gqa", "num_key_value_heads": 1, "norm": "dyt"}
     context = make_context(tmp_path, **other)
@@ -145,7 +168,7 @@ def test_a_rerun_keeps_whole_files_and_rewrites_damaged_ones(tmp_path):
 
 def test_a_check_that_fails_fails_the_stage_with_the_figures(tmp_path, monkeypatch):
     failed = Check("hf", "failed", {"max_logit_difference": 3.5}, "largest logit difference 3.5 is over 0.001")
-    monkeypatch.setattr(export, "check_hf", lambda *args: failed)
+    monkeypatch.setattr(export, "check_hf", lambda *args, **_: failed)
     with pytest.raises(StageFailed, match=r"hf: largest logit difference 3\.5 is over 0\.001") as error:
         export.run(make_context(tmp_path, {"export": {"gguf": []}}))
     assert '"max_logit_difference": 3.5' in error.value.details
