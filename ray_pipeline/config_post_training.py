@@ -10,6 +10,10 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 from model.config import ModelConfig
 from ray_pipeline.config_base import Fraction, Section, TrainingConfig
 
+WITHOUT_LANDLOCK = Field(
+    False, description="let a model's programs run where the kernel has no Landlock: they can read all of your files"
+)
+
 
 class LoraConfig(Section):
     """Low-rank adapters (arXiv:2106.09685) by `peft`; the stage's model has them merged, the adapters lie beside it."""
@@ -64,6 +68,7 @@ class ToolsConfig(Section):
     )
     max_calls: PositiveInt = Field(4, description="calls per answer; the next one ends it")
     timeout_seconds: PositiveFloat = 5.0
+    without_landlock: bool = WITHOUT_LANDLOCK
 
 
 class ScoringConfig(Section):
@@ -72,6 +77,7 @@ class ScoringConfig(Section):
     timeout_seconds: PositiveFloat = Field(10.0, description="a reward that takes longer has failed")
     max_failures: Fraction = Field(0.05, description="share of a step's rewards that may fail before the run stops")
     processes: NonNegativeInt = Field(0, description="0: one per core")
+    without_landlock: bool = WITHOUT_LANDLOCK
 
 
 class GrpoConfig(TrainingConfig):

@@ -37,6 +37,7 @@ _NO_RESULT = {
     for k in ("eval_every", "checkpoint_every", "keep_checkpoints", "keep_best", "log_every")
 }
 _NO_RESULT |= {"grpo.batch_size", "grpo.rollout.workers", "grpo.scoring.processes"}
+_NO_RESULT |= {"grpo.scoring.without_landlock", "tools.without_landlock"}
 _NO_RESULT |= {"init_from.max_vocab_size", "init_from.max_file_bytes", "distillation.teacher_layout"}
 _TEACHER = "distillation.teacher"
 # Of the data, these decide pretraining's rows alone, and a tokenizer that is trained; and DPO's pairs alone.

@@ -1,9 +1,10 @@
 """Untrusted Python programs in a process of their own that can do nothing but compute.
 
 What a program cannot do, and what keeps it from it (`sandbox_child` takes the rights away before the first line runs):
-run on (a wall clock, RLIMIT_CPU), use much memory (RLIMIT_AS) or disk (RLIMIT_FSIZE, a watched folder), start other
-programs or reach a network (a seccomp filter), read or change the user's files (Landlock), see the environment (it is
-empty), touch other processes (the filter, no capabilities), print for ever (output is counted), outlive its parent.
+run on (a wall clock, RLIMIT_CPU), use much memory (RLIMIT_AS) or disk (RLIMIT_FSIZE, a watched folder and watched open
+files), start other programs or many threads, reach a network (a seccomp filter), read or change the user's files
+(Landlock), see the environment (it is empty), touch other processes (the filter, Landlock's scopes, no capabilities),
+print for ever (output is counted), outlive its parent. It can ask whether a path exists, and how large it is.
 
 Neither root nor namespaces are needed: both are missing in many containers. As it can start no other process, killing
 the one kills all.
@@ -12,30 +13,29 @@ the one kills all.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import platform
+import secrets
 import selectors
 import signal
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
-from typing import IO, Any, Literal
+from types import ModuleType
+from typing import Any, Literal
 
-from ray_pipeline import sandbox_child
+from ray_pipeline import sandbox_child, sandbox_judge, sandbox_remote
 from ray_pipeline.errors import UserError
 from ray_pipeline.sandbox_filter import MACHINES, filter_program
+from ray_pipeline.sandbox_process import FILE_BYTES, OPEN_FILES, Confined, confined, end
 
-Status = Literal["ok", "error", "timeout", "memory", "output", "disk", "killed"]
+Status = Literal["ok", "error", "timeout", "memory", "output", "disk", "threads", "killed"]
 
 OUTPUT_BYTES = 1 << 20
-FILE_BYTES, FOLDER_BYTES = 16 << 20, 64 << 20
-OPEN_FILES = 64
 _POLL_SECONDS = 0.05
 # What Python itself reads. Nothing of the user's is below these.
 _SYSTEM = (
@@ -51,7 +51,7 @@ class SandboxResult:
     Attributes:
         stdout, stderr: what it printed, at most `OUTPUT_BYTES` together.
         status: ok (exit code 0), error (any other), timeout, memory (MemoryError), output (printed too much), disk
-            (wrote too much), killed (by a signal: it crashed).
+            (wrote too much, or too many files), threads (started too many), killed (by a signal: it crashed).
         seconds: of wall time, the interpreter's start included.
     """
 
@@ -70,51 +70,101 @@ def run_python(
     memory_bytes: int = 1 << 30,
     wall_seconds: float = 10.0,
     network: bool = False,
+    without_landlock: bool = False,
 ) -> SandboxResult:
     """Run a program and wait for its end, which comes after `wall_seconds` at the latest.
 
     Args:
         stdin: what it reads. memory_bytes: address space, the interpreter's own 30 MB included.
         network: sockets are allowed.
+        without_landlock: run it also where the kernel has no Landlock, though it can then read the user's files.
     Raises:
         UserError: this machine cannot confine a program, so none is run.
     """
-    started = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="sandbox-", ignore_cleanup_errors=True) as folder:
-        order = _order(source, Path(folder), cpu_seconds, memory_bytes, network)
-        with _started(order, stdin, folder) as (process, ready):
-            out, err, overrun = _watch(process, started + wall_seconds, Path(folder))
-            code = _end(process)
-            if overrun is None and not ready.read():
-                raise UserError(_unavailable(err.decode("utf-8", "replace").strip()[-300:]))
-    status = overrun or _status(code)
-    text = [part.decode("utf-8", "replace") for part in (out, err)]
-    return SandboxResult(text[0], text[1], status, code, time.monotonic() - started)
+    deadline = time.monotonic() + wall_seconds
+    order = _order(source, cpu_seconds, memory_bytes, network=network, without_landlock=without_landlock)
+    with confined(order, stdin=stdin) as program:
+        return _result(program, [program], deadline)
 
 
-def check_sandbox() -> None:
+def run_judged(
+    solution: str, tests: str, *, seconds: float, memory_bytes: int = 1 << 30, without_landlock: bool = False
+) -> bool:
+    """Whether a program passes tests (Python that raises where it is wrong), each in a confined process of its own.
+
+    The program's process sees what the tests call it with, and neither their text nor what they expect.
+
+    Raises:
+        UserError: this machine cannot confine a program, so none is run.
+    """
+    deadline = time.monotonic() + seconds
+    # The token proves that the tests were reached and did not end early.
+    token = secrets.token_hex(16)
+    asks = f"from {sandbox_judge.__name__} import judge\njudge(channel, {solution!r}, {tests!r})\nprint({token!r})"
+    serves = f"from {sandbox_remote.__name__} import Peer\nPeer(*channel, serves=True).serve()"
+    judge, judged = (
+        _order(source, seconds, memory_bytes, modules=modules, without_landlock=without_landlock)
+        for source, modules in ((asks, (sandbox_remote, sandbox_judge)), (serves, (sandbox_remote,)))
+    )
+    with contextlib.ExitStack() as stack:
+        with contextlib.ExitStack() as ends:  # of the two pipes; the processes have their own copies
+            questions, answers = os.pipe(), os.pipe()
+            for descriptor in (*questions, *answers):
+                ends.callback(os.close, descriptor)
+            first = stack.enter_context(confined(judge, channel=(answers[0], questions[1])))
+            second = stack.enter_context(confined(judged, channel=(questions[0], answers[1]), silent=True))
+        result = _result(first, [first, second], deadline)
+    return result.status == "ok" and token in result.stdout
+
+
+def check_sandbox(*, without_landlock: bool = False) -> None:
     """Raise UserError where untrusted programs cannot be confined. Runs an empty one (some 30 ms)."""
-    run_python("")
+    run_python("", without_landlock=without_landlock)
+
+
+def sandbox_problem(*, without_landlock: bool = False) -> str | None:
+    """Why untrusted programs cannot be confined on this machine; None where they can."""
+    try:
+        check_sandbox(without_landlock=without_landlock)
+    except UserError as error:
+        return str(error)
+    return None
 
 
 def _unavailable(reason: str) -> str:
     return (
         f"untrusted programs cannot be confined on this machine ({reason}), so none is run. They need Linux on x86_64 "
-        'or aarch64 with seccomp filters. Leave out the reward "code" and the tool "python" here.'
+        'or aarch64 with seccomp filters and Landlock. Leave out the reward "code" and the tool "python" here.'
     )
 
 
-def _order(source: str, folder: Path, cpu_seconds: float, memory_bytes: int, network: bool) -> dict[str, Any]:
+def _order(
+    source: str,
+    cpu_seconds: float,
+    memory_bytes: int,
+    *,
+    network: bool = False,
+    modules: Sequence[ModuleType] = (),
+    without_landlock: bool = False,
+) -> dict[str, Any]:
     machine = platform.machine()
     if sys.platform != "linux" or machine not in MACHINES:
         raise UserError(_unavailable(f"{sys.platform} on {machine}"))
     landlock = sandbox_child.landlock_version() > 0
+    if not landlock and not without_landlock:
+        raise UserError(
+            f"{_unavailable('its kernel has no Landlock')} Or let them run and read every file that you can read: "
+            "--set grpo.scoring.without_landlock=true for the reward, --set tools.without_landlock=true for the tool, "
+            "--without-landlock for `eval`."
+        )
     return {
         "source": source,
+        # Their text: the package's own files are not among those that the process may read.
+        "modules": {module.__name__: Path(str(module.__file__)).read_text(encoding="utf-8") for module in modules},
         "parent": os.getpid(),
         "landlock": landlock,
+        "network": network,
         "readable": [*_SYSTEM, sys.prefix, sys.base_prefix],
-        "writable": str(folder),
         # Not RLIMIT_NPROC: it counts all processes of the user, the trainer's too, and does not bind root.
         "limits": {
             "RLIMIT_CPU": max(1, ceil(cpu_seconds)),
@@ -128,43 +178,23 @@ def _order(source: str, folder: Path, cpu_seconds: float, memory_bytes: int, net
     }
 
 
-@contextlib.contextmanager
-def _started(order: dict[str, Any], stdin: str, folder: str) -> Iterator[tuple[subprocess.Popen[bytes], IO[bytes]]]:
-    """The confined process, and what it writes to once its rights are gone; killed and reaped in the end."""
-    with contextlib.ExitStack() as stack:
-        # Files without a name: the process can neither wait for the parent nor read its order twice.
-        given = stack.enter_context(tempfile.TemporaryFile())
-        given.write(stdin.encode("utf-8", "surrogatepass"))
-        given.seek(0)
-        job = stack.enter_context(tempfile.TemporaryFile())
-        job.write(json.dumps(order).encode())
-        job.seek(0)
-        reading, writing = os.pipe()
-        ready = stack.enter_context(os.fdopen(reading, "rb"))
-        command = [sys.executable, "-s", "-P", "-B", "-X", "utf8", sandbox_child.__file__]
-        with os.fdopen(writing, "wb"):
-            process = subprocess.Popen(
-                [*command, str(job.fileno()), str(writing)],
-                stdin=given,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                pass_fds=(job.fileno(), writing),
-                cwd=folder,
-                env=_environment(folder),
-                start_new_session=True,
-            )
-        stack.callback(_close, process)
-        yield process, ready
+def _result(program: Confined, watched: Sequence[Confined], deadline: float) -> SandboxResult:
+    """Wait until the first program ends, or one of the watched has used too much; kill what is left."""
+    started = time.monotonic()
+    out, err, overrun = _watch(program.process, watched, deadline)
+    codes = [end(each.process) for each in watched]
+    for each in watched:
+        if overrun is None and not each.ready.read():
+            raise UserError(_unavailable(err.decode("utf-8", "replace").strip()[-300:]))
+    status = overrun or _status(codes[0])
+    text = [part.decode("utf-8", "replace") for part in (out, err)]
+    return SandboxResult(text[0], text[1], status, codes[0], time.monotonic() - started)
 
 
-def _environment(folder: str) -> dict[str, str]:
-    # PYTHONHASHSEED: a program prints a set in the same order in every run, so a resumed training scores it alike.
-    one_thread = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-    return {"HOME": folder, "TMPDIR": folder, "LANG": "C.UTF-8", "PYTHONHASHSEED": "0", **one_thread}
-
-
-def _watch(process: subprocess.Popen[bytes], deadline: float, folder: Path) -> tuple[bytes, bytes, Status | None]:
-    """Collect output until the process ends; the third is what it did too much of."""
+def _watch(
+    process: subprocess.Popen[bytes], watched: Sequence[Confined], deadline: float
+) -> tuple[bytes, bytes, Status | None]:
+    """Collect output until the process ends; the third is what was too much."""
     assert process.stdout is not None and process.stderr is not None
     out, err = bytearray(), bytearray()
     with selectors.DefaultSelector() as selector:
@@ -172,46 +202,26 @@ def _watch(process: subprocess.Popen[bytes], deadline: float, folder: Path) -> t
         selector.register(process.stderr, selectors.EVENT_READ, err)
         while selector.get_map():
             left = deadline - time.monotonic()
-            if left <= 0:
-                return bytes(out), bytes(err), "timeout"
-            for key, _ in selector.select(min(left, _POLL_SECONDS)):
+            for key, _ in selector.select(max(0.0, min(left, _POLL_SECONDS))):
                 chunk = os.read(key.fd, min(1 << 16, 1 + OUTPUT_BYTES - len(out) - len(err)))
                 key.data.extend(chunk)
                 if not chunk:
                     selector.unregister(key.fileobj)
                 if len(out) + len(err) > OUTPUT_BYTES:
                     return bytes(out), bytes(err), "output"
-            if _used(folder) > FOLDER_BYTES:
-                return bytes(out), bytes(err), "disk"
+            if (overrun := _overrun(watched, deadline)) and selector.get_map():
+                return bytes(out), bytes(err), overrun
     while process.poll() is None:  # it closed its output and goes on
-        if time.monotonic() > deadline:
-            return bytes(out), bytes(err), "timeout"
-        if _used(folder) > FOLDER_BYTES:
-            return bytes(out), bytes(err), "disk"
+        if overrun := _overrun(watched, deadline):
+            return bytes(out), bytes(err), overrun
         time.sleep(_POLL_SECONDS / 10)
     return bytes(out), bytes(err), None
 
 
-def _used(folder: Path) -> int:
-    """Bytes on disk below the working folder, which can hold no folders."""
-    total = 0
-    for entry in os.scandir(folder):
-        with contextlib.suppress(FileNotFoundError):
-            total += entry.stat(follow_symlinks=False).st_blocks * 512
-    return total
-
-
-def _end(process: subprocess.Popen[bytes]) -> int:
-    if process.poll() is None:
-        process.kill()
-    return process.wait()
-
-
-def _close(process: subprocess.Popen[bytes]) -> None:
-    _end(process)
-    for stream in (process.stdout, process.stderr):
-        assert stream is not None
-        stream.close()
+def _overrun(watched: Sequence[Confined], deadline: float) -> Status | None:
+    if time.monotonic() > deadline:
+        return "timeout"
+    return next(filter(None, (each.overrun() for each in watched)), None)
 
 
 def _status(code: int) -> Status:

@@ -19,13 +19,16 @@ from typing import Any
 OUT_OF_MEMORY = 86
 """Exit code of a program that ended in MemoryError."""
 
-_PR_SET_PDEATHSIG, _PR_SET_NO_NEW_PRIVS, _PR_SET_SECCOMP, _SECCOMP_MODE_FILTER = 1, 38, 22, 2
+_PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_NO_NEW_PRIVS, _PR_SET_SECCOMP, _SECCOMP_MODE_FILTER = 1, 4, 38, 22, 2
 _CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446  # Landlock's calls, numbered alike everywhere
 # LANDLOCK_ACCESS_FS_*
 _WRITE_FILE, _READ_FILE, _READ_DIR, _REMOVE_FILE, _MAKE_FILE, _TRUNCATE = (1 << bit for bit in (1, 2, 3, 5, 8, 14))
 # Rights that each version of Landlock knows: 13 in the first, then REFER, TRUNCATE, (sockets), IOCTL_DEV.
 _RIGHTS = {1: 13, 2: 14, 3: 15, 4: 15}
 _RIGHTS_NOW = 16
+# Later versions govern TCP as well (bind and connect), and keep abstract sockets and signals inside.
+_WITH_NETWORK, _WITH_SCOPES = 4, 6
+_TCP, _SCOPES = 0b11, 0b11
 
 
 class _Filter(ctypes.Structure):
@@ -61,12 +64,23 @@ def _allow(libc: ctypes.CDLL, ruleset: int, path: str, rights: int) -> None:
         os.close(place)
 
 
-def restrict_files(readable: list[str], writable: str) -> None:
-    """Landlock: files below `readable` can be read, files in `writable` made and changed, all others not opened."""
+def _ruleset(version: int, handled: int, *, network: bool) -> bytes:
+    """struct landlock_ruleset_attr, as long as this version of the kernel knows it."""
+    tcp = 0 if network else _TCP
+    if version >= _WITH_SCOPES:
+        return struct.pack("=QQQ", handled, tcp, _SCOPES)
+    return struct.pack("=QQ", handled, tcp) if version >= _WITH_NETWORK else struct.pack("=Q", handled)
+
+
+def restrict_files(readable: list[str], writable: str, *, network: bool) -> None:
+    """Landlock: files below `readable` can be read, files in `writable` made and changed, all others not opened.
+
+    Where the kernel's Landlock knows how, it also keeps signals and abstract sockets inside the process.
+    """
     libc, version = _libc(), landlock_version()
     handled = (1 << _RIGHTS.get(version, _RIGHTS_NOW)) - 1
-    attributes = ctypes.create_string_buffer(struct.pack("=Q", handled))
-    ruleset = _checked(libc.syscall(_CREATE_RULESET, attributes, 8, 0))
+    attributes = _ruleset(version, handled, network=network)
+    ruleset = _checked(libc.syscall(_CREATE_RULESET, attributes, len(attributes), 0))
     reading = _READ_FILE | _READ_DIR
     for path in readable:
         _allow(libc, ruleset, path, reading)
@@ -113,13 +127,22 @@ def confine(order: dict[str, Any]) -> None:
     _checked(libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
     _drop_capabilities(libc)
     if order["landlock"]:
-        restrict_files(order["readable"], order["writable"])
+        restrict_files(order["readable"], order["writable"], network=order["network"])
+    else:
+        # /proc is open to reading then: at least no other program of the user may look into this one's memory.
+        _checked(libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0))
     _set_filter(libc, order["filter"])
 
 
-def execute(source: str) -> None:
-    """Run the program as `__main__`; its traceback starts with its own lines."""
+def execute(source: str, channel: list[int]) -> None:
+    """Run the program as `__main__`; its traceback starts with its own lines.
+
+    Args:
+        channel: file descriptors that it finds under this name, if there are any.
+    """
     main = types.ModuleType("__main__")
+    if channel:
+        main.__dict__["channel"] = tuple(channel)
     sys.modules["__main__"] = main
     sys.argv = ["program"]
     try:
@@ -142,7 +165,10 @@ def _main() -> None:
     confine(order)
     os.write(ready, b"1")  # from here on, whatever happens is the program's doing
     os.close(ready)
-    execute(order["source"])
+    for name, source in order["modules"].items():
+        sys.modules[name] = types.ModuleType(name)
+        exec(compile(source, name, "exec", dont_inherit=True), sys.modules[name].__dict__)
+    execute(order["source"], order["channel"])
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -15,7 +16,7 @@ import pytest
 
 from ray_pipeline import sandbox, sandbox_child, sandbox_filter
 from ray_pipeline.errors import UserError
-from ray_pipeline.sandbox import check_sandbox, run_python
+from ray_pipeline.sandbox import check_sandbox, run_judged, run_python, sandbox_problem
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the sandbox needs Linux")
 
@@ -85,10 +86,18 @@ def test_ten_gigabytes_are_refused():
         "os.memfd_create('x')",
         "os.chmod('.', 0o777)",
         "os.utime('.')",
+        "fcntl.fcntl(0, 8, os.getppid())",
+        "fcntl.fcntl(0, 10, 9)",
+        "fcntl.ioctl(0, 0x8901, struct.pack('i', os.getppid()))",
+        "fcntl.ioctl(socket.socketpair()[0], 0x8902, struct.pack('i', os.getppid()))",
+        "socket.socketpair(type=socket.SOCK_DGRAM)",
+        "socket.socketpair()[0].sendto(b'x', '/tmp/x')",
+        "socket.socketpair()[0].sendmsg([b'x'])",
+        "os.open('.', os.O_TMPFILE | os.O_RDWR)",
     ],
 )
 def test_other_processes_and_the_network_are_out_of_reach(attempt):
-    result = run_python(f"import os, resource, socket, subprocess\n{attempt}\nprint('done')")
+    result = run_python(f"import fcntl, os, resource, socket, struct, subprocess\n{attempt}\nprint('done')")
     assert result.status == "error" and "PermissionError" in result.stderr, result
 
 
@@ -165,6 +174,30 @@ except OSError:
     assert secret.read_text() == "s" and os.listdir(tmp_path) == ["secret"]
 
 
+def test_a_kernel_without_landlock_runs_programs_only_where_that_is_allowed(monkeypatch, tmp_path):
+    monkeypatch.setattr(sandbox_child, "landlock_version", lambda: 0)
+    for refused in (check_sandbox, lambda: run_python(f"open({str(tmp_path / 'new')!r}, 'w')")):
+        with pytest.raises(UserError, match=r"no Landlock\).*grpo.scoring.without_landlock=true"):
+            refused()
+    assert "no Landlock" in str(sandbox_problem()) and sandbox_problem(without_landlock=True) is None
+    assert run_python("print(1)", without_landlock=True).stdout == "1\n"
+    assert run_judged("f = int", "assert f('3') == 3", seconds=10, without_landlock=True)
+    assert os.listdir(tmp_path) == []
+
+
+def test_without_landlock_no_other_process_can_be_looked_into(monkeypatch):
+    monkeypatch.setattr(sandbox_child, "landlock_version", lambda: 0)
+    looks = (
+        "def f(x):\n    import os\n    found = []\n    for pid in os.listdir('/proc'):\n        if pid.isdecimal():\n"
+    )
+    looks += "            try:\n                command = open(f'/proc/{pid}/cmdline').read()\n"
+    looks += "                if 'sandbox_child' in command and int(pid) != os.getpid():\n"
+    looks += "                    found.append(pid)\n                    open(f'/proc/{pid}/mem', 'rb')\n"
+    looks += "                    return 'opened'\n            except OSError:\n                pass\n"
+    looks += "    return len(found)"
+    assert run_judged(looks, "assert isinstance(f(0), int) and f(0) > 0", seconds=10, without_landlock=True)
+
+
 def test_without_landlock_no_file_can_be_changed_at_all(tmp_path, monkeypatch):
     monkeypatch.setattr(sandbox_child, "landlock_version", lambda: 0)
     (tmp_path / "file").write_text("s")
@@ -182,7 +215,7 @@ for attempt in attempts:
         pass
 print(open("file").read())
 """
-    assert run_python(source).stdout == "s\n"
+    assert run_python(source, without_landlock=True).stdout == "s\n"
     assert os.listdir(tmp_path) == ["file"]
 
 
@@ -191,6 +224,44 @@ def test_a_huge_file_and_many_files_are_stopped():
     assert one.status == "error" and "File too large" in one.stderr
     many = "i = 0\nwhile True:\n    open(str(i), 'wb').write(bytes(1 << 20))\n    i += 1"
     assert run_python(many).status == "disk"
+    empty = "i = 0\nwhile True:\n    open(str(i), 'w').close()\n    i += 1"
+    assert run_python(empty).status == "disk"
+    deleted = (
+        "import os\nkept = []\nwhile True:\n    kept.append(open('a', 'wb'))\n    kept[-1].write(bytes(8 << 20))\n"
+    )
+    deleted += "    kept[-1].flush()\n    os.remove('a')"
+    assert run_python(deleted).status == "disk"
+    several = "import os\nfor i in range(200):\n    with open('a', 'wb') as f:\n        f.write(bytes(1 << 20))\n"
+    several += "    os.remove('a')"
+    assert run_python(several).status == "ok"
+
+
+def test_a_bomb_of_threads_is_stopped():
+    bomb = "import threading, time\nthreading.stack_size(32768)\nwhile True:\n"
+    bomb += "    threading.Thread(target=time.sleep, args=(60,)).start()"
+    assert run_python(bomb, memory_bytes=8 << 30).status == "threads"
+    some = "import threading\nts = [threading.Thread(target=print) for _ in range(40)]\n[t.start() for t in ts]"
+    assert run_python(some).status == "ok"
+
+
+def test_event_loops_and_temporary_files_work():
+    loop = "import asyncio\nasync def f():\n    await asyncio.sleep(0)\n    return 3\nprint(asyncio.run(f()))"
+    assert run_python(loop).stdout == "3\n"
+    made = "import tempfile\nwith tempfile.TemporaryFile() as f:\n    f.write(b'x')\n"
+    made += "with tempfile.NamedTemporaryFile() as f:\n"
+    made += "    f.write(b'x')\nprint('made')"
+    assert run_python(made).stdout == "made\n"
+
+
+@pytest.mark.skipif(sandbox_child.landlock_version() < 6, reason="this kernel's Landlock has no scopes")
+def test_signals_and_abstract_sockets_stay_inside_even_with_a_network():
+    with socket.socket(socket.AF_UNIX) as listening:
+        name = f"\0sandbox-test-{os.getpid()}"
+        listening.bind(name)
+        listening.listen()
+        source = f"import socket\nsocket.socket(socket.AF_UNIX).connect({name!r})\nprint('reached')"
+        result = run_python(source, network=True)
+    assert result.status == "error" and "PermissionError" in result.stderr
 
 
 def test_a_program_that_prints_for_ever_is_stopped():

@@ -14,7 +14,7 @@ MIN_DISK_GIB = 2.0  # a run of the tiny recipe with its checkpoints
 
 @dataclass(frozen=True)
 class Facts:
-    """One machine. Memory and disk in GiB."""
+    """One machine. Memory and disk in GiB; `sandbox` is why programs of a model cannot be run, None where they can."""
 
     system: dict[str, str]
     packages: dict[str, str | None]
@@ -29,6 +29,7 @@ class Facts:
     network: dict[str, bool]
     keys: dict[str, bool]
     driver: bool
+    sandbox: str | None = None
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ def gather(output_dir: str) -> Facts:
     from pathlib import Path
 
     from ray_pipeline import hardware
+    from ray_pipeline.sandbox import sandbox_problem
 
     packages = hardware.versions()
     has_torch = packages["torch"] is not None
@@ -65,6 +67,7 @@ def gather(output_dir: str) -> Facts:
         network=hardware.network(),
         keys=hardware.keys(os.environ, Path.home()),
         driver=hardware.has_nvidia_driver(),
+        sandbox=sandbox_problem(),
     )
 
 
@@ -119,6 +122,10 @@ def _compute(facts: Facts, result: Diagnosis) -> None:
 
 
 def _services(facts: Facts, result: Diagnosis) -> None:
+    if facts.sandbox is None:
+        result.works.append('programs of a model in a sandbox: the reward "code", the tool "python", tasks of code')
+    else:
+        result.advice.append(facts.sandbox)
     if facts.network["Hugging Face"]:
         result.works.append("data and tokenizers by name from the Hugging Face Hub")
         if not facts.keys["HF_TOKEN"]:

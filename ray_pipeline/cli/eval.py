@@ -42,6 +42,7 @@ _RANGE = re.compile(r"([1-5])(?:-([1-5]))?")
 @click.option("--difficulty", metavar="A-B", help="Only questions of these levels, 1 to 5, for example 1-3.")
 @click.option("--compare", help="Another RUN, PATH or report (.json): a paired test on the same questions.")
 @click.option("--tools", help="Tools the model may call, for example calculator,python; default: those of the run.")
+@click.option("--without-landlock", is_flag=True, help="Run answers' programs although they could read all your files.")
 @click.option("--max-batch", type=click.IntRange(1), default=256, show_default=True, help="Answers written together.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the whole report here.")
 @click.option("--html", "html_file", type=click.Path(path_type=Path), help="Write a page to read here.")
@@ -141,7 +142,8 @@ def make_plan(target: str, wishes: dict[str, Any]) -> Plan:
     runs_dir = output_dir(wishes["runs_dir"])
     source = find_model(target, wishes["stage"], runs_dir)
     names = ["heldout"] if wishes["tasks"] is None and source.heldout else split_names(wishes["tasks"] or "")
-    request = Request(None, wishes["seed"], wishes["limit"], difficulties, source.heldout)
+    landlock = not wishes["without_landlock"]
+    request = Request(None, wishes["seed"], wishes["limit"], difficulties, source.heldout, landlock)
     models, earlier, compare = [source], None, wishes["compare"]
     if compare is not None and is_report(Path(compare)):
         earlier = read_report(Path(compare))
@@ -155,10 +157,12 @@ def make_plan(target: str, wishes: dict[str, Any]) -> Plan:
     tools = source.tools
     if wishes["tools"] is not None:
         tools = tools.model_copy(update={"names": split_names(wishes["tools"])})
+    if not landlock:
+        tools = tools.model_copy(update={"without_landlock": True})
     if tools.names:
         from ray_pipeline.evaluation.tool_use import check_tools
 
-        check_tools(tuple(tools.names), models)
+        check_tools(tuple(tools.names), models, without_landlock=tools.without_landlock)
     limit = wishes["max_new_tokens"] or source.max_new_tokens or DEFAULT_NEW_TOKENS
     settings = AskSettings(samples, temperature, limit, wishes["seed"], wishes["max_batch"], tools)
     return Plan(models, tasks, settings, ks, earlier)

@@ -39,14 +39,23 @@ def check_inputs(config: PipelineFields, layout: Layout, stages: StageSelection)
         check_teacher(config, layout)
     if config.backend == "modal":
         return  # functions and the sandbox are needed where the stages run
+    if config.tools.without_landlock or config.grpo.scoring.without_landlock:
+        _tell_without_landlock()
     if any(stage in working for stage in EVALUATED):
         from ray_pipeline.tools.registry import check_tool_names
 
-        check_tool_names(config.tools.names)
+        check_tool_names(config.tools.names, without_landlock=config.tools.without_landlock)
     if "grpo" in working:
         from ray_pipeline.rewards.registry import check_reward_names
 
-        check_reward_names(config.grpo.rewards)
+        check_reward_names(config.grpo.rewards, without_landlock=config.grpo.scoring.without_landlock)
+
+
+def _tell_without_landlock() -> None:
+    from ray_pipeline.sandbox_child import landlock_version
+
+    if not landlock_version():
+        click.echo("Warning: without_landlock: a model's programs can read every file that you can read.", err=True)
 
 
 def _check_folder(config: PipelineFields) -> None:

@@ -12,7 +12,8 @@ from ray_pipeline.config_post_training import ScoringConfig
 from ray_pipeline.evaluation.marking import are_right
 from ray_pipeline.evaluation.tasks.item import Item, Scoring
 from ray_pipeline.rewards.answer import final_text
-from ray_pipeline.rewards.unit_tests import code_block, passes
+from ray_pipeline.rewards.unit_tests import MEMORY_BYTES, code_block
+from ray_pipeline.sandbox import run_judged
 
 if TYPE_CHECKING:
     from ray_pipeline.rewards.scoring import Scorer
@@ -91,8 +92,8 @@ class TestScoring(InProcess):
 
     __test__ = False  # not a test of pytest's
 
-    def __init__(self, *, wall_seconds: float = 10.0):
-        self.wall_seconds = wall_seconds
+    def __init__(self, *, wall_seconds: float = 10.0, without_landlock: bool = False):
+        self.wall_seconds, self.without_landlock = wall_seconds, without_landlock
 
     def score(self, items: Sequence[Item], texts: Sequence[str]) -> list[float | None]:
         """1.0 where all tests pass; None where the sandbox could not run."""
@@ -100,7 +101,9 @@ class TestScoring(InProcess):
             return list(pool.map(self._run, items, texts))
 
     def _run(self, item: Item, text: str) -> float:
-        return float(passes(program(text, item.data), item.data["tests"], self.wall_seconds))
+        solution, tests = program(text, item.data), item.data["tests"]
+        limits: dict[str, Any] = {"memory_bytes": MEMORY_BYTES, "without_landlock": self.without_landlock}
+        return float(run_judged(solution, tests, seconds=self.wall_seconds, **limits))
 
 
 def program(text: str, data: Mapping[str, Any]) -> str:

@@ -16,13 +16,13 @@ if TYPE_CHECKING:
     from ray_pipeline.rollouts.rollout import Sampled
 
 
-def check_tools(names: tuple[str, ...], sources: list[ModelSource]) -> None:
+def check_tools(names: tuple[str, ...], sources: list[ModelSource], *, without_landlock: bool = False) -> None:
     """Refuse, before a model is loaded, tools that are not there and models that cannot call any.
 
     Raises:
         UserError: an unknown tool, a tokenizer without tokens for calls, or a model that transformers runs.
     """
-    check_tool_names(names)
+    check_tool_names(names, without_landlock=without_landlock)
     for source in sources:
         if source.form == "transformers":
             raise UserError(

@@ -14,7 +14,7 @@ import resource
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import IO, Any
 
@@ -30,8 +30,11 @@ GRACE_SECONDS = 5.0
 MEMORY_BYTES = 8 << 30
 
 
-def _bound(name: str, timeout_seconds: float) -> Callable[..., Any]:
-    """The function; one that limits its own work (`timeout_seconds`) is told to be done before it would be killed."""
+def _bound(name: str, timeout_seconds: float, offered: Mapping[str, Any]) -> Callable[..., Any]:
+    """The function with those of the offered keywords that it takes.
+
+    One that limits its own work (`timeout_seconds`) is told to be done before it would be killed.
+    """
     function = import_function(name, "function")
     prepare = getattr(sys.modules.get(function.__module__), PREPARE, None)
     if prepare is not None:
@@ -39,9 +42,9 @@ def _bound(name: str, timeout_seconds: float) -> Callable[..., Any]:
             prepare()
         except Exception as error:  # noqa: BLE001  a user's function may raise anything
             raise UserError(f"{name}: {PREPARE}() of its module failed ({type(error).__name__}: {error}).") from None
-    if "timeout_seconds" in inspect.signature(function).parameters:
-        return partial(function, timeout_seconds=0.8 * timeout_seconds)
-    return function
+    offered = {"timeout_seconds": 0.8 * timeout_seconds, **offered}
+    taken = {key: value for key, value in offered.items() if key in inspect.signature(function).parameters}
+    return partial(function, **taken) if taken else function
 
 
 def _answer(function: Callable[..., Any], arguments: list[Any], seed: int) -> str:
@@ -65,7 +68,7 @@ def _answer(function: Callable[..., Any], arguments: list[Any], seed: int) -> st
         return json.dumps({"error": f"{type(error).__name__}: {str(error)[:500]}{place}"})
 
 
-def _serve(lines: IO[str], out: IO[str], timeout_seconds: float) -> None:
+def _serve(lines: IO[str], out: IO[str], timeout_seconds: float, offered: Mapping[str, Any]) -> None:
     functions: dict[str, Callable[..., Any]] = {}
     own = os.getpid()
     for line in lines:
@@ -73,7 +76,7 @@ def _serve(lines: IO[str], out: IO[str], timeout_seconds: float) -> None:
         name = order["call"]
         try:
             if name not in functions:
-                functions[name] = _bound(name, timeout_seconds)
+                functions[name] = _bound(name, timeout_seconds, offered)
         except UserError as error:
             reply = json.dumps({"refused": str(error)})
         else:
@@ -91,7 +94,7 @@ def _serve(lines: IO[str], out: IO[str], timeout_seconds: float) -> None:
 
 
 def _main() -> None:
-    timeout_seconds = float(sys.argv[1])
+    timeout_seconds, offered = float(sys.argv[1]), json.loads(sys.argv[2])
     hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
     soft = MEMORY_BYTES if hard == resource.RLIM_INFINITY else min(MEMORY_BYTES, hard)
     resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
@@ -102,7 +105,7 @@ def _main() -> None:
     sys.stdout.reconfigure(line_buffering=True)  # a process that is killed writes nothing that it still held back
     with os.fdopen(os.dup(0), encoding="utf-8") as lines:
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-        _serve(lines, out, timeout_seconds)
+        _serve(lines, out, timeout_seconds, offered)
 
 
 if __name__ == "__main__":

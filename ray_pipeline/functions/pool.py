@@ -93,14 +93,22 @@ class FunctionPool:
     A fresh interpreter each (never a fork): the parent may hold torch's threads and a GPU.
     """
 
-    def __init__(self, functions: Sequence[str], *, timeout_seconds: float, processes: int = 0):
+    def __init__(
+        self,
+        functions: Sequence[str],
+        *,
+        timeout_seconds: float,
+        processes: int = 0,
+        offered: Mapping[str, Any] | None = None,
+    ):
         """
         Args:
             functions: addresses of all that will be called; imported before the clock of a call runs.
             processes: 0 for one per core.
+            offered: keyword arguments, JSON values, for those functions that take them.
         """
         self.functions = list(functions)
-        self.timeout_seconds = timeout_seconds
+        self.timeout_seconds, self.offered = timeout_seconds, dict(offered or {})
         self.processes = processes or num_cpus()
         self._workers: list[_Worker] = []
 
@@ -135,7 +143,8 @@ class FunctionPool:
         return [outcome for outcome in outcomes if outcome is not None]
 
     def _start(self) -> _Worker:
-        command = [sys.executable, "-P", "-m", "ray_pipeline.functions.child", str(self.timeout_seconds)]
+        given = [str(self.timeout_seconds), json.dumps(self.offered)]
+        command = [sys.executable, "-P", "-m", "ray_pipeline.functions.child", *given]
         path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
         # One thread each: as many processes as cores would otherwise start cores squared threads.
         settings = {"PYTHONPATH": path, "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1"}

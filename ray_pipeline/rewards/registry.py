@@ -67,8 +67,9 @@ def reward(
             return float(completion.isupper())
 
     A package brings rewards by an entry point in the group "ray_pipeline.rewards" that names such a function. A
-    function that takes a keyword `timeout_seconds` is given the time it has; `prepare_process()` of its module is
-    called once in each process, before any clock runs.
+    function that takes a keyword `timeout_seconds` is given the time it has, one that takes `without_landlock` is told
+    whether programs may run where the kernel has none; `prepare_process()` of its module is called once in each
+    process, before any clock runs.
 
     Args:
         isolated, judges, full, demonstrate: as in `RewardEntry`.
@@ -123,7 +124,7 @@ def get_reward(name: str) -> RewardEntry:
     )
 
 
-def check_reward_names(weights: Mapping[str, float]) -> None:
+def check_reward_names(weights: Mapping[str, float], *, without_landlock: bool = False) -> None:
     """Raise UserError unless every reward of a config can be had here. Cheap: no torch, no Ray.
 
     A module of the user's is imported; the sandbox is tried where a reward needs it.
@@ -139,7 +140,7 @@ def check_reward_names(weights: Mapping[str, float]) -> None:
     if "code" in weights:
         from ray_pipeline.sandbox import check_sandbox
 
-        check_sandbox()
+        check_sandbox(without_landlock=without_landlock)
     if "math" in weights:
         from ray_pipeline.rewards.math_answer import check_installed
 

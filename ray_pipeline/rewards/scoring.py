@@ -82,7 +82,12 @@ class Scorer:
         self.weights, self.settings = dict(weights), settings
         self.entries: dict[str, RewardEntry] = {name: get_reward(name) for name in weights}
         isolated = sorted({entry.address for entry in self.entries.values() if entry.isolated})
-        self._pool = FunctionPool(isolated, timeout_seconds=settings.timeout_seconds, processes=settings.processes)
+        self._pool = FunctionPool(
+            isolated,
+            timeout_seconds=settings.timeout_seconds,
+            processes=settings.processes,
+            offered={"without_landlock": settings.without_landlock},
+        )
 
     def __enter__(self) -> Scorer:
         return self

@@ -1,5 +1,7 @@
 """Does the program in the answer pass its tests? It runs in a sandbox; what hangs or crashes there is wrong.
 
+The tests run in another process than the program (`sandbox_judge`), which sees nothing of them but its calls.
+
 References, as text or JSON: Python that raises where the program is wrong (`assert add(1, 2) == 3`); {"tests": such
 Python, or a list of it}; what a whole program reads and prints, [{"input": ..., "output": ...}, ...] or
 {"inputs": [...], "outputs": [...]}.
@@ -8,29 +10,16 @@ Python, or a list of it}; what a whole program reads and prints, [{"input": ...,
 from __future__ import annotations
 
 import re
-import secrets
 import time
 from typing import Any
 
 from ray_pipeline.rewards.answer import final_text
 from ray_pipeline.rewards.registry import reward
-from ray_pipeline.sandbox import run_python
+from ray_pipeline.sandbox import run_judged, run_python
 from ray_pipeline.tools.calls import read_json
 
 MEMORY_BYTES = 512 << 20
 _BLOCK = re.compile(r"```(?:python3?|py)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL | re.IGNORECASE)
-
-# Two compilations: an open bracket in the program must not swallow the tests. The token behind the tests proves that
-# they were reached: a program that exits, or kills itself, has passed nothing.
-_HARNESS = """\
-import os
-def run(write, token):
-    space = {{"__name__": "solution"}}
-    exec(compile({solution!r}, "<solution>", "exec"), space)
-    exec(compile({tests!r}, "<tests>", "exec"), space)
-    write(1, token)
-run(os.write, {token!r})
-"""
 
 
 def code_block(text: str) -> str | None:
@@ -45,11 +34,13 @@ def _not_written(reference: str) -> None:
 
 
 @reward("code", judges=True, demonstrate=_not_written)
-def unit_tests(prompt: str, completion: str, reference: str, *, timeout_seconds: float = 8.0) -> float:
+def unit_tests(
+    prompt: str, completion: str, reference: str, *, timeout_seconds: float = 8.0, without_landlock: bool = False
+) -> float:
     """1.0 where the completion's program passes all tests, else 0.0.
 
     Args:
-        prompt: not looked at. timeout_seconds: for all tests together.
+        prompt: not looked at. timeout_seconds: for all tests together. without_landlock: see `sandbox.run_python`.
     Raises:
         ValueError: the reference holds no tests.
         UserError: this machine has no sandbox.
@@ -59,10 +50,11 @@ def unit_tests(prompt: str, completion: str, reference: str, *, timeout_seconds:
     solution = code_block(final_text(completion) or "")
     if solution is None:
         return 0.0
+    limits: dict[str, Any] = {"memory_bytes": MEMORY_BYTES, "without_landlock": without_landlock}
     if isinstance(tests, str):
-        return float(passes(solution, tests, timeout_seconds))
+        return float(run_judged(solution, tests, seconds=timeout_seconds, **limits))
     deadline = time.monotonic() + timeout_seconds
-    return float(all(_prints(solution, given, wanted, deadline) for given, wanted in tests))
+    return float(all(_prints(solution, given, wanted, deadline, limits) for given, wanted in tests))
 
 
 def read_tests(reference: str) -> str | list[tuple[str, str]]:
@@ -103,23 +95,11 @@ def _text(value: Any) -> str:
     return "\n".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def passes(solution: str, tests: str, seconds: float) -> bool:
-    """Whether the tests, Python that raises where the program is wrong, reach their end behind it in a sandbox.
-
-    Raises:
-        UserError: this machine has no sandbox.
-    """
-    token = secrets.token_hex(16).encode()
-    source = _HARNESS.format(solution=solution, tests=tests, token=token)
-    result = run_python(source, cpu_seconds=seconds, wall_seconds=seconds, memory_bytes=MEMORY_BYTES)
-    return result.status == "ok" and token.decode() in result.stdout
-
-
-def _prints(solution: str, given: str, wanted: str, deadline: float) -> bool:
+def _prints(solution: str, given: str, wanted: str, deadline: float, limits: dict[str, Any]) -> bool:
     seconds = deadline - time.monotonic()
     if seconds <= 0:
         return False
-    result = run_python(solution, stdin=given, cpu_seconds=seconds, wall_seconds=seconds, memory_bytes=MEMORY_BYTES)
+    result = run_python(solution, stdin=given, cpu_seconds=seconds, wall_seconds=seconds, **limits)
     return result.status == "ok" and _lines(result.stdout) == _lines(wanted)
 
 

@@ -28,6 +28,7 @@ _REASONS = {
     "memory": "needed too much memory",
     "output": "printed too much",
     "disk": "wrote too much",
+    "threads": "started too many threads",
     "killed": "crashed",
 }
 
@@ -43,8 +44,8 @@ class Python:
         "required": ["code"],
     }
 
-    def __init__(self, timeout_seconds: float):
-        self.timeout_seconds = timeout_seconds
+    def __init__(self, timeout_seconds: float, without_landlock: bool = False):
+        self.timeout_seconds, self.without_landlock = timeout_seconds, without_landlock
 
     def call(self, arguments: Mapping[str, Any]) -> str:
         """What the program printed.
@@ -58,6 +59,7 @@ class Python:
             cpu_seconds=self.timeout_seconds,
             wall_seconds=self.timeout_seconds,
             memory_bytes=MEMORY_BYTES,
+            without_landlock=self.without_landlock,
         )
         if result.status == "ok":
             return result.stdout.rstrip("\n")

@@ -10,17 +10,17 @@ from ray_pipeline.tools.python import Python
 from ray_pipeline.tools.tool import Tool
 from ray_pipeline.tools.user_function import FunctionTool
 
-BUILTIN: dict[str, Callable[[float], Tool]] = {"calculator": lambda _: Calculator(), "python": Python}
+BUILTIN: dict[str, Callable[[float, bool], Tool]] = {"calculator": lambda *_: Calculator(), "python": Python}
 
 
-def get_tool(name: str, *, timeout_seconds: float = 5.0) -> Tool:
+def get_tool(name: str, *, timeout_seconds: float = 5.0, without_landlock: bool = False) -> Tool:
     """The tool of that name: calculator, python, or a function as "module:function".
 
     Raises:
         UserError: naming the tools there are; or that a function cannot be a tool.
     """
     if name in BUILTIN:
-        return BUILTIN[name](timeout_seconds)
+        return BUILTIN[name](timeout_seconds, without_landlock)
     if ":" in name:
         return FunctionTool(name, timeout_seconds)
     raise UserError(
@@ -29,7 +29,7 @@ def get_tool(name: str, *, timeout_seconds: float = 5.0) -> Tool:
     )
 
 
-def check_tool_names(names: Sequence[str]) -> None:
+def check_tool_names(names: Sequence[str], *, without_landlock: bool = False) -> None:
     """Raise UserError unless every tool of a config can be had here. Cheap: no torch, no Ray, no process is left.
 
     A module of the user's is imported; the sandbox is tried where a tool needs it.
@@ -46,4 +46,4 @@ def check_tool_names(names: Sequence[str]) -> None:
     if "python" in names:
         from ray_pipeline.sandbox import check_sandbox
 
-        check_sandbox()
+        check_sandbox(without_landlock=without_landlock)

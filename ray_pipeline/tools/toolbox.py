@@ -35,7 +35,8 @@ class ToolBox:
         Raises:
             UserError: an unknown tool.
         """
-        made = [get_tool(name, timeout_seconds=settings.timeout_seconds) for name in settings.names]
+        seconds, without_landlock = settings.timeout_seconds, settings.without_landlock
+        made = [get_tool(n, timeout_seconds=seconds, without_landlock=without_landlock) for n in settings.names]
         self.tools: dict[str, Tool] = {tool.name: tool for tool in made}
         self.calls: Counter[str] = Counter()
         self.errors: Counter[str] = Counter()

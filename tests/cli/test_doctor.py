@@ -36,6 +36,7 @@ def test_a_good_machine_lacks_nothing() -> None:
     assert any("2 GPU rank(s) over NCCL: run --gpus 2" in line for line in found.works)
     assert any("--backend modal" in line for line in found.works)
     assert "Weights & Biases online" in found.works
+    assert any('the reward "code"' in line for line in found.works)
 
 
 @pytest.mark.parametrize(
@@ -64,6 +65,7 @@ def test_something_essential_missing_is_told(change: dict, expected: str) -> Non
         ({"keys": dict.fromkeys(GOOD.keys, False)}, "modal token new"),
         ({"keys": dict.fromkeys(GOOD.keys, False)}, "wandb login"),
         ({"packages": GOOD.packages | {"xllamacpp": None}}, "ray-pipeline[llama]"),
+        ({"sandbox": "its kernel has no Landlock"}, "its kernel has no Landlock"),
     ],
 )
 def test_what_is_not_essential_is_advice(change: dict, expected: str) -> None:

@@ -15,7 +15,8 @@ ASK = "Complete this Python function. Put the whole function into a ```python bl
 @task("humaneval", takes="PATH")
 def humaneval(request: Request) -> Task:
     """HumanEval: Python functions to complete, run against their tests in a sandbox."""
-    check_sandbox()
+    without_landlock = not request.needs_landlock
+    check_sandbox(without_landlock=without_landlock)
 
     def convert(record: Record, index: int) -> Item:
         prompt, name = text_field(record, "prompt"), text_field(record, "entry_point")
@@ -30,4 +31,4 @@ def humaneval(request: Request) -> Task:
         )
 
     items = read_items("humaneval", request.argument or HUMANEVAL, convert)
-    return Task("humaneval", items, TestScoring(), votes=False)
+    return Task("humaneval", items, TestScoring(without_landlock=without_landlock), votes=False)

@@ -74,6 +74,7 @@ class Request:
         seed: of generated questions. limit: how many questions at most; None for the task's own number.
         difficulties: levels wanted; None for all.
         heldout: the evaluated run's own questions; None where the model is not of a run.
+        needs_landlock: programs are not run where the kernel has none.
     """
 
     argument: str | None = None
@@ -81,3 +82,4 @@ class Request:
     limit: int | None = None
     difficulties: tuple[int, ...] | None = None
     heldout: Path | None = None
+    needs_landlock: bool = True

@@ -119,7 +119,8 @@ for _name, (_summary, _generators) in SUITES.items():
 @task("programming_functions")
 def programming_functions(request: Request) -> Task:
     """Python functions to write, run against their tests in a sandbox."""
-    check_sandbox()
+    without_landlock = not request.needs_landlock
+    check_sandbox(without_landlock=without_landlock)
     wanted = request.limit or QUESTIONS
     levels = [level for level in request.difficulties or DIFFICULTIES if level in DIFFICULTIES]
     items: list[Item] = []
@@ -134,4 +135,4 @@ def programming_functions(request: Request) -> Task:
             prompt = f"{made.prompt} Put the code into a ```python block."
             data = {"tests": made.tests}
             items.append(Item(str(number), prompt, made.solution, programs.EXERCISES[level - 1], level, data=data))
-    return Task("programming_functions", items, TestScoring(), votes=False)
+    return Task("programming_functions", items, TestScoring(without_landlock=without_landlock), votes=False)
