@@ -7,13 +7,41 @@ from typing import TYPE_CHECKING, get_args, get_type_hints
 if TYPE_CHECKING:
     from model.config import ModelConfig
 
-_AT_LEAST_ONE = (
-    "vocab_size hidden_size intermediate_size moe_intermediate_size num_hidden_layers num_attention_heads "
-    "kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim n_routed_experts num_experts_per_tok "
-    "max_position_embeddings head_dim sliding_window global_stride index_n_heads index_head_dim index_topk "
-    "cope_positions recursion_depth"
+_WIDTHS = (
+    "hidden_size intermediate_size moe_intermediate_size kv_lora_rank q_lora_rank qk_nope_head_dim qk_rope_head_dim "
+    "v_head_dim head_dim index_head_dim"
 ).split()
-_NOT_NEGATIVE = ("first_k_dense_replace", "num_nextn_predict_layers", "n_shared_experts", "aux_loss_alpha")
+_COUNTS = (
+    "num_attention_heads num_key_value_heads n_routed_experts num_experts_per_tok n_group topk_group index_n_heads"
+).split()
+_POSITIONS = "max_position_embeddings sliding_window global_stride index_topk cope_positions".split()
+# Name -> smallest and largest value. The largest lie far beyond any model that was ever built; what is larger would be
+# counted, planned and allocated for ever.
+BOUNDS: dict[str, tuple[float, float]] = {
+    **dict.fromkeys(_WIDTHS, (1, 1 << 20)),
+    **dict.fromkeys(_COUNTS, (1, 1 << 16)),
+    **dict.fromkeys(_POSITIONS, (1, 1 << 27)),
+    "vocab_size": (1, 1 << 24),
+    "num_hidden_layers": (1, 2000),
+    "first_k_dense_replace": (0, 2000),
+    "num_nextn_predict_layers": (0, 64),
+    "n_shared_experts": (0, 1024),
+    "recursion_depth": (1, 256),
+    "routed_scaling_factor": (1e-3, 1e3),
+    "aux_loss_alpha": (0, 1e3),
+    "rope_theta": (1, 1e12),
+    "rms_norm_eps": (1e-20, 1),
+    "initializer_range": (1e-9, 10),
+    "router_bias_update_rate": (0, 1),
+}
+SCALING_BOUNDS: dict[str, tuple[float, float]] = {
+    "factor": (1, 1e6),
+    "original_max_position_embeddings": (1, 1 << 27),
+    "beta_fast": (0, 1e6),
+    "beta_slow": (0, 1e6),
+    "mscale": (0, 1e3),
+    "mscale_all_dim": (0, 1e3),
+}
 _NAMES = ("attention", "position", "norm", "scoring_func", "topk_method")
 
 
@@ -23,18 +51,25 @@ def check(config: ModelConfig) -> None:
     Raises:
         ValueError: naming the key, its value and the legal range.
     """
-    for name in _AT_LEAST_ONE:
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name}={getattr(config, name)}: must be at least 1")
-    for name in _NOT_NEGATIVE:
-        if getattr(config, name) < 0:
-            raise ValueError(f"{name}={getattr(config, name)}: must not be negative")
+    for name, bounds in BOUNDS.items():
+        _check_bounds(name, getattr(config, name), bounds)
+    if config.rope_scaling is not None:
+        for name, bounds in SCALING_BOUNDS.items():
+            _check_bounds(f"rope_scaling.{name}", getattr(config.rope_scaling, name), bounds)
     kinds = get_type_hints(type(config))
     for name in _NAMES:
         if getattr(config, name) not in get_args(kinds[name]):
             raise ValueError(f"{name}={getattr(config, name)}: must be one of {', '.join(get_args(kinds[name]))}")
     _check_attention(config)
     _check_router(config)
+
+
+def _check_bounds(name: str, value: float | None, bounds: tuple[float, float]) -> None:
+    if value is None or bounds[0] <= value <= bounds[1]:
+        return
+    if value > bounds[1]:
+        raise ValueError(f"{name}={value}: must be at most {bounds[1]:g}")
+    raise ValueError(f"{name}={value}: must be " + (f"at least {bounds[0]:g}" if bounds[0] else "0 or more"))
 
 
 def _check_attention(config: ModelConfig) -> None:
@@ -47,8 +82,6 @@ def _check_attention(config: ModelConfig) -> None:
             f"num_key_value_heads={given} with attention={config.attention}: it has {decided[config.attention]}; leave "
             "the key away, or use attention=gqa"
         )
-    if given is not None and given < 1:
-        raise ValueError(f"num_key_value_heads={given}: must be at least 1")
     if config.num_attention_heads % config.num_kv_heads:
         raise ValueError(
             f"num_key_value_heads={config.num_kv_heads}: must divide num_attention_heads={config.num_attention_heads}"
@@ -76,7 +109,7 @@ def _check_attention(config: ModelConfig) -> None:
 def _check_router(config: ModelConfig) -> None:
     if config.n_routed_experts % config.n_group:
         raise ValueError(f"n_group={config.n_group}: must divide n_routed_experts={config.n_routed_experts}")
-    if not 1 <= config.topk_group <= config.n_group:
+    if config.topk_group > config.n_group:
         raise ValueError(f"topk_group={config.topk_group}: must be between 1 and n_group={config.n_group}")
     allowed = config.n_routed_experts // config.n_group * config.topk_group
     if config.topk_method == "greedy":  # takes no notice of groups

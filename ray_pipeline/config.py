@@ -8,10 +8,24 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
+from pydantic import Field, field_validator
 
 from model.config import ModelConfig
-from ray_pipeline.config_base import MOST_SEED, Fraction, OptimizerConfig, Section, TrainingConfig
+from ray_pipeline.config_base import (
+    MOST_SEED,
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    OptimizerConfig,
+    PositiveFloat,
+    PositiveInt,
+    Ranks,
+    Rows,
+    Seconds,
+    Section,
+    Tokens,
+    TrainingConfig,
+)
 from ray_pipeline.config_post_training import (
     DistillationConfig,
     DpoConfig,
@@ -61,12 +75,12 @@ StageName = Literal["data_prep", "pretrain", "sft", "dpo", "grpo", "distillation
 class LayoutConfig(Section):
     """How ranks are arranged. Never changes a result, so it is not part of a stage's identity."""
 
-    gpus: PositiveInt | None = Field(None, description="ranks; default: every GPU there is, or one CPU rank")
-    pp_size: PositiveInt = 1
-    dp_size: PositiveInt | None = Field(None, description="default: what is left of gpus")
-    tp_size: PositiveInt = 1
-    ep_size: PositiveInt = 1
-    sp_size: PositiveInt = 1
+    gpus: Ranks | None = Field(None, description="ranks; default: every GPU there is, or one CPU rank")
+    pp_size: Ranks = 1
+    dp_size: Ranks | None = Field(None, description="default: what is left of gpus")
+    tp_size: Ranks = 1
+    ep_size: Ranks = 1
+    sp_size: Ranks = 1
     zero_stage: Literal[0, 1, 2, 3] = 0
     schedule: Literal["1f1b", "interleaved_1f1b", "zbv", "dualpipev"] = Field(
         "1f1b", description="order of work in the pipeline; all but 1f1b give each rank two parts of the model"
@@ -76,11 +90,11 @@ class LayoutConfig(Section):
         "none", description="what backward computes again instead of keeping it"
     )
     offload_optimizer: bool = Field(False, description="optimizer state in CPU memory, with zero_stage 2 or 3")
-    min_gpus: PositiveInt | None = Field(
+    min_gpus: Ranks | None = Field(
         None, description="elastic: go on with this many ranks when workers are lost; default: wait for all of them"
     )
-    micro_batch: PositiveInt = Field(8, description="rows per rank and forward pass")
-    timeout_seconds: PositiveFloat = Field(600.0, description="a collective that waits longer is an error")
+    micro_batch: Rows = Field(8, description="rows per rank and forward pass")
+    timeout_seconds: Seconds = Field(600.0, description="a collective that waits longer is an error")
     max_restarts: NonNegativeInt = Field(2, description="times Ray Train restarts a stage's workers after one died")
 
     @field_validator("activation_checkpointing", mode="before")
@@ -116,7 +130,7 @@ class DataConfig(Section):
         '"reasoning_gym:task[:size]"',
     )
     preferences: str = Field("builtin", description="pairs of a chosen and a rejected answer for DPO, same forms")
-    seq_len: PositiveInt = Field(256, description="tokens per packed row")
+    seq_len: Tokens = Field(256, description="tokens per packed row")
     builtin_documents: PositiveInt = Field(20000, description="documents the built-in text generator writes")
     builtin_conversations: PositiveInt = 20000
     builtin_prompts: PositiveInt = 4000
@@ -162,7 +176,7 @@ class InitFromConfig(Section):
 class PretrainConfig(TrainingConfig):
     """Next-token cross-entropy plus multi-token prediction."""
 
-    mtp_loss_weight: float = Field(0.3, ge=0.0)
+    mtp_loss_weight: NonNegativeFloat = 0.3
     indexer_warmup_steps: NonNegativeInt | None = Field(
         None,
         description="model.attention=dsa: steps of dense attention that the indexer learns from; default: a fifth, or "
@@ -193,7 +207,7 @@ class ModalConfig(Section):
     """Where `--backend modal` runs."""
 
     gpu_type: str = "H100"
-    timeout_seconds: PositiveInt = 86400
+    timeout_seconds: Annotated[int, Field(gt=0, le=7 * 86400)] = 86400
     volume: str = "deepseek-runs"
     hf_cache_volume: str = "huggingface-cache"
     wandb_secret: str = "wandb"

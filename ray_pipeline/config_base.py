@@ -4,9 +4,23 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field
 
+# Every number has two bounds: what lies beyond them cannot work, and would show only hours later, or never end.
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+PositiveInt = Annotated[int, Field(gt=0, le=10**12)]  # of no run are there more documents, tokens of a shard, ...
+NonNegativeInt = Annotated[int, Field(ge=0, le=10**12)]
+Steps = Annotated[int, Field(gt=0, le=10**8)]
+Rows = Annotated[int, Field(gt=0, le=10**7)]
+Tokens = Annotated[int, Field(gt=0, le=1 << 27)]  # of one row or answer
+Ranks = Annotated[int, Field(gt=0, le=1 << 16)]
+Width = Annotated[int, Field(gt=0, le=1 << 20)]  # features, layers or experts; `model.config_rules` says it in detail
+Seconds = Annotated[float, Field(ge=0.01, le=7 * 86400.0, allow_inf_nan=False)]
+PositiveFloat = Annotated[float, Field(ge=1e-9, le=1e9, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0.0, le=1e9, allow_inf_nan=False)]
+# Logits are divided by it; below this they overflow in bf16, above it every token is as likely as any other.
+Temperature = Annotated[float, Field(ge=1e-3, le=1e3, allow_inf_nan=False)]
+Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
 MOST_SEED = 2**63 - 1  # what torch takes and JSON readers of other languages keep
 
 
@@ -25,22 +39,22 @@ class OptimizerConfig(Section):
         "sgd: no moments, no decay; to check gradients with",
     )
     momentum: Fraction = Field(0.95, description="of muon")
-    lr: PositiveFloat = 1e-3
+    lr: Annotated[float, Field(ge=1e-12, le=1e3, allow_inf_nan=False)] = 1e-3
     min_lr_ratio: Fraction = 0.1
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
     warmup_steps: NonNegativeInt = 20
     decay_fraction: Fraction = Field(0.2, description="wsd: the last share of steps in which the rate falls")
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: PositiveFloat = 1e-8
-    weight_decay: float = Field(0.1, ge=0.0)
+    betas: tuple[Decay, Decay] = (0.9, 0.95)
+    eps: Annotated[float, Field(ge=1e-20, le=1.0, allow_inf_nan=False)] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0.0, le=1e3, allow_inf_nan=False)] = 0.1
     grad_clip: PositiveFloat = 1.0
 
 
 class TrainingConfig(Section):
     """What every training stage has."""
 
-    steps: PositiveInt = 100
-    batch_size: PositiveInt = Field(32, description="rows of seq_len tokens per optimizer step, over all ranks")
+    steps: Steps = 100
+    batch_size: Rows = Field(32, description="rows of seq_len tokens per optimizer step, over all ranks")
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     precision: Literal["fp32", "bf16", "fp8"] = Field(
         "fp32", description="of matrix products; fp8: bf16, and the blocks' linear layers in 8 bits (DeepSeek-V3, §3.3)"

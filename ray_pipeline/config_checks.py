@@ -9,7 +9,7 @@ from typing import Any
 
 from model.convert.gguf_rules import check_gguf, gguf_gap
 from model.convert.hf_config import published_family, unpublished_reason
-from ray_pipeline.config import STAGES, TRAINING_STAGES, PipelineFields
+from ray_pipeline.config import STAGES, PipelineFields
 from ray_pipeline.config_checks_post_training import post_training_problems
 from ray_pipeline.stage_chain import POLICY_STAGES, chain, exported_stage, reads_teacher
 
@@ -25,7 +25,6 @@ def problems(config: PipelineFields) -> list[str]:
         *_lengths(config),
         *_data(config),
         *_init_from(config),
-        *_optimizers(config),
         *_indexer(config),
         *post_training_problems(config),
     ]
@@ -191,10 +190,3 @@ def _init_from(config: PipelineFields) -> Iterator[str]:
             yield f"init_from.{key}={patterns}: chooses tensors of a model folder; give one with --init-from."
         if any(not pattern.strip() for pattern in patterns):
             yield f"init_from.{key}={patterns}: an empty pattern would match every tensor; leave it out."
-
-
-def _optimizers(config: PipelineFields) -> Iterator[str]:
-    for stage in TRAINING_STAGES:
-        betas = getattr(config, stage).optimizer.betas
-        if not all(0 <= beta < 1 for beta in betas):
-            yield f"{stage}.optimizer.betas={list(betas)}: each must be at least 0 and below 1"

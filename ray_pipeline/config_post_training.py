@@ -5,10 +5,23 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
+from pydantic import Field, field_validator
 
 from model.config import ModelConfig
-from ray_pipeline.config_base import Fraction, Section, TrainingConfig
+from ray_pipeline.config_base import (
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Ranks,
+    Seconds,
+    Section,
+    Temperature,
+    Tokens,
+    TrainingConfig,
+    Width,
+)
 
 WITHOUT_LANDLOCK = Field(
     False, description="let a model's programs run where the kernel has no Landlock: they can read all of your files"
@@ -18,7 +31,7 @@ WITHOUT_LANDLOCK = Field(
 class LoraConfig(Section):
     """Low-rank adapters (arXiv:2106.09685) by `peft`; the stage's model has them merged, the adapters lie beside it."""
 
-    r: NonNegativeInt = Field(0, description="rank of the adapters; 0 trains every weight")
+    r: Annotated[int, Field(ge=0, le=4096)] = Field(0, description="rank of the adapters; 0 trains every weight")
     alpha: PositiveFloat = Field(16.0, description="adapters are scaled by alpha / r")
     dropout: Fraction = 0.0
     target_modules: list[str] = Field(
@@ -29,7 +42,7 @@ class LoraConfig(Section):
 class SftConfig(TrainingConfig):
     """Cross-entropy on the assistant's tokens and their stop token."""
 
-    mtp_loss_weight: float = Field(0.1, ge=0.0)
+    mtp_loss_weight: NonNegativeFloat = 0.1
     neftune_alpha: NonNegativeFloat = Field(0.0, description="noise on the embeddings (NEFTune, arXiv:2310.05914)")
     lora: LoraConfig = Field(default_factory=LoraConfig)
 
@@ -51,7 +64,7 @@ class RolloutConfig(Section):
     """Where answers are sampled. With `max_staleness: 0` the result never depends on it."""
 
     engine: Literal["native", "vllm"] = Field("native", description="vllm: not offered yet")
-    workers: NonNegativeInt = Field(
+    workers: Annotated[int, Field(ge=0, le=1 << 16)] = Field(
         0, description="Ray actors that sample; 0: the training ranks sample themselves, between updates"
     )
     max_staleness: Literal[0, 1] = Field(
@@ -66,17 +79,17 @@ class ToolsConfig(Section):
     listed: bool = Field(
         True, description="describe them in every prompt; false for data that calls them without, as builtin_tools does"
     )
-    max_calls: PositiveInt = Field(4, description="calls per answer; the next one ends it")
-    timeout_seconds: PositiveFloat = 5.0
+    max_calls: Annotated[int, Field(gt=0, le=1000)] = Field(4, description="calls per answer; the next one ends it")
+    timeout_seconds: Seconds = 5.0
     without_landlock: bool = WITHOUT_LANDLOCK
 
 
 class ScoringConfig(Section):
     """Limits of reward functions, which run in processes of their own."""
 
-    timeout_seconds: PositiveFloat = Field(10.0, description="a reward that takes longer has failed")
+    timeout_seconds: Seconds = Field(10.0, description="a reward that takes longer has failed")
     max_failures: Fraction = Field(0.05, description="share of a step's rewards that may fail before the run stops")
-    processes: NonNegativeInt = Field(0, description="0: one per core")
+    processes: Annotated[int, Field(ge=0, le=1 << 12)] = Field(0, description="0: one per core")
     without_landlock: bool = WITHOUT_LANDLOCK
 
 
@@ -84,7 +97,7 @@ class GrpoConfig(TrainingConfig):
     """Group-relative policy optimisation (arXiv:2402.03300). `batch_size` is not used: rollouts decide the rows."""
 
     prompts_per_step: PositiveInt = 32
-    group_size: Annotated[int, Field(ge=2)] = 8
+    group_size: Annotated[int, Field(ge=2, le=1 << 16)] = 8
     updates_per_rollout: PositiveInt = Field(
         1, description="mini-batches that the answers of a batch of rollouts are cut into, one optimizer step each"
     )
@@ -103,7 +116,7 @@ class GrpoConfig(TrainingConfig):
     scale_rewards: Literal["group", "batch", "none"] = Field(
         "group", description="what advantages are divided by the standard deviation of; none: Dr. GRPO"
     )
-    beta: float = Field(0.01, ge=0.0, description="weight of the KL to the reference; 0 drops the reference")
+    beta: NonNegativeFloat = Field(0.01, description="weight of the KL to the reference; 0 drops the reference")
     refresh_reference_every: NonNegativeInt = Field(
         0, description="steps after which the reference becomes the current policy; 0: the input model to the end"
     )
@@ -136,13 +149,13 @@ class GrpoConfig(TrainingConfig):
         "correction",
     )
     replay_routing: bool = Field(True, description="training uses the experts that sampling chose for each token")
-    max_new_tokens: PositiveInt = 96
+    max_new_tokens: Tokens = 96
     think_budget: NonNegativeInt | None = Field(
         None, description="tokens inside <think> before </think> is written for the model; no limit without"
     )
     speculative: bool = Field(False, description="the MTP modules draft tokens of the rollouts; the same distribution")
-    temperature: PositiveFloat = 1.0
-    rewards: dict[str, float] = Field(
+    temperature: Temperature = 1.0
+    rewards: dict[str, Annotated[float, Field(ge=-1e6, le=1e6)]] = Field(
         default_factory=lambda: {"answer": 1.0, "format": 0.1},
         description='name -> weight; names: see `rewards`, "module:function" and "reasoning_gym:task"',
     )
@@ -164,13 +177,13 @@ class GrpoConfig(TrainingConfig):
 class StudentConfig(Section):
     """What of the teacher's architecture is smaller in the student; the rest is copied from `model`."""
 
-    num_hidden_layers: PositiveInt = 3
+    num_hidden_layers: Width = 3
     num_nextn_predict_layers: NonNegativeInt = 0
-    hidden_size: PositiveInt | None = None
-    intermediate_size: PositiveInt | None = None
-    moe_intermediate_size: PositiveInt | None = None
-    n_routed_experts: PositiveInt | None = None
-    num_experts_per_tok: PositiveInt | None = None
+    hidden_size: Width | None = None
+    intermediate_size: Width | None = None
+    moe_intermediate_size: Width | None = None
+    n_routed_experts: Width | None = None
+    num_experts_per_tok: Width | None = None
 
     def applied_to(self, teacher: ModelConfig) -> ModelConfig:
         """The student's architecture: the teacher's with the keys given here."""
@@ -180,11 +193,11 @@ class StudentConfig(Section):
 class TeacherLayoutConfig(Section):
     """The teacher's own arrangement of the run's ranks. Never changes a result."""
 
-    pp_size: PositiveInt = 1
-    dp_size: PositiveInt | None = Field(None, description="default: what is left of the ranks")
-    tp_size: PositiveInt = 1
-    ep_size: PositiveInt = 1
-    sp_size: PositiveInt = 1
+    pp_size: Ranks = 1
+    dp_size: Ranks | None = Field(None, description="default: what is left of the ranks")
+    tp_size: Ranks = 1
+    ep_size: Ranks = 1
+    sp_size: Ranks = 1
 
 
 class DistillationConfig(TrainingConfig):
@@ -204,10 +217,10 @@ class DistillationConfig(TrainingConfig):
     )
     jsd_beta: Fraction = Field(0.5, description="jsd: 0 is forward KL, 1 is reverse KL")
     hidden_weight: NonNegativeFloat = Field(1.0, description="of the mean squared error with loss: hidden")
-    temperature: PositiveFloat = 1.0
+    temperature: Temperature = 1.0
     on_policy: Fraction = Field(0.0, description="share of steps on the student's own answers (GKD's lambda)")
     prompts_per_step: PositiveInt = Field(32, description="questions the student answers in an on-policy step")
-    sampling_temperature: PositiveFloat = Field(1.0, description="at which the teacher and the student write")
+    sampling_temperature: Temperature = Field(1.0, description="at which the teacher and the student write")
     init: Literal["teacher_layers", "random"] = Field("teacher_layers", description="where the student's weights start")
     teacher_answers: NonNegativeInt = Field(
         2000, description="answers the teacher writes to training prompts; the right ones are added to the data"
@@ -222,5 +235,5 @@ class EvaluationConfig(Section):
     """Held-out questions, answered greedily."""
 
     questions: PositiveInt = Field(300, description="of data.heldout_questions, how many each evaluation asks")
-    max_new_tokens: PositiveInt = 96
+    max_new_tokens: Tokens = 96
     min_gain: Fraction = Field(0.01, description="a stage that gains less over its input LEARNED NOTHING")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,9 @@ from ray_pipeline.errors import UserError, did_you_mean
 from ray_pipeline.presets import PRESETS, preset
 
 ENV_PREFIX = "RAY_PIPELINE_"
+# Settings need far less. PyYAML reads some 100 KB a second.
+MAX_YAML, MAX_DEPTH, MAX_VALUES = 200_000, 40, 100_000
+MAX_KEY_PARTS = 12  # "a.b.c" has three
 _HERE = Path(__file__).resolve().parent
 # An installed wheel carries the recipes inside the package; a checkout has them beside it.
 RECIPE_DIR = _HERE / "configs" if (_HERE / "configs").is_dir() else _HERE.parent / "configs"
@@ -33,17 +36,89 @@ class Layer:
     names: Mapping[str, str]
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML where a key given twice is an error: plain YAML keeps the last one silently."""
+class _Loader(yaml.SafeLoader):
+    """YAML of settings: a key given twice is an error (plain YAML keeps the last one silently), dates stay text.
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if isinstance(key, Hashable) and key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f'key "{key}" is given twice', key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
+    What plain YAML would raise other errors for, or could be made to run for ever by, is a YAMLError too.
+    """
+
+    def get_single_node(self) -> yaml.Node | None:
+        """The document's nodes, looked through before anything is made of them."""
+        root = super().get_single_node()
+        if root is not None:
+            _check_nodes(root)
+        return root
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        """As plain YAML, which lets int(), dict lookups and the like raise what they raise."""
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, LookupError, AttributeError, TypeError, ArithmeticError):
+            text = f' "{_short_text(node.value)}"' if isinstance(node, yaml.ScalarNode) else ""
+            raise yaml.constructor.ConstructorError(
+                None, None, f"this is no {node.tag.rpartition(':')[2]}{text}", node.start_mark
+            ) from None
+
+
+_Loader.yaml_implicit_resolvers = {
+    letter: [rule for rule in rules if rule[0] != "tag:yaml.org,2002:timestamp"]
+    for letter, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
+def _check_nodes(root: yaml.Node) -> None:
+    """Refuse keys given twice, anchors that hold themselves, and more depth or aliases than settings can need."""
+    sizes: dict[int, int] = {}  # values that each node would come to, aliases written out
+    open_now: list[yaml.Node] = []
+
+    def fail(node: yaml.Node, reason: str) -> None:
+        raise yaml.constructor.ConstructorError(None, None, reason, node.start_mark)
+
+    def visit(node: yaml.Node) -> int:
+        if any(node is outer for outer in open_now):
+            fail(node, "an anchor that holds itself")
+        if len(open_now) > MAX_DEPTH:
+            fail(node, f"nested more than {MAX_DEPTH} deep")
+        if id(node) in sizes:
+            return sizes[id(node)]
+        open_now.append(node)
+        inner: list[yaml.Node] = []
+        if isinstance(node, yaml.MappingNode):
+            inner = [part for pair in node.value for part in pair]
+            seen: set[str] = set()
+            for key, _ in node.value:
+                if isinstance(key, yaml.ScalarNode):
+                    if key.value in seen:
+                        fail(key, f'key "{_short_text(key.value)}" is given twice')
+                    seen.add(key.value)
+        elif isinstance(node, yaml.SequenceNode):
+            inner = node.value
+        size = 1 + sum(map(visit, inner))
+        if size > MAX_VALUES:
+            fail(node, f"more than {MAX_VALUES} values, aliases written out")
+        open_now.pop()
+        sizes[id(node)] = size
+        return size
+
+    visit(root)
+
+
+def read_yaml(text: str) -> Any:
+    """What YAML text holds.
+
+    Raises:
+        yaml.YAMLError: whatever is wrong with it.
+    """
+    if len(text) > MAX_YAML:
+        raise yaml.YAMLError(f"{len(text)} characters, more than the {MAX_YAML} that settings may take")
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except RecursionError:
+        raise yaml.YAMLError("nested too deep") from None
+
+
+def _short_text(text: str) -> str:
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def recipe_names() -> list[str]:
@@ -59,13 +134,19 @@ def find_recipe(path: Path | None) -> Path:
     """
     if path is None:
         return RECIPE_DIR / "tiny.yaml"
-    if path.is_file():
+    try:
+        there = path.is_file()
+    except OSError as error:
+        raise UserError(f"--config {_short_text(str(path))}: {error.strerror}. Give a YAML file.") from None
+    if there:
         return path
     bundled = RECIPE_DIR / f"{path.stem}.yaml"
     if path.parent in (Path("."), Path("configs")) and path.suffix in ("", ".yaml") and bundled.is_file():
         return bundled
     if path.is_dir():
         reason = "is a folder"
+    elif path.exists():
+        reason = "is no regular file, but a pipe or a device"
     else:
         reason = f"no such file{did_you_mean(path.stem, recipe_names())}"
     raise UserError(f"--config {path}: {reason}. Give a YAML file, or one of the recipes {', '.join(recipe_names())}.")
@@ -84,7 +165,7 @@ def yaml_layer(path: Path) -> Layer:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}).") from None
     try:
-        values = yaml.load(text, Loader=_UniqueKeyLoader)
+        values = read_yaml(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}, column {mark.column + 1}" if mark else ""
@@ -98,7 +179,13 @@ def yaml_layer(path: Path) -> Layer:
 
 
 def _string_keys(values: dict[Any, Any]) -> dict[str, Any]:
-    return {str(k): _string_keys(v) if isinstance(v, dict) else v for k, v in values.items()}
+    return {str(key): _string_keys_within(value) for key, value in values.items()}
+
+
+def _string_keys_within(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_string_keys_within(inner) for inner in value]
+    return _string_keys(value) if isinstance(value, dict) else value
 
 
 def env_layer(env: Mapping[str, str]) -> Layer:
@@ -119,9 +206,10 @@ def parse_text(text: str) -> Any:
     stripped = text.strip()
     if stripped[:1] in ("[", "{") or stripped.lower() in ("null", "none", "~"):
         try:
-            return yaml.safe_load("null" if stripped.lower() == "none" else stripped)
+            value = read_yaml("null" if stripped.lower() == "none" else stripped)
         except yaml.YAMLError:
             return text
+        return _string_keys_within(value)
     return text
 
 
@@ -136,6 +224,8 @@ def nest(dotted: Mapping[str, Any]) -> dict[str, Any]:
         parts = key.split(".")
         if not all(parts):
             raise UserError(f'"{key}={value}": a key looks like grpo.beta, with a name on both sides of every dot.')
+        if len(parts) > MAX_KEY_PARTS:
+            raise UserError(f'"{_short_text(key)}": no setting lies {len(parts)} groups deep.')
         inner = out
         for part in parts[:-1]:
             inner = inner.setdefault(part, {})

@@ -126,7 +126,7 @@ def test_all_mistakes_are_listed_with_value_origin_and_suggestion(tmp_path: Path
         ({"pretrain.steps": "0"}, "pretrain.steps=0: must be greater than 0"),
         ({"grpo.group_size": "1"}, "greater than or equal to 2"),
         ({"pretrain.optimizer.lr": "inf"}, "must be a finite number"),
-        ({"pretrain.optimizer.betas": "[0.9, 1.5]"}, "below 1"),
+        ({"pretrain.optimizer.betas": "[0.9, 1.5]"}, "betas.1=1.5: must be less than 1"),
         ({"data.seq_len": "4096"}, "--set model.max_position_embeddings=4096"),
         ({"grpo.max_new_tokens": "512"}, "leaves no room for the question"),
         ({"evaluation.max_new_tokens": "9999"}, "leaves no room for the question"),

@@ -95,6 +95,8 @@ def read_config(values: Mapping[str, Any]) -> ModelConfig:
         raise ValueError(f"config.json: unknown keys {', '.join(unknown)}")
     check_types(values)
     scaling = values.get("rope_scaling")
+    if isinstance(scaling, dict) and not all(isinstance(v, int | float) for v in scaling.values()):
+        raise ValueError(f"config.json: rope_scaling={scaling!r}: its values must be numbers")
     try:
         given = dict(values) | {"rope_scaling": None if scaling is None else RopeScaling(**scaling)}
     except TypeError as error:

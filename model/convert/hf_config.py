@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from model.config import ModelConfig, RopeScaling
+from model.convert.json_values import list_of_text, number, object_of, short
 
 # What this code does not do: other values would load and be silently wrong.
 _ALWAYS: dict[str, tuple[Any, ...]] = {
@@ -171,7 +172,7 @@ def config_from_hf(values: Mapping[str, Any]) -> ModelConfig:
     family = FAMILIES.get(str(values.get("model_type")))
     if family is None:
         known = ", ".join(map(repr, FAMILIES))
-        raise ValueError(f"config.json: model_type={values.get('model_type')!r} is not supported, only {known}")
+        raise ValueError(f"config.json: model_type={short(values.get('model_type'))} is not supported, only {known}")
     _check_values(values, {**_ALWAYS, **family.allowed})
     _check_layer_types(values)
     keys = _published_keys(family)
@@ -196,11 +197,11 @@ def _check_values(values: Mapping[str, Any], allowed: Mapping[str, tuple[Any, ..
     for key, choices in allowed.items():
         if values.get(key, choices[0]) not in choices:
             only = " or ".join(map(repr, choices))
-            raise ValueError(f"config.json: {key}={values[key]!r} is not supported, only {only}")
-    quantised = values.get("quantization_config")
-    if quantised is not None and quantised.get("quant_method") != "fp8":
-        method = quantised.get("quant_method")
-        raise ValueError(f"config.json: quantization_config of quant_method={method!r} is not supported, only 'fp8'")
+            raise ValueError(f"config.json: {key}={short(values[key])} is not supported, only {only}")
+    quantised = object_of(values, "quantization_config")
+    if quantised and quantised.get("quant_method") != "fp8":
+        method = short(quantised.get("quant_method"))
+        raise ValueError(f"config.json: quantization_config of quant_method={method} is not supported, only 'fp8'")
 
 
 def check_types(kept: Mapping[str, Any]) -> None:
@@ -213,49 +214,54 @@ def check_types(kept: Mapping[str, Any]) -> None:
     for key, value in kept.items():
         kind = type(getattr(defaults, key))
         if kind is bool and not isinstance(value, bool):
-            raise ValueError(f"config.json: {key}={value!r}: must be true or false")
+            raise ValueError(f"config.json: {key}={short(value)}: must be true or false")
         whole = isinstance(value, int) and not isinstance(value, bool)
-        whole = whole or (key == "q_lora_rank" and value is None)
-        if kind is int and not whole:
-            raise ValueError(f"config.json: {key}={value!r}: must be a whole number")
+        whole = whole or (key in ("q_lora_rank", "num_key_value_heads") and value is None)
+        if (kind is int or key == "num_key_value_heads") and not whole:
+            raise ValueError(f"config.json: {key}={short(value)}: must be a whole number")
         if kind is float and not whole and not isinstance(value, float):
-            raise ValueError(f"config.json: {key}={value!r}: must be a number")
+            raise ValueError(f"config.json: {key}={short(value)}: must be a number")
+        if kind is str and not isinstance(value, str):
+            raise ValueError(f"config.json: {key}={short(value)}: must be a name")
 
 
 def _check_layer_types(values: Mapping[str, Any]) -> None:
     """V3.2's own lists must say what the other keys say: dense layers first, an indexer in all."""
-    kinds = values.get("mlp_layer_types")
-    if kinds is not None:
+    kinds = list_of_text(values, "mlp_layer_types")
+    if kinds:
         dense = values.get("first_k_dense_replace", _V3_DEFAULTS["first_k_dense_replace"])
+        number("first_k_dense_replace", dense)
         if any((kind == "dense") != (layer < dense) for layer, kind in enumerate(kinds)):
-            raise ValueError(f"config.json: mlp_layer_types={kinds} contradicts first_k_dense_replace={dense}")
-    others = set(values.get("layer_types") or ()) - {"indexed_attention"}
+            raise ValueError(f"config.json: mlp_layer_types={short(kinds)} contradicts first_k_dense_replace={dense}")
+    others = sorted(set(list_of_text(values, "layer_types")) - {"indexed_attention"})
     if others:
-        raise ValueError(f"config.json: layer_types of {sorted(others)} are not supported, only 'indexed_attention'")
+        raise ValueError(f"config.json: layer_types of {short(others)} are not supported, only 'indexed_attention'")
 
 
 def _rope(values: Mapping[str, Any]) -> dict[str, Any]:
     """rope_theta and rope_scaling from either spelling: keys of their own, or transformers 5's `rope_parameters`."""
-    rope = values.get("rope_parameters") or {}
-    theta = float(values.get("rope_theta", rope.get("rope_theta", 10000.0)))
-    scaling = values.get("rope_scaling") or (rope if rope.get("rope_type", "default") != "default" else None)
-    if scaling is None:
+    rope = object_of(values, "rope_parameters")
+    theta = float(number("rope_theta", values.get("rope_theta", rope.get("rope_theta", 10000.0))))
+    scaling = object_of(values, "rope_scaling") or (rope if rope.get("rope_type", "default") != "default" else {})
+    if not scaling:
         return {"rope_theta": theta, "rope_scaling": None}
     kind = scaling.get("type", scaling.get("rope_type"))
     if kind != "yarn":
-        raise ValueError(f"config.json: rope_scaling of type {kind!r} is not supported, only 'yarn'")
+        raise ValueError(f"config.json: rope_scaling of type {short(kind)} is not supported, only 'yarn'")
     if scaling.get("attention_factor") is not None:
         raise ValueError(
-            f"config.json: rope_scaling.attention_factor={scaling['attention_factor']} is not supported; DeepSeek "
-            "gives mscale and mscale_all_dim instead"
+            f"config.json: rope_scaling.attention_factor={short(scaling['attention_factor'])} is not supported; "
+            "DeepSeek gives mscale and mscale_all_dim instead"
         )
     for key in ("factor", "original_max_position_embeddings"):
         if not isinstance(scaling.get(key), int | float):
-            raise ValueError(f"config.json: rope_scaling needs {key}, a number, but has {scaling.get(key)!r}")
+            raise ValueError(f"config.json: rope_scaling needs {key}, a number, but has {short(scaling.get(key))}")
     # Without `mscale_all_dim` DeepSeek leaves the softmax scale alone; 0 means the same.
     defaults: dict[str, Any] = {"mscale": 1.0, "mscale_all_dim": 0.0}
     names = {f.name for f in fields(RopeScaling)}
     kept = {k: v for k, v in (defaults | dict(scaling)).items() if k in names and v is not None}
+    for key, value in kept.items():
+        number(f"rope_scaling.{key}", value)
     return {"rope_theta": theta, "rope_scaling": RopeScaling(**kept)}
 
 

@@ -54,7 +54,7 @@ def read_object(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: {path.stat().st_size} bytes, more than the {_MAX_JSON} that are read of such a file")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # UnicodeDecodeError and RecursionError's kin are among them
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
         raise ValueError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path}: must hold a JSON object, but holds a {type(value).__name__}")

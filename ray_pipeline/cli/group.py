@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import sys
@@ -31,6 +32,10 @@ VERBS = {
     "run-mlx": ("retired", "run_mlx"),
 }
 HIDDEN = ("verify-cuda", "run-rust", "run-mlx")
+# What may be wrong with a path that somebody gave, or with the disk; anything else is a fault of ours.
+PATH_ERRORS = frozenset(
+    (errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO)
+)
 EXIT_FAILED = 1
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
@@ -106,6 +111,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The reader (head, less) has seen enough; what is still buffered must not raise again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        if error.errno not in PATH_ERRORS or error.filename is None:
+            raise
+        path = str(error.filename)
+        shown = path if len(path) <= 200 else f"{path[:100]}...{path[-60:]}"
+        return _fail(f"{shown}: {error.strerror}. Give another path, or mend this one.")
     return _exit_code(code)
 
 

@@ -11,9 +11,9 @@ import jinja2
 import jinja2.ext
 import jinja2.nodes
 import jinja2.parser
-import jinja2.sandbox
 
 from ray_pipeline.data.tasks.question import THINK_OPEN
+from ray_pipeline.data.template_limits import BoundedEnvironment
 from ray_pipeline.errors import UserError
 from ray_pipeline.tools.describe import describe
 from ray_pipeline.tools.format import without_tool_tokens
@@ -75,17 +75,18 @@ def compile_template(source: str) -> jinja2.Template:
     Raises:
         UserError: the template is not valid Jinja.
     """
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+    environment = BoundedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
     )
-    environment.filters["tojson"] = _to_json
+    environment.add_filter("tojson", _to_json)
     environment.globals["raise_exception"] = _raise
     try:
-        return environment.from_string(source)
-    except jinja2.TemplateSyntaxError as error:
+        return environment.compile_bounded(source)
+    except jinja2.TemplateError as error:
+        line = f", line {error.lineno}" if isinstance(error, jinja2.TemplateSyntaxError) else ""
         raise UserError(
-            f"chat template, line {error.lineno}: {error.message}. Mend chat_template in the tokenizer's "
-            "folder, or use --set tokenizer.name=train."
+            f"chat template{line}: {error.message}. Mend chat_template in the tokenizer's folder, or use --set "
+            "tokenizer.name=train."
         ) from None
 
 

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from model.convert.folder import describe, is_native
 from model.convert.hf_config import FAMILIES
+from model.convert.json_values import short
 from model.convert.weight_files import read_object
 from ray_pipeline.config_post_training import ToolsConfig
 from ray_pipeline.data.tokenizer import ChatTokenizer, load_tokenizer
@@ -48,12 +49,18 @@ class ModelSource:
         return load_tokenizer(self.tokenizer)
 
     def eos_ids(self, tokenizer: ChatTokenizer) -> frozenset[int]:
-        """Every token that ends an answer: the tokenizer's, and those of generation_config.json or config.json."""
+        """Every token that ends an answer: the tokenizer's, and those of generation_config.json or config.json.
+
+        Raises:
+            UserError: a file that is damaged, or ids that are none.
+        """
         for name in (GENERATION, CONFIG):
             path = self.folder / name
             listed = _read_object(path).get("eos_token_id") if path.is_file() else None
             if listed is not None:
                 ids = listed if isinstance(listed, list) else [listed]
+                if not all(isinstance(i, int) and not isinstance(i, bool) and 0 <= i < 1 << 31 for i in ids):
+                    raise UserError(f"{path}: eos_token_id={short(listed)}: must be a token's id, or a list of them.")
                 return frozenset({tokenizer.eos_id, *(int(i) for i in ids)})
         return frozenset({tokenizer.eos_id})
 
