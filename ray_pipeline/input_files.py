@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
+from stat import S_ISREG
 from typing import NamedTuple
 
 from ray_pipeline.artifacts import write_sealed
@@ -36,9 +37,15 @@ class Stamp(NamedTuple):
 
 
 def stamp_of(path: Path) -> Stamp:
-    """The file's stamp now (one stat)."""
-    stat = path.stat()
-    return Stamp(stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
+    """The file's stamp now (one stat).
+
+    Raises:
+        UserError: a pipe or a device: what it gives can neither be named by a digest nor read twice.
+    """
+    found = path.stat()
+    if not S_ISREG(found.st_mode):
+        raise UserError(f"{path}: is no regular file, but a pipe or a device. Write it to a file, and give that.")
+    return Stamp(found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino)
 
 
 def form(path: Path) -> str:

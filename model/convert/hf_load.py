@@ -22,6 +22,7 @@ from model.convert.weight_files import LoadLimits, StoredTensor
 from model.init import initial_weight
 from model.transformer import Transformer
 
+MOST_EXPERTS = 200_000  # of all layers; the largest published model has 15,000
 _SHOWN = 12  # problems listed by name
 _FLOAT8 = "F8_E4M3"
 _WEIGHTS = {"F64", "F32", "F16", "BF16", _FLOAT8}
@@ -55,6 +56,12 @@ def open_folder(path: Path, selection: Selection | None = None, limits: LoadLimi
     selection = selection or Selection()
     found = describe(path, selection, limits)
     config, stored = found.config, found.stored
+    tensors = config.num_hidden_layers * (config.n_routed_experts + 1)
+    if tensors > MOST_EXPERTS:
+        raise ValueError(
+            f"{path / 'config.json'}: num_hidden_layers={config.num_hidden_layers} with n_routed_experts="
+            f"{config.n_routed_experts} are {tensors} experts, more than the {MOST_EXPERTS} that any model has"
+        )
     with torch.device("meta"):
         state = Transformer(config).state_dict()
     expected = {name: Slot(name) for name in state} if found.native else published_slots(config, state)

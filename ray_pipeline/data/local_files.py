@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from ray_pipeline.errors import UserError, did_you_mean
-from ray_pipeline.input_files import COMPRESSED, SUFFIXES, form, is_data
+from ray_pipeline.input_files import COMPRESSED, SUFFIXES, form, is_data, stamp_of
 
 CHECKED_RECORDS = 20_000
 _CHUNK = 1 << 22
@@ -28,6 +28,7 @@ def check_file(path: Path) -> None:
         where = "" if path.parent.is_dir() else f" (there is no folder {path.parent})"
         hint = did_you_mean(path.name, siblings)
         raise UserError(f"{path}: no such file{where}{hint}. Give the path of an existing file.")
+    stamp_of(path)  # a pipe would keep whoever opens it waiting
     if form(path) not in SUFFIXES:
         raise UserError(f'{path}: files end in {", ".join(SUFFIXES)}, not "{form(path)}".')
     if not is_data(path):
