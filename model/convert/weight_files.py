@@ -17,7 +17,7 @@ _MAX_JSON = 1 << 26  # bytes; the index of the largest published model has 9 MB
 _MAX_HEADER = 100_000_000  # safetensors' own limit
 _BITS = {
     "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "I64": 64, "I32": 32,
-    "I16": 16, "I8": 8, "U8": 8, "BOOL": 8,
+    "I16": 16, "I8": 8, "U64": 64, "U32": 32, "U16": 16, "U8": 8, "BOOL": 8,
 }  # fmt: skip
 
 

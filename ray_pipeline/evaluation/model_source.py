@@ -9,7 +9,7 @@ from typing import Any, Literal
 from model.convert.folder import describe, is_native
 from model.convert.hf_config import FAMILIES
 from model.convert.json_values import short
-from model.convert.weight_files import read_object
+from model.convert.weight_files import LoadLimits, read_object, stored_tensors
 from ray_pipeline.config_post_training import ToolsConfig
 from ray_pipeline.data.tokenizer import ChatTokenizer, load_tokenizer
 from ray_pipeline.errors import UserError
@@ -86,7 +86,7 @@ def describe_folder(path: Path, *, name: str | None = None) -> ModelSource:
     values, name = _read_object(path / CONFIG), name or path.name
     if not (path / "tokenizer.json").is_file():
         raise UserError(f"{path}: there is no tokenizer.json to ask it with. Copy the model's tokenizer there.")
-    if is_native(values) or values.get("model_type") in FAMILIES:
+    if is_native(values) or str(values.get("model_type")) in FAMILIES:
         if found := own_damage(path):
             raise UserError(f"{found}. Export it again, or delete {MANIFEST} there if the change was meant.")
         try:
@@ -105,11 +105,21 @@ def _check_transformers(path: Path, values: dict[str, Any]) -> None:
         raise UserError(
             f"{path}: model_type={values.get('model_type')!r} needs transformers. Install it: pip install transformers"
         ) from None
-    if values.get("model_type") not in KNOWN:
+    if str(values.get("model_type")) not in KNOWN:
         ours = ", ".join(FAMILIES)
         raise UserError(
-            f"{path / CONFIG}: model_type={values.get('model_type')!r} is neither one of ours ({ours}) nor a causal "
-            "language model that the installed transformers knows. Update transformers, or give another folder."
+            f"{path / CONFIG}: model_type={short(values.get('model_type'))} is neither one of ours ({ours}) nor a "
+            "causal language model that the installed transformers knows. Update transformers, or give another folder."
         )
     if not any(path.glob("*.safetensors")):
         raise UserError(f"{path}: there is no safetensors file ({NO_PICKLE}). Save the model as safetensors.")
+    try:
+        stored = stored_tensors(path, LoadLimits())
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    layers = values.get("num_hidden_layers", values.get("n_layer", 0))
+    if not isinstance(layers, int) or layers > len(stored):  # building what is not there would take for ever
+        raise UserError(
+            f"{path / CONFIG}: num_hidden_layers={short(layers)}, but its files hold {len(stored)} tensors: they are "
+            "not those of this config. Give the folder as it was published."
+        )

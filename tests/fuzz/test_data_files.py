@@ -43,7 +43,7 @@ def nested(depth: int) -> bytes:
 
 
 TEXTS = ["one owl", "two owls"]
-FAR = pa.array([2**62, -(2**62)], pa.int64()).cast(pa.timestamp("s"), safe=False)
+FAR = pa.array([2**62, -(2**62)], pa.int64()).cast(pa.timestamp("us"), safe=False)
 ODD: dict[str, bytes | Callable[[Path], None]] = {
     "empty.jsonl": b"", "empty.json": b"", "empty.txt": b"", "empty.parquet": b"", "empty.jsonl.gz": b"",
     "space.jsonl": b" \n\n\t\n", "space.txt": b" \n\x0c\n \n", "bom.jsonl": b"\xef\xbb\xbf",
