@@ -2,7 +2,7 @@
 
 Such a loss never travels to the end of the model: `add_loss` ties it to an activation of its layer, whose backward
 starts it. So it works on every pipeline stage and is the same in every layout: it is a *sum* over the tokens of this
-rank and micro-batch, and the engine says what one token's share of the mean over the global batch is.
+rank and micro-batch, padding left out, and the engine says what one token's share of the mean over the global batch is.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ class AuxiliarySums:
     """Losses of a training step by name, for its report: sums over layers and this rank's tokens, and how many."""
 
     def __init__(self) -> None:
-        self._sums: dict[str, tuple[Tensor, int]] = {}
+        self._sums: dict[str, tuple[Tensor, Tensor | int]] = {}
 
-    def add(self, name: str, total: Tensor, tokens: int) -> None:
+    def add(self, name: str, total: Tensor, tokens: Tensor | int) -> None:
         """Take note of one layer's loss on one micro-batch; `total` is a scalar, the sum over `tokens` tokens."""
         before = self._sums.get(name)
         self._sums[name] = (total, tokens) if before is None else (before[0] + total, before[1] + tokens)
@@ -31,7 +31,7 @@ class AuxiliarySums:
     def pair(self, name: str) -> tuple[float, int]:
         """Sum and number of tokens (one token counts once per layer); zeros where no layer here has such a loss."""
         total, tokens = self._sums.get(name, (0.0, 0))
-        return float(total), tokens
+        return float(total), int(tokens)
 
 
 class _Step:
@@ -82,21 +82,22 @@ class _AddLoss(torch.autograd.Function):
         return grads[0], torch.full_like(ctx.like, ctx.scale), None
 
 
-def add_loss(x: Tensor, loss: Tensor, name: str, *, weight: float = 1.0) -> Tensor:
+def add_loss(x: Tensor, loss: Tensor, name: str, *, weight: float = 1.0, counted: Tensor | None = None) -> Tensor:
     """Tie a loss to an activation of the same layer that the main loss depends on: x -> x.
 
     Check `current_scale() is not None` before computing the loss at all.
 
     Args:
-        x: [..., width]; its leading dimensions are the tokens the loss is a sum over.
-        loss: scalar, a sum over those tokens, before `weight`.
+        x: [..., width]; its leading dimensions are positions.
+        loss: scalar, a sum over the positions that count, before `weight`.
         name: one of `LOSSES`, under which it is reported, unweighted, as a mean per token and layer.
         weight: what its gradient is multiplied by.
+        counted: bool, of x's leading dimensions, False for padding; None: all are tokens.
     """
     scale = current_scale()
     assert name in LOSSES, name
     if scale is None:
         return x
     if _Step.sums is not None:
-        _Step.sums.add(name, loss.detach(), x.shape[:-1].numel())
+        _Step.sums.add(name, loss.detach(), x.shape[:-1].numel() if counted is None else counted.sum())
     return _AddLoss.apply(x, loss, scale * weight)

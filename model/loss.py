@@ -31,6 +31,19 @@ def label_logprobs(hidden: Tensor, head: Head, labels: Tensor, temperature: floa
     return torch.zeros(labels.shape, dtype=chosen.dtype, device=labels.device).masked_scatter(kept, chosen)
 
 
+def tokens_ahead(doc_ids: Tensor, real: Tensor | None, depth: int) -> Tensor:
+    """Where the token `depth` places further on is of the same document: bool [batch, seq].
+
+    Args:
+        doc_ids: [batch, seq]. real: bool [batch, seq], False for padding; None: all are tokens.
+    """
+    out = torch.ones_like(doc_ids, dtype=torch.bool) if real is None else real.clone()
+    if depth:
+        out[:, :-depth] &= doc_ids[:, depth:] == doc_ids[:, :-depth]
+        out[:, -depth:] = False
+    return out
+
+
 def shifted_labels(labels: Tensor, doc_ids: Tensor, depth: int) -> Tensor:
     """Labels `depth` places further on, IGNORE where that place is past the row or in another document."""
     out = torch.full_like(labels, IGNORE)

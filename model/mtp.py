@@ -21,9 +21,14 @@ class MultiTokenPredictor(nn.Module):
         self.block = block
         self.shared_head_norm = build_norm(config)
 
-    def forward(self, hidden: Tensor, embeddings: Tensor, rotation: Tensor, mask: Tensor | None) -> Tensor:
-        """hidden and embeddings (already shifted), both [batch, seq, hidden_size] -> [batch, seq, hidden_size]."""
-        return self.shared_head_norm(self.block(self.join(hidden, embeddings), rotation, mask))
+    def forward(
+        self, hidden: Tensor, embeddings: Tensor, rotation: Tensor, mask: Tensor | None, counted: Tensor | None = None
+    ) -> Tensor:
+        """hidden and embeddings (already shifted), both [batch, seq, hidden_size] -> [batch, seq, hidden_size].
+
+        `counted` as the block takes it.
+        """
+        return self.shared_head_norm(self.block(self.join(hidden, embeddings), rotation, mask, None, counted))
 
     def join(self, hidden: Tensor, embeddings: Tensor) -> Tensor:
         """What the block reads (eq. 21): both [..., hidden_size] -> same."""

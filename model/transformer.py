@@ -22,6 +22,7 @@ from model.layers.linear import as_operand
 from model.layers.norm import build_norm
 from model.layers.rope import rotary_table
 from model.layers.vocab import Embedding, Head
+from model.loss import tokens_ahead
 from model.moe.experts import MixtureOfExperts
 from model.moe.replay import split_routing
 from model.mtp import MultiTokenPredictor
@@ -48,23 +49,32 @@ class Block(nn.Module):
         dense = FeedForward(config.hidden_size, config.intermediate_size)
         self.mlp: nn.Module = MixtureOfExperts(config) if config.is_moe_layer(layer) else dense
 
-    def forward(self, x: Tensor, rotation: Tensor, mask: Tensor | None, routing: Tensor | None = None) -> Tensor:
-        """x [batch, seq / sp, hidden_size] -> same; `routing` as `MixtureOfExperts` takes it."""
+    def forward(
+        self,
+        x: Tensor,
+        rotation: Tensor,
+        mask: Tensor | None,
+        routing: Tensor | None = None,
+        counted: Tensor | None = None,
+    ) -> Tensor:
+        """x [batch, seq / sp, hidden_size] -> same; `routing` and `counted` as `MixtureOfExperts` takes them."""
         if self.recompute == "full" and torch.is_grad_enabled():
-            return self._checkpointed(self._run, x, rotation, mask, routing)
-        return self._run(x, rotation, mask, routing)
+            return self._checkpointed(self._run, x, rotation, mask, routing, counted)
+        return self._run(x, rotation, mask, routing, counted)
 
-    def _run(self, x: Tensor, rotation: Tensor, mask: Tensor | None, routing: Tensor | None) -> Tensor:
+    def _run(
+        self, x: Tensor, rotation: Tensor, mask: Tensor | None, routing: Tensor | None, counted: Tensor | None
+    ) -> Tensor:
         if self.recompute == "selective" and torch.is_grad_enabled():
-            x = self._checkpointed(self._attend, x, rotation, mask)
+            x = self._checkpointed(self._attend, x, rotation, mask, counted)
         else:
-            x = self._attend(x, rotation, mask)
+            x = self._attend(x, rotation, mask, counted)
         x, y = self.post_attention_layernorm.beside(x)
-        return x + (self.mlp(y) if routing is None else self.mlp(y, routing))
+        return x + (self.mlp(y, routing, counted) if isinstance(self.mlp, MixtureOfExperts) else self.mlp(y))
 
-    def _attend(self, x: Tensor, rotation: Tensor, mask: Tensor | None) -> Tensor:
+    def _attend(self, x: Tensor, rotation: Tensor, mask: Tensor | None, counted: Tensor | None) -> Tensor:
         x, y = self.input_layernorm.beside(x)
-        return x + self.self_attn(as_operand(y), rotation, mask)
+        return x + self.self_attn(as_operand(y), rotation, mask, counted)
 
     def _checkpointed(self, function: Callable[..., Tensor], *args: Tensor | None) -> Tensor:
         # The model draws no random numbers, so there is no state to keep; and a parameter that ZeRO 3 gathers for the
@@ -173,19 +183,26 @@ class Transformer(nn.Module):
         return min(mine.stop + self.config.num_nextn_predict_layers, seq_len) - mine.start
 
     def run_layers(
-        self, hidden: Tensor, rotation: Tensor, mask: Tensor | None, routing: Tensor | None = None
+        self,
+        hidden: Tensor,
+        rotation: Tensor,
+        mask: Tensor | None,
+        routing: Tensor | None = None,
+        counted: Tensor | None = None,
     ) -> Tensor:
         """This stage's blocks, `recursion_depth` times: [batch, seq / sp, hidden_size] -> same.
 
         Args:
             routing: [batch, seq / sp, columns] experts to use in all layers of the model (`model.moe.replay`).
+            counted: bool [batch, seq / sp], False for padding, which no layer's own loss and no load counts; None: all
+                are tokens.
         Raises:
             ValueError: a routing of another model.
         """
         for index, given in enumerate(split_routing(self.config, self.layer_range, routing)):
             before = hidden
             for block, experts in zip(self.layers.values(), given, strict=True):
-                hidden = block(hidden, rotation, mask, experts)
+                hidden = block(hidden, rotation, mask, experts, counted)
             if self.recursion is not None:
                 hidden = self.recursion(before, hidden, index)
         return hidden
@@ -196,23 +213,30 @@ class Transformer(nn.Module):
         rotation, mask = self.context(doc_ids, tokens.shape[1])
         return self.lm_head(self.norm(self.run_layers(self.embed_tokens(tokens), rotation, mask, routing)))
 
-    def predict_ahead(self, hidden: Tensor, embeddings: Tensor, doc_ids: Tensor | None) -> list[Tensor]:
+    def predict_ahead(
+        self, hidden: Tensor, embeddings: Tensor, doc_ids: Tensor | None, real: Tensor | None = None
+    ) -> list[Tensor]:
         """Hidden states of the MTP modules, depth 1 first.
 
         Args:
             hidden: [batch, seq / sp, hidden_size], after the final norm.
             embeddings: [batch, `ahead_length`, hidden_size] from `embed`; depth k reads them k places ahead.
-            doc_ids: whole rows [batch, seq].
+            doc_ids: whole rows [batch, seq]; None for rows of one document.
+            real: bool [batch, seq], False for padding; None: all are tokens. A position counts for a module where it
+                has something to predict from: `tokens_ahead`.
         Returns:
             Per depth k, [batch, seq / sp, hidden_size]: position t predicts token t + k + 1. The last k positions of a
             row have no token to read and must not be trained on.
         """
         length = hidden.shape[1]
         rotation, mask = self.context(doc_ids, length * self.sp.size)
+        if doc_ids is None:
+            doc_ids = torch.zeros(hidden.shape[0], length * self.sp.size, dtype=torch.long, device=hidden.device)
         out = []
         for depth, module in enumerate(self.mtp, start=1):
             ahead = embeddings[:, depth : depth + length]
             past_the_end = ahead.new_zeros(ahead.shape[0], length - ahead.shape[1], ahead.shape[2])
-            hidden = module(hidden, torch.cat([ahead, past_the_end], 1), rotation, mask)
+            counted = tokens_ahead(doc_ids, real, depth)[:, self.window(doc_ids.shape[1])]
+            hidden = module(hidden, torch.cat([ahead, past_the_end], 1), rotation, mask, counted)
             out.append(hidden)
         return out

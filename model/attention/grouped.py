@@ -59,13 +59,14 @@ class GroupedAttention(nn.Module):
             return k, v
         return self.k_proj(entered), self.v_proj(entered)
 
-    def forward(self, x: Tensor, rotation: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, rotation: Tensor, mask: Tensor | None, counted: Tensor | None = None) -> Tensor:
         """Attend within documents.
 
         Args:
             x: [batch, seq / sp, hidden_size].
             rotation: complex [batch or 1, seq / sp, head_dim / 2]; contextual positions leave it aside.
             mask: bool [batch or 1, 1, seq, seq], or None for plain causal attention.
+            counted: of no use here, as there is no loss of this layer alone.
         """
         entered = copy_to(x, self.tp)
         flat = (self.q_proj(entered), *self.keys_and_values(x, entered))

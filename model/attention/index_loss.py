@@ -21,7 +21,17 @@ from model.parallel.collectives import Axis, all_reduce, all_to_all_rows
 Index = tuple[Tensor, Tensor, Tensor]  # queries, keys, weights: what `Indexer.forward` gives
 
 
-def indexer_kl(index: Index, q: Tensor, k: Tensor, read: Tensor, scale: float, *, tp: Axis, sp: Axis) -> Tensor:
+def indexer_kl(
+    index: Index,
+    q: Tensor,
+    k: Tensor,
+    read: Tensor,
+    scale: float,
+    *,
+    tp: Axis,
+    sp: Axis,
+    counted: Tensor | None = None,
+) -> Tensor:
     """Sum over this rank's positions of KL(attention || softmax of index scores), a scalar.
 
     Args:
@@ -29,15 +39,16 @@ def indexer_kl(index: Index, q: Tensor, k: Tensor, read: Tensor, scale: float, *
         q, k: of the main attention, [batch, seq, heads / (tp * sp), qk_head_dim].
         read: bool [batch or 1, seq, seq], the keys each query attends to; at least one.
         scale: of the main attention's scores.
+        counted: bool [batch, seq / sp], False for padding, which is left out; None: all are tokens.
     """
     with torch.no_grad(), without_autocast(q):
-        total, gradients = _total_and_gradients(index, q, k, read, scale, tp, sp)
+        total, gradients = _total_and_gradients(index, q, k, read, scale, tp, sp, counted)
     loss: Tensor = _Ready.apply(total, *gradients, *index)
     return loss
 
 
 def _total_and_gradients(
-    index: Index, q: Tensor, k: Tensor, read: Tensor, scale: float, tp: Axis, sp: Axis
+    index: Index, q: Tensor, k: Tensor, read: Tensor, scale: float, tp: Axis, sp: Axis, counted: Tensor | None
 ) -> tuple[Tensor, list[Tensor]]:
     """The loss, and its gradients with respect to `index`."""
     (batch, seq, heads, _), window = q.shape, index[0].shape[1]
@@ -55,7 +66,8 @@ def _total_and_gradients(
         leaves = [part.detach().requires_grad_() for part in parts]
         # A checkpointed layer keeps what its forward saves in its own way: this graph is none of its business.
         with torch.enable_grad(), saved_tensors_hooks(_as_it_is, _as_it_is):
-            loss = _divergence(target[:, :, :seen], index_scores(*leaves), mine)
+            each = _divergences(target[:, :, :seen], index_scores(*leaves), mine)
+            loss = (each if counted is None else each * counted[:, begin:end, None]).sum()
         total += loss.detach()
         places = (gradients[0][:, begin:end], gradients[1][:, :seen], gradients[2][:, begin:end])
         for place, gradient in zip(places, torch.autograd.grad(loss, leaves), strict=True):
@@ -83,10 +95,10 @@ def _attention(q: Tensor, k: Tensor, read: Tensor, scale: float, block: slice, s
     return all_to_all_rows(for_ranks.contiguous(), each, each, sp).sum(0)
 
 
-def _divergence(target: Tensor, scores: Tensor, read: Tensor) -> Tensor:
-    """KL(target || softmax of scores over the keys that are read), summed over all rows: [batch, rows, keys] -> []."""
+def _divergences(target: Tensor, scores: Tensor, read: Tensor) -> Tensor:
+    """Terms of KL(target || softmax of scores over the keys that are read): [batch, rows, keys] -> same."""
     logprobs = scores.masked_fill(~read, -torch.inf).log_softmax(-1).masked_fill(~read, 0.0)
-    return (torch.xlogy(target, target) - target * logprobs).sum()  # term by term: the sums are nearly equal
+    return torch.xlogy(target, target) - target * logprobs  # term by term: the sums are nearly equal
 
 
 def _as_it_is(tensor: Tensor) -> Tensor:

@@ -74,13 +74,14 @@ class MultiHeadLatentAttention(nn.Module):
         q, k, v = heads_for_positions(torch.cat([q, k, v], -1), self.sp).split(widths, -1)
         return q, k, v
 
-    def forward(self, x: Tensor, rotation: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, rotation: Tensor, mask: Tensor | None, counted: Tensor | None = None) -> Tensor:
         """Attend within documents.
 
         Args:
             x: [batch, seq / sp, hidden_size].
             rotation: complex [batch or 1, seq / sp, qk_rope_head_dim / 2]; contextual positions leave it aside.
             mask: bool [batch, 1, seq, seq], or None for plain causal attention.
+            counted: of no use here, as there is no loss of this layer alone.
         """
         q, k, v = (t.transpose(1, 2) for t in self.heads(self.query_latent(x), x, rotation))
         if self.config.position == "cope":

@@ -37,8 +37,8 @@ class SparseAttention(MultiHeadLatentAttention):
         super().__init__(config)
         self.indexer = Indexer(config)
 
-    def forward(self, x: Tensor, rotation: Tensor, mask: Tensor | None) -> Tensor:
-        """Attend within documents; arguments as MLA's."""
+    def forward(self, x: Tensor, rotation: Tensor, mask: Tensor | None, counted: Tensor | None = None) -> Tensor:
+        """Attend within documents; arguments as MLA's. The indexer learns from the queries that are `counted`."""
         query_latent = self.query_latent(x)
         q, k, v = self.heads(query_latent, x, rotation)
         seq = q.shape[1]
@@ -56,8 +56,8 @@ class SparseAttention(MultiHeadLatentAttention):
         out = reduce_from(self.o_proj(out.flatten(2)), self.tp)
         if not wants_loss:
             return out
-        loss = indexer_kl(index, q.detach(), k.detach(), read, self.scale, tp=self.tp, sp=self.sp)
-        return add_loss(out, loss, "indexer_kl")
+        loss = indexer_kl(index, q.detach(), k.detach(), read, self.scale, tp=self.tp, sp=self.sp, counted=counted)
+        return add_loss(out, loss, "indexer_kl", counted=counted)
 
     def _selected(self, index: Index, visible: Tensor) -> Tensor:
         """What every query of whole rows reads: bool [batch, seq, seq]."""

@@ -99,14 +99,16 @@ class MixtureOfExperts(nn.Module):
         width = config.n_shared_experts * config.moe_intermediate_size
         self.shared_experts = FeedForward(config.hidden_size, width) if width else None
 
-    def forward(self, x: Tensor, routing: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, routing: Tensor | None = None, counted: Tensor | None = None) -> Tensor:
         """
         Args:
             routing: [batch, seq, num_experts_per_tok] experts to use where they are not FREE.
+            counted: bool [batch, seq], False for padding, which the router does not count; None: all are tokens.
         """
         tokens = x.flatten(0, -2)
         given = None if routing is None else routing.flatten(0, -2)
-        indices, weights = self.gate(tokens, rows=x.shape[0], given=given)
+        present = None if counted is None else counted.flatten()
+        indices, weights = self.gate(tokens, rows=x.shape[0], given=given, counted=present)
         entered = copy_to(as_operand(tokens), self.tp)  # once for routed and shared experts: one message backward
         out = self.experts(entered, indices, copy_to(weights, self.tp)).view_as(x)
         if self.shared_experts is not None:

@@ -40,7 +40,8 @@ class Router(nn.Module):
         e_score_correction_bias: of noaux_tc.
         expert_fraction: with a loss over the whole batch, the share of choices each expert got in the step before;
             zeros before the first. Training state: checkpoints have it, a saved model has not.
-        load: tokens each expert got since the last optimizer step, once per pass; not part of the model.
+        load: tokens each expert got since the last optimizer step, once per pass, padding left out; not part of the
+            model.
     """
 
     e_score_correction_bias: Tensor
@@ -70,13 +71,17 @@ class Router(nn.Module):
         """Whether the balancing loss is over the whole batch."""
         return self.config.aux_loss_alpha > 0 and not self.config.seq_aux
 
-    def forward(self, x: Tensor, rows: int = 1, given: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, rows: int = 1, given: Tensor | None = None, counted: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Choose experts for x [tokens, hidden_size].
 
         Args:
             rows: sequences that the tokens belong to, one after another, of equal length.
             given: [tokens, num_experts_per_tok] experts to use in place of a choice, with the weights that their
                 scores have now; a token whose ids are FREE chooses by itself.
+            counted: bool [tokens], those that the load and the balancing loss are of; the others are padding, which
+                is routed and otherwise nothing. None: all.
         Returns:
             indices [tokens, num_experts_per_tok] int64, and weights of the same shape in fp32 (V3, eqs. 12-16).
         """
@@ -93,10 +98,18 @@ class Router(nn.Module):
             if config.routed_scaling_factor != 1:
                 weights = weights * config.routed_scaling_factor
             if config.aux_loss_alpha > 0 and current_scale() is not None:
-                weights = add_loss(weights, self._loss(scores, indices, rows), "aux_loss", weight=config.aux_loss_alpha)
+                loss = self._loss(scores, indices, rows, counted)
+                weights = add_loss(weights, loss, "aux_loss", weight=config.aux_loss_alpha, counted=counted)
         if self.training and self.counting and torch.is_grad_enabled():
-            self.load += torch.bincount(indices.flatten(), minlength=config.n_routed_experts)
+            self._count(indices, counted)
         return indices, weights
+
+    def _count(self, indices: Tensor, counted: Tensor | None) -> None:
+        if counted is None:
+            self.load += torch.bincount(indices.flatten(), minlength=self.config.n_routed_experts)
+        else:
+            each = counted.to(self.load.dtype).unsqueeze(1).expand_as(indices)
+            self.load.scatter_add_(0, indices.flatten(), each.flatten())
 
     def _choose(self, scores: Tensor) -> Tensor:
         """[tokens, experts] -> [tokens, num_experts_per_tok]."""
@@ -110,13 +123,13 @@ class Router(nn.Module):
             choice = grouped.masked_fill(~allowed.unsqueeze(-1), -torch.inf).flatten(1)
         return _largest(choice, config.num_experts_per_tok)
 
-    def _loss(self, scores: Tensor, indices: Tensor, rows: int) -> Tensor:
-        """The balancing loss of these tokens, a sum over them, unweighted."""
+    def _loss(self, scores: Tensor, indices: Tensor, rows: int, counted: Tensor | None) -> Tensor:
+        """The balancing loss of the tokens that count, a sum over them, unweighted."""
         if self.remembers_load:
-            return batch_loss(scores, self.expert_fraction)
+            return batch_loss(scores, self.expert_fraction, counted)
         if self.has_bias:  # V3's eq. 18 counts what the scores alone would choose, not what the bias made of it
             indices = _largest(scores.detach(), indices.shape[1])
-        return sequence_loss(scores, indices, rows, self.sp)
+        return sequence_loss(scores, indices, rows, self.sp, counted)
 
     @torch.no_grad()
     def balance(self) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
-import numpy as np
 from rich.text import Text
 
 from ray_pipeline.data.batch import IGNORE, Batch
@@ -54,7 +53,9 @@ def _render_row(batch: Batch, row: int, tokenizer: ChatTokenizer) -> Text:
     supervised = [False] + [label != IGNORE for label in labels]
     if supervised[-1]:
         tokens, documents = [*tokens, labels[-1]], [*documents, documents[-1]]
-    padding = _padding_start(documents, supervised)
+    padding = len(tokens)
+    if batch.real is not None and not bool(batch.real[row].all()):
+        padding = int(batch.real[row].sum())
     out = Text(f"\nrow {row}: {sum(supervised)} of {len(labels)} targets\n")
     # Runs of one style are decoded together: a character may be spelled with several tokens.
     start = 0
@@ -70,10 +71,3 @@ def _render_row(batch: Batch, row: int, tokenizer: ChatTokenizer) -> Text:
     if padding < len(tokens):
         out.append(f"│ {len(tokens) - padding} × padding", BOUNDARY)
     return out
-
-
-def _padding_start(documents: list[int], supervised: list[bool]) -> int:
-    """Where the last segment begins if it is padding (nothing in it is supervised), else the row's length."""
-    first = int(np.searchsorted(documents, documents[-1]))
-    is_padding = first > 0 and not any(supervised[first : len(documents)])
-    return first if is_padding else len(documents)

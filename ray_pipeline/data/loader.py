@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ray_pipeline.data.batch import IGNORE, Batch
+from ray_pipeline.data.batch import IGNORE, Batch, real_tokens
 from ray_pipeline.data.shards import FIELDS, ShardFile, read_manifest, verify_files
 from ray_pipeline.errors import UserError
 
@@ -42,14 +42,16 @@ def rows_to_batch(tokens: NDArray[Any], segments: NDArray[Any], mask: NDArray[An
     Args:
         tokens, segments, mask: [rows, seq_len + 1].
     Returns:
-        Labels are IGNORE across document boundaries, on padding, and where the next token is not supervised.
+        Labels are IGNORE across document boundaries, on padding, and where the next token is not supervised; padding is
+        marked as such.
     """
     tok = torch.from_numpy(tokens.astype(np.int64))
     seg = torch.from_numpy(segments.astype(np.int64))
     supervised = torch.from_numpy(mask.astype(np.bool_))
     target = (seg[:, 1:] == seg[:, :-1]) & supervised[:, 1:]
     labels = tok[:, 1:].masked_fill(~target, IGNORE)
-    return Batch(tok[:, :-1].contiguous(), labels, seg[:, :-1].contiguous())
+    doc_ids = seg[:, :-1].contiguous()
+    return Batch(tok[:, :-1].contiguous(), labels, doc_ids, real=real_tokens(doc_ids, labels))
 
 
 class PackedRows:

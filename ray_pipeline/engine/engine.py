@@ -141,7 +141,7 @@ class Engine:
         return replace(mine, window=self.parts[0].window(seq_len) if sp > 1 else None)
 
     def fitted(self, batch: Batch) -> Batch:
-        """The batch with the fewest rows added that let a training step run on it."""
+        """The batch with the fewest rows added that let a training step run on it; they are padding."""
         dp, pp = self.mesh.dp, self.mesh.sizes.pp
         micro_batches = 2 * pp if self.pipeline.schedule_name == "dualpipev" else 1
         return batch.pad_rows(max(-(-len(batch) // dp), (micro_batches - 1) * self._rows_at_once(batch) + 1) * dp)
@@ -171,7 +171,8 @@ class Engine:
 
         micro_batches = self._micro_batches(mine)
         self.updater.expect(len(micro_batches))
-        with auxiliary_scale(scale / batch.tokens.numel()) as auxiliary:
+        counts = [batch.tokens_ahead(depth) for depth in range(self.config.num_nextn_predict_layers + 1)]
+        with auxiliary_scale(scale / counts[0]) as auxiliary:
             self.pipeline.run(micro_batches, finish, train=True)
         self.on_phase("optimizer step")
         for group in self.updater.optimizer.param_groups:
@@ -180,7 +181,7 @@ class Engine:
         self.experts.step()
         totals = objective_sums(sums, 1 + len(objective.metric_names), self.device)
         own = torch.cat([totals, auxiliary_sums(auxiliary, self.device)])
-        own, measured = over_ranks(self.mesh, own, self.experts.measured(batch.tokens.numel()).flatten())
+        own, measured = over_ranks(self.mesh, own, self.experts.measured(counts).flatten())
         loss, metrics = self._named(own[: len(totals)], objective)
         figures = layer_figures(own[len(totals) :].tolist(), measured.view(-1, 3).tolist(), self.experts)
         return StepStats(loss / weight, norm, weight, metrics, figures)

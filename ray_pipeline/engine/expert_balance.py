@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ class ExpertBalance:
 
     Attributes:
         routers: by their prefix in the whole model, `layers.1.mlp.gate.`.
-        loads: [experts] tokens that each expert of a router got in the last step, over all replicas.
+        loads: [experts] tokens that each expert of a router got in the last step, over all replicas; padding left out.
     """
 
     def __init__(self, config: ModelConfig, parts: Iterable[Transformer], mesh: Mesh):
@@ -31,12 +31,12 @@ class ExpertBalance:
         }
         self.loads: dict[str, Tensor] = {}
 
-    def all_routers(self) -> dict[str, int]:
-        """Prefixes of the whole model's routers, in order -> times a token passes each in a step."""
+    def all_routers(self) -> dict[str, tuple[int, int]]:
+        """Prefixes of the whole model's routers, in order -> depth of the MTP module (0: none), passes of a token."""
         config = self.config
         last, depths = config.num_hidden_layers, range(config.num_nextn_predict_layers)
-        main = {f"layers.{i}.mlp.gate.": config.recursion_depth for i in range(last) if config.is_moe_layer(i)}
-        return main | {f"mtp.{k}.block.mlp.gate.": 1 for k in depths if config.is_moe_layer(last + k)}
+        main = {f"layers.{i}.mlp.gate.": (0, config.recursion_depth) for i in range(last) if config.is_moe_layer(i)}
+        return main | {f"mtp.{k}.block.mlp.gate.": (k + 1, 1) for k in depths if config.is_moe_layer(last + k)}
 
     def step(self) -> None:
         """After an optimizer step: add up loads over replicas and let the routers take note of them."""
@@ -48,19 +48,24 @@ class ExpertBalance:
                 router.load.copy_(load)
                 router.balance()
 
-    def measured(self, tokens: int) -> Tensor:
+    def measured(self, tokens: Sequence[int]) -> Tensor:
         """[routers of the whole model, 3] fp64: entropy, largest and dropped; zeros where another pipeline rank has it.
 
         Args:
-            tokens: of the global batch.
+            tokens: of the global batch, padding left out, by how far ahead a router's module predicts: all of them,
+                then those that the MTP modules count.
         """
         everywhere = self.all_routers()
         device = next(iter(self.loads.values())).device if self.loads else torch.device("cpu")
         out = torch.zeros(len(everywhere), 3, dtype=torch.float64, device=device)
-        here = [(row, name, times) for row, (name, times) in enumerate(everywhere.items()) if name in self.loads]
+        here = [
+            (row, name, times * tokens[depth])
+            for row, (name, (depth, times)) in enumerate(everywhere.items())
+            if name in self.loads
+        ]
         if here:
             loads = torch.stack([self.loads[name] for _, name, _ in here])
-            sent = torch.tensor([times for *_, times in here], device=device) * tokens * self.config.num_experts_per_tok
+            sent = torch.tensor([passed for *_, passed in here], device=device) * self.config.num_experts_per_tok
             out[[row for row, *_ in here]] = _figures(loads, sent)
         return out
 

@@ -46,7 +46,10 @@ class Parts(nn.Module):
             else:
                 hidden, ahead = carried if len(carried) == 2 else (carried[0], None)
             routing = batch.extras.get("routing")
-            hidden = part.run_layers(hidden, rotation, mask, None if routing is None else batch.local(routing))
+            hidden = part.run_layers(
+                hidden, rotation, mask, None if routing is None else batch.local(routing),
+                None if batch.real is None else batch.local(batch.real),
+            )  # fmt: skip
             if part.is_last:
                 return [finish(part, part.norm(hidden), ahead, batch)]
         return [hidden] if ahead is None else [hidden, ahead]

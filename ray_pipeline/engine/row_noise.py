@@ -35,12 +35,14 @@ def disturb_embeddings(batch: Batch, alpha: float, hidden_size: int) -> Batch:
     """Ask for noise on the embeddings (NEFTune, arXiv:2310.05914, algorithm 1): `noise_scale`, fp32 [rows, seq].
 
     The scale is alpha / sqrt(L d). L is the length of the token's document, which is the sequence of the paper: packing
-    changes nothing.
+    changes nothing, and padding has no noise.
     """
     documents = batch.doc_ids
     counts = torch.zeros(len(batch), int(documents.max()) + 1, dtype=torch.long)
     counts.scatter_add_(1, documents, torch.ones_like(documents))
     scale = alpha / (counts.gather(1, documents).float() * hidden_size).sqrt()
+    if batch.real is not None:
+        scale = scale * batch.real
     return replace(batch, extras=batch.extras | {"noise_scale": scale})
 
 

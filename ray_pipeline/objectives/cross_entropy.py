@@ -27,7 +27,7 @@ class CrossEntropy:
         depths = len(model.mtp)
         if depths and (self.mtp_weight or not torch.is_grad_enabled()):
             assert embeddings is not None
-            states = model.predict_ahead(hidden, embeddings, batch.doc_ids)
+            states = model.predict_ahead(hidden, embeddings, batch.doc_ids, batch.real)
             for depth, state in enumerate(states, start=1):
                 labels = batch.local(shifted_labels(batch.labels, batch.doc_ids, depth))
                 ahead = ahead + cross_entropy_sum(state, model.lm_head, labels)

@@ -47,12 +47,15 @@ def pack_rollouts(
     pad_id: int,
     *,
     trained: Sequence[bool] | None = None,
+    multiple: int = 1,
 ) -> Batch:
     """Several rollouts to a row, kept apart by `doc_ids`.
 
     Args:
         advantages: [len(rollouts)].
         trained: which of them train anything; default: all. The others still count among the answers.
+        multiple: rows are lengthened by padding to the next multiple of it. Which rollouts share a row stays the same:
+            a balancing loss over sequences depends on that.
     Returns:
         Position t predicts token t + 1: labels are set where that token belongs to a completion and was not forced.
         Extras, zero where there is no label: "advantages", "sampler_logprobs", and with `trained` "trained". Where
@@ -66,9 +69,10 @@ def pack_rollouts(
     if max(lengths, default=0) > seq_len:
         raise ValueError(f"a rollout takes {max(lengths)} positions: longer than seq_len={seq_len}")
     rows = best_fit(lengths, seq_len)
-    batch = _empty(len(rows), seq_len, pad_id, rollouts)
+    batch = _empty(len(rows), -(-seq_len // multiple) * multiple, pad_id, rollouts)
+    real = batch.real = torch.zeros_like(batch.tokens, dtype=torch.bool)
     if trained is not None:
-        batch.extras["trained"] = torch.zeros(len(rows), seq_len)
+        batch.extras["trained"] = torch.zeros(batch.tokens.shape)
     for row, members in enumerate(rows):
         start = 0
         for document, i in enumerate(members):
@@ -78,6 +82,7 @@ def pack_rollouts(
                 batch.extras["trained"][row, place] = (batch.labels[row, place] != IGNORE) * float(trained[i])
             start = place.stop
         batch.doc_ids[row, start:] = len(members)  # padding is a document of its own
+        real[row, :start] = True
     return batch
 
 

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-import torch
-
 from model.layers.vocab import Head
-from ray_pipeline.data.batch import Batch
+from ray_pipeline.data.batch import Batch, join_rows
 from ray_pipeline.data.loader import PackedRows, row_order
 from ray_pipeline.engine.engine import Engine
 from ray_pipeline.rollouts.rollout import request_seed
@@ -50,12 +48,7 @@ class MixedRows:
 
     def batch(self, seed: int, step: int, batch_size: int) -> Batch:
         """Rows of one step; a pure function of its arguments."""
-        picked = [self._row(index) for index in row_order(len(self), seed, step, batch_size)]
-        return Batch(
-            torch.cat([row.tokens for row in picked]),
-            torch.cat([row.labels for row in picked]),
-            torch.cat([row.doc_ids for row in picked]),
-        )
+        return join_rows([self._row(index) for index in row_order(len(self), seed, step, batch_size)])
 
     def _row(self, index: int) -> Batch:
         if index < self.on_disk:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -92,8 +93,7 @@ class Reference:
         It routes freely: a replayed choice of experts is the policy's.
         """
         extras = {name: values for name, values in batch.extras.items() if name != "routing"}
-        free = Batch(batch.tokens, batch.labels, batch.doc_ids, extras, batch.window)
-        found = self._engine.per_token(free, self._finish)
+        found = self._engine.per_token(replace(batch, extras=extras), self._finish)
         return torch.zeros(batch.labels.shape) if found is None else found
 
     def _folder(self, step: int) -> Path:

@@ -91,13 +91,14 @@ class BatchBuilder:
             return None
         chosen = torch.tensor([advantage for _, advantage in answers])
         masked = None if all(trained) else trained
-        return pack_rollouts(rollouts, chosen, self._row_length(rollouts), self.pad_id, trained=masked)
+        length, sp = self._row_length(rollouts), self.engine.mesh.sizes.sp
+        return pack_rollouts(rollouts, chosen, length, self.pad_id, trained=masked, multiple=sp)
 
     def _row_length(self, rollouts: list[Rollout]) -> int:
         model, device = self.engine.config, self.engine.device
         dtype = torch.float32 if self.settings.precision == "fp32" else torch.bfloat16
         alone = meets_documents_alone(model, self.seq_len, device, dtype)
-        return row_length(rollouts, self.seq_len, model, 32 * self.engine.mesh.sizes.sp, by_documents=alone)
+        return row_length(rollouts, self.seq_len, model, 32, by_documents=alone)  # whatever the layout
 
     def advantages(self, rollouts: list[Rollout]) -> Tensor:
         """Of whole groups, one after the other: [len(rollouts)]."""

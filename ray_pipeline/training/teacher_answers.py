@@ -9,7 +9,7 @@ import torch
 
 from model.generate.decode import Completion
 from ray_pipeline.artifacts import atomic_path
-from ray_pipeline.data.batch import Batch
+from ray_pipeline.data.batch import Batch, real_tokens
 from ray_pipeline.data.tokenizer import ChatTokenizer, load_tokenizer
 from ray_pipeline.engine.gather import all_ranks_gather
 from ray_pipeline.evaluation.chat import completion_text
@@ -40,7 +40,10 @@ def teacher_answer_rows(rank: Rank, teacher: Teacher) -> Batch | None:
                 torch.save(None if rows is None else (rows.tokens, rows.labels, rows.doc_ids), aside)
         all_ranks_gather(rank.mesh, None)  # nobody reads before the file is there
     stored = torch.load(path)
-    return None if stored is None else Batch(*stored)
+    if stored is None:
+        return None
+    tokens, labels, doc_ids = stored
+    return Batch(tokens, labels, doc_ids, real=real_tokens(doc_ids, labels))
 
 
 def retokenised(tokenizer: ChatTokenizer, question: dict[str, Any], text: str, seq_len: int) -> Answer | None:

@@ -144,7 +144,7 @@ class Trainer:
                 stats = self.engine.train_step(batch, self.objective, rate)
                 self._refuse_nan(stats, step)
                 losses.append(stats.loss)
-                tokens += batch.tokens.numel()
+                tokens += batch.tokens_ahead(0)
             last = done == settings.steps
             if done % settings.log_every == 0 or last:
                 speed = tokens / max(time.monotonic() - since, 1e-9)

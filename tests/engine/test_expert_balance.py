@@ -23,7 +23,7 @@ def balance(changes: dict | None = None) -> ExpertBalance:
 
 def test_routers_are_listed_with_the_times_a_token_passes_them():
     named = balance({"recursion_depth": 3}).all_routers()
-    assert named == {f"layers.{i}.mlp.gate.": 3 for i in (1, 2, 3)} | {"mtp.0.block.mlp.gate.": 1}
+    assert named == {f"layers.{i}.mlp.gate.": (0, 3) for i in (1, 2, 3)} | {"mtp.0.block.mlp.gate.": (1, 1)}
     assert not balance({"first_k_dense_replace": 99}).all_routers()
 
 
@@ -35,7 +35,7 @@ def test_entropy_is_one_where_all_are_equal_and_the_worst_layer_is_told():
         "layers.3.mlp.gate.": torch.tensor([20, 4, 4, 4]),
         "mtp.0.block.mlp.gate.": torch.tensor([0, 0, 0, 0]),  # it did not run
     }
-    figures = found.figures(found.measured(16).tolist())
+    figures = found.figures(found.measured([16, 15]).tolist())
     assert figures["experts/layers.1/load_entropy"] == pytest.approx(1) == figures["experts/layers.1/largest_load"]
     assert figures["experts/layers.2/load_entropy"] == pytest.approx(math.log(2) / math.log(4))
     assert figures["largest_load"] == figures["experts/layers.3/largest_load"] == pytest.approx(2.5)
@@ -47,7 +47,7 @@ def test_a_lost_token_is_our_own_mistake():
     found = balance({"num_nextn_predict_layers": 0})
     found.loads = {f"layers.{i}.mlp.gate.": torch.tensor([8, 8, 8, 7]) for i in (1, 2, 3)}
     with pytest.raises(AssertionError, match="3 choices of a token reached no expert"):
-        found.figures(found.measured(16).tolist())
+        found.figures(found.measured([16, 15]).tolist())
 
 
 def test_a_model_without_experts_reports_nothing_of_them():

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from model.loss import label_logprobs
 from model.transformer import Transformer
-from ray_pipeline.data.batch import IGNORE, Batch
+from ray_pipeline.data.batch import IGNORE, Batch, join_rows, real_tokens
 from tests.engine.test_parity import CONFIG
 
 SEQ = 16
@@ -33,7 +33,7 @@ def answers(rows: Sequence[Sequence[tuple[int, int]]], seed: int, seq_len: int =
             labels[row, stop - answer : stop] = torch.randint(0, CONFIG.vocab_size, (answer,), generator=generator)
             start = stop
         doc_ids[row, start:] = len(documents)
-    return Batch(tokens, labels, doc_ids)
+    return Batch(tokens, labels, doc_ids, real=real_tokens(doc_ids, labels))
 
 
 def by_document(batch: Batch, values: Tensor) -> Tensor:
@@ -105,10 +105,8 @@ def unpacked(batch: Batch, keep: int = 1) -> Batch:
             if "pair" in extras:
                 extras["pair"] = extras["pair"].masked_fill(~inside, -1.0)
             labels = whole.labels.masked_fill(~inside, IGNORE)
-            parts.append(Batch(whole.tokens, labels, whole.doc_ids, extras))
-    joined = {name: torch.cat([part.extras[name] for part in parts]) for name in batch.extras}
-    tensors = ([getattr(part, name) for part in parts] for name in ("tokens", "labels", "doc_ids"))
-    return Batch(*(torch.cat(list(each)) for each in tensors), joined)
+            parts.append(Batch(whole.tokens, labels, whole.doc_ids, extras, real=inside))
+    return join_rows(parts)
 
 
 def _where(inside: Tensor, value: Tensor) -> Tensor:
@@ -125,7 +123,6 @@ def at_the_start(batch: Batch) -> Batch:
         shift = -int(inside.int().argmax())
         extras = {name: value.roll(shift, 1) for name, value in one.extras.items()}
         doc_ids = (one.doc_ids - kept.min()).masked_fill(~inside, len(kept)).roll(shift, 1)
-        rows.append(Batch(one.tokens.roll(shift, 1), one.labels.roll(shift, 1), doc_ids, extras))
-    joined = {name: torch.cat([row.extras[name] for row in rows]) for name in batch.extras}
-    tensors = ([getattr(row, name) for row in rows] for name in ("tokens", "labels", "doc_ids"))
-    return Batch(*(torch.cat(list(each)) for each in tensors), joined)
+        labels = one.labels.roll(shift, 1)
+        rows.append(Batch(one.tokens.roll(shift, 1), labels, doc_ids, extras, real=inside.roll(shift, 1)))
+    return join_rows(rows)

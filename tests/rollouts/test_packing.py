@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from model.config import ModelConfig
-from ray_pipeline.data.batch import IGNORE
+from ray_pipeline.data.batch import IGNORE, real_tokens
 from ray_pipeline.rollouts.packing import pack_rollouts, positions, row_length
 from ray_pipeline.rollouts.rollout import Rollout
 
@@ -121,3 +121,17 @@ def test_several_answers_to_a_row_where_attention_meets_each_alone():
     rollouts = [rollout([1] * 30, [2] * 71)] * 20
     chosen = [row_length(rollouts, 1024, ModelConfig(), 32, by_documents=by) for by in (True, False)]
     assert chosen == [512, 320]  # five to a row, or three
+
+
+@given(st.lists(st.tuples(ids, ids), min_size=1, max_size=10), st.integers(15, 40), st.integers(2, 6))
+def test_every_token_is_real_and_longer_rows_hold_the_same_rollouts(pairs, seq_len, multiple):
+    rollouts = [rollout(p, c) for p, c in pairs]
+    batch, longer = (
+        pack_rollouts(rollouts, torch.ones(len(rollouts)), seq_len, pad_id=0, multiple=m) for m in (1, multiple)
+    )
+    assert torch.equal(batch.real, real_tokens(batch.doc_ids, batch.labels))
+    assert int(batch.real.sum()) == sum(map(positions, rollouts))
+    assert longer.tokens.shape[1] % multiple == 0
+    for whole, part in ((longer.tokens, batch.tokens), (longer.labels, batch.labels), (longer.real, batch.real)):
+        assert torch.equal(whole[:, :seq_len], part)
+    assert not longer.real[:, seq_len:].any() and longer.extras["advantages"].shape == longer.tokens.shape
