@@ -26,7 +26,7 @@ from tests.objectives import batches
 MODEL = replace(
     CONFIG, num_hidden_layers=4, num_nextn_predict_layers=0, router_bias_update_rate=0.01, aux_loss_alpha=0.01
 )
-ADAMW = OptimizerConfig(lr=3e-3, warmup_steps=0, grad_clip=0.3, eps=1e-5)
+ADAMW = OptimizerConfig(lr=1e-3, warmup_steps=0, grad_clip=0.3, eps=1e-5)  # rounding grows with the rate
 STEPS = 40
 LAYOUTS = {"dp2": (MeshSizes(dp=2), {}), "pp2-dualpipev": (MeshSizes(pp=2), {"schedule": "dualpipev"})}
 
