@@ -14,6 +14,7 @@ from torch import Tensor
 from model.generate.cache import KVCache
 from model.generate.decode import Completion, check_prompts
 from model.generate.decoder import Decoder
+from model.generate.sampler import check_finite
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,7 @@ class _Search:
         logprobs = torch.zeros(self.num_beams, 0, device=logits.device)
         for length in range(1, self.limit + 1):
             step = torch.log_softmax(logits.float(), -1)
+            check_finite(logits, step)
             best = (scores[:, None] + step).flatten().topk(self.candidates)
             beam, token = best.indices // step.shape[1], best.indices % step.shape[1]
             written = torch.cat([tokens[beam], token[:, None]], 1)

@@ -13,6 +13,10 @@ import torch
 from torch import Tensor
 
 
+class NotFiniteLogits(ValueError):
+    """A model whose logits are not finite numbers: its weights are spoiled, or overflow."""
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How a token is chosen.
@@ -100,6 +104,18 @@ def inverse_cdf(logprobs: Tensor, uniforms: Tensor) -> Tensor:
     return torch.searchsorted(cdf, target, right=True).squeeze(1)
 
 
+def check_finite(logits: Tensor, logprobs: Tensor) -> None:
+    """Raise NotFiniteLogits where a row of logits has a NaN or an infinity. `logprobs` are those of the logits.
+
+    One NaN or infinity spoils the sum that a whole row is normalised by, so one column tells.
+    """
+    if bool(logprobs[:, 0].isfinite().all()):
+        return
+    if bool(logits.isfinite().all()):
+        raise ValueError("the temperature is so close to 0 that logits over it overflow: use 0, which is greedy")
+    raise NotFiniteLogits("the logits of the next token are not finite numbers")
+
+
 def distributions(logits: Tensor, settings: Sampling, seen: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """What the model says, and what is drawn from.
 
@@ -108,9 +124,12 @@ def distributions(logits: Tensor, settings: Sampling, seen: Tensor | None = None
     Returns:
         log softmax(logits / temperature) in fp32 (at temperature 1 when greedy), which a policy gradient needs; and
         the same after penalty and cuts, -inf where a token is cut and not normalised again.
+    Raises:
+        NotFiniteLogits: there is nothing to draw from.
     """
     logits, temperature = logits.float(), settings.temperature or 1.0
     logprobs = torch.log_softmax(logits if temperature == 1 else logits / temperature, -1)
+    check_finite(logits, logprobs)
     kept = logprobs
     if settings.repetition_penalty != 1:
         assert seen is not None, "a repetition penalty needs the tokens that were there before"

@@ -223,6 +223,7 @@ def split_names(given: str) -> list[str]:
 def _ask(plan: Plan, source: ModelSource) -> Report:
     """Load one model and ask it everything."""
     from ray_pipeline.cli.eval_progress import AskProgress
+    from ray_pipeline.evaluation.chat import finite_logits
     from ray_pipeline.evaluation.evaluate import answers_wanted, evaluate
     from ray_pipeline.evaluation.models import load
     from ray_pipeline.evaluation.report import Report
@@ -234,7 +235,8 @@ def _ask(plan: Plan, source: ModelSource) -> Report:
         results = []
         for task in plan.tasks:
             progress.start(task.name, answers_wanted(task, settings))
-            results.append(evaluate(model, task, settings, plan.ks, progress.add))
+            with finite_logits(f"the model in {source.folder}", "Give another stage or folder, or train it again."):
+                results.append(evaluate(model, task, settings, plan.ks, progress.add))
     about = {
         "name": source.name,
         "folder": str(source.folder),

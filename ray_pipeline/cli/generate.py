@@ -157,6 +157,7 @@ def write(model_folder: Path, tokenizer_folder: Path, prompt: str, wishes: Wishe
     from model.generate.decode import Decoder, check_prompts
     from ray_pipeline.artifacts import load_model
     from ray_pipeline.data.tokenizer import load_tokenizer
+    from ray_pipeline.evaluation.chat import finite_logits
 
     tokenizer = load_tokenizer(tokenizer_folder)
     tokens = prompt_tokens(tokenizer, prompt, raw=wishes.raw, begins=pretrained or begins_with_bos(tokenizer_folder))
@@ -178,7 +179,8 @@ def write(model_folder: Path, tokenizer_folder: Path, prompt: str, wishes: Wishe
     if wishes.raw:
         click.echo(prompt, nl=False)
     run = search if wishes.num_beams > 1 else stream
-    run(Decoder(model), tokenizer, tokens, wishes)
+    with finite_logits(f"the model in {model_folder}", "Take an earlier stage's with --stage, or train it again."):
+        run(Decoder(model), tokenizer, tokens, wishes)
 
 
 def stream(decoder: Decoder, tokenizer: ChatTokenizer, tokens: list[int], wishes: Wishes) -> None:

@@ -25,7 +25,14 @@ from ray_pipeline.engine.expert_balance import KEPT, SAVED, ExpertBalance
 from ray_pipeline.engine.gather import gather_state
 from ray_pipeline.engine.parts import Parts
 from ray_pipeline.engine.pipeline import Finish, Pipeline
-from ray_pipeline.engine.step_stats import StepStats, auxiliary_sums, layer_figures, objective_sums, over_ranks
+from ray_pipeline.engine.step_stats import (
+    StepStats,
+    auxiliary_sums,
+    largest_of,
+    layer_figures,
+    objective_sums,
+    over_ranks,
+)
 from ray_pipeline.engine.updater import PlainUpdater, Updater
 from ray_pipeline.objectives.base import Objective
 
@@ -236,6 +243,15 @@ class Engine:
         self.updater.load_state(state)
         for name, kept in self.experts.buffers(KEPT).items():
             kept.copy_(state[f"model.{name}"])
+
+    def largest(self) -> tuple[float, float]:
+        """The largest of all ranks' weights that are trained and of the optimizer's averages, without signs; inf for
+        a NaN. One small message over the ranks."""
+        assert self.updater is not None
+        states = self.updater.optimizer.state.values()
+        kept = (v for state in states for key, v in state.items() if key != "step" and isinstance(v, Tensor))
+        weight, moment = largest_of((self.updater.held(), kept), self.mesh, self.device)
+        return weight, moment
 
     @torch.no_grad()
     def full_state(self) -> dict[str, Tensor]:

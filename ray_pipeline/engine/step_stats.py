@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from model.auxiliary import LOSSES, AuxiliarySums
+from model.parallel.collectives import all_reduce
 from model.parallel.mesh import Mesh
 from ray_pipeline.engine.expert_balance import ExpertBalance
 
@@ -42,6 +45,19 @@ def over_ranks(mesh: Mesh, partial: Tensor, shared: Tensor | None = None) -> tup
     shared = partial.new_zeros(0) if shared is None else shared
     both = mesh.all_reduce(torch.cat([mesh.all_reduce(partial, "replica"), shared.to(partial)]), "pp")
     return both[: len(partial)], both[len(partial) :]
+
+
+@torch.no_grad()
+def largest_of(groups: Sequence[Iterable[Tensor]], mesh: Mesh, device: torch.device) -> tuple[float, ...]:
+    """The largest number of each group of tensors over all ranks, without signs; inf where one is not finite."""
+    here = []
+    for group in groups:
+        norms = [torch.linalg.vector_norm(t.detach(), math.inf).float().to(device) for t in group if t.numel()]
+        here.append(torch.stack(norms).max() if norms else torch.zeros((), device=device))
+    found = torch.stack(here).nan_to_num(nan=math.inf, posinf=math.inf)  # max keeps a NaN; a reduction may not
+    for axis in ("replica", "model"):
+        all_reduce(found, mesh.axis(axis), dist.ReduceOp.MAX)
+    return tuple(found.tolist())
 
 
 def layer_figures(auxiliary: list[float], measured: list[list[float]], experts: ExpertBalance) -> dict[str, float]:

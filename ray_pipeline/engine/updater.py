@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
@@ -36,6 +36,10 @@ class Updater(Protocol):
 
     def weights(self) -> dict[str, Tensor]:
         """This rank's slices of the weights, on every replica whole."""
+        ...
+
+    def held(self) -> Iterable[Tensor]:
+        """The fp32 weights that this rank moves, in whatever shape; together the ranks hold all of them."""
         ...
 
     def gathered(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[None]:
@@ -99,6 +103,9 @@ class PlainUpdater:
 
     def weights(self) -> dict[str, Tensor]:
         return {name: parameter.detach() for name, parameter in self.named.items()}
+
+    def held(self) -> Iterable[Tensor]:
+        return self.named.values()
 
     def gathered(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[None]:
         return nullcontext()

@@ -8,6 +8,7 @@ this setting is worked around here, each place with a note; tests/engine/test_de
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -93,7 +94,8 @@ class ZeroUpdater:
                     parameter.grad = torch.zeros_like(parameter)
             self.zero.setup_buckets()  # no hook has fired; `step` reduces what gathered in `.grad`
         self.engine.step()
-        return float(self.engine.get_global_grad_norm())
+        norm = float(self.engine.get_global_grad_norm())
+        return norm if norm >= 0 else math.inf  # DeepSpeed's -1 stands for a norm that is no number
 
     def _keep(self, missed: set[str]) -> None:
         """Parameters that no gradient reached: to DeepSpeed their gradient is zero, or under ZeRO 3 an earlier one."""
@@ -119,6 +121,10 @@ class ZeroUpdater:
             return {name: parameter.detach() for name, parameter in self.named.items()}
         return {n: safe_get_full_fp32_param(p).view(_shape(p)) for n, p in self.named.items()}
 
+    def held(self) -> list[Tensor]:
+        z = self.zero
+        return list(z.fp32_partitioned_groups_flat if self.zero_stage == 3 else z.single_partition_of_fp32_groups)
+
     def gathered(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[None]:
         import deepspeed
 
@@ -142,7 +148,7 @@ class ZeroUpdater:
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
         if self.moments:
-            for flat in self._flat_partitions():  # torch's AdamW makes its state lazily; it must exist to be set
+            for flat in self.held():  # torch's AdamW makes its state lazily; it must exist to be set
                 moments = {key: torch.zeros_like(flat) for key in self.moments}
                 self.optimizer.state[flat] = {"step": state["step"].clone(), **moments}
         self._relink()
@@ -155,10 +161,6 @@ class ZeroUpdater:
         else:
             for group in range(len(self.zero.fp16_groups)):
                 self.zero._reassign_or_swap_out_partitioned_parameters(group)
-
-    def _flat_partitions(self) -> list[Tensor]:
-        z = self.zero
-        return list(z.fp32_partitioned_groups_flat if self.zero_stage == 3 else z.single_partition_of_fp32_groups)
 
     def _relink(self) -> None:
         """Point every parameter at its part of the flat state; DeepSpeed itself links the first group alone."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
+from model.generate.sampler import NotFiniteLogits
 from model.generate.stopping import ThinkBudget
+from ray_pipeline.errors import UserError
 
 
 class PromptTokenizer(Protocol):
@@ -27,6 +30,21 @@ class PromptTokenizer(Protocol):
     def decode(self, ids: list[int], /) -> str:
         """Text of the tokens; `<think>` and `</think>` stay."""
         ...
+
+
+@contextmanager
+def finite_logits(model: str, way_out: str) -> Iterator[None]:
+    """Turns logits that are no numbers into one message.
+
+    Args:
+        model: whose they are, for example "the model in FOLDER".
+    Raises:
+        UserError: in the place of NotFiniteLogits.
+    """
+    try:
+        yield
+    except NotFiniteLogits as error:
+        raise UserError(f"{model} cannot write: {error}, so its weights blew up in training. {way_out}") from None
 
 
 def think_budget(tokenizer: PromptTokenizer, tokens: int | None) -> ThinkBudget | None:

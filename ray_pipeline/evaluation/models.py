@@ -12,6 +12,7 @@ from torch import Tensor
 
 from model.convert.hf_load import load_hf
 from model.generate.decode import Decoder, generate
+from model.generate.sampler import NotFiniteLogits
 from model.transformer import Transformer
 from ray_pipeline.artifacts import load_model
 from ray_pipeline.data.tasks.question import THINK_OPEN
@@ -187,6 +188,8 @@ class LanguageModel:
             longest = len(rows[batch[-1]])
             ids = torch.tensor([rows[i] + [0] * (longest - len(rows[i])) for i in batch], device=self.backend.device)
             logprobs = torch.log_softmax(self.backend.logits(ids[:, :-1]).float(), -1)
+            if not bool(logprobs[..., 0].isfinite().all()):
+                raise NotFiniteLogits("the logits of a text are not finite numbers")
             chosen = logprobs.gather(-1, ids[:, 1:, None]).squeeze(-1)
             greedy = logprobs.argmax(-1) == ids[:, 1:]
             for row, i in enumerate(batch):

@@ -16,7 +16,7 @@ from model.transformer import Transformer
 from ray_pipeline.artifacts import weights_digest
 from ray_pipeline.config import ToolsConfig
 from ray_pipeline.data.tokenizer import ChatTokenizer, load_tokenizer
-from ray_pipeline.evaluation.chat import think_budget
+from ray_pipeline.evaluation.chat import finite_logits, think_budget
 from ray_pipeline.rollouts.agent import answer_with_tools
 from ray_pipeline.rollouts.rollout import Sampled, SampleRequest
 from ray_pipeline.tools.toolbox import ToolBox
@@ -63,6 +63,10 @@ class DecoderSampler:
             self.toolbox.close()
 
     def sample(self, requests: Sequence[SampleRequest]) -> list[Sampled]:
+        with finite_logits("the policy of stage grpo", "Lower grpo.optimizer.lr, or train the stage before it again."):
+            return self._sample(requests)
+
+    def _sample(self, requests: Sequence[SampleRequest]) -> list[Sampled]:
         rules, prompts, seeds = self.rules, [r.prompt for r in requests], [r.seed for r in requests]
         options: dict[str, Any] = {
             "max_new_tokens": rules.max_new_tokens,

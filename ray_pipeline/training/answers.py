@@ -12,6 +12,7 @@ from ray_pipeline.data.batch import Batch
 from ray_pipeline.data.loader import rows_to_batch
 from ray_pipeline.data.packing import pack_conversations
 from ray_pipeline.engine.gather import all_ranks_gather
+from ray_pipeline.evaluation.chat import finite_logits
 from ray_pipeline.training.heldout import WholeModel
 from ray_pipeline.training.rank import Rank
 
@@ -29,14 +30,15 @@ def write_answers(
 ) -> list[Completion]:
     """One completion per prompt, the same on every rank and however many ranks there are."""
     mine = range(rank.mesh.rank, len(prompts), rank.mesh.world)
-    written = generate(
-        whole.decoder,
-        [prompts[i] for i in mine],
-        max_new_tokens=longest_answer(rank.config),
-        eos_ids={whole.tokenizer.eos_id},
-        temperature=temperature,
-        seeds=[seeds[i] for i in mine],
-    )
+    with finite_logits(*whole.described()):
+        written = generate(
+            whole.decoder,
+            [prompts[i] for i in mine],
+            max_new_tokens=longest_answer(rank.config),
+            eos_ids={whole.tokenizer.eos_id},
+            temperature=temperature,
+            seeds=[seeds[i] for i in mine],
+        )
     parts: list[list[Completion]] = all_ranks_gather(rank.mesh, written)
     return [parts[i % len(parts)][i // len(parts)] for i in range(len(prompts))]
 

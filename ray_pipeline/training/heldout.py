@@ -17,6 +17,7 @@ from ray_pipeline.data.tokenizer import load_tokenizer
 from ray_pipeline.engine.engine import Engine
 from ray_pipeline.engine.gather import all_ranks_gather
 from ray_pipeline.evaluation.accuracy import EvalResult, evaluate_questions
+from ray_pipeline.evaluation.chat import finite_logits
 from ray_pipeline.rollouts.agent import answer_with_tools
 from ray_pipeline.rollouts.rollout import Sampled
 from ray_pipeline.tools.toolbox import ToolBox, listed_tools
@@ -46,6 +47,12 @@ class WholeModel:
         self.decoder.refresh()
         return self
 
+    def described(self) -> tuple[str, str]:
+        """What a message calls this model, and what to do when its logits are no numbers."""
+        stage = self.rank.stage
+        advice = f"Lower {stage}.optimizer.lr ({self.rank.settings.optimizer.lr}), or train the stage before it again."
+        return f"the model of stage {stage}", advice
+
     def sync(self, engine: Engine) -> WholeModel:
         """Take the engine's current weights."""
         return self.load(engine.full_state())
@@ -66,10 +73,11 @@ class HeldOut:
         rank = self.rank
         rank.phase("evaluating")
         mine = self.questions[rank.mesh.rank :: rank.mesh.world]
-        part = evaluate_questions(
-            self.whole.decoder, self.whole.tokenizer, mine, max_new_tokens=self.max_new_tokens,
-            tools=self.listed, write=self._with_tools if rank.config.tools.names else None,
-        )  # fmt: skip
+        with finite_logits(*self.whole.described()):
+            part = evaluate_questions(
+                self.whole.decoder, self.whole.tokenizer, mine, max_new_tokens=self.max_new_tokens,
+                tools=self.listed, write=self._with_tools if rank.config.tools.names else None,
+            )  # fmt: skip
         return EvalResult.merge(all_ranks_gather(rank.mesh, part))
 
     def _with_tools(self, prompts: list[list[int]]) -> list[Sampled]:

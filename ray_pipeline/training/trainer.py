@@ -27,6 +27,7 @@ from ray_pipeline.engine.step_stats import StepStats
 from ray_pipeline.errors import UserError
 from ray_pipeline.objectives.base import Objective
 from ray_pipeline.tracking import Tracker
+from ray_pipeline.training.health import Health
 from ray_pipeline.training.rank import Rank
 
 Evaluate = Callable[[], dict[str, float]]
@@ -101,6 +102,7 @@ class Trainer:
         self.checkpoints = rank.folder / "checkpoints"
         self.history: dict[str, float] = {}
         self.best: Best | None = None
+        self.health = Health(rank, engine, self.checkpoints)
         self._evaluated = True  # whether the checkpoint that training goes on from had its evaluation
 
     def fit(self, source: BatchSource, evaluate: Evaluate) -> dict[str, float]:
@@ -111,6 +113,7 @@ class Trainer:
             layers' own losses and how evenly experts were used.
         """
         start = self._resume()
+        self.health.check_start(start)
         if start and isinstance(source, SourceWithState):
             source.load_state(source_files(self.checkpoints, start))
         tracker = self._tracker(start)
@@ -142,7 +145,7 @@ class Trainer:
             stats = NOTHING_LEARNED
             if batch is not None:
                 stats = self.engine.train_step(batch, self.objective, rate)
-                self._refuse_nan(stats, step)
+                self.health.check_step(done, stats, batch)
                 losses.append(stats.loss)
                 tokens += batch.tokens_ahead(0)
             last = done == settings.steps
@@ -162,6 +165,8 @@ class Trainer:
         """What is due after step `done`. A checkpoint is saved first: an evaluation may fail, or be killed."""
         settings, last = self.settings, done == self.settings.steps
         saves, evaluates = (last or done % every == 0 for every in (settings.checkpoint_every, settings.eval_every))
+        if saves or evaluates:
+            self.health.check_weights(done)
         if saves:
             self._save(writer, done, source, evaluated=not evaluates)
         if evaluates and self._is_better(tracker, done, evaluate):
@@ -204,16 +209,15 @@ class Trainer:
 
     def _way_out(self, error: UnusableCheckpoint) -> str:
         """What to type, with a checkpoint that is whole where there is one."""
-        run, bad = self.rank.folder.parent, error.path
+        bad = error.path
         older = newest_whole(self.checkpoints, before=bad)
-        resume = f"python -m ray_pipeline.cli resume {run.name} --output-dir {run.parent}"
         if older is not None:
             goes_on = f"The checkpoint of step {step_of(older)} is whole. Put this one aside and go on from there"
             aside = f"mv {bad} {bad.with_name('unusable-' + bad.name)}"
         else:
             goes_on = "No older checkpoint is whole. Put them aside and start the stage from its beginning"
             aside = f"mv {bad.parent} {bad.parent.with_name('unusable-' + bad.parent.name)}"
-        return f"{goes_on}:\n  {aside}\n  {resume}"
+        return f"{goes_on}:\n  {aside}\n  {self.health.resume}"
 
     def _tracker(self, start: int) -> Tracker | None:
         rank = self.rank
@@ -223,15 +227,6 @@ class Trainer:
             rank.folder, rank.stage, rank.config, wandb_id=rank.wandb_id, group=rank.run_name, resume_step=start,
             evaluated=self._evaluated,
         )  # fmt: skip
-
-    def _refuse_nan(self, stats: StepStats, step: int) -> None:
-        if not (math.isfinite(stats.loss) and math.isfinite(stats.grad_norm)):
-            name = self.rank.stage
-            raise UserError(
-                f"{name}: loss {stats.loss} and gradient norm {stats.grad_norm} at step {step + 1}: training diverged. "
-                f"Lower {name}.optimizer.lr ({self.settings.optimizer.lr}) or raise {name}.optimizer.warmup_steps; "
-                "the last checkpoint is untouched."
-            )
 
     def _log(
         self, tracker: Tracker | None, done: int, stats: StepStats, rate: float, speed: float, more: dict[str, float]

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
+from ray_pipeline.artifacts import load_model, save_model
 from ray_pipeline.cli import main
 from ray_pipeline.cli.generate import Printer, prompt_tokens
 from ray_pipeline.cli.runs import find_run, latest_run, list_runs
@@ -198,6 +201,32 @@ def test_damaged_weights_are_named(capsys: pytest.CaptureFixture, tmp_path: Path
     content[-1] ^= 1
     weights.write_bytes(bytes(content))
     assert str(weights) in ask(capsys, tmp_path, "generate", "toy", "a", code=2)
+
+
+def spoiled_run(folder: Path) -> Path:
+    """A run whose model's weights are no numbers."""
+    run_dir = make_run(folder, models=("pretrain",))
+    model = next(run_dir.glob("pretrain-*")) / "model"
+    state = load_model(model).state_dict()
+    save_model(model, TOY, {name: torch.full_like(tensor, math.nan) for name, tensor in state.items()})
+    return model
+
+
+WAYS = {"drawn": (), "greedy": ("--temperature", "0"), "beams": ("--num-beams", "2"), "mtp": ("--speculative",)}
+
+
+@pytest.mark.parametrize("options", WAYS.values(), ids=WAYS)
+def test_a_model_whose_logits_are_no_numbers_is_named(capsys: pytest.CaptureFixture, tmp_path: Path, options) -> None:
+    model = spoiled_run(tmp_path)
+    said = ask(capsys, tmp_path, "generate", "toy", "the cat", *options, code=2)
+    assert f"the model in {model} cannot write: the logits of the next token are not finite numbers" in said
+    assert "Traceback" not in said
+
+
+def test_a_model_whose_logits_are_no_numbers_is_not_evaluated(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+    spoiled_run(tmp_path)
+    said = ask(capsys, tmp_path, "eval", "toy", "--stage", "pretrain", code=2)
+    assert "cannot write: the logits of the next token are not finite numbers" in said
 
 
 def test_streamed_text_is_the_decoded_text(capsys: pytest.CaptureFixture, output_dir: Path) -> None:
