@@ -49,6 +49,13 @@ class OptimizerConfig(Section):
     weight_decay: Annotated[float, Field(ge=0.0, le=1e3, allow_inf_nan=False)] = 0.1
     grad_clip: PositiveFloat = 1.0
 
+    def warm_up(self, steps: int) -> int:
+        """Steps of warm-up in a run of `steps`: as set, or where that is longer than the run, a tenth of it.
+
+        A rate that is still rising at the end was never reached; `config_checks.warnings` tells of it.
+        """
+        return self.warmup_steps if self.warmup_steps <= steps else max(1, steps // 10)
+
 
 class TrainingConfig(Section):
     """What every training stage has."""

@@ -42,7 +42,20 @@ def warnings(config: PipelineFields) -> list[str]:
             f"the distillation student has {student / teacher:.0%} of its teacher's parameters, more than half: "
             "lower distillation.student.num_hidden_layers or its widths."
         )
+    out += _warm_ups(config)
     return out + (list(_export_notes(config)) if "export" in config.stages else [])
+
+
+def _warm_ups(config: PipelineFields) -> Iterator[str]:
+    """Those that are longer than the run, in which they are shortened."""
+    for stage in (stage for stage in TRAINING_STAGES if stage in chain(config)):
+        settings = getattr(config, stage)
+        given, taken = settings.optimizer.warmup_steps, settings.optimizer.warm_up(settings.steps)
+        if taken != given:
+            yield (
+                f"{stage}.optimizer.warmup_steps={given}: longer than its {settings.steps} steps, so the rate of "
+                f"{settings.optimizer.lr:g} would never be reached. Warmed up for {taken} instead."
+            )
 
 
 def _export_notes(config: PipelineFields) -> Iterator[str]:

@@ -234,3 +234,16 @@ def test_nesting_loses_nothing_or_refuses(dotted: dict[str, int]) -> None:
 def test_any_text_value_can_be_read(text: str) -> None:
     value = parse_text(text)
     assert isinstance(value, str | list | dict | type(None) | set) or value == yaml.safe_load(text)
+
+
+def test_a_warm_up_longer_than_its_stage_is_shortened_and_told():
+    config = load_config(None, {"pretrain.steps": 50, "pretrain.optimizer.warmup_steps": 80, "sft.steps": 3})
+    told = [text for text in warnings(config) if "warmup_steps" in text]
+    assert told[0] == (
+        "pretrain.optimizer.warmup_steps=80: longer than its 50 steps, so the rate of 0.001 would never be reached. "
+        "Warmed up for 5 instead."
+    )
+    assert told[1].startswith("sft.optimizer.warmup_steps=20: longer than its 3 steps")
+    assert told[1].endswith("Warmed up for 1 instead.")
+    exact = load_config(None, {"pretrain.steps": 80, "pretrain.optimizer.warmup_steps": 80})
+    assert not any("warmup" in text for text in warnings(exact))

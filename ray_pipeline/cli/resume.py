@@ -8,7 +8,7 @@ import click
 
 from ray_pipeline.cli.input_checks import check_inputs
 from ray_pipeline.cli.options import chain_options, layout_options, stage_options, take_request
-from ray_pipeline.cli.run import can_resume, layout_here
+from ray_pipeline.cli.run import can_resume, layout_here, notices
 from ray_pipeline.cli.runs import find_run, output_dir
 
 
@@ -29,6 +29,7 @@ def resume(run: str, **options: Any) -> int:
 
     stages = StageSelection(only=options["stage"], from_=options["from_"], until=options["until"])
     stages.check()
+    notices(config)
     layout = layout_here(config)
     check_inputs(config, layout, stages)
     with can_resume(run_dir.name):

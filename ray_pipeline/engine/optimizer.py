@@ -70,13 +70,14 @@ def build_optimizer(named: dict[str, nn.Parameter], config: OptimizerConfig, mes
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
     """Rate of optimizer step `step` (from 0) of `steps`: linear warm-up, then cosine, or stable then linear decay."""
-    if step < config.warmup_steps:
-        return config.lr * (step + 1) / config.warmup_steps
+    warm_up = config.warm_up(steps)
+    if step < warm_up:
+        return config.lr * (step + 1) / warm_up
     floor = config.lr * config.min_lr_ratio
     if config.schedule == "constant":
         return config.lr
     if config.schedule == "cosine":
-        progress = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
+        progress = (step - warm_up) / max(1, steps - warm_up)
         return floor + (config.lr - floor) * (1 + math.cos(math.pi * min(progress, 1.0))) / 2
     decay_steps = max(1, round(config.decay_fraction * steps))
     remaining = min(1.0, (steps - step) / decay_steps)

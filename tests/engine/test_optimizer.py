@@ -17,7 +17,7 @@ def test_rate_stays_between_zero_and_the_peak(schedule, warmup, steps, data):
     config = OptimizerConfig(lr=2.0, warmup_steps=warmup, schedule=schedule)
     step = data.draw(st.integers(0, steps - 1))
     assert 0 < learning_rate(config, step, steps) <= 2.0
-    if step + 1 < min(warmup, steps):
+    if step + 1 < config.warm_up(steps):
         assert learning_rate(config, step, steps) < learning_rate(config, step + 1, steps)
 
 
@@ -29,6 +29,13 @@ def test_cosine_falls_to_the_floor_and_wsd_is_flat_before_it_decays():
     wsd = OptimizerConfig(lr=1.0, warmup_steps=10, schedule="wsd", decay_fraction=0.2, min_lr_ratio=0.0)
     assert [learning_rate(wsd, s, 100) for s in (10, 50, 80)] == [1.0, 1.0, 1.0]
     assert learning_rate(wsd, 90, 100) == pytest.approx(0.5)
+
+
+@given(st.sampled_from(["cosine", "wsd", "constant"]), st.integers(0, 10_000), st.integers(1, 300))
+def test_every_run_reaches_its_rate(schedule, warmup, steps):
+    config = OptimizerConfig(lr=2.0, warmup_steps=warmup, schedule=schedule, decay_fraction=0.2)
+    rates = [learning_rate(config, step, steps) for step in range(steps)]
+    assert max(rates) == pytest.approx(2.0) and (warmup > steps or config.warm_up(steps) == warmup)
 
 
 @pytest.mark.parametrize("name", ["adamw", "sgd", "muon"])
