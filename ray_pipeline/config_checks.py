@@ -9,7 +9,7 @@ from typing import Any
 
 from model.convert.gguf_rules import check_gguf, gguf_gap
 from model.convert.hf_config import published_family, unpublished_reason
-from ray_pipeline.config import STAGES, PipelineFields
+from ray_pipeline.config import STAGES, TRAINING_STAGES, PipelineFields
 from ray_pipeline.config_checks_post_training import post_training_problems
 from ray_pipeline.stage_chain import POLICY_STAGES, chain, exported_stage, reads_teacher
 
