@@ -19,6 +19,7 @@ from ray_pipeline.engine.engine import Engine
 from ray_pipeline.engine.step_stats import StepStats
 from ray_pipeline.errors import UserError
 from ray_pipeline.objectives.cross_entropy import CrossEntropy
+from ray_pipeline.training import health
 from ray_pipeline.training.health import LARGEST_WEIGHT, Health, weights_problem
 from tests.distributed import run_ranks
 from tests.engine.test_parity import CONFIG, OPTIMIZER, make_batch
@@ -78,20 +79,23 @@ def test_where_no_checkpoint_is_healthy_the_way_out_leads_to_the_beginning(copie
     assert fit(copied)["digest"] == unbroken[1]["digest"]
 
 
-def test_weights_that_blow_up_in_the_last_step_are_neither_saved_nor_measured(tmp_path):
+def test_weights_that_blow_up_in_the_last_step_are_neither_saved_nor_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(health, "LARGEST_WEIGHT", 500.0)
     with pytest.raises(UserError) as caught:
-        fit(tmp_path, steps=1, optimizer={"warmup_steps": 0, "lr": 1e12, "weight_decay": 0.0})
+        fit(tmp_path, steps=1, optimizer={"warmup_steps": 0, "lr": 1000.0, "weight_decay": 0.0})
     said = str(caught.value)
-    assert "the largest weight is 1e+12, beyond 65504" in said and "after step 1, and are not saved" in said
-    assert "Lower pretrain.optimizer.lr (1e+12)" in said and "There is no checkpoint yet" in said
+    assert "the largest weight is 1e+03, beyond 500" in said and "after step 1, and are not saved" in said
+    assert "Lower pretrain.optimizer.lr (1000)" in said and "There is no checkpoint yet" in said
     assert names(tmp_path) == []
     assert not (checkpoints(tmp_path).parent / "metrics.jsonl").read_text().count("eval/")
 
 
-def test_a_run_whose_rate_is_absurd_is_told_that_and_keeps_healthy_checkpoints(tmp_path):
+def test_a_run_whose_rate_is_absurd_is_told_that_and_keeps_healthy_checkpoints(tmp_path, monkeypatch):
+    monkeypatch.setattr(health, "LARGEST_WEIGHT", 500.0)
     with pytest.raises(UserError, match=r"rate is the likeliest cause.*--set pretrain\.optimizer\.lr="):
-        fit(tmp_path, optimizer={"warmup_steps": 0, "lr": 1e30}, checkpoint_every=1, eval_every=8)
+        fit(tmp_path, optimizer={"warmup_steps": 8, "lr": 1000.0}, checkpoint_every=1, eval_every=8)
     engine = build()
+    assert names(tmp_path)
     for step in names(tmp_path):
         load_checkpoint(engine, checkpoints(tmp_path) / step_name(step))
         assert weights_problem(engine) is None
