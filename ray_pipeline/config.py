@@ -108,8 +108,8 @@ class SourceConfig(Section):
     """One source of documents in a mixture."""
 
     name: str = Field(
-        description="builtin, a path (.txt, .json, .jsonl, .parquet; .gz and .zst as well), a folder or glob of "
-        'shards, or a datasets name "org/name[:split[:column]]"'
+        description="builtin, a path (.txt, .json, .jsonl, .csv, .parquet, .arrow; .gz and .zst as well), a folder or "
+        'glob of shards, or a datasets name "org/name[:split[:column]]"; ":text=story" at the end names the column'
     )
     weight: PositiveFloat = 1.0
     licence: str = Field("unknown", description="recorded in the shard manifest")
@@ -122,7 +122,7 @@ class DataConfig(Section):
     sft: str = Field(
         "builtin",
         description="conversations: builtin, builtin_tools (a calculator), builtin_no_tools (the same without), "
-        "json/jsonl/parquet path or datasets name",
+        'path or datasets name; ":prompt=question,response=answer" at its end names the columns',
     )
     prompts: str = Field(
         "builtin",
@@ -140,6 +140,10 @@ class DataConfig(Section):
         12, description="a document sharing this many words in a row with an evaluation question is dropped"
     )
     max_documents: PositiveInt | None = Field(None, description="read at most this many documents of each source")
+    on_bad_record: Literal["fail", "skip"] = Field(
+        "fail", description="skip: records that cannot be used are left out, counted and listed"
+    )
+    max_bad_records: Fraction = Field(0.05, description="share of a source's records that may be left out so")
     text_documents: Literal["auto", "file", "paragraphs", "lines"] = Field(
         "auto",
         description="what is a document of a .txt file: all of it, paragraphs merged up to text_characters, or a line; "

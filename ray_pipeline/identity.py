@@ -15,7 +15,7 @@ from typing import Any
 
 from ray_pipeline.config import STAGES, TRAINING_STAGES, PipelineFields
 from ray_pipeline.errors import UserError
-from ray_pipeline.input_files import Digests, data_files, is_pattern, matches, pattern_folder
+from ray_pipeline.input_files import Digests, data_files, is_pattern, matches, pattern_folder, split_columns
 from ray_pipeline.stage_chain import chain, input_stage, reads_folder, reads_teacher, reads_text, upstream
 from ray_pipeline.teacher_name import TOP_K, teacher_path
 
@@ -40,6 +40,7 @@ _NO_RESULT = {
 }
 _NO_RESULT |= {"grpo.batch_size", "grpo.rollout.workers", "grpo.scoring.processes"}
 _NO_RESULT |= {"grpo.scoring.without_landlock", "tools.without_landlock"}
+_NO_RESULT |= {"data.max_bad_records"}  # a bound that is kept changes nothing
 _NO_RESULT |= {"init_from.max_vocab_size", "init_from.max_file_bytes", "distillation.teacher_layout"}
 _TEACHER = "distillation.teacher"
 # Of the data, these decide pretraining's rows alone, and a tokenizer that is trained; and DPO's pairs alone.
@@ -101,7 +102,7 @@ def with_source_names(config: PipelineFields, names: Mapping[str, str]) -> Pipel
 def local_path(name: str) -> Path | None:
     """The existing file or folder that `name` means, without `topk:` before it or a `:column` at its end, or the folder
     of a glob; None for anything else."""
-    name = name.removeprefix(TOP_K)
+    name, _ = split_columns(name.removeprefix(TOP_K))
     if is_pattern(name) and matches(name):
         return pattern_folder(name)
     for candidate in (name, name.split(":")[0]):
@@ -119,8 +120,9 @@ def absolute_name(name: str) -> str:
 def moved_name(name: str, path: Path, place: str) -> str:
     """The name of the source at `path` when it lies at `place`: what stands before and behind the path stays."""
     before, name = (TOP_K if name.startswith(TOP_K) else ""), name.removeprefix(TOP_K)
-    if is_pattern(name):
-        return before + str(Path(place) / Path(name).relative_to(path))
+    files, columns = split_columns(name)
+    if is_pattern(files):
+        return before + str(Path(place) / Path(files).relative_to(path)) + (f":{columns}" if columns else "")
     return before + name.replace(str(path), place, 1)
 
 
@@ -153,8 +155,9 @@ def _source_files(key: str, name: str, path: Path) -> list[Path]:
     """The files that are read of a local source: of a folder or glob of data its shards alone."""
     if key == _TEACHER:  # of a stage's folder the model alone is read
         return _files_of(teacher_path(name))
-    if key.startswith("data.") and (is_pattern(name) or path.is_dir()):
-        return data_files(name)
+    files, _ = split_columns(name)
+    if key.startswith("data.") and (is_pattern(files) or path.is_dir()):
+        return data_files(files)
     return _files_of(path)
 
 
@@ -164,7 +167,7 @@ def _source_digest(key: str, name: str, path: Path, digests: Digests) -> str:
     if not key.startswith("data.") or path.is_file():
         return content_digest(path, digests)
     try:
-        return digests.of_files(data_files(name))
+        return digests.of_files(data_files(split_columns(name)[0]))
     except OSError as error:
         raise _unreadable(path, error) from None
 
@@ -207,6 +210,8 @@ def identities(config: PipelineFields, digests: Mapping[str, str] | None = None)
         hidden.append("init_from.")
     if not reads_text(config):
         hidden += _TEXT
+    if config.data.on_bad_record == "fail":  # nothing was left out, as before the key existed
+        hidden.append("data.on_bad_record")
     everything = {key: value for key, value in everything.items() if not key.startswith(tuple(hidden))}
     for key, name in source_names(config).items():
         if (
@@ -248,8 +253,9 @@ def _key(stage: str, decides: Mapping[str, Any], read: Mapping[str, str]) -> str
 
 def _reading(name: str) -> str:
     """What of a local source's name decides how it is read: its ending and column."""
-    if is_pattern(name):
-        return ""  # of several files each has its own ending, which is in their digest
+    files, columns = split_columns(name)
+    if is_pattern(files):
+        return f":{columns}" if columns else ""  # each file has its own ending, which is in their digest
     before = TOP_K if name.startswith(TOP_K) else ""
     path, colon, column = name.removeprefix(TOP_K).partition(":")
     return before + Path(path).suffix + colon + column

@@ -9,6 +9,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
+import re
 import time
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
@@ -20,9 +21,13 @@ from ray_pipeline.artifacts import write_sealed
 from ray_pipeline.errors import UserError
 from ray_pipeline.integrity import file_sha256, unsealed
 
-SUFFIXES = (".txt", ".json", ".jsonl", ".parquet")
+SUFFIXES = (".txt", ".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow", ".feather")
+# These are compressed inside and never again.
+_PACKED = (".parquet", ".arrow", ".feather")
 COMPRESSED = (".gz", ".zst")
 NOTE = ".inputs.json"
+# Behind a source: which column is read as what.
+_COLUMNS = re.compile(r":[A-Za-z_]+=[^,=:]+(?:,[A-Za-z_]+=[^,=:]+)*$")
 # A file changed less than this before it was hashed may change again within the same tick of the clock.
 _SETTLED_NS = 2_000_000_000
 
@@ -54,8 +59,14 @@ def form(path: Path) -> str:
 
 
 def is_data(path: Path) -> bool:
-    """Whether the name is that of a data file; parquet is compressed inside and never again."""
-    return form(path) in SUFFIXES and not (path.suffix in COMPRESSED and form(path) == ".parquet")
+    """Whether the name is that of a data file."""
+    return form(path) in SUFFIXES and not (path.suffix in COMPRESSED and form(path) in _PACKED)
+
+
+def split_columns(name: str) -> tuple[str, str]:
+    """("a.jsonl", "prompt=question") of "a.jsonl:prompt=question"; the second is empty where no column is named so."""
+    found = _COLUMNS.search(name)
+    return (name, "") if found is None or Path(name).exists() else (name[: found.start()], found[0][1:])
 
 
 def is_pattern(name: str) -> bool:

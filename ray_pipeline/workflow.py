@@ -14,6 +14,7 @@ from rich.console import Console
 from ray_pipeline.artifacts import write_text
 from ray_pipeline.config import PipelineFields
 from ray_pipeline.config_load import config_yaml
+from ray_pipeline.data.manifest import notices_of
 from ray_pipeline.errors import StageFailed, UserError
 from ray_pipeline.identity import (
     absolute_name,
@@ -256,6 +257,8 @@ def _watch(rows: Mapping[str, PlannedStage], pending: Mapping[str, Any], console
             record = read_record(rows[stage].folder)
             assert record is not None
             view.finish(stage, outcome_text(record))
+            for text in notices_of(rows[stage].folder):
+                console.print(text, markup=False, highlight=False, soft_wrap=True)
         else:
             return True
     if isinstance(failure, UserError):

@@ -96,7 +96,7 @@ RESULT_KEYS = sorted(
     for key in everything(BASE)
     if key.split(".")[0] in OWNER
     and key.split(".")[-1] not in WITHOUT_RESULT
-    and key not in ("grpo.batch_size", "grpo.rollout.workers", "grpo.scoring.processes")
+    and key not in ("grpo.batch_size", "grpo.rollout.workers", "grpo.scoring.processes", "data.max_bad_records")
     and not key.endswith(".without_landlock")
     and key != "distillation.teacher_layout"
     and not (key.startswith("init_from.") and key != "init_from.path")

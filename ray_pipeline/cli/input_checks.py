@@ -21,7 +21,7 @@ def check_inputs(config: PipelineFields, layout: Layout, stages: StageSelection)
     Raises:
         UserError: naming the file, and the line where there is one.
     """
-    from ray_pipeline.data.sources import check_sources
+    from ray_pipeline.data.source_checks import check_sources
     from ray_pipeline.layout import with_layout
     from ray_pipeline.stage_chain import reads_folder, trained
     from ray_pipeline.workflow_plan import plan
@@ -30,7 +30,8 @@ def check_inputs(config: PipelineFields, layout: Layout, stages: StageSelection)
     rows = plan(with_layout(config, layout), run_dir, stages)
     working = [row.stage for row in rows if row.action in ("run", "resume")]
     if "data_prep" in working:
-        check_sources(config)
+        for text in check_sources(config):
+            click.echo(text)
     if any(stage in working and reads_folder(config, stage) for stage in trained(config)):
         _check_folder(config)
     if "distillation" in working:

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 from ray_pipeline.config import PipelineFields
 from ray_pipeline.data.chat import Chat
 from ray_pipeline.data.cleaning import content_hash, validation_members
+from ray_pipeline.data.fields import BadRecord
 from ray_pipeline.data.packing import pack_conversations
+from ray_pipeline.data.reading import Tally
 from ray_pipeline.data.shards import write_rows
 from ray_pipeline.data.sources import licence_of
 from ray_pipeline.data.tokenizer import ChatTokenizer
@@ -25,10 +27,17 @@ Encoded = tuple[list[int], list[int]]
 
 
 def encode_all(
-    tokenizer: ChatTokenizer, chats: Sequence[Chat], progress: Progress, phase: str, source: str
+    tokenizer: ChatTokenizer,
+    chats: Sequence[Chat],
+    progress: Progress,
+    phase: str,
+    source: str,
+    tally: Tally | None = None,
 ) -> list[Encoded]:
     """(ids, mask) of every conversation, in order.
 
+    Args:
+        tally: may say to leave out those that cannot be encoded; they get no ids, and are counted.
     Raises:
         UserError: the template refuses or spoils one, naming it and `source`, or nothing of it would be trained.
     """
@@ -39,14 +48,28 @@ def encode_all(
         try:
             out += tokenizer.encode_chats(chunk)
         except UserError:
-            _name_the_first(tokenizer, chunk, start, source)
-            raise
+            if tally is None or not tally.skip:
+                _name_the_first(tokenizer, chunk, start, source)
+                raise
+            out += _one_by_one(tokenizer, chunk, start, tally)
     for number, (_, mask) in enumerate(out, start=1):
-        if not any(mask[1:]):
+        if mask and not any(mask[1:]):
             raise UserError(
                 f"{source}: no token of conversation {number} would be trained, as nothing in it is the assistant's. "
                 "Remove it."
             )
+    return out
+
+
+def _one_by_one(tokenizer: ChatTokenizer, chats: Sequence[Chat], start: int, tally: Tally) -> list[Encoded]:
+    """Encoded conversations; one that cannot be gets no ids."""
+    out: list[Encoded] = []
+    for number, chat in enumerate(chats, start=start + 1):
+        try:
+            out += tokenizer.encode_chats([chat])
+        except UserError as error:
+            tally.add_bad(f"conversation {number}", BadRecord(str(error)))
+            out.append(([], []))
     return out
 
 
@@ -66,6 +89,7 @@ def write_conversations(
     tokenizer: ChatTokenizer,
     folder: Path,
     progress: Progress,
+    tally: Tally | None = None,
 ) -> tuple[dict[str, dict[str, Any]], int]:
     """Pack into `folder/train` and `folder/validation`.
 
@@ -77,10 +101,12 @@ def write_conversations(
     seq_len, source = config.data.seq_len, f"--sft-data {config.data.sft}"
     digests = [content_hash(c.text) for c in conversations]
     chats = [conversation.chat() for conversation in conversations]
-    encoded = encode_all(tokenizer, chats, progress, "conversations", source)
-    fitting = [i for i, (ids, _) in enumerate(encoded) if len(ids) <= seq_len + 1]
+    encoded = encode_all(tokenizer, chats, progress, "conversations", source, tally)
+    if tally is not None:
+        tally.settle()
+    fitting = [i for i, (ids, _) in enumerate(encoded) if ids and len(ids) <= seq_len + 1]
     if len(fitting) < 2:
-        shortest = min(len(ids) for ids, _ in encoded)
+        shortest = min((len(ids) for ids, _ in encoded if ids), default=0)
         raise UserError(
             f"{source}: {len(fitting)} of {len(encoded)} conversations fit into seq_len={seq_len} "
             f"tokens (the shortest has {shortest}), but at least 2 must. Use a larger --seq-len."
@@ -104,4 +130,4 @@ def write_conversations(
             "documents": len(members),
             "sources": [{"name": config.data.sft, "licence": licence_of(config.data.sft), "documents": len(members)}],
         }
-    return datasets, len(encoded) - len(fitting)
+    return datasets, sum(len(ids) > seq_len + 1 for ids, _ in encoded)

@@ -1,20 +1,22 @@
-"""Local .txt, .json, .jsonl and .parquet files, read in pieces, with errors that name the line or the byte. All but
-parquet may be compressed as .gz or .zst."""
+"""Local files as text in pieces, with errors that name the byte; what they hold is for `record_files` and `text_files`.
+Files of text may be compressed as .gz or .zst."""
 
 from __future__ import annotations
 
 import codecs
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from ray_pipeline.errors import UserError, did_you_mean
 from ray_pipeline.input_files import COMPRESSED, SUFFIXES, form, is_data, stamp_of
 
 CHECKED_RECORDS = 20_000
 _CHUNK = 1 << 22
+_HEAD = 64  # bytes that tell a file's kind; even, for UTF-16
+# Forms that are text.
+TEXT = (".txt", ".json", ".jsonl", ".csv", ".tsv")
 Told = Callable[[Path, int], None]
 """Told of a file how many of its bytes, as they lie on disk, have been read."""
 
@@ -32,20 +34,52 @@ def check_file(path: Path) -> None:
     if form(path) not in SUFFIXES:
         raise UserError(f'{path}: files end in {", ".join(SUFFIXES)}, not "{form(path)}".')
     if not is_data(path):
-        raise UserError(f"{path}: parquet is compressed inside, so it is read as .parquet alone. Unpack the file.")
+        raise UserError(f"{path}: {form(path)} is compressed inside, so it is read unpacked alone. Unpack the file.")
     try:
         with path.open("rb") as handle:
-            first = handle.read(1)
+            head = handle.read(_HEAD)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}). Check its permissions.") from None
-    if not first:
+    if not head:
         raise UserError(f"{path}: the file is empty. Give a file with text in it.")
+    if form(path) in TEXT and path.suffix not in COMPRESSED:
+        _check_is_text(path, head)
+
+
+def _check_is_text(path: Path, head: bytes) -> None:
+    """Raise UserError where a file's beginning shows it to be of another kind than its name says."""
+    for magic, (kind, way_out) in _MAGIC.items():
+        if head.startswith(magic):
+            raise UserError(f"{path}: is {kind}, not plain text. {way_out.format(name=path.name)}.")
+    zeros = [bool(head[start::2].strip(b"\0")) for start in (0, 1)]
+    if len(head) >= 4 and not all(zeros) and any(zeros):  # every other byte of Latin letters in UTF-16
+        order = "le" if zeros[0] else "be"
+        raise UserError(f"{path}: is UTF-16, not UTF-8. {_recoded(f'utf-16{order}', '{name}').format(name=path.name)}.")
+
+
+def _recoded(encoding: str, name: str) -> str:
+    return f"Save the file as UTF-8: iconv -f {encoding} -t utf-8 {name} > utf8-{name}"
+
+
+# What a file begins with -> what it is, and what to do.
+_MAGIC = {
+    b"\x1f\x8b": ("compressed by gzip", "Call it {name}.gz"),
+    b"\x28\xb5\x2f\xfd": ("compressed by zstd", "Call it {name}.zst"),
+    b"BZh91AY&SY": ("compressed by bzip2", "Unpack it with bunzip2"),
+    b"\xfd7zXZ": ("compressed by xz", "Unpack it with unxz"),
+    b"PK\x03\x04": ("a zip archive", "Unpack it with unzip"),
+    b"PAR1": ("a parquet file", "Let its name end in .parquet"),
+    b"ARROW1": ("an Arrow file", "Let its name end in .arrow"),
+    b"\xff\xfe\0\0": ("UTF-32, not UTF-8", _recoded("utf-32", "{name}")),
+    b"\xff\xfe": ("UTF-16, not UTF-8", _recoded("utf-16", "{name}")),
+    b"\xfe\xff": ("UTF-16, not UTF-8", _recoded("utf-16", "{name}")),
+}
 
 
 def _not_utf8(path: Path, offset: int, byte: int) -> UserError:
     return UserError(
-        f"{path}: byte {offset} (0x{byte:02x}) is not UTF-8. Save the file as UTF-8: "
-        f"iconv -f latin1 -t utf-8 {path.name} > utf8-{path.name}"
+        f"{path}: byte {offset} (0x{byte:02x}) is not UTF-8. If it is Western European text: "
+        f"iconv -f latin1 -t utf-8 {path.name} > utf8-{path.name}. If it is no text at all, give another file."
     )
 
 
@@ -107,95 +141,3 @@ def check_utf8(path: Path) -> None:
     pieces = [bool(piece.strip()) for piece in read_utf8(path)]  # all of them: the fault may be in the last byte
     if not any(pieces):
         raise UserError(f"{path}: holds only white space. Give a file with text in it.")
-
-
-def read_records(path: Path, told: Told | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
-    """("file:line", record) of a .jsonl file, ("file:row", record) of a .parquet file or an array in a .json file.
-
-    Args:
-        told: told how far the file is read.
-    Raises:
-        UserError: a line or an entry that is not a JSON object, naming it, or a file that is damaged.
-    """
-    check_file(path)
-    if form(path) == ".parquet":
-        yield from _read_parquet(path, told)
-    elif form(path) == ".jsonl":
-        yield from _read_jsonl(path, told)
-    elif form(path) == ".json":
-        yield from _read_json(path, told)
-    else:
-        raise UserError(f"{path}: plain text has no records. Give a .json, .jsonl or .parquet file.")
-
-
-def _lines(path: Path, told: Told | None) -> Iterator[str]:
-    rest = ""
-    for piece in read_utf8(path, told):
-        lines = (rest + piece).split("\n")
-        rest = lines.pop()
-        yield from lines
-    if rest:
-        yield rest
-
-
-def _read_jsonl(path: Path, told: Told | None) -> Iterator[tuple[str, dict[str, Any]]]:
-    for number, line in enumerate(_lines(path, told), start=1):
-        if not line.strip():
-            continue
-        place = f"{path}:{number}"
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{place}: not valid JSON ({error}). Every line must be one JSON object.") from None
-        yield place, _checked_object(record, place, line)
-
-
-def _read_json(path: Path, told: Told | None) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Entries of the array that is the file's whole content."""
-    text = "".join(read_utf8(path, told))
-    try:
-        entries = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{path}:{error.lineno}: not valid JSON ({error.msg}). A .json file holds one array of objects; with one "
-            "object per line it is called .jsonl."
-        ) from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not valid JSON ({error}). Mend it.") from None
-    if not isinstance(entries, list):
-        raise UserError(f"{path}: must hold an array of objects, but holds a {type(entries).__name__}. Put it in [ ].")
-    for number, entry in enumerate(entries):
-        place = f"{path}[{number}]"
-        yield place, _checked_object(entry, place, text)
-
-
-def _checked_object(record: Any, place: str, source: str) -> dict[str, Any]:
-    """The record parsed from `source`, if it is an object and all of it is text that can be written as UTF-8."""
-    if not isinstance(record, dict):
-        raise UserError(f"{place}: must be a JSON object, but is a {type(record).__name__}. Mend or remove it.")
-    if "\\ud" not in source and "\\uD" not in source:  # only escapes spell surrogates
-        return record
-    try:
-        json.dumps(record, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        half = error.object[error.start]
-        raise UserError(f"{place}: holds half a character ({half!a}), which is no text. Mend or remove it.") from None
-    return record
-
-
-def _read_parquet(path: Path, told: Told | None) -> Iterator[tuple[str, dict[str, Any]]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        number = 0
-        file = pyarrow.parquet.ParquetFile(path)
-        rows, size = max(1, file.metadata.num_rows), path.stat().st_size
-        for batch in file.iter_batches(batch_size=1024):
-            if told is not None:
-                told(path, size * min(rows, number + len(batch)) // rows)
-            for record in batch.to_pylist():
-                number += 1
-                yield f"{path}:row {number}", record
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{path}: not a whole parquet file ({str(error).splitlines()[0]}). Write it again.") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -37,6 +38,12 @@ def folder_files(folder: Path) -> dict[str, dict[str, Any]]:
         if name != MANIFEST and name not in _LIVE and not path.name.startswith("."):
             files[name] = {"sha256": file_sha256(path), "bytes": path.stat().st_size}
     return files
+
+
+def notices_of(folder: Path) -> list[str]:
+    """What DATA_PREP has to say of its sources, as its manifest in `folder` holds it; none for any other stage."""
+    path = folder / MANIFEST
+    return list(json.loads(path.read_text(encoding="utf-8")).get("notices", ())) if path.is_file() else []
 
 
 def write_data_manifest(folder: Path, datasets: Mapping[str, dict[str, Any]], **facts: Any) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from ray_pipeline.config import PipelineFields
+from ray_pipeline.data.cleaning import content_hash
 from ray_pipeline.data.decontaminate import Decontaminator
 from ray_pipeline.data.preference_records import Preference
 from ray_pipeline.data.question_sets import QuestionSets
+from ray_pipeline.data.reading import Tally
 from ray_pipeline.data.sources import BUILTIN, parse_source, read_preferences
 from ray_pipeline.data.tasks import PREFERENCE_MIX, draw_unique
 from ray_pipeline.data.tasks.preferences import preference_answers
@@ -19,12 +21,14 @@ class PreferenceSet:
     """Attributes:
     pairs: in the source's order. duplicates: pairs that appeared before.
     ties: pairs whose answers are the same. contaminated: pairs that give held-out questions away.
+    tally: what became of the source's records.
     """
 
     pairs: list[Preference] = field(default_factory=list)
     duplicates: int = 0
     ties: int = 0
     contaminated: int = 0
+    tally: Tally = field(default_factory=Tally)
 
     def counts(self) -> dict[str, int]:
         """For the metrics."""
@@ -45,9 +49,10 @@ def gather_preferences(config: PipelineFields, sets: QuestionSets) -> Preference
     if data.preferences == BUILTIN:
         return PreferenceSet(_builtin(config, sets))
     heldout = Decontaminator((q.prompt for q in sets.heldout), data.decontaminate_ngram)
-    out, seen = PreferenceSet(), set()
-    for pair in read_preferences(parse_source(data.preferences), data.max_documents):
-        key = repr((pair.prompt, pair.chosen, pair.rejected))
+    source = parse_source(data.preferences)
+    out, seen = PreferenceSet(tally=Tally.of(data, checked=source.kind == "file")), set()
+    for pair in read_preferences(source, data.max_documents, out.tally):
+        key = content_hash(repr(pair))
         if pair.chosen == pair.rejected:
             out.ties += 1
         elif key in seen:

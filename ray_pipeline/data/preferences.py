@@ -17,6 +17,7 @@ from ray_pipeline.data.conversations import Encoded, encode_all
 from ray_pipeline.data.loader import PackedRows, row_order, rows_to_batch
 from ray_pipeline.data.packing import Row, RowBuilder, best_fit
 from ray_pipeline.data.preference_records import Preference
+from ray_pipeline.data.reading import Tally
 from ray_pipeline.data.shards import write_rows
 from ray_pipeline.data.sources import licence_of
 from ray_pipeline.data.tokenizer import ChatTokenizer
@@ -105,6 +106,7 @@ def write_preferences(
     tokenizer: ChatTokenizer,
     folder: Path,
     progress: Progress,
+    tally: Tally | None = None,
 ) -> tuple[dict[str, dict[str, Any]], dict[str, int]]:
     """Write `folder/train` and `folder/validation`, which PairRows reads.
 
@@ -115,15 +117,20 @@ def write_preferences(
     """
     data, source = config.data, f"data.preferences={config.data.preferences}"
     chats = [chat for preference in preferences for chat in preference.chats()]
-    encoded = encode_all(tokenizer, chats, progress, "preferences", source)
-    both = list(zip(encoded[::2], encoded[1::2], strict=True))
+    encoded = encode_all(tokenizer, chats, progress, "preferences", source, tally)
+    if tally is not None:
+        tally.settle()
+    pairs = zip(preferences, encoded[::2], encoded[1::2], strict=True)
+    usable = [(pair, (chosen, rejected)) for pair, chosen, rejected in pairs if chosen[0] and rejected[0]]
+    preferences, both = [pair for pair, _ in usable], [ids for _, ids in usable]
     lengths = [len(chosen) + len(rejected) for (chosen, _), (rejected, _) in both]
     fitting = [i for i, length in enumerate(lengths) if length <= data.seq_len + 1]
     held = heldout_pairs([preferences[i].question for i in fitting], data.heldout_questions)
     if not any(held):
+        shortest = min(lengths, default=0)
         raise UserError(
             f"{source}: {len(fitting)} of {len(lengths)} pairs fit into seq_len={data.seq_len} tokens (the shortest "
-            f"has {min(lengths)}), but pairs for at least 2 different prompts must, one to train and one to validate. "
+            f"has {shortest}), but pairs for at least 2 different prompts must, one to train and one to validate. "
             "Use a larger --seq-len."
         )
     datasets, counts = {}, {"preference_pairs_too_long": len(lengths) - len(fitting)}

@@ -16,6 +16,7 @@ from ray_pipeline.data.cleaning import validation_members
 from ray_pipeline.data.mixture import mixture_members
 from ray_pipeline.data.packing import Row, pack_apart, pack_documents
 from ray_pipeline.data.ray_prepare import Corpus, Progress, tokenise
+from ray_pipeline.data.reading import Tally
 from ray_pipeline.data.shards import write_rows
 from ray_pipeline.data.sources import BUILTIN, check_vocabulary, figure_names, parse_source, read_documents
 from ray_pipeline.data.text import document_at
@@ -29,15 +30,21 @@ from ray_pipeline.errors import UserError
 TOKENIZER_CHARACTERS = 32_000_000
 
 
-def mixture_documents(config: PipelineFields) -> Iterator[tuple[int, str]]:
-    """(index of the source, text) of every document of the mixture, source after source."""
+def mixture_documents(config: PipelineFields, tallies: dict[str, Tally]) -> Iterator[tuple[int, str]]:
+    """(index of the source, text) of every document of the mixture, source after source.
+
+    Args:
+        tallies: gets what became of the records of each source that has any.
+    """
     for number, source in enumerate(config.data.pretrain):
         texts: Iterable[str]
         if source.name == BUILTIN:
             count = min(config.data.builtin_documents, config.data.max_documents or config.data.builtin_documents)
             texts = (document_at(config.seed, index) for index in range(count))
         else:
-            texts = read_documents(parse_source(source.name), config.data.max_documents, rule=TextRule.of(config.data))
+            given, rule = parse_source(source.name), TextRule.of(config.data)
+            tally = tallies[f"--data {source.name}"] = Tally.of(config.data, checked=given.kind == "file")
+            texts = read_documents(given, config.data.max_documents, rule=rule, tally=tally)
         for text in texts:
             yield number, text
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from random import Random
 
 from ray_pipeline.config import PipelineFields
 from ray_pipeline.data.cleaning import content_hash
 from ray_pipeline.data.decontaminate import Decontaminator, words
+from ray_pipeline.data.reading import Tally
 from ray_pipeline.data.reasoning_gym_source import gym_questions
 from ray_pipeline.data.sources import (
     BUILTIN,
@@ -36,6 +37,7 @@ class QuestionSets:
     heldout: for evaluation alone. train: GRPO's prompts.
     duplicates: questions and conversations that appeared before.
     contaminated: conversations that give held-out questions away.
+    tallies: source -> what became of its records; none of generated ones.
     """
 
     heldout: list[Question]
@@ -43,6 +45,7 @@ class QuestionSets:
     conversations: list[Conversation]
     duplicates: int = 0
     contaminated: int = 0
+    tallies: dict[str, Tally] = field(default_factory=dict)
 
 
 def same_question(text: str) -> str:
@@ -89,14 +92,15 @@ def _prompts(config: PipelineFields) -> QuestionSets:
         heldout = draw_unique(mix, config.seed, "heldout", data.heldout_questions)
         taken = {q.prompt for q in heldout}
         return QuestionSets(heldout, draw_unique(mix, config.seed, "prompts", data.builtin_prompts, taken), [])
-    source = parse_source(data.prompts, PROMPTS_BUILTIN)
+    source, tally = parse_source(data.prompts, PROMPTS_BUILTIN), Tally.of(data)
+    tally.checked = source.kind == "file"
     if source.kind == "gym":
         size = source.size or data.heldout_questions + data.builtin_prompts
         drawn = gym_questions(source.location, min(size, data.max_documents or size), config.seed)
         # Puzzles may differ in signs alone.
         questions, duplicates = _unique(drawn, str)
     else:
-        questions, duplicates = _unique(read_questions(source, data.max_documents), same_question)
+        questions, duplicates = _unique(read_questions(source, data.max_documents, tally), same_question)
     if len(questions) < 2:
         raise UserError(
             f"--prompt-data {data.prompts}: holds {len(questions)} different questions, but at least 2 are needed, "
@@ -106,7 +110,8 @@ def _prompts(config: PipelineFields) -> QuestionSets:
     count = min(data.heldout_questions, max(1, len(questions) // 5))
     heldout = sorted(questions, key=lambda q: content_hash(same_question(q.prompt)))[:count]
     chosen = {q.prompt for q in heldout}
-    return QuestionSets(heldout, [q for q in questions if q.prompt not in chosen], [], duplicates)
+    train = [q for q in questions if q.prompt not in chosen]
+    return QuestionSets(heldout, train, [], duplicates, tallies={f"--prompt-data {data.prompts}": tally})
 
 
 def _unique(questions: Iterable[Question], key: Callable[[str], str]) -> tuple[list[Question], int]:
@@ -126,12 +131,15 @@ def _add_conversations(sets: QuestionSets, config: PipelineFields) -> None:
     heldout = Decontaminator((q.prompt for q in sets.heldout), config.data.decontaminate_ngram)
     for_grpo = {same_question(q.prompt) for q in sets.train}
     for_sft, seen = set(), set()
-    for conversation in read_conversations(parse_source(config.data.sft, SFT_BUILTIN), config.data.max_documents):
-        text = conversation.text
-        if text in seen:
+    source, tally = parse_source(config.data.sft, SFT_BUILTIN), Tally.of(config.data)
+    tally.checked = source.kind == "file"
+    sets.tallies[f"--sft-data {config.data.sft}"] = tally
+    for conversation in read_conversations(source, config.data.max_documents, tally):
+        text, whole = conversation.text, content_hash(repr(conversation))
+        if whole in seen:  # the same words with other tools, or learned from elsewhere, teach something else
             sets.duplicates += 1
             continue
-        seen.add(text)
+        seen.add(whole)
         question = same_question(conversation.question)
         if heldout.contaminated(text):
             sets.contaminated += 1

@@ -49,12 +49,17 @@ def run(context: StageContext) -> StageResult:
         tokenizer, text, counted, entropy = prepare_text(config, sets, folder, report)
     else:
         tokenizer, text, counted, entropy = given_tokenizer(config, folder / "tokenizer"), {}, {}, {}
-    sft, too_long = write_conversations(config, sets.conversations, tokenizer, folder / "sft", report)
+    sft, too_long = write_conversations(
+        config, sets.conversations, tokenizer, folder / "sft", report, sets.tallies.get(f"--sft-data {config.data.sft}")
+    )
     prompts, left_out = write_questions(config, sets, tokenizer, folder / "prompts")
     preferences: dict[str, dict[str, Any]] = {}
     if pairs is not None:
-        preferences, counts = write_preferences(config, pairs.pairs, tokenizer, folder / "preferences", report)
+        preferences, counts = write_preferences(
+            config, pairs.pairs, tokenizer, folder / "preferences", report, pairs.tally
+        )
         left_out |= pairs.counts() | counts
+    tallies = sets.tallies | ({} if pairs is None else {f"--preference-data {config.data.preferences}": pairs.tally})
     metrics = counted | _metrics(sets, sft, prompts) | {"conversations_too_long": too_long} | left_out
     write_data_manifest(
         folder,
@@ -63,6 +68,8 @@ def run(context: StageContext) -> StageResult:
         seq_len=config.data.seq_len,
         tokenizer={"name": config.tokenizer.name, "vocab_size": len(tokenizer)},
         metrics=metrics,
+        reading={name: tally.facts() for name, tally in tallies.items()},
+        notices=[f"{name}: {text}" for name, tally in tallies.items() for text in tally.notices()],
     )
     progress.phase("finished")
     return StageResult(folder, {k: float(v) for k, v in metrics.items()} | entropy)
@@ -77,7 +84,7 @@ def prepare_text(
         The tokenizer, the manifest entries, counts, and {"unigram_entropy": nats per token}.
     """
     finder = Decontaminator((q.prompt for q in sets.heldout), config.data.decontaminate_ngram)
-    corpus = clean_documents(mixture_documents(config), finder, report)
+    corpus = clean_documents(mixture_documents(config, sets.tallies), finder, report)
     split = Split(corpus, config.data)
     report("tokenizer", 0, None)
     tokenizer = make_tokenizer(config, corpus, split, sets.conversations, folder / "tokenizer")

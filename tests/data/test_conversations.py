@@ -11,7 +11,7 @@ from ray_pipeline.data import conversations
 from ray_pipeline.data.chat import Chat
 from ray_pipeline.data.chat_templates import DEEPSEEK_TEMPLATE
 from ray_pipeline.data.conversations import encode_all
-from ray_pipeline.data.sources import check_sources
+from ray_pipeline.data.source_checks import check_sources
 from ray_pipeline.data.text import document_at
 from ray_pipeline.data.tokenizer import load_tokenizer
 from ray_pipeline.data.tokenizer_files import save_trained, train_bpe

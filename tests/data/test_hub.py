@@ -7,8 +7,11 @@ from unittest.mock import Mock
 import datasets
 import pytest
 
+from ray_pipeline.config import DataConfig, PipelineFields
 from ray_pipeline.data import hub
-from ray_pipeline.data.sources import HUB_DOCUMENTS, parse_source, read_documents
+from ray_pipeline.data.reading import Tally
+from ray_pipeline.data.source_checks import check_sources
+from ray_pipeline.data.sources import parse_source, read_documents
 from ray_pipeline.errors import UserError
 
 ROWS = [{"text": f"story {i}", "title": f"t{i}"} for i in range(10)]
@@ -64,9 +67,17 @@ def test_a_wrong_split_gets_the_nearest_one(online):
         list(read_documents(parse_source("org/name:valid")))
 
 
-def test_a_download_without_a_limit_ends(online):
-    assert len(ROWS) < HUB_DOCUMENTS
-    assert len(list(read_documents(parse_source("org/name")))) == len(ROWS)
+def test_a_dataset_is_read_whole_unless_a_limit_is_asked_for(online, monkeypatch):
+    """No set is cut at a size that nobody asked for."""
+    many = 120_000
+    monkeypatch.setattr(hub, "stream_records", lambda name, split: (("row", {"text": "a"}) for _ in range(many)))
+    tally = Tally()
+    assert sum(1 for _ in read_documents(parse_source("org/name"), tally=tally)) == tally.records == many
+    assert not tally.cut
+    assert sum(1 for _ in read_documents(parse_source("org/name"), 7, tally=tally)) == 7 and tally.cut
+    [said] = check_sources(PipelineFields(data=DataConfig(sft="org/name")))
+    assert said == "--sft-data org/name: all of its records are read. Fewer: --set data.max_documents=100000"
+    assert check_sources(PipelineFields(data=DataConfig(sft="org/name", max_documents=9))) == []
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,8 @@ import pytest
 from ray_pipeline.config import DataConfig, PipelineFields
 from ray_pipeline.data.question_sets import gather_questions
 from ray_pipeline.data.reasoning_gym_source import gym_questions, parse_gym_name
-from ray_pipeline.data.sources import check_sources, licence_of, parse_source
+from ray_pipeline.data.source_checks import check_sources
+from ray_pipeline.data.sources import licence_of, parse_source
 from ray_pipeline.errors import UserError
 
 reasoning_gym = pytest.importorskip("reasoning_gym")

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from ray_pipeline.config import DataConfig, PipelineFields, SourceConfig, TokenizerConfig
+from ray_pipeline.data.source_checks import check_sources
 from ray_pipeline.data.sources import (
-    check_sources,
     figure_names,
     parse_source,
     read_conversations,

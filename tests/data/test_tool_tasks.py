@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from ray_pipeline.config import DataConfig, PipelineFields, TokenizerConfig
 from ray_pipeline.data.question_sets import gather_questions
-from ray_pipeline.data.sources import check_sources
+from ray_pipeline.data.source_checks import check_sources
 from ray_pipeline.data.tasks import CATEGORIES, DIFFICULTIES, TOOLS_MIX, Mix, draw_unique, question_at
 from ray_pipeline.data.tasks.tool_use import TOOL_REGISTRY
 from ray_pipeline.data.text import document_at

@@ -7,8 +7,9 @@ import json
 
 import pytest
 
-from ray_pipeline.config import DataConfig, PipelineFields, TokenizerConfig
+from ray_pipeline.config import DataConfig, PipelineFields, SourceConfig, TokenizerConfig
 from ray_pipeline.data.loader import PackedRows
+from ray_pipeline.data.manifest import notices_of
 from ray_pipeline.data.preferences import PairRows
 from ray_pipeline.data.tokenizer import load_tokenizer
 from ray_pipeline.integrity import verify_folder
@@ -97,3 +98,25 @@ def test_the_shared_preferences_and_tool_conversations_are_prepared(tmp_path):
     kept = m["preference_pairs_train"] + m["preference_pairs_validation"]
     assert kept + m["preference_pairs_too_long"] + m["preference_ties"] + m["preference_duplicates"] == 300
     assert kept > 100 and m["preference_pairs_validation"] == kept // 5
+
+
+def test_what_is_left_out_and_not_read_stands_in_the_manifest(tmp_path):
+    chats = [{"prompt": f"How much is {i}+{i}?", "response": str(2 * i), "id": i} for i in range(60)]
+    chats[7]["response"] = ""
+    call = {"role": "assistant", "tool_calls": [{"name": "add", "arguments": {"a": 2, "b": 4}}]}
+    refused = {"messages": [{"role": "user", "content": "2+4?"}, call, {"role": "assistant", "content": "6"}]}
+    sft = tmp_path / "sft.jsonl"
+    sft.write_text("\n".join(map(json.dumps, [*chats, refused])))
+    texts = tmp_path / "text.jsonl"
+    texts.write_text("\n".join(json.dumps({"text": f"line {i} of a text", "url": "x"}) for i in range(60)))
+    _, manifest = prepared(
+        tmp_path / "dp", stages=["data_prep", "pretrain", "sft"], sft=str(sft), on_bad_record="skip",
+        pretrain=[SourceConfig(name=str(texts))],
+    )  # fmt: skip
+    read = manifest["reading"][f"--sft-data {sft}"]
+    assert (read["records"], read["not_read"], read["cut"]) == (61, {"id": 59}, False)
+    assert [entry["first"] for entry in read["left_out"]] == [[f"{sft}:8"], ["conversation 60"]]
+    assert manifest["datasets"]["sft/train"]["documents"] + manifest["datasets"]["sft/validation"]["documents"] == 59
+    assert manifest["reading"][f"--data {texts}"]["not_read"] == {"url": 60}
+    assert [text.partition(": ")[2][:30] for text in manifest["notices"]] == ["2 of 61 records are left out: "]
+    assert notices_of(tmp_path / "dp") == manifest["notices"] and notices_of(tmp_path) == []

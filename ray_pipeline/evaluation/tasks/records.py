@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from ray_pipeline.data import hub, local_files
+from ray_pipeline.data.column_names import with_columns
 from ray_pipeline.data.records import BadRecord
-from ray_pipeline.data.sources import parse_source
+from ray_pipeline.data.sources import parse_source, source_records
 from ray_pipeline.errors import UserError
 from ray_pipeline.evaluation.tasks.item import Item
 
@@ -19,29 +18,27 @@ def read_items(task: str, given: str, convert: Callable[[Record, int], Item]) ->
     """Every record of a source as an item.
 
     Args:
-        given: a file, or a hub name like org/name:split. convert: from a record and its index; raises BadRecord.
+        given: a file, or a hub name like org/name:split; ":question=problem" at its end names columns.
+        convert: from a record and its index; raises BadRecord.
     Raises:
         UserError: no such source, an unreadable line, or a record without what is needed, by file and line.
     """
-    items = []
+    items: list[Item] = []
     try:
-        for index, (place, record) in enumerate(_records(given)):
+        source = parse_source(given)
+        if source.kind == "builtin":
+            raise UserError('"builtin" is no file. Give a .jsonl or .parquet file, or a datasets name.')
+        read = with_columns(lambda record: convert(record, len(items)), source.columns)
+        for place, record in source_records(source):
             try:
-                items.append(convert(record, index))
+                if isinstance(record, BadRecord):
+                    raise record
+                items.append(read(record))
             except BadRecord as error:
                 raise UserError(f"{place}: {error}. Mend or remove it.") from None
     except UserError as error:
         raise UserError(f"--tasks {task}: {error}") from None
     return items
-
-
-def _records(given: str) -> Iterator[tuple[str, Record]]:
-    source = parse_source(given)
-    if source.kind == "builtin":
-        raise UserError('"builtin" is no file. Give a .jsonl or .parquet file, or a datasets name.')
-    if source.kind == "file":
-        return local_files.read_records(Path(source.location))
-    return hub.stream_records(source.location, source.split)
 
 
 def text_field(record: Record, *names: str) -> str:
