@@ -95,6 +95,9 @@ class LayoutConfig(Section):
     )
     micro_batch: Rows = Field(8, description="rows per rank and forward pass")
     timeout_seconds: Seconds = Field(600.0, description="a collective that waits longer is an error")
+    frozen_seconds: float = Field(
+        40.0, ge=0, le=86400, description="a rank that gives no sign of life so long is named and ended; 0: never"
+    )
     max_restarts: NonNegativeInt = Field(2, description="times Ray Train restarts a stage's workers after one died")
 
     @field_validator("activation_checkpointing", mode="before")

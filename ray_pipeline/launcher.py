@@ -20,6 +20,7 @@ from typing import Any, cast
 
 from ray_pipeline.artifacts import writing
 from ray_pipeline.errors import UserError
+from ray_pipeline.frozen_ranks import SECONDS, FrozenWatch
 from ray_pipeline.rank_errors import (
     ERRORS,
     WORKERS_LOCK,
@@ -125,11 +126,11 @@ class ProcessLauncher:
     """CPU ranks as processes of this machine over gloo, without Ray: for tests and debugging.
 
     Args:
-        timeout_seconds: limit of every collective.
+        timeout_seconds: limit of every collective. frozen_seconds: as `FrozenWatch` takes them.
     """
 
-    def __init__(self, ranks: int, *, timeout_seconds: float = 600.0):
-        self.ranks, self.timeout_seconds = ranks, timeout_seconds
+    def __init__(self, ranks: int, *, timeout_seconds: float = 600.0, frozen_seconds: float = SECONDS):
+        self.ranks, self.timeout_seconds, self.frozen_seconds = ranks, timeout_seconds, frozen_seconds
 
     def run(self, name: str, function: RankFunction, arguments: dict[str, Any]) -> dict[str, Any]:
         """Spawn the ranks, wait, and return rank 0's value; no restarts."""
@@ -141,8 +142,9 @@ class ProcessLauncher:
             job = (self.ranks, store, self.timeout_seconds, function, arguments)
             try:
                 processes = mp.spawn(_process_rank, job, nprocs=self.ranks, join=False)
-                while not processes.join(grace_period=FAREWELL):
-                    pass
+                with FrozenWatch(folder, self.frozen_seconds):
+                    while not processes.join(grace_period=FAREWELL):
+                        pass
             except (mp.ProcessRaisedException, mp.ProcessExitedException) as error:
                 raise explain_failure(folder, f"{name}: a rank's process ended: {error}", str(error)) from None
             return pickle.loads(Path(store, "value").read_bytes())
@@ -191,6 +193,7 @@ class RayLauncher:
     Args:
         ranks: number of workers. device: "cpu" (gloo) or "cuda" (one GPU per worker, nccl with gloo for CPU tensors).
         max_restarts: deaths that are survived. timeout_seconds: limit of every collective.
+        frozen_seconds: a rank without a sign of life is named, and ended as if it had died; 0: never.
         elastic: numbers of ranks to go on with while the cluster has not enough for all; none: wait for all.
     """
 
@@ -201,10 +204,12 @@ class RayLauncher:
         *,
         max_restarts: int = 2,
         timeout_seconds: float = 600.0,
+        frozen_seconds: float = SECONDS,
         elastic: Sequence[int] = (),
     ):
         self.ranks, self.device = ranks, device
         self.max_restarts, self.timeout_seconds = max_restarts, timeout_seconds
+        self.frozen_seconds = frozen_seconds
         self.sizes = sorted({ranks, *elastic})
 
     def run(self, name: str, function: RankFunction, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -243,7 +248,8 @@ class RayLauncher:
             run_config=RunConfig(**run_options),
         )
         try:
-            value = trainer.fit().return_value
+            with FrozenWatch(folder, self.frozen_seconds):
+                value = trainer.fit().return_value
         except TrainingFailedError as error:
             fallback = f"{name}: its workers died more often than layout.max_restarts={self.max_restarts} times"
             if not isinstance(error, WorkerGroupError):  # the job did not even start; the last line is the cause

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from rich.live import Live
 from rich.text import Text
 
 from ray_pipeline.artifacts import write_json
+from ray_pipeline.rank_errors import ERRORS, frozen_reports
 
 PROGRESS_FILE = "progress.json"
 WRITE_EVERY = 0.3  # seconds between writes of progress.json
@@ -108,6 +109,7 @@ class _Line:
     started: float | None = None
     finished: str | None = None
     printed: float = float("-inf")
+    frozen: set[float] = field(default_factory=set)
     shown: str = ""
 
 
@@ -143,6 +145,7 @@ class ProgressView:
 
     def refresh(self) -> None:
         """Read the stages' files and show what changed. Call often; it throttles itself."""
+        self._tell_frozen()
         if self._live is not None:
             self._live.update(self._screen())
             return
@@ -153,6 +156,14 @@ class ProgressView:
             if text and text != line.shown and time.monotonic() - line.printed >= self.plain_every:
                 line.shown, line.printed = text, time.monotonic()
                 self._print(f"{name}: {text}")
+
+    def _tell_frozen(self) -> None:
+        """Ranks that froze, at once: the stage may go on without them, or wait for their end."""
+        for name, line in self.lines.items():
+            for page in frozen_reports(line.folder) if line.started is not None and line.finished is None else ():
+                if page["time"] not in line.frozen:
+                    line.frozen.add(page["time"])
+                    self._print(f"{name}: {page['text']}. It is ended; the stacks are in {line.folder / ERRORS}")
 
     def _print(self, text: str) -> None:
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)

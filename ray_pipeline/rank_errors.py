@@ -21,9 +21,11 @@ from typing import Any, TextIO
 
 from ray_pipeline.artifacts import write_json
 from ray_pipeline.errors import StageFailed, UserError
+from ray_pipeline.heartbeat import STACKS_WANTED, Heartbeat, beat_file
 
 WORKERS_LOCK = ".workers.lock"
 ERRORS = "errors"
+FROZEN = "frozen.json"  # what `frozen_ranks` found in this attempt; those of earlier ones get a number
 _PLACE_BYTES = 512
 _SOURCE_LINE = re.compile(r"\[[^\]]*\.(cc|cpp|h|hpp):\d+\] ")  # where in gloo or NCCL the error was raised
 
@@ -106,13 +108,23 @@ class RankScope:
     def __init__(self, folder: Path, rank: int):
         self.folder, self.rank = folder, rank
         self._lock: TextIO | None = None
+        self._heartbeat: Heartbeat | None = None
 
     def __enter__(self) -> RankScope:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = (self.folder / WORKERS_LOCK).open("a")
         fcntl.flock(self._lock, fcntl.LOCK_SH)
-        for earlier in (_error_file(self.folder, self.rank), _place_file(self.folder, self.rank)):
-            earlier.unlink(missing_ok=True)  # of an attempt that Ray Train has restarted
+        errors = self.folder / ERRORS
+        errors.mkdir(exist_ok=True)
+        earlier = [_error_file(self.folder, self.rank), _place_file(self.folder, self.rank)]
+        for path in (*earlier, beat_file(errors, self.rank)):
+            path.unlink(missing_ok=True)  # of an attempt that Ray Train has restarted
+        if self.rank == 0:
+            (errors / STACKS_WANTED).unlink(missing_ok=True)
+            if (errors / FROZEN).exists():
+                (errors / FROZEN).rename(errors / f"frozen-{len(frozen_reports(self.folder))}.json")
+        self._heartbeat = Heartbeat(errors, self.rank)
+        self._heartbeat.start()
         return self
 
     def __exit__(
@@ -133,7 +145,8 @@ class RankScope:
                     "time": time.time(),
                 },
             )
-        assert self._lock is not None
+        assert self._lock is not None and self._heartbeat is not None
+        self._heartbeat.stop()
         self._lock.close()
 
 
@@ -150,6 +163,15 @@ def rank_errors(folder: Path) -> list[dict[str, Any]]:
     return sorted(found, key=lambda entry: (entry["lost_message"] is not None, entry["time"]))
 
 
+def frozen_reports(folder: Path) -> list[dict[str, Any]]:
+    """What the launcher's watch said of ranks that froze, in any attempt of this launch: `text`, `stacks`, `time`."""
+    found = []
+    for path in (folder / ERRORS).glob("frozen*.json"):
+        with suppress(FileNotFoundError, json.JSONDecodeError):
+            found.append(json.loads(path.read_text(encoding="utf-8")))
+    return sorted(found, key=lambda page: page["time"])
+
+
 def raise_user_error(folder: Path) -> None:
     """Raise what a rank recorded as the user's mistake, if any did."""
     for entry in rank_errors(folder):
@@ -162,6 +184,10 @@ def explain_failure(folder: Path, fallback: str, details: str) -> StageFailed:
     raise_user_error(folder)
     errors = rank_errors(folder)
     silent = _silent_ranks(folder, errors)
+    frozen = (folder / ERRORS / FROZEN).exists() and all(entry["lost_message"] is not None for entry in errors)
+    if frozen:  # and was ended, which the others' errors are echoes of
+        page = frozen_reports(folder)[-1]
+        return StageFailed(page["text"], f"Python stacks of all ranks:\n\n{page['stacks']}\n\n{details}")
     if not errors:
         return StageFailed(fallback + silent, details)
     first = errors[0]

@@ -66,6 +66,7 @@ def execute_stage(job: StageJob, *upstream: StageResult) -> StageResult:
     elastic = [smaller.gpus for smaller in elastic_layouts(job.config, stored_layout(job.config, job.device))]
     launcher = RayLauncher(
         row.ranks, job.device, max_restarts=layout.max_restarts, timeout_seconds=layout.timeout_seconds,
+        frozen_seconds=layout.frozen_seconds,
         elastic=elastic if row.stage in TRAINING_STAGES else (),
     )  # fmt: skip
     function = job.function or importlib.import_module(f"ray_pipeline.stages.{row.stage}").run

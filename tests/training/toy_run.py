@@ -57,13 +57,15 @@ def strike(fault: dict[str, Any] | None, rank: Rank, step: int, where: str) -> N
     """Hang, die or fail here, if it is said so."""
     if fault is None or (fault["rank"], fault["step"], fault.get("where", "batch")) != (rank.mesh.rank, step, where):
         return
-    if fault["kind"] == "once":
+    if fault["kind"] in ("once", "stop once"):
         mark = rank.folder / "struck"
         if mark.exists():
             return
         mark.touch()
     if fault["kind"] == "hang":
         time.sleep(3600)
+    if fault["kind"] in ("stop", "stop once"):
+        os.kill(os.getpid(), signal.SIGSTOP)
     if fault["kind"] in ("kill", "once"):
         os.kill(os.getpid(), signal.SIGKILL)
     if fault["kind"] == "exit":
