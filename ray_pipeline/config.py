@@ -100,6 +100,14 @@ class LayoutConfig(Section):
     )
     max_restarts: NonNegativeInt = Field(2, description="times Ray Train restarts a stage's workers after one died")
 
+    @field_validator("frozen_seconds")
+    @classmethod
+    def _longer_than_a_few_beats(cls, value: float) -> float:
+        """Ranks give a sign of life every second, and a busy machine may be late with it."""
+        if 0 < value < 10:
+            raise ValueError("must be 0 (never) or at least 10, as a busy machine may keep a rank waiting for seconds")
+        return value
+
     @field_validator("activation_checkpointing", mode="before")
     @classmethod
     def _none_is_a_name_here(cls, value: object) -> object:

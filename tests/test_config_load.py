@@ -236,6 +236,12 @@ def test_any_text_value_can_be_read(text: str) -> None:
     assert isinstance(value, str | list | dict | type(None) | set) or value == yaml.safe_load(text)
 
 
+def test_a_rank_is_not_held_for_frozen_within_seconds() -> None:
+    with pytest.raises(UserError, match=r"layout\.frozen_seconds=3.*must be 0 \(never\) or at least 10"):
+        load_config(None, {"layout.frozen_seconds": 3})
+    assert load_config(None, {"layout.frozen_seconds": 0}).layout.frozen_seconds == 0
+
+
 def test_a_warm_up_longer_than_its_stage_is_shortened_and_told():
     config = load_config(None, {"pretrain.steps": 50, "pretrain.optimizer.warmup_steps": 80, "sft.steps": 3})
     told = [text for text in warnings(config) if "warmup_steps" in text]
