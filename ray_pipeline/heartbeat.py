@@ -88,7 +88,7 @@ class Heartbeat:
 
     def __init__(self, folder: Path, rank: int):
         self.folder, self.rank = folder, rank
-        self._watched = threading.get_ident()
+        self._watched, self._native = threading.get_ident(), threading.get_native_id()
         self._ended = threading.Event()
         found = process_stat(os.getpid())
         self._state: dict[str, Any] = {
@@ -109,11 +109,12 @@ class Heartbeat:
         self._ended.set()
         self._thread.join(timeout=2 * BEAT)
         beat_file(self.folder, self.rank).unlink(missing_ok=True)
-        os.close(self._file)
+        if not self._thread.is_alive():  # else it looks at a stack, and may still write
+            os.close(self._file)
 
     def _run(self) -> None:
-        with suppress(OSError):  # the folder is gone: the launch is over
-            while not self._ended.wait(BEAT):
+        while not self._ended.wait(BEAT):
+            with suppress(OSError):  # a disk that is full for a while is no reason to seem frozen
                 self._beat()
                 self._answer()
 
@@ -121,7 +122,7 @@ class Heartbeat:
         frame = sys._current_frames().get(self._watched)
         stack = _places(frame)
         cpu, io = time.process_time(), _io_bytes()
-        if stack != self._stack:
+        if stack != self._stack or self._waits_for_disk():
             self._stack, self._cpu, self._io, self._moved = stack, cpu, io, time.monotonic()
         innermost, line = stack[0] if stack else ("", 0)
         self._state |= {
@@ -135,6 +136,14 @@ class Heartbeat:
             "at": f"{innermost}:{line}"[-300:],
         }
         os.pwrite(self._file, json.dumps(self._state).ljust(_BYTES).encode(), 0)
+
+    def _waits_for_disk(self) -> bool:
+        """A large file on a slow disk takes its time, without a byte that this process would see pass."""
+        try:
+            fields = Path(f"/proc/self/task/{self._native}/stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            return False
+        return fields[0] == "D"
 
     def _answer(self) -> None:
         """Give the stacks that are asked for, once a request; end those that are frozen here, if it says so."""
