@@ -21,7 +21,7 @@ from ray_pipeline.teacher_name import TOP_K, teacher_path
 
 # Raised when a stage's code writes something else for the same settings, so that old outputs are not taken for new.
 FORMATS = dict.fromkeys(STAGES, 1) | {
-    "pretrain": 2, "sft": 2, "dpo": 2, "grpo": 3, "distillation": 3, "export": 2,
+    "data_prep": 2, "pretrain": 2, "sft": 2, "dpo": 2, "grpo": 3, "distillation": 3, "export": 2,
 }  # fmt: skip
 _SECTIONS: dict[str, tuple[str, ...]] = {
     "data_prep": ("data", "tokenizer"),

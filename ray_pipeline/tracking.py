@@ -27,7 +27,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     lines = []
-    for text in path.read_text(encoding="utf-8").splitlines():
+    for text in path.read_text(encoding="utf-8").split("\n"):  # other line ends may stand inside a line
         try:
             lines.append(json.loads(text))
         except json.JSONDecodeError:

@@ -49,7 +49,8 @@ def show_prompts(path: Path, count: int) -> None:
     from rich.console import Console
 
     console = Console(soft_wrap=True)
-    lines = path.read_text(encoding="utf-8").splitlines()
+    with path.open(encoding="utf-8") as file:  # U+2028 ends a line for `splitlines`, but may stand in a question
+        lines = list(file)
     for line in lines[:count]:
         prompt = json.loads(line)
         console.print(f"{prompt['prompt']}", style="bold", markup=False, highlight=False)

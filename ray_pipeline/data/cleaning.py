@@ -9,16 +9,19 @@ import unicodedata
 # Control and format characters carry no text; tab and newline do. Joiners stay: scripts and emoji need them.
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200b\u2060\ufeff\ufffe\uffff]")
 # Looked for from the first blank of a run alone, or a long run that ends in a letter takes the square of its length.
+# Characters of old that part lines, pages or records; taken out, they would glue the words beside them.
+_BREAKS = re.compile("[\x0b\x0c\x1c-\x1e\x85]")
 _TRAILING = re.compile(r"(?<![ \t\u00a0\u3000])[ \t\u00a0\u3000]++(?=\n|$)")
 _BLANK_LINES = re.compile(r"\n{3,}")
 
 
 def clean_text(text: str) -> str:
-    """NFC, one kind of line end, no control characters, no trailing white space, at most one blank line in a row.
+    """NFC, one kind of line end, which page breaks become too, no control characters, no trailing white space, at most
+    one blank line in a row.
 
     Cleaning twice changes nothing more. White space inside lines stays: code and verse mean something by it.
     """
-    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    text = _BREAKS.sub("\n", text.replace("\r\n", "\n").replace("\r", "\n")).replace("\x1f", " ")
     text = _CONTROL.sub("", text)
     text = unicodedata.normalize("NFC", text)
     text = _TRAILING.sub("", text)

@@ -21,8 +21,10 @@ _DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+"
 # A minus belongs to the number unless something that can be subtracted from stands before it.
 _SIGN = r"(?:(?<![0-9A-Za-z)])-\s?)?"
 _NUMBER = re.compile(rf"(?P<sign>{_SIGN})[$€£]?\s?(?P<top>{_DIGITS})(?:\s?/\s?(?P<bottom>{_DIGITS}))?")
+_LATEX_WORDS = re.compile(r"\\(?:text|mathrm|mbox)\{([^{}]*)\}")
 _LATEX_FRACTION = re.compile(r"\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}")
-_UNIT = r"\s?(?:%|°)|\s?[^\W\d]+(?:\s[^\W\d]+){0,2}"
+_WORDS = r"[^\W\d]+(?:[\s/][^\W\d]+){0,3}"
+_UNIT = rf"\s?(?:%|°)|\s?{_WORDS}|\s?\({_WORDS}\)"
 _WHOLE = re.compile(rf"\s*(?:[A-Za-z]\w*\s*=\s*)?(?P<number>[-$€£.0-9].*?)(?:{_UNIT})?\s*\.?\s*")
 _ANSWER_IS = re.compile(r"answer(?:\s+is)?\s*[:=]?\s+(?P<answer>\S.*)", re.IGNORECASE)
 
@@ -48,7 +50,7 @@ def extract(text: str) -> str:
 
 def _clean(text: str) -> str:
     text = text.replace("\N{MINUS SIGN}", "-").replace("\\$", "$").replace("\\%", "%").replace("\\,", "")
-    return _LATEX_FRACTION.sub(r"\1/\2", text)
+    return _LATEX_FRACTION.sub(r"\1/\2", _LATEX_WORDS.sub(r"\1", text))
 
 
 def _fraction(match: re.Match[str]) -> Fraction | None:

@@ -55,5 +55,5 @@ def prepare(folder: Path, task: Task, steps: int, seed: int = 0) -> None:
 
 def read_prompts(folder: Path) -> list[dict[str, Any]]:
     """The questions as `prepare` wrote them."""
-    text = (folder / "prompts" / "train.jsonl").read_text(encoding="utf-8")
-    return [json.loads(line) for line in text.splitlines()]
+    with (folder / "prompts" / "train.jsonl").open(encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]

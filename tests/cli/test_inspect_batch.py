@@ -12,6 +12,7 @@ from ray_pipeline.cli import main
 from ray_pipeline.config_load import load_config
 from ray_pipeline.data.preference_records import as_preference
 from ray_pipeline.data.preferences import write_preferences
+from ray_pipeline.data.tasks import Question
 from ray_pipeline.data.tokenizer import load_tokenizer
 from tests.cli.made_run import SEQ_LEN, make_run
 
@@ -53,3 +54,11 @@ def test_a_puzzles_reference_is_cut_short(capsys: pytest.CaptureFixture, output_
     write_text(path, json.dumps({"prompt": "?", "answer": entry, "category": "puzzle", "difficulty": 0}) + "\n")
     _, text, _ = ask(capsys, output_dir, "--stage", "grpo")
     assert f"answer {entry[:100]}..., puzzle" in text and entry not in text
+
+
+def test_a_question_may_hold_other_line_ends(capsys: pytest.CaptureFixture, output_dir: Path) -> None:
+    path = next(output_dir.glob("toy/data_prep-*")) / "prompts" / "train.jsonl"
+    question = Question("one\u2028two\x85three\u2029?", "", "3", "sum", 1)
+    write_text(path, 2 * (json.dumps(question.record(), ensure_ascii=False) + "\n"))
+    code, text, _ = ask(capsys, output_dir, "--stage", "grpo", "--rows", "1")
+    assert code == 0 and question.prompt in text and "1 of 2 questions" in text

@@ -28,6 +28,7 @@ from ray_pipeline.data.cleaning import (
         ("e\u0301", "é"),
         ("\n\n  verse\n    indented\n\n", "  verse\n    indented"),
         (" \n\t\n", ""),
+        ("page one\x0cpage two\x0bline\x85next\x1fword", "page one\npage two\nline\nnext word"),
     ],
 )
 def test_cleaning(raw, clean):

@@ -39,6 +39,12 @@ from ray_pipeline.rewards.answer import answer, extract, last_number, parse_numb
         ("<think>x</think> The answer is Paris. ", "PARIS"),
         ("<think>x</think>yes", "Yes."),
         ("<think>x</think>.5", "0.5"),
+        ("<think>x</think>9", "9 (apples)"),
+        ("<think>x</think>9 (apples)", "9"),
+        ("<think>x</think>9 apples", "9 (red apples)"),
+        ("<think>x</think>60", "60 km/h"),
+        ("<think>x</think>9", "9\\text{ cm}"),
+        ("<think>x</think>9 \\text{ cm}", "9"),
     ],
 )
 def test_right_answers_score_one(completion, reference):
@@ -54,6 +60,8 @@ def test_right_answers_score_one(completion, reference):
         ("<think>42</think>43", "42"),
         ("<think>x</think>4 2", "42"),
         ("<think>x</think>42.0000001", "42"),
+        ("<think>x</think>9", "9 (or 10)"),
+        ("<think>x</think>8", "9 (apples)"),
         ("<think>x</think>0.3333", "1/3"),
         ("<think>x</think>\\boxed{12} or 13", "13"),
         ("<think>x</think>#### 12", "13"),
