@@ -23,6 +23,7 @@ from model.init import initial_weight
 from model.transformer import Transformer
 
 MOST_EXPERTS = 200_000  # of all layers; the largest published model has 15,000
+MOST_LAYERS = 300  # that are built without a look at how many tensors there are
 _SHOWN = 12  # problems listed by name
 _FLOAT8 = "F8_E4M3"
 _WEIGHTS = {"F64", "F32", "F16", "BF16", _FLOAT8}
@@ -56,12 +57,7 @@ def open_folder(path: Path, selection: Selection | None = None, limits: LoadLimi
     selection = selection or Selection()
     found = describe(path, selection, limits)
     config, stored = found.config, found.stored
-    tensors = config.num_hidden_layers * (config.n_routed_experts + 1)
-    if tensors > MOST_EXPERTS:
-        raise ValueError(
-            f"{path / 'config.json'}: num_hidden_layers={config.num_hidden_layers} with n_routed_experts="
-            f"{config.n_routed_experts} are {tensors} experts, more than the {MOST_EXPERTS} that any model has"
-        )
+    _check_size(path, config, len(stored))
     with torch.device("meta"):
         state = Transformer(config).state_dict()
     expected = {name: Slot(name) for name in state} if found.native else published_slots(config, state)
@@ -77,6 +73,20 @@ def open_folder(path: Path, selection: Selection | None = None, limits: LoadLimi
     fresh = {s.name for s in expected.values() if not s.shared and (s.name, s.expert, s.part) not in taken}
     shapes = {name: tensor.shape for name, tensor in state.items()}
     return ModelFolder(path, config, slots, stored, shapes, tuple(sorted(fresh)), block_size(found.values))
+
+
+def _check_size(path: Path, config: ModelConfig, stored: int) -> None:
+    """Refuse an architecture whose tensors alone would take minutes to list."""
+    experts = config.num_hidden_layers * config.n_routed_experts
+    if experts > MOST_EXPERTS:
+        raise ValueError(
+            f"{path / 'config.json'}: num_hidden_layers={config.num_hidden_layers} with n_routed_experts="
+            f"{config.n_routed_experts} are {experts} experts, more than the {MOST_EXPERTS} that any model has"
+        )
+    if config.num_hidden_layers > max(MOST_LAYERS, stored):
+        raise ValueError(
+            f"{path / 'config.json'}: num_hidden_layers={config.num_hidden_layers}, but the files hold {stored} tensors"
+        )
 
 
 def _compare(

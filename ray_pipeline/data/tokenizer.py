@@ -181,11 +181,13 @@ def _template(folder: Path, config: dict[str, Any]) -> str | None:
 def _read_json(path: Path, *, missing_ok: bool = False) -> dict[str, Any]:
     if missing_ok and not path.is_file():
         return {}
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path}: is no regular file. {WAY_OUT}")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}). {WAY_OUT}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON ({error}). {WAY_OUT}") from None
     if not isinstance(value, dict):
         raise UserError(f"{path}: must hold a JSON object. {WAY_OUT}")

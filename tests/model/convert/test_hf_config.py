@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, replace
+
 import pytest
 
 from model.config import ModelConfig, RopeScaling
 from model.convert.card import model_card
+from model.convert.folder import read_config
 from model.convert.hf_config import config_from_hf, to_hf
 
 BASE = ModelConfig()
@@ -93,3 +96,29 @@ def test_model_card_states_licence_figures_and_baselines():
         f"{BASE.num_params():,}",
     ):
         assert expected in card
+
+
+ODD = [None, True, -1, 0, 1e300, 10**30, "x", "x" * 100_000, [], [1], [[]], {}, {"a": 1}, float("nan"), float("inf")]
+
+
+@pytest.mark.parametrize("base", [to_hf(BASE), to_hf(replace(BASE, attention="dsa")), asdict(BASE)])
+def test_any_odd_value_of_any_key_is_taken_or_refused_in_a_sentence(base):
+    refused = 0
+    extra = ("rope_parameters", "quantization_config", "layer_types", "mlp_layer_types", "moe_layer_freq", "mlp_bias")
+    for key in (*base, *extra):
+        for odd in ODD:
+            values = base | {key: odd}
+            try:
+                read_config(values)
+            except ValueError as error:
+                refused += 1
+                assert len(str(error)) < 600
+    assert refused > 200
+
+
+def test_odd_values_in_rope_scaling_are_refused_by_name():
+    yarn = {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64}
+    for key in ("factor", "original_max_position_embeddings", "beta_fast", "mscale"):
+        for odd in ("x", [], True, -1e9, float("nan")):
+            with pytest.raises(ValueError, match=f"rope_scaling.*{key}"):
+                config_from_hf(to_hf(BASE) | {"rope_scaling": yarn | {key: odd}})
