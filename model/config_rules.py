@@ -59,7 +59,8 @@ def check(config: ModelConfig) -> None:
     kinds = get_type_hints(type(config))
     for name in _NAMES:
         if getattr(config, name) not in get_args(kinds[name]):
-            raise ValueError(f"{name}={getattr(config, name)}: must be one of {', '.join(get_args(kinds[name]))}")
+            given = str(getattr(config, name))[:60]
+            raise ValueError(f"{name}={given}: must be one of {', '.join(get_args(kinds[name]))}")
     _check_attention(config)
     _check_router(config)
 

@@ -9,15 +9,19 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 
 from model.config import ModelConfig, RopeScaling
 from model.config_rules import BOUNDS, SCALING_BOUNDS
 from ray_pipeline.cli import main
+from ray_pipeline.cli.group import VERBS, cli
+from ray_pipeline.cli.options import FLAG_KEYS
 from ray_pipeline.config import PipelineFields
 from ray_pipeline.config_load import load_config
 from ray_pipeline.config_sources import MAX_YAML, read_yaml
 from ray_pipeline.errors import UserError
+from tests.cli.made_run import make_run
 
 
 def numbers(node: Any, definitions: dict, path: str = "") -> Iterator[tuple[str, dict]]:
@@ -73,6 +77,37 @@ def test_numbers_beyond_their_bounds_are_refused_by_name(key: str) -> None:
         for low in ("-1e30", "nan"):
             with pytest.raises(UserError, match=key.replace(".", r"\.")):
                 load_config(None, written | {key: low})
+
+
+def test_every_number_on_the_command_line_has_a_largest_value() -> None:
+    numeric = (click.INT.__class__, click.FLOAT.__class__)
+    for verb in VERBS:
+        command = cli.get_command(click.Context(cli), verb)
+        assert command is not None
+        for option in command.params:
+            known = option.name in FLAG_KEYS or option.name in (
+                "max_steps",
+                "temperature",
+            )  # bounded where they are read
+            if isinstance(option.type, (*numeric, click.IntRange, click.FloatRange)) and not known:
+                assert getattr(option.type, "max", None) is not None, f"{verb} --{option.name}"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["generate", "x", "y", "--temperature", "1e-320"], "must be 0, which is greedy, or from 0.001 to 1000"),
+        (["eval", "x", "--temperature", "1e9"], "must be 0, which is greedy, or from 0.001 to 1000"),
+        (["eval", "x", "--samples", "1000000000000"], "is not in the range"),
+        (["generate", "x", "y", "--num-beams", "99999999"], "is not in the range"),
+    ],
+)
+def test_numbers_of_flags_that_cannot_work_are_refused(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture, tmp_path: Path
+) -> None:
+    make_run(tmp_path, "x")
+    assert main([*arguments, "--output-dir", str(tmp_path)]) == 2
+    assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

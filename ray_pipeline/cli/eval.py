@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 import time
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ray_pipeline.cli.options import check_temperature
 from ray_pipeline.cli.output_files import report_writers
 from ray_pipeline.cli.runs import output_dir
 from ray_pipeline.config_base import MOST_SEED
@@ -31,11 +31,15 @@ _RANGE = re.compile(r"([1-5])(?:-([1-5]))?")
 @click.argument("target", required=False, metavar="RUN|PATH")
 @click.option("--tasks", help="Names with commas between them; --list shows them. Default: heldout, for a run.")
 @click.option("--stage", help="Of a run. Default: the last finished of pretrain, sft, dpo and grpo.")
-@click.option("--samples", type=int, default=1, show_default=True, help="Answers to each question.")
+@click.option(
+    "--samples", type=click.IntRange(max=100_000), default=1, show_default=True, help="Answers to each question."
+)
 @click.option("--k", "ks", help="The k of pass@k and maj@k, with commas. Default: powers of two up to --samples.")
 @click.option("--temperature", type=click.FloatRange(0), help="0 is greedy. Default: 0, or 0.6 with --samples.")
-@click.option("--max-new-tokens", type=click.IntRange(1), help="Of one answer. Default: the run's own limit, or 512.")
-@click.option("--limit", type=click.IntRange(1), help="Questions of each task. Default: the task's own number.")
+@click.option(
+    "--max-new-tokens", type=click.IntRange(1, 1 << 27), help="Of one answer. Default: the run's own limit, or 512."
+)
+@click.option("--limit", type=click.IntRange(1, 10**9), help="Questions of each task. Default: the task's own number.")
 @click.option(
     "--seed", type=click.IntRange(0, MOST_SEED), default=0, show_default=True, help="Of questions and answers."
 )
@@ -43,7 +47,9 @@ _RANGE = re.compile(r"([1-5])(?:-([1-5]))?")
 @click.option("--compare", help="Another RUN, PATH or report (.json): a paired test on the same questions.")
 @click.option("--tools", help="Tools the model may call, for example calculator,python; default: those of the run.")
 @click.option("--without-landlock", is_flag=True, help="Run answers' programs although they could read all your files.")
-@click.option("--max-batch", type=click.IntRange(1), default=256, show_default=True, help="Answers written together.")
+@click.option(
+    "--max-batch", type=click.IntRange(1, 1 << 16), default=256, show_default=True, help="Answers written together."
+)
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the whole report here.")
 @click.option("--html", "html_file", type=click.Path(path_type=Path), help="Write a page to read here.")
 @click.option("--report", "reports", multiple=True, metavar="NAME=FILE", help="Write by any other reporter.")
@@ -179,8 +185,7 @@ def sampling(wishes: dict[str, Any]) -> tuple[int, float, tuple[int, ...]]:
         raise UserError(f"--samples {samples}: a question needs at least one answer. Use --samples 1.")
     if temperature is None:
         temperature = 0.0 if samples == 1 else SAMPLED_TEMPERATURE
-    if not math.isfinite(temperature):
-        raise UserError(f"--temperature {temperature}: must be a finite number.")
+    check_temperature(temperature)
     if samples > 1 and temperature == 0:
         raise UserError(
             f"--samples {samples} with --temperature 0: greedy answers to a question are all the same. Use a "

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ray_pipeline.cli.options import check_temperature
 from ray_pipeline.cli.runs import find_run, output_dir
 from ray_pipeline.config_base import MOST_SEED
 from ray_pipeline.errors import UserError
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from model.generate.decode import Decoder
     from ray_pipeline.data.tokenizer import ChatTokenizer
 
-POSITIVE = click.FloatRange(0, min_open=True)
+POSITIVE = click.FloatRange(0, 1e3, min_open=True)
 
 
 @dataclass(frozen=True)
@@ -45,18 +46,27 @@ class Wishes:
 @click.argument("prompt")
 @click.option("--stage", help="pretrain, sft, dpo, grpo or distillation. Default: pretrain, with --chat the last.")
 @click.option("--raw/--chat", default=None, help="Continue the text, or answer it. Default: by stage.")
-@click.option("--max-new-tokens", type=click.IntRange(1), default=200, show_default=True)
+@click.option("--max-new-tokens", type=click.IntRange(1, 1 << 27), default=200, show_default=True)
 @click.option("--temperature", type=click.FloatRange(0), help="0 is greedy. Default: 0.8 for raw text, 0 for chat.")
 @click.option("--seed", type=click.IntRange(0, MOST_SEED), default=0, show_default=True)
-@click.option("--top-k", type=click.IntRange(0), default=0, help="Draw from the k likeliest tokens. Default: all.")
+@click.option(
+    "--top-k", type=click.IntRange(0, 1 << 24), default=0, help="Draw from the k likeliest tokens. Default: all."
+)
 @click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True)
 @click.option("--min-p", type=click.FloatRange(0, 1), default=0.0, help="Least share of the likeliest token's chance.")
 @click.option("--repetition-penalty", type=POSITIVE, default=1.0, help="Above 1: say less that was said. Default: 1.")
 @click.option("--stop", multiple=True, help="Text that ends the answer and is not printed. May be repeated.")
-@click.option("--think-budget", type=click.IntRange(0), help="Tokens inside <think> before </think> is forced.")
+@click.option(
+    "--think-budget", type=click.IntRange(0, 1 << 27), help="Tokens inside <think> before </think> is forced."
+)
 @click.option("--speculative", is_flag=True, help="Let the MTP modules draft tokens. Answers keep their distribution.")
-@click.option("--num-beams", type=click.IntRange(1), default=1, help="Beam search with this many. Default: none.")
-@click.option("--length-penalty", type=float, default=1.0, help="Beams: 0 ranks sums, 1 means of logprobs. Default: 1.")
+@click.option("--num-beams", type=click.IntRange(1, 4096), default=1, help="Beam search with this many. Default: none.")
+@click.option(
+    "--length-penalty",
+    type=click.FloatRange(-1e3, 1e3),
+    default=1.0,
+    help="Beams: 0 ranks sums, 1 means of logprobs. Default: 1.",
+)
 @click.option("--output-dir", "runs_dir", help="Folder of all runs. Default: runs.")
 def generate(
     run: str,
@@ -97,7 +107,9 @@ def check_wishes(temperature: float | None, wishes: dict[str, Any]) -> None:
     Raises:
         UserError: naming the options.
     """
-    for name, value in {"temperature": temperature, **wishes}.items():
+    if temperature is not None:
+        check_temperature(temperature)
+    for name, value in wishes.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"--{name.replace('_', '-')} {value}: must be a finite number.")
     if not all(wishes["stop"]):

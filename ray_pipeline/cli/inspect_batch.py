@@ -23,8 +23,10 @@ ANSWER_CHARACTERS = 100
 @click.command("inspect-batch")
 @click.argument("run")
 @click.option("--stage", required=True, help="pretrain, sft, dpo, grpo or distillation.")
-@click.option("--step", type=click.IntRange(0), default=0, show_default=True, help="The training step, from 0.")
-@click.option("--rows", type=click.IntRange(1), default=2, show_default=True, help="Rows, or pairs, of it to print.")
+@click.option("--step", type=click.IntRange(0, 10**8), default=0, show_default=True, help="The training step, from 0.")
+@click.option(
+    "--rows", type=click.IntRange(1, 10**7), default=2, show_default=True, help="Rows, or pairs, of it to print."
+)
 @click.option("--validation", is_flag=True, help="The held-out rows instead.")
 @click.option("--output-dir", help="Folder of all runs. Default: runs.")
 def inspect_batch(run: str, stage: str, step: int, rows: int, validation: bool, **options: str | None) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -133,7 +134,9 @@ chain_options = _options(
 recipe_options = _options(
     click.option("--config", type=click.Path(path_type=Path), help="Recipe: YAML file or shipped name. Default: tiny."),
     click.option("--model-size", metavar="[tiny|small|medium|large]", help="A preset for the architecture."),
-    click.option("--max-steps", type=click.IntRange(1), help="Upper limit for the steps of every training stage."),
+    click.option(
+        "--max-steps", type=click.IntRange(1, 10**8), help="Upper limit for the steps of every training stage."
+    ),
     click.option("--batch-size", type=click.IntRange(1), help="Rows per step of PRETRAIN, SFT and DISTILLATION."),
     click.option("--seq-len", type=click.IntRange(2), help="Tokens per packed row."),
     click.option("--seed", type=click.IntRange(0), help="Decides data order, initial weights and sampling."),
@@ -158,6 +161,14 @@ stage_options = _options(
     click.option("--until", help="The stages up to this one."),
     click.option("--dry-run", is_flag=True, help="Print the plan and stop."),
 )
+
+
+def check_temperature(value: float) -> None:
+    """Raise UserError for a temperature that logits cannot be divided by; 0 is greedy."""
+    if not math.isfinite(value):
+        raise UserError(f"--temperature {value}: must be a finite number.")
+    if value and not 1e-3 <= value <= 1e3:
+        raise UserError(f"--temperature {value:g}: must be 0, which is greedy, or from 0.001 to 1000.")
 
 
 def take_request(options: dict[str, Any]) -> Request:

@@ -18,7 +18,7 @@ from ray_pipeline.cli.runs import find_run, output_dir
 @stage_options
 @chain_options
 @click.option("--output-dir", help="Folder of all runs. Default: runs.")
-@click.option("--max-steps", type=click.IntRange(1), help="Lower the steps of every training stage.")
+@click.option("--max-steps", type=click.IntRange(1, 10**8), help="Lower the steps of every training stage.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change it; what depends on it reruns.")
 def resume(run: str, **options: Any) -> int:
     """Go on with RUN from its last checkpoint, with the settings it was started with."""

@@ -18,8 +18,10 @@ if TYPE_CHECKING:
 @click.argument("run")
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--teacher", help="A stage's or a model's folder. Default: the run's last stage before distillation.")
-@click.option("-k", "--k", type=click.IntRange(1), default=64, show_default=True, help="Tokens kept per position.")
-@click.option("--temperature", type=click.FloatRange(0, min_open=True), default=1.0, show_default=True)
+@click.option(
+    "-k", "--k", type=click.IntRange(1, 1 << 24), default=64, show_default=True, help="Tokens kept per position."
+)
+@click.option("--temperature", type=click.FloatRange(1e-3, 1e3), default=1.0, show_default=True)
 @click.option("--output-dir", "runs_dir", help="Folder of all runs. Default: runs.")
 def teacher_topk(run: str, folder: Path, teacher: str | None, k: int, temperature: float, runs_dir: str | None) -> int:
     """Write log-probabilities over RUN's conversations to FOLDER, for `--set distillation.teacher=topk:FOLDER`."""

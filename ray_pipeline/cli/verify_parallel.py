@@ -28,11 +28,15 @@ _CHOICES = {"precision": ("fp32", "bf16", "both"), "optimizer": ("adamw", "sgd",
 @click.option("--all", "every", is_flag=True, help="Every layout of --gpus ranks; sizes and stages given narrow it.")
 @click.option("--precision", metavar="[fp32|bf16|both]", default="fp32", show_default=True)
 @click.option("--optimizer", metavar="[adamw|sgd|both]", default="adamw", show_default=True, help="sgd: lr=1.")
-@click.option("--steps", type=click.IntRange(1), default=4, show_default=True, help="Optimizer steps to compare.")
+@click.option(
+    "--steps", type=click.IntRange(1, 10_000), default=4, show_default=True, help="Optimizer steps to compare."
+)
 @click.option("--tolerance", metavar="NUMBER", help="Relative loss difference allowed. Default: fp32 2e-6, bf16 2e-3.")
 @click.option("--config", type=click.Path(path_type=Path), help="A recipe whose model and layout to verify, if small.")
 @click.option("--backend", metavar="[auto|cpu|cuda]", help="auto: GPUs if there are enough of them, or CPU processes.")
-@click.option("--timeout", type=click.FloatRange(1), default=300.0, show_default=True, help="Seconds per layout.")
+@click.option(
+    "--timeout", type=click.FloatRange(1, 7 * 86400), default=300.0, show_default=True, help="Seconds per layout."
+)
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the results to this file as well.")
 def verify_parallel(every: bool, json_file: Path | None, steps: int, timeout: float, **options: Any) -> int:
     """Train the same steps on one process and in a layout, and compare losses, gradient norms, weights and routing.

@@ -51,7 +51,8 @@ def test_ordinary_templates_give_what_jinja_gives(source: str) -> None:
     [
         ("{{ 'x' * 10**10 }}", "characters"),
         ("{{ [1] * 10**10 }}", "characters"),
-        ("{{ 10 ** 10 ** 9 ** 9 }}", "digits"),
+        ("{{ 10 ** 10000000000 }}", "digits"),
+        ("{% set x = 10 ** 900 %}{{ x * x }}", "digits"),
         ("{% for a in range(90000) %}{% for b in range(90000) %}{% endfor %}{% endfor %}", "seconds"),
         ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "without end"),
         ("{{ 'a'|center(10000000000) }}", "width or count"),

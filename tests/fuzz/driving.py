@@ -34,18 +34,24 @@ class Ending:
 
 @contextlib.contextmanager
 def clock(seconds: float = SECONDS) -> Iterator[None]:
-    """Raise `Hung` in the main thread after so many seconds."""
+    """Raise `Hung` in the main thread after so many seconds of computing, or six times as many of waiting.
+
+    A machine that runs other tests as well lets a process wait; that is no fault of the process.
+    """
 
     def ring(*_: object) -> None:
         raise Hung
 
-    before = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    clocks = ((signal.SIGPROF, signal.ITIMER_PROF, seconds), (signal.SIGALRM, signal.ITIMER_REAL, 6 * seconds))
+    before = [signal.signal(kind, ring) for kind, _, _ in clocks]
+    for _, timer, limit in clocks:
+        signal.setitimer(timer, limit)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        for (kind, timer, _), handler in zip(clocks, before, strict=True):
+            signal.setitimer(timer, 0)
+            signal.signal(kind, handler)
 
 
 def end_of(arguments: Sequence[str], *, seconds: float = SECONDS, codes: Sequence[int] = (0, 1, 2)) -> Ending:
@@ -53,7 +59,7 @@ def end_of(arguments: Sequence[str], *, seconds: float = SECONDS, codes: Sequenc
     out, err = io.StringIO(), io.StringIO()
     code: int | None = None
     fault = None
-    started = time.monotonic()
+    started = time.process_time()
     try:
         with clock(seconds), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             code = main(list(arguments))
@@ -70,8 +76,8 @@ def end_of(arguments: Sequence[str], *, seconds: float = SECONDS, codes: Sequenc
             fault = "wrote a traceback"
         elif code == 2 and not err.getvalue().strip():
             fault = "refused without a word"
-        elif time.monotonic() - started > seconds:
-            fault = f"took {time.monotonic() - started:.1f} seconds"
+        elif time.process_time() - started > seconds:
+            fault = f"took {time.process_time() - started:.1f} seconds"
     return Ending(code, out.getvalue(), err.getvalue(), fault)
 
 
