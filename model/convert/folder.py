@@ -10,6 +10,7 @@ from typing import Any
 
 from model.config import ModelConfig, RopeScaling
 from model.convert.hf_config import check_types, config_from_hf
+from model.convert.json_values import short
 from model.convert.weight_files import LoadLimits, StoredTensor, read_object, stored_tensors
 
 
@@ -92,15 +93,15 @@ def read_config(values: Mapping[str, Any]) -> ModelConfig:
         return config_from_hf(values)
     unknown = sorted(set(values) - {f.name for f in fields(ModelConfig)})
     if unknown:
-        raise ValueError(f"config.json: unknown keys {', '.join(unknown)}")
+        raise ValueError(f"config.json: unknown keys {short(unknown)}")
     check_types(values)
     scaling = values.get("rope_scaling")
     if isinstance(scaling, dict) and not all(isinstance(v, int | float) for v in scaling.values()):
-        raise ValueError(f"config.json: rope_scaling={scaling!r}: its values must be numbers")
+        raise ValueError(f"config.json: rope_scaling={short(scaling)}: its values must be numbers")
     try:
         given = dict(values) | {"rope_scaling": None if scaling is None else RopeScaling(**scaling)}
     except TypeError as error:
-        raise ValueError(f"config.json: rope_scaling={scaling!r} is not one ({error})") from None
+        raise ValueError(f"config.json: rope_scaling={short(scaling)} is not one ({short(str(error))})") from None
     config = ModelConfig(**given)
     config.validate()
     return config

@@ -9,6 +9,7 @@ import pytest
 
 from ray_pipeline.cli import main
 from ray_pipeline.config_load import config_yaml, load_config
+from ray_pipeline.ledger import RunFile
 from tests.test_config_init_from import FIXED, write
 
 
@@ -55,7 +56,7 @@ def test_resume_changes_the_stages_of_a_run_and_reuses_what_they_share(
     capsys: pytest.CaptureFixture, tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "mine"
-    run_dir.mkdir()
+    RunFile(run_dir).save()
     (run_dir / "config.yaml").write_text(config_yaml(load_config(None, {"run_name": "mine"})))
     assert main(["resume", str(run_dir), "--dpo", "--skip", "grpo", "--dry-run", "--backend", "cpu"]) == 0
     plan = capsys.readouterr().out
