@@ -93,7 +93,7 @@ def read_config(values: Mapping[str, Any]) -> ModelConfig:
         return config_from_hf(values)
     unknown = sorted(set(values) - {f.name for f in fields(ModelConfig)})
     if unknown:
-        raise ValueError(f"config.json: unknown keys {short(unknown)}")
+        raise ValueError(f"config.json: unknown keys {', '.join(unknown)[:200]}")
     check_types(values)
     scaling = values.get("rope_scaling")
     if isinstance(scaling, dict) and not all(isinstance(v, int | float) for v in scaling.values()):
