@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ray_pipeline.data.record_files import table_records
 from ray_pipeline.errors import UserError, did_you_mean
 
 PROBE_SECONDS = 10.0
+_ROWS = 256  # that are turned into records at once
 # What `datasets` chooses from when a name has several configurations and the user named none.
 PREFERRED_CONFIGS = ("default", "main")
 
@@ -74,8 +77,10 @@ def stream_records(name: str, split: str) -> Iterator[tuple[str, dict[str, Any]]
     try:
         config = _config_name(name) if online else None
         stream = datasets.load_dataset(name, config, split=split, streaming=online)
-        for number, record in enumerate(stream, start=1):
-            yield f"{name}:{split}:row {number}", dict(record)
+        tables = stream.with_format("arrow").iter(batch_size=_ROWS)
+        records = itertools.chain.from_iterable(map(table_records, tables))
+        for number, record in enumerate(records, start=1):
+            yield f"{name}:{split}:row {number}", record
     except ValueError as error:
         raise UserError(f'"{name}:{split}": {_split_problem(str(error), split)}') from None
     except (datasets.exceptions.DatasetsError, OSError) as error:

@@ -110,7 +110,8 @@ class _Window:
                 raise JsonError(self.line(error.pos), error.msg) from None
             except (ValueError, RecursionError) as error:
                 raise JsonError(self.line(), str(error)) from None
-            if isinstance(value, dict) or end < len(self.text) or not self.more():  # 12 may go on as 123
+            # A number at the end may go on: 12 as 123, 1 as 1.5 or 1e+5.
+            if not isinstance(value, int | float) or end + _LONGEST_TOKEN <= len(self.text) or not self.more():
                 break
         escapes = any(self.text.find(mark, self.at, end) >= 0 for mark in ("\\ud", "\\uD"))
         self.at = end

@@ -173,12 +173,18 @@ def _rows(path: Path, batches: Iterable[Any], total: int | None, told: Told | No
     for batch in batches:
         if told is not None:
             told(path, size * min(total, number + len(batch)) // max(1, total) if total is not None else 0)
-        columns = [_values(column) for column in batch.columns]
-        for row in zip(*columns, strict=True):
+        for record in table_records(batch):
             number += 1
-            yield f"{path}:row {number}", dict(zip(batch.schema.names, row, strict=True))
+            yield f"{path}:row {number}", record
     if told is not None:
         told(path, size)
+
+
+def table_records(table: Any) -> Iterator[dict[str, Any]]:
+    """The rows of an Arrow table or record batch, values that Python has no form for as OutOfRange."""
+    columns = [_values(column) for column in table.columns]
+    for row in zip(*columns, strict=True):
+        yield dict(zip(table.schema.names, row, strict=True))
 
 
 class OutOfRange:

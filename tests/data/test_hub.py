@@ -52,6 +52,15 @@ def test_a_dataset_is_streamed_from_its_main_configuration(online):
     assert online == [("org/name", "main", "validation", True)]
 
 
+def test_dates_beyond_pythons_do_no_harm_where_nobody_reads_them(online, monkeypatch):
+    import pyarrow
+
+    when = pyarrow.array([2**62, 0], pyarrow.timestamp("us"))
+    table = datasets.Dataset(pyarrow.table({"text": ["a", "b"], "when": when})).to_iterable_dataset()
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: table)
+    assert list(read_documents(parse_source("org/name"))) == ["a", "b"]
+
+
 def test_records_carry_their_place(online):
     place, record = next(hub.stream_records("org/name", "train"))
     assert (place, record) == ("org/name:train:row 1", ROWS[0])
