@@ -67,16 +67,22 @@ class _Window:
         return self._lines + self.text.count("\n", 0, self.at if at is None else at)
 
     def more(self) -> bool:
-        """Hold at least twice as much as is unread, so that reading an entry again costs no more than it did."""
-        held = [self.text[self.at :]]
-        wanted = max(1, len(held[0]))
-        self._lines = self.line()
+        """Hold at least twice as much as is unread, so that reading an entry again costs no more than it did.
+
+        Returns:
+            False, and nothing is changed, at the end of the text.
+        """
+        rest = self.text[self.at :]
+        held, wanted = [rest], max(1, len(rest))
         while wanted > 0 and (piece := next(self._pieces, None)) is not None:
             held.append(piece)
             wanted -= len(piece)
-        grown = sum(map(len, held)) > len(held[0])
-        self.text, self.at = "".join(held), 0
-        return grown
+        grown = "".join(held)
+        if len(grown) == len(rest):
+            return False
+        self._lines = self.line()
+        self.text, self.at = grown, 0
+        return True
 
     def peek(self) -> str:
         """The next character that is no space; the empty string at the end."""
