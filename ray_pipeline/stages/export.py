@@ -81,7 +81,7 @@ def _write_and_check(context: StageContext, models: dict[str, str], tokenizers: 
     for place, stage in models.items():
         tokenizer_folder = tokenizers[place]
         tokenizer, begins = load_tokenizer(tokenizer_folder), begins_with_bos(tokenizer_folder)
-        model = load_model(context.inputs[stage].folder / "model").eval()
+        model = _finite_model(context.inputs[stage].folder / "model")
         reason = unpublished_reason(model.config)
         name = place if reason is None else place.replace("hf", "native")
         first = place == "hf"
@@ -105,6 +105,15 @@ def _write_and_check(context: StageContext, models: dict[str, str], tokenizers: 
         checks.append(check(context.folder / name, _rounded(context, model), tokenizer, questions, begins=begins))
         progress.update(done := done + 1)
     return checks
+
+
+def _finite_model(folder: Path) -> Transformer:
+    """Raises UserError where a weight is no number: no other program would do more with it than this one."""
+    model = load_model(folder).eval()
+    spoiled = next((name for name, weight in model.named_parameters() if not bool(weight.isfinite().all())), None)
+    if spoiled is not None:
+        raise UserError(f"{folder}: {spoiled} is not finite. Train the stage again, with a lower rate.")
+    return model
 
 
 def _questions(context: StageContext) -> list[str]:

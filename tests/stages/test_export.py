@@ -247,3 +247,14 @@ def test_rounding_leaves_the_balancing_bias_alone(tmp_path):
     assert bias[0] == pytest.approx(0.1234567, abs=1e-8)
     weight = rounded.state_dict()["lm_head.weight"]
     assert torch.equal(weight, weight.bfloat16().float())
+
+
+def test_weights_that_are_no_numbers_are_not_exported(tmp_path):
+    context = make_context(tmp_path)
+    model = load_model(tmp_path / "grpo" / "model")
+    state = model.state_dict()
+    state["layers.1.self_attn.o_proj.weight"][0, 0] = float("nan")
+    save_model(tmp_path / "grpo" / "model", model.config, state)
+    with pytest.raises(UserError, match=r"grpo/model: layers\.1\.self_attn\.o_proj\.weight is not finite"):
+        export.run(context)
+    assert not (tmp_path / "export" / "hf").exists()
