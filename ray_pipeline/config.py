@@ -122,7 +122,9 @@ class SourceConfig(Section):
         description="builtin, a path (.txt, .json, .jsonl, .csv, .parquet, .arrow; .gz and .zst as well), a folder or "
         'glob of shards, or a datasets name "org/name[:split[:column]]"; ":text=story" at the end names the column'
     )
-    weight: PositiveFloat = 1.0
+    weight: PositiveFloat | None = Field(
+        None, description="share of the bytes, in any unit; without weights every source is used whole, once"
+    )
     licence: str = Field("unknown", description="recorded in the shard manifest")
 
 
@@ -155,6 +157,12 @@ class DataConfig(Section):
         "fail", description="skip: records that cannot be used are left out, counted and listed"
     )
     max_bad_records: Fraction = Field(0.05, description="share of a source's records that may be left out so")
+    max_epochs: float = Field(
+        4.0,
+        ge=1.0,
+        le=1000.0,
+        description="times a source scarce for its weight is used at most; beyond it others are left out in part",
+    )
     text_documents: Literal["auto", "file", "paragraphs", "lines"] = Field(
         "auto",
         description="what is a document of a .txt file: all of it, paragraphs merged up to text_characters, or a line; "

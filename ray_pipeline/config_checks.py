@@ -159,6 +159,12 @@ def _data(config: PipelineFields) -> Iterator[str]:
     data = config.data
     if not data.pretrain:
         yield 'data.pretrain=[]: at least one source of text is needed, for example [{name: "builtin"}]'
+    unweighted = [source.name for source in data.pretrain if source.weight is None]
+    if 0 < len(unweighted) < len(data.pretrain):
+        yield (
+            f'data.pretrain: "{unweighted[0]}" has no weight and others have. Give every source one, for shares of the '
+            "text, or none, to use each whole."
+        )
     names = {"data.sft": data.sft, "data.prompts": data.prompts, "data.preferences": data.preferences}
     names["tokenizer.name"] = config.tokenizer.name
     names |= {f"data.pretrain.{index}.name": source.name for index, source in enumerate(data.pretrain)}

@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.live import Live
@@ -29,9 +29,11 @@ class Progress:
         self.path, self._written, self._first = folder / PROGRESS_FILE, 0.0, (0, time.monotonic())
         self.state: dict[str, Any] = {
             "stage": stage, "step": 0, "steps": steps, "loss": None, "layer_losses": {}, "tokens_per_second": None,
-            "seconds_left": None, "phase": "starting", "phase_done": 0, "phase_total": 0, "note": note,
+            "seconds_left": None, "phase": "starting", "phase_done": 0, "phase_total": 0, "phase_unit": "",
+            "phase_rate": None, "note": note,
         }  # fmt: skip
         self._stepped = False
+        self._phase_first = (0, time.monotonic())
         self._write(now=True)
 
     def update(
@@ -53,10 +55,19 @@ class Progress:
         )  # fmt: skip
         self._write(now=step >= self.state["steps"])
 
-    def phase(self, name: str, done: int = 0, total: int = 0) -> None:
-        """What goes on besides optimizer steps: "evaluating", "sampling", "teacher answers" (`done` of `total`)."""
+    def phase(self, name: str, done: int = 0, total: int = 0, unit: str = "") -> None:
+        """What goes on besides optimizer steps: "evaluating", "sampling", "teacher answers" (`done` of `total`).
+
+        Args:
+            unit: "bytes" shows sizes, with the rate and the time left.
+        """
         changed = name != self.state["phase"]
-        self.state.update(phase=name, phase_done=done, phase_total=total)
+        if changed:
+            self._phase_first = (done, time.monotonic())
+        first, started = self._phase_first
+        seconds = time.monotonic() - started
+        rate = (done - first) / seconds if unit and done > first and seconds > 1 else None
+        self.state.update(phase=name, phase_done=done, phase_total=total, phase_unit=unit, phase_rate=rate)
         self._write(now=changed)
 
     def _write(self, *, now: bool) -> None:
@@ -94,11 +105,33 @@ def progress_text(state: Mapping[str, Any]) -> str:
     if state.get("seconds_left") is not None:
         parts.append(f"{seconds_text(state['seconds_left'])} left")
     if state.get("phase") and state["phase"] != "training":
-        total = state.get("phase_total")
-        parts.append(f"{state['phase']} {state['phase_done']}/{total}" if total else state["phase"])
+        parts.append(_phase_text(state))
     if state.get("note"):
         parts.append(f"({state['note']})")
     return "  ".join(parts)
+
+
+def size_text(size: float) -> str:
+    """`640 kB`, `12.4 MB`, `1.2 GB`."""
+    unit, name = next((u, n) for u, n in ((1e9, "GB"), (1e6, "MB"), (0, "kB")) if size >= u)
+    return f"{size / 1e3:.0f} kB" if name == "kB" else f"{size / unit:.1f} {name}"
+
+
+def _phase_text(state: Mapping[str, Any]) -> str:
+    """`conversations 200/300`, `reading and cleaning 12.0 MB of 500.0 MB  6.1 MB/s  1 min 20 s left`."""
+    name, done, total, rate = (state.get(key) for key in ("phase", "phase_done", "phase_total", "phase_rate"))
+    if not total:
+        return str(name)
+    if state.get("phase_unit") != "bytes":
+        return f"{name} {done}/{total}"
+    text = f"{name} {size_text(float(done or 0))} of {size_text(float(total))}"
+    return f"{text}  {size_text(rate)}/s  {seconds_text((total - (done or 0)) / rate)} left" if rate else text
+
+
+class Report(Protocol):
+    """Told what goes on: the phase, how much is done, of how much (None: unknown), counted in which unit."""
+
+    def __call__(self, phase: str, done: int, total: int | None, unit: str = "") -> None: ...
 
 
 @dataclass

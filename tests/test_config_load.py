@@ -138,6 +138,10 @@ def test_all_mistakes_are_listed_with_value_origin_and_suggestion(tmp_path: Path
         ({"run_name": "a/b"}, 'run_name="a/b": names a folder'),
         ({"run_name": ".."}, "names a folder"),
         ({"data.validation_fraction": "0"}, "held out"),
+        (
+            {"data.pretrain": [{"name": "a.txt", "weight": 1}, {"name": "b.txt"}]},
+            'data.pretrain: "b.txt" has no weight and others have. Give every source one',
+        ),
         ({"model.q_lora_rank": "none"}, "set export.gguf=[]"),
         (
             {"grpo.speculative": "true", "model.num_nextn_predict_layers": "0"},

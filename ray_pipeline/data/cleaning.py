@@ -8,9 +8,9 @@ import unicodedata
 
 # Control and format characters carry no text; tab and newline do. Joiners stay: scripts and emoji need them.
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200b\u2060\ufeff\ufffe\uffff]")
-# Looked for from the first blank of a run alone, or a long run that ends in a letter takes the square of its length.
 # Characters of old that part lines, pages or records; taken out, they would glue the words beside them.
 _BREAKS = re.compile("[\x0b\x0c\x1c-\x1e\x85]")
+# Looked for from the first blank of a run alone, or a long run that ends in a letter takes the square of its length.
 _TRAILING = re.compile(r"(?<![ \t\u00a0\u3000])[ \t\u00a0\u3000]++(?=\n|$)")
 _BLANK_LINES = re.compile(r"\n{3,}")
 

@@ -19,7 +19,7 @@ from ray_pipeline.data.turns import Conversation
 from ray_pipeline.errors import UserError
 
 if TYPE_CHECKING:
-    from ray_pipeline.data.ray_prepare import Progress
+    from ray_pipeline.progress import Report
 
 # Conversations encoded between two progress reports.
 CHUNK = 2000
@@ -29,7 +29,7 @@ Encoded = tuple[list[int], list[int]]
 def encode_all(
     tokenizer: ChatTokenizer,
     chats: Sequence[Chat],
-    progress: Progress,
+    progress: Report,
     phase: str,
     source: str,
     tally: Tally | None = None,
@@ -88,7 +88,7 @@ def write_conversations(
     conversations: Sequence[Conversation],
     tokenizer: ChatTokenizer,
     folder: Path,
-    progress: Progress,
+    progress: Report,
     tally: Tally | None = None,
 ) -> tuple[dict[str, dict[str, Any]], int]:
     """Pack into `folder/train` and `folder/validation`.

@@ -12,12 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ray_pipeline.artifacts import write_json
-from ray_pipeline.integrity import file_sha256
+from ray_pipeline.data.shards import MANIFEST as ROWS
+from ray_pipeline.data.shards import read_manifest
+from ray_pipeline.integrity import RECORD, file_sha256
 
 MANIFEST = "manifest.json"
 FORMAT = 1
-# Written while the stage runs, for people to watch; not part of the result.
-_LIVE = ("progress.json", "metrics.jsonl")
+# Written while the stage runs, or after it, of its attempts and for people to watch; not part of the result.
+_LIVE = ("progress.json", "metrics.jsonl", RECORD, "error.log")
 
 
 def unigram_entropy(counts: NDArray[np.int64]) -> float:
@@ -31,12 +33,18 @@ def unigram_entropy(counts: NDArray[np.int64]) -> float:
 
 
 def folder_files(folder: Path) -> dict[str, dict[str, Any]]:
-    """SHA-256 and size of every file below `folder` that belongs to the result, by relative path."""
-    files = {}
+    """SHA-256 and size of every file below `folder` that belongs to the result, by relative path.
+
+    Shards were hashed when they were written, and are not read again.
+    """
+    files: dict[str, dict[str, Any]] = {}
+    known = {rows.parent / file.name: file for rows in folder.rglob(ROWS) for file in read_manifest(rows.parent).files}
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         name = path.relative_to(folder).as_posix()
-        if name != MANIFEST and name not in _LIVE and not path.name.startswith("."):
-            files[name] = {"sha256": file_sha256(path), "bytes": path.stat().st_size}
+        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if name != MANIFEST and name not in _LIVE and not hidden:
+            sha256 = known[path].sha256 if path in known else file_sha256(path)
+            files[name] = {"sha256": sha256, "bytes": path.stat().st_size}
     return files
 
 

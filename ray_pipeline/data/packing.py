@@ -7,7 +7,6 @@ row; padding is a segment of its own, never a target.
 from __future__ import annotations
 
 import bisect
-import itertools
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -68,25 +67,47 @@ class RowBuilder:
         return Row(self.tokens, self.segments, self.mask)
 
 
-def pack_documents(documents: Iterable[Sequence[int] | Tokens], seq_len: int, pad_id: int) -> Iterator[Row]:
-    """Pretraining rows: documents in the given order, each token but a document's first a target exactly once.
+class Place(NamedTuple):
+    """Where packing goes on: the document, counted from the first that was given, and the first of its tokens."""
+
+    document: int
+    token: int
+
+
+def pack_placed(
+    documents: Iterable[tuple[int, Sequence[int] | Tokens]], seq_len: int, pad_id: int, start: int = 0
+) -> Iterator[tuple[Row, int, Place]]:
+    """Rows that hold documents of one source each, with their source and where packing goes on after them.
 
     A document that does not fit goes on in the next row, which repeats its last token as input. A lone slot at a
     row's end is left empty, as no target fits there. Documents of fewer than two tokens have no target and are skipped.
+
+    Args:
+        documents: (index of its source, ids), in order.
+        start: the first document is packed from this token on; what an earlier pass had packed is not packed again.
     """
-    row = RowBuilder(seq_len, pad_id)
-    for document in documents:
+    row, held, number = RowBuilder(seq_len, pad_id), 0, -1
+    for number, (source, document) in enumerate(documents):
         ids = np.asarray(document, np.uint32)
-        start = 0
+        if row.used and source != held:
+            yield row.finish(), held, Place(number, start)
+            row = RowBuilder(seq_len, pad_id)
+        held = source
         while len(ids) - start >= 2:
             if row.room < 2:
-                yield row.finish()
+                yield row.finish(), held, Place(number, start)
                 row = RowBuilder(seq_len, pad_id)
             piece = ids[start : start + row.room]
             row.add(piece, 1)
             start += len(piece) - 1  # the last token is the next piece's first input
+        start = 0
     if row.used:
-        yield row.finish()
+        yield row.finish(), held, Place(number + 1, 0)
+
+
+def pack_documents(documents: Iterable[Sequence[int] | Tokens], seq_len: int, pad_id: int) -> Iterator[Row]:
+    """Pretraining rows: documents in the given order, each token but a document's first a target exactly once."""
+    return (row for row, _, _ in pack_placed(((0, ids) for ids in documents), seq_len, pad_id))
 
 
 def pack_apart(
@@ -97,10 +118,9 @@ def pack_apart(
     Args:
         documents: (index of its source, ids), source after source. held: counts the rows of each source, as they come.
     """
-    for source, members in itertools.groupby(documents, key=lambda document: document[0]):
-        for row in pack_documents((ids for _, ids in members), seq_len, pad_id):
-            held[source] += 1
-            yield row
+    for row, source, _ in pack_placed(documents, seq_len, pad_id):
+        held[source] += 1
+        yield row
 
 
 def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -165,7 +185,15 @@ def pack_conversations(
     return rows, len(conversations) - len(kept)
 
 
+def is_target(segments: NDArray[np.uint16], mask: NDArray[np.uint8]) -> NDArray[np.bool_]:
+    """[..., seq_len]: which tokens behind the first are supervised: masked, with a predecessor in the same document.
+
+    Args:
+        segments, mask: [..., seq_len + 1].
+    """
+    return (segments[..., 1:] == segments[..., :-1]) & (mask[..., 1:] == 1)
+
+
 def count_targets(row: Row) -> int:
     """Supervised targets of a row: masked tokens whose predecessor belongs to the same document."""
-    same = row.segments[1:] == row.segments[:-1]
-    return int(np.count_nonzero(same & (row.mask[1:] == 1)))
+    return int(np.count_nonzero(is_target(row.segments, row.mask)))

@@ -24,7 +24,7 @@ from ray_pipeline.data.tokenizer import ChatTokenizer
 from ray_pipeline.errors import UserError
 
 if TYPE_CHECKING:
-    from ray_pipeline.data.ray_prepare import Progress
+    from ray_pipeline.progress import Report
 
 # Of a batch's free places; nothing reads them, any token will do.
 _PADDING = 0
@@ -105,7 +105,7 @@ def write_preferences(
     preferences: Sequence[Preference],
     tokenizer: ChatTokenizer,
     folder: Path,
-    progress: Progress,
+    progress: Report,
     tally: Tally | None = None,
 ) -> tuple[dict[str, dict[str, Any]], dict[str, int]]:
     """Write `folder/train` and `folder/validation`, which PairRows reads.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
 from ray_pipeline.config import DataConfig
@@ -57,6 +57,17 @@ class Tally:
     def of(cls, data: DataConfig, *, checked: bool = False) -> Tally:
         """With the settings' rule for bad records."""
         return cls(data.on_bad_record == "skip", data.max_bad_records, checked)
+
+    def stored(self) -> dict[str, Any]:
+        """All of it, for a file; `restored` reads it."""
+        bad = {kind: asdict(entry) for kind, entry in self.bad.items()}
+        return {**vars(self), "unread": dict(self.unread), "bad": bad}
+
+    @classmethod
+    def restored(cls, facts: dict[str, Any]) -> Tally:
+        """What was stored."""
+        bad = {kind: BadKind(**entry) for kind, entry in facts["bad"].items()}
+        return cls(**facts | {"unread": Counter(facts["unread"]), "bad": bad})
 
     @property
     def num_bad(self) -> int:

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ray_pipeline.artifacts import atomic_path, write_json
-from ray_pipeline.data.packing import Row, count_targets
+from ray_pipeline.data.packing import Row, is_target
 from ray_pipeline.errors import UserError
 from ray_pipeline.integrity import file_sha256
 
 MANIFEST = "rows.json"
 FORMAT = 1
 FIELDS = ("tokens", "segments", "mask")
+PIECE = 512  # rows that wait in memory before they are written
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,15 @@ class RowsManifest:
     sources: tuple[SourceRows, ...] = ()
 
 
+@dataclass
+class Written:
+    """The whole shards that a folder has so far."""
+
+    rows: int = 0
+    targets: int = 0
+    files: list[ShardFile] = field(default_factory=list)
+
+
 def write_rows(
     folder: Path,
     rows: Iterable[Row],
@@ -68,41 +79,58 @@ def write_rows(
     vocab_size: int,
     tokens_per_shard: int,
     sources: Callable[[], Mapping[str, int]] = dict,
+    written: Written | None = None,
+    on_shard: Callable[[Written], None] | None = None,
 ) -> RowsManifest:
-    """Write rows as shards; the manifest comes last, so a folder with one is whole.
+    """Write rows as shards, a piece at a time; the manifest comes last, so a folder with one is whole.
 
     Token ids take two bytes where the vocabulary allows.
 
     Args:
         sources: where rows are packed apart, asked when all are written: name of a source -> its rows, in their order.
+        written: shards of an earlier attempt that `rows` goes on from.
+        on_shard: told whenever a shard is whole, before the next row is asked for.
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MANIFEST).unlink(missing_ok=True)
     dtypes = {"tokens": "uint16" if vocab_size <= 1 << 16 else "uint32", "segments": "uint16", "mask": "uint8"}
     per_shard = max(1, tokens_per_shard // (seq_len + 1))
-    files: list[ShardFile] = []
-    total = targets = 0
+    written = written or Written()
     source = iter(rows)
-    for number in itertools.count():
-        chunk = list(itertools.islice(source, per_shard))
-        if not chunk:
+    for number in itertools.count(len(written.files) // len(FIELDS)):
+        first = next(source, None)
+        if first is None:
             break
-        total += len(chunk)
-        targets += sum(count_targets(row) for row in chunk)
-        for name in FIELDS:
-            values = np.stack([getattr(row, name) for row in chunk]).astype(dtypes[name])
-            files.append(_write_file(folder, f"{number:05d}.{name}.bin", name, values))
+        shard = itertools.chain([first], itertools.islice(source, per_shard - 1))
+        _write_shard(folder, number, shard, dtypes, written)
+        if on_shard is not None:
+            on_shard(written)
     apart = tuple(SourceRows(name, count) for name, count in sources().items())
-    manifest = RowsManifest(seq_len, total, targets, tuple(files), apart)
+    manifest = RowsManifest(seq_len, written.rows, written.targets, tuple(written.files), apart)
     write_json(folder / MANIFEST, {"format": FORMAT, **asdict(manifest)})
     return manifest
 
 
-def _write_file(folder: Path, name: str, field: str, values: NDArray[Any]) -> ShardFile:
-    data = values.astype(values.dtype.newbyteorder("<"), copy=False).tobytes()
-    with atomic_path(folder / name) as aside:
-        aside.write_bytes(data)
-    return ShardFile(name, field, values.dtype.name, len(values), len(data), file_sha256(folder / name))
+def _write_shard(folder: Path, number: int, rows: Iterator[Row], dtypes: Mapping[str, str], written: Written) -> None:
+    """Write one shard's files and enter them; each appears whole or not at all."""
+    before = written.rows
+    names = {name: f"{number:05d}.{name}.bin" for name in FIELDS}
+    sums = {name: hashlib.sha256() for name in FIELDS}
+    sizes = dict.fromkeys(FIELDS, 0)
+    with ExitStack() as stack:
+        asides = {name: stack.enter_context(atomic_path(folder / file)) for name, file in names.items()}
+        files = {name: stack.enter_context(aside.open("wb")) for name, aside in asides.items()}
+        while piece := list(itertools.islice(rows, PIECE)):
+            written.rows += len(piece)
+            stacked = {name: np.stack([getattr(row, name) for row in piece]) for name in FIELDS}
+            written.targets += int(np.count_nonzero(is_target(stacked["segments"], stacked["mask"])))
+            for name in FIELDS:
+                values = stacked[name].astype(np.dtype(dtypes[name]).newbyteorder("<"), copy=False)
+                sums[name].update(values.data)
+                sizes[name] += files[name].write(values.data)
+    for name in FIELDS:
+        count, digest = written.rows - before, sums[name].hexdigest()
+        written.files.append(ShardFile(names[name], name, dtypes[name], count, sizes[name], digest))
 
 
 def read_manifest(folder: Path) -> RowsManifest:

@@ -119,8 +119,9 @@ def sources_text(metrics: Mapping[str, float], most: int = 6) -> str:
 
 def left_out_text(metrics: Mapping[str, float]) -> str:
     """`; left out: 224 preference pairs too long`, of what the data held."""
-    ends = ("_too_long", "duplicates", "contaminated", "_ties")
-    found = [f"{number_text(n)} {name.replace('_', ' ')}" for name, n in metrics.items() if n and name.endswith(ends)]
+    ends = ("_too_long", "duplicates", "contaminated", "_ties", "empty", "_left_out")
+    said = {name: name.removesuffix("_left_out").replace("_", " ") for name in metrics}
+    found = [f"{number_text(n)} {said[name]}" for name, n in metrics.items() if n and name.endswith(ends)]
     return f"; left out: {', '.join(found)}" if found else ""
 
 

@@ -5,31 +5,32 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ray_pipeline.artifacts import write_text
+from ray_pipeline.artifacts import read_json, write_json, write_text
 from ray_pipeline.config import PipelineFields
 from ray_pipeline.data.conversations import write_conversations
 from ray_pipeline.data.decontaminate import Decontaminator
 from ray_pipeline.data.manifest import unigram_entropy, write_data_manifest
+from ray_pipeline.data.mixture import Choice
 from ray_pipeline.data.preference_sets import gather_preferences
 from ray_pipeline.data.preferences import write_preferences
-from ray_pipeline.data.pretrain_text import PackedText, Split, given_tokenizer, make_tokenizer, mixture_documents
+from ray_pipeline.data.pretrain_text import clean_corpus, given_tokenizer, make_tokenizer
 from ray_pipeline.data.question_sets import QuestionSets, gather_questions
-from ray_pipeline.data.ray_prepare import clean_documents
 from ray_pipeline.data.sources import licence_of
 from ray_pipeline.data.tasks.question import Question
-from ray_pipeline.data.tokenizer import ChatTokenizer
+from ray_pipeline.data.text_rows import TextRows
+from ray_pipeline.data.tokenizer import ChatTokenizer, load_tokenizer
 from ray_pipeline.errors import UserError
-from ray_pipeline.progress import Progress
+from ray_pipeline.progress import Progress, Report
 from ray_pipeline.stage_chain import chain, reads_text
 from ray_pipeline.stages.base import StageContext, StageResult
 
 STAGE = "data_prep"
-Report = Callable[[str, int, int | None], None]
-"""Told (phase, done, total) while the data is prepared."""
+WORK = ".work"  # clean text, and how far it has become rows; deleted when the stage is done
+WORK_FORMAT = 1
+TOKENIZER_DONE = "tokenizer.done"
 
 
 def run(context: StageContext) -> StageResult:
@@ -37,16 +38,15 @@ def run(context: StageContext) -> StageResult:
     config, folder = context.config, context.folder
     progress = Progress(folder, STAGE, 0)
 
-    def report(phase: str, done: int, total: int | None) -> None:
-        progress.phase(phase, done, total or 0)
+    def report(phase: str, done: int, total: int | None, unit: str = "") -> None:
+        progress.phase(phase, done, total or 0, unit)
 
-    for part in ("tokenizer", "pretrain", "sft", "prompts", "preferences"):
-        shutil.rmtree(folder / part, ignore_errors=True)  # a broken attempt may have left files of other settings
+    clear_leftovers(config, folder)
     report("questions", 0, None)
     sets = gather_questions(config)
     pairs = gather_preferences(config, sets) if "dpo" in chain(config) else None
     if reads_text(config):
-        tokenizer, text, counted, entropy = prepare_text(config, sets, folder, report)
+        tokenizer, text, counted, entropy = prepare_text(context, sets, report)
     else:
         tokenizer, text, counted, entropy = given_tokenizer(config, folder / "tokenizer"), {}, {}, {}
     sft, too_long = write_conversations(
@@ -69,39 +69,75 @@ def run(context: StageContext) -> StageResult:
         tokenizer={"name": config.tokenizer.name, "vocab_size": len(tokenizer)},
         metrics=metrics,
         reading={name: tally.facts() for name, tally in tallies.items()},
-        notices=[f"{name}: {text}" for name, tally in tallies.items() for text in tally.notices()],
+        notices=[f"{name}: {text}" for name, tally in tallies.items() for text in tally.notices()] + mixture(text),
     )
+    shutil.rmtree(folder / WORK)
     progress.phase("finished")
     return StageResult(folder, {k: float(v) for k, v in metrics.items()} | entropy)
 
 
+def mixture(datasets: dict[str, dict[str, Any]]) -> list[str]:
+    """What was made of each source, a line each, where there are several or a file was not read."""
+    sources = datasets["pretrain/train"]["sources"] if datasets else []
+    lines = []
+    for source in sources:
+        unread = source["files_not_read"]
+        files = f", {len(unread)} files that are no data not read: {', '.join(unread[:5])}" if unread else ""
+        if len(sources) > 1 or unread:
+            lines.append(
+                f"--data {source['name']}: of {source['read']:,} documents {source['documents']:,} are trained on "
+                f"({source['epochs']:g} epochs, {source['tokens']:,} tokens); left out {source['left_out']:,}{files}"
+            )
+    return lines
+
+
 def prepare_text(
-    config: PipelineFields, sets: QuestionSets, folder: Path, report: Report
+    context: StageContext, sets: QuestionSets, report: Report
 ) -> tuple[ChatTokenizer, dict[str, dict[str, Any]], dict[str, float], dict[str, float]]:
-    """Clean the pretraining text, make the tokenizer and pack the text's rows.
+    """Clean the pretraining text, make the tokenizer and pack the text's rows; each goes on where an attempt broke off.
 
     Returns:
         The tokenizer, the manifest entries, counts, and {"unigram_entropy": nats per token}.
     """
+    config, folder, work = context.config, context.folder, context.folder / WORK
     finder = Decontaminator((q.prompt for q in sets.heldout), config.data.decontaminate_ngram)
-    corpus = clean_documents(mixture_documents(config, sets.tallies), finder, report)
-    split = Split(corpus, config.data)
-    report("tokenizer", 0, None)
-    tokenizer = make_tokenizer(config, corpus, split, sets.conversations, folder / "tokenizer")
-    packed = PackedText(config, corpus, split, tokenizer).write(folder / "pretrain", report)
+    corpus = clean_corpus(config, finder, work, context.guard, report, sets.tallies)
+    choice = Choice(corpus, config.data)
+    if (work / TOKENIZER_DONE).exists():
+        tokenizer = load_tokenizer(folder / "tokenizer")
+    else:
+        report("tokenizer", 0, None)
+        tokenizer = make_tokenizer(config, choice, sets.conversations, folder / "tokenizer")
+        write_text(work / TOKENIZER_DONE, "")
+    packed = TextRows(config, choice, tokenizer, work / "packed.npz").write(folder / "pretrain", report)
     train, validation = packed.datasets["pretrain/train"], packed.datasets["pretrain/validation"]
+    facts = train["sources"]
     counts = {
-        "documents": corpus.read,
+        "documents": sum(source["read"] for source in facts),
         "tokens": train["tokens"],
         "rows": train["rows"],
         "train_documents": train["documents"],
         "validation_documents": validation["documents"],
         "tokens_per_byte": train["tokens"] / max(1, train["bytes"]),
-        "empty": corpus.empty,
-        "duplicates": corpus.duplicates,
-        "contaminated": corpus.contaminated,
     }
+    counts |= {name: sum(source[name] for source in facts) for name in ("empty", "duplicates", "contaminated")}
+    counts["documents_left_out"] = sum(source["left_out"] for source in facts)
+    counts["files_left_out"] = sum(len(source["files_not_read"]) for source in facts)
     return tokenizer, packed.datasets, counts, {"unigram_entropy": unigram_entropy(packed.counts)}
+
+
+def clear_leftovers(config: PipelineFields, folder: Path) -> None:
+    """Delete what a broken attempt left, but for the pretraining text it prepared with these very settings."""
+    settings = {"format": WORK_FORMAT, "seed": config.seed} | {
+        name: getattr(config, name).model_dump(mode="json") for name in ("data", "tokenizer")
+    }
+    parts = ["sft", "prompts", "preferences"]
+    path = folder / WORK / "settings.json"
+    if not path.is_file() or read_json(path) != settings:
+        parts += [WORK, "tokenizer", "pretrain"]
+    for part in parts:
+        shutil.rmtree(folder / part, ignore_errors=True)
+    write_json(path, settings)
 
 
 def write_questions(

@@ -104,6 +104,7 @@ def test_missing_and_unfit_files_say_what_to_do(tmp_path):
         with pytest.raises(UserError, match=message):
             check_file(tmp_path / name)
 
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

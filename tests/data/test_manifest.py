@@ -31,7 +31,10 @@ def test_every_file_of_the_result_is_listed_and_checked(tmp_path):
     (tmp_path / "sft" / "train").mkdir(parents=True)
     (tmp_path / "sft" / "train" / "a.bin").write_bytes(b"abc")
     (tmp_path / "other.json").write_text("{}")
-    (tmp_path / "progress.json").write_text("{}")
+    for name in ("progress.json", "record.json", "error.log"):
+        (tmp_path / name).write_text("{}")
+    (tmp_path / ".work").mkdir()
+    (tmp_path / ".work" / "000000.arrow").write_bytes(b"")
     write_data_manifest(tmp_path, {"sft/train": {"rows": 1}}, unigram_entropy=2.5)
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     assert set(manifest["files"]) == {"sft/train/a.bin", "other.json"}

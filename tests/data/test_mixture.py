@@ -1,4 +1,4 @@
-"""Mixtures: the shares of bytes are the weights."""
+"""Mixtures: the shares of bytes are the weights, and without weights everything is used once."""
 
 from __future__ import annotations
 
@@ -6,38 +6,40 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ray_pipeline.data.mixture import mixture_members
+from ray_pipeline.data.mixture import epochs
 
-documents = st.lists(st.tuples(st.integers(0, 2), st.integers(1, 50)), max_size=200)
+sources = st.lists(st.tuples(st.integers(0, 10**6), st.floats(0.1, 10)), min_size=1, max_size=6)
 
 
-@given(documents, st.lists(st.floats(0.1, 10), min_size=3, max_size=3))
-def test_shares_follow_weights_to_within_one_document(docs, weights):
-    sources, sizes = [s for s, _ in docs], [n for _, n in docs]
-    members = mixture_members(sources, sizes, weights)
-    held, kept = [0] * 3, [0] * 3
-    for source, size, member in zip(sources, sizes, members, strict=True):
-        held[source] += size
-        kept[source] += size * member
-    present = [i for i in range(3) if held[i]]
-    if not present:
+@given(sources, st.floats(1, 8))
+def test_shares_follow_weights_and_no_source_is_repeated_too_often(given, most):
+    sizes, weights = [size for size, _ in given], [weight for _, weight in given]
+    found = epochs(sizes, weights, most)
+    assert [bool(times) for times in found] == [bool(size) for size in sizes]
+    present = [i for i, size in enumerate(sizes) if size]
+    if len(present) < 2:
         return
-    assert any(kept[i] == held[i] for i in present), "no source was used up"
-    unit = min(held[i] / weights[i] for i in present)
-    for i in present:
-        assert unit * weights[i] - 1e-6 <= kept[i] <= unit * weights[i] + 50 + 1e-6
+    units = [found[i] * sizes[i] / weights[i] for i in present]
+    assert max(units) == pytest.approx(min(units))
+    assert max(found) <= most * (1 + 1e-9)
+    assert max(found) >= 1 - 1e-9, "one source at least is used whole"
 
 
-@given(st.lists(st.integers(1, 9)), st.floats(0.001, 1000))
-def test_one_source_is_kept_whole(sizes, weight):
-    assert mixture_members([0] * len(sizes), sizes, [weight]) == [True] * len(sizes)
+@given(st.lists(st.integers(1, 10**6), max_size=6))
+def test_without_weights_everything_is_used_once(sizes):
+    assert epochs(sizes, [None] * len(sizes), 4) == [1.0] * len(sizes)
 
 
-def test_the_first_documents_of_the_larger_source_stay():
-    members = mixture_members([0, 0, 0, 0, 1], [10, 10, 10, 10, 10], [2.0, 1.0])
-    assert members == [True, True, False, False, True]
-
-
-@pytest.mark.parametrize("weights", [[1.0, 5.0]])
-def test_an_empty_source_takes_nothing_from_the_others(weights):
-    assert mixture_members([0, 0], [5, 5], weights) == [True, True]
+@pytest.mark.parametrize(
+    ("sizes", "weights", "most", "expected"),
+    [
+        ([300], [7.0], 4, [1.0]),
+        ([300, 100], [3.0, 1.0], 4, [1.0, 1.0]),
+        ([300, 100], [1.0, 1.0], 4, [1.0, 3.0]),  # the small one is repeated
+        ([900, 100], [1.0, 1.0], 4, [400 / 900, 4.0]),  # so often and no more: of the large one a part is left out
+        ([900, 100], [1.0, 1.0], 1, [100 / 900, 1.0]),
+        ([0, 100, 0], [1.0, 1.0, 5.0], 4, [0.0, 1.0, 0.0]),
+    ],
+)
+def test_what_is_repeated_and_what_is_left_out(sizes, weights, most, expected):
+    assert epochs(sizes, weights, most) == pytest.approx(expected)

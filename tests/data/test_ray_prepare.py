@@ -1,21 +1,17 @@
-"""Ray Data gives what the plain functions give, whatever the number of workers."""
+"""Blocks spread over processes come back whole and in order, few at a time, whatever dies."""
 
 from __future__ import annotations
 
+import os
+import time
+
 import pytest
 
-from ray_pipeline.data import ray_prepare
-from ray_pipeline.data.cleaning import clean_text, content_hash
-from ray_pipeline.data.decontaminate import Decontaminator
-from ray_pipeline.data.ray_prepare import clean_documents, tokenise
-from ray_pipeline.data.text import document_at
-from ray_pipeline.data.tokenizer_files import save_trained, train_bpe
+from ray_pipeline.data.ray_prepare import AHEAD, map_blocks
 from ray_pipeline.local_ray import start_ray
 
-FINDER = Decontaminator(["What is 347+285?"], 12)
 
-
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", autouse=True)
 def ray():
     import ray
 
@@ -26,62 +22,50 @@ def ray():
     ray.shutdown()
 
 
-def documents():
-    """Two sources with empty, repeated, contaminated and unclean documents among good ones."""
-    for index in range(120):
-        text = document_at(0, index)
-        yield 0, text
-        if index % 10 == 3:
-            yield 0, text.replace(" ", "\x00 ", 1) + "  \r\n"
-        if index % 20 == 5:
-            yield 1, " \n "
-        if index % 30 == 7:
-            yield 1, f"{text} What is 347+285? I do not know."
-    yield 1, "the last one, with é and 😀"
+class Square:
+    """Slow on even numbers; tells how often one was made in its process."""
+
+    made = 0
+
+    def __init__(self, plus):
+        self.plus = plus
+        Square.made += 1
+
+    def __call__(self, number):
+        time.sleep(0.05 * (number % 2 == 0))
+        return number * number + self.plus, Square.made, os.getpid()
 
 
-def expected():
-    """The same by plain Python."""
-    kept, seen = [], set()
-    for source, raw in documents():
-        text = clean_text(raw)
-        if text and text not in seen and not FINDER.contaminated(text):
-            seen.add(text)
-            kept.append((source, text))
-    return kept
+class Mortal:
+    """Dies the first time it sees a 3."""
+
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __call__(self, number):
+        if number == 3 and not self.marker.exists():
+            self.marker.touch()
+            os._exit(1)
+        return number
 
 
-def silent(phase, done, total):
-    pass
+def test_results_are_in_order_and_a_process_makes_its_tools_once():
+    found = list(map_blocks(Square, (7,), range(12)))
+    assert [value for value, _, _ in found] == [n * n + 7 for n in range(12)]
+    assert {made for _, made, _ in found} == {1}
+    assert len({process for _, _, process in found}) == 2
+    assert list(map_blocks(Square, (7,), [])) == []
 
 
-@pytest.mark.parametrize("per_block", [7, 1000])
-def test_cleaning_equals_the_plain_functions_for_any_blocks(ray, monkeypatch, per_block):
-    monkeypatch.setattr(ray_prepare, "DOCUMENTS_PER_BLOCK", per_block)
-    corpus = clean_documents(documents(), FINDER, silent)
-    kept = expected()
-    assert list(corpus.texts()) == [text for _, text in kept]
-    assert corpus.sources == [source for source, _ in kept]
-    assert corpus.digests == [content_hash(text) for _, text in kept]
-    assert corpus.sizes == [len(text.encode()) for _, text in kept]
-    assert (corpus.read, corpus.empty, corpus.duplicates, corpus.contaminated) == (143, 6, 12, 4)
+def test_blocks_are_asked_for_as_results_are_taken():
+    asked = []
+    results = map_blocks(Square, (0,), (asked.append(n) or n for n in range(40)))
+    for taken in range(5):
+        next(results)
+        assert len(asked) <= taken + 1 + AHEAD * 2
+    results.close()
 
 
-def test_tokenising_equals_the_tokenizer_and_reports_progress(ray, monkeypatch, tmp_path):
-    monkeypatch.setattr(ray_prepare, "DOCUMENTS_PER_BLOCK", 16)
-    calls = []
-    corpus = clean_documents(documents(), FINDER, lambda *call: calls.append(call))
-    texts = list(corpus.texts())
-    tokenizer = save_trained(train_bpe(texts, 400), tmp_path)
-    wanted = [i % 3 != 1 for i in range(len(corpus))]
-    found = list(tokenise(corpus, tokenizer.to_json(), wanted, lambda *call: calls.append(call)))
-    assert [i for i, _ in found] == [i for i, want in enumerate(wanted) if want]
-    assert [ids.tolist() for _, ids in found] == [tokenizer.encode(texts[i]) for i, _ in found]
-    assert list(dict.fromkeys(phase for phase, _, _ in calls)) == ["reading", "cleaning", "tokenising"]
-    assert calls[-1] == ("tokenising", sum(wanted), sum(wanted))
-
-
-def test_no_documents_make_an_empty_corpus(ray):
-    corpus = clean_documents(iter([]), FINDER, silent)
-    assert len(corpus) == corpus.read == 0
-    assert list(tokenise(corpus, "{}", [], silent)) == []
+def test_a_process_that_dies_is_started_again_and_its_blocks_are_done_again(tmp_path):
+    assert list(map_blocks(Mortal, (tmp_path / "died",), range(8))) == list(range(8))
+    assert (tmp_path / "died").exists()

@@ -130,3 +130,11 @@ def test_documents_are_left_out_too(tmp_path):
     tally = Tally(skip=True, most=0.5)
     assert list(read_documents(parse_source(str(path)), tally=tally)) == ["a", "b"]
     assert tally.num_bad == 2
+
+
+def test_a_tally_is_read_back_as_it_was_stored():
+    tally = Tally(skip=True, most=0.5, checked=True, records=7, cut=True)
+    tally.unread["url"] = 3
+    for line in (2, 5):
+        tally.add_bad(f"a.jsonl:{line}", BadRecord('field "text" is empty'))
+    assert Tally.restored(json.loads(json.dumps(tally.stored()))) == tally

@@ -180,6 +180,8 @@ def test_counts_and_export_checks_read_well():
     expected = "documents 400, duplicates 2, contaminated 0; left out: 2 duplicates, 1,224 preference pairs too long"
     assert figure_text("data_prep", lost) == expected
     assert figure_text("data_prep", {"unigram_entropy": 3.78123}) == "unigram entropy 3.781"
+    lost = {"documents": 400.0, "rows": 7.0, "tokens": 9.0, "documents_left_out": 31.0, "files_left_out": 0.0}
+    assert figure_text("data_prep", lost) == "documents 400, rows 7, tokens 9; left out: 31 documents"
 
 
 def test_weights_that_were_given_are_among_what_pretraining_is_held_against():

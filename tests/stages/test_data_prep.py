@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 
 from ray_pipeline.config import DataConfig, PipelineFields, SourceConfig, TokenizerConfig
+from ray_pipeline.data import corpus, text_rows
 from ray_pipeline.data.decontaminate import Decontaminator
 from ray_pipeline.data.loader import PackedRows
 from ray_pipeline.data.tokenizer import load_tokenizer
 from ray_pipeline.errors import UserError
+from ray_pipeline.input_files import Digests, InputGuard
 from ray_pipeline.integrity import verify_folder
 from ray_pipeline.local_ray import start_ray
 from ray_pipeline.stages import data_prep
@@ -40,10 +42,12 @@ def ray():
     ray.shutdown()
 
 
-def prepare(folder, *, seed=0, tokenizer="train", **data):
+def prepare(folder, *, seed=0, tokenizer="train", guard=None, **data):
     folder.mkdir(parents=True, exist_ok=True)
     config = PipelineFields(seed=seed, data=DataConfig(**(SMALL | data)), tokenizer=TokenizerConfig(name=tokenizer))
-    return data_prep.run(StageContext(config, "run", folder.parent, folder, {}, NoLauncher()))
+    return data_prep.run(
+        StageContext(config, "run", folder.parent, folder, {}, NoLauncher(), guard=guard or InputGuard({}))
+    )
 
 
 @pytest.fixture(scope="module")
@@ -158,14 +162,96 @@ def test_sources_are_mixed_by_weight_and_named(tmp_path):
     entry = json.loads((result.folder / "manifest.json").read_text())["datasets"]["pretrain/train"]
     builtin, own = entry["sources"]
     assert (own["licence"], own["weight"]) == ("CC0", 1.0)
-    assert builtin["documents"] > 300 and 10 < own["documents"] < 40
-    held = PackedRows(result.folder / "pretrain" / "validation")
-    assert [source.name for source in held.manifest.sources] == ["builtin", "own"]
-    assert sum(source.rows for source in held.manifest.sources) == len(held)
-    tokenizer = load_tokenizer(result.folder / "tokenizer")
-    of_own = held.slice(held.manifest.sources[0].rows, len(held)).tokens
-    assert all("the sea is wide" in tokenizer.decode(row.tolist()) for row in of_own)
-    assert not PackedRows(result.folder / "pretrain" / "train").manifest.sources
+    assert builtin["bytes"] / own["bytes"] == pytest.approx(3, rel=0.1)  # before documents are held out
+    assert builtin["epochs"] == pytest.approx(2.5, abs=0.3) and (own["epochs"], own["left_out"]) == (1.0, 0)
+    assert builtin["uses"] > 2 * builtin["documents"] > 700
+
+
+def test_several_sources_without_weights_are_used_whole(tmp_path):
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    for name, count in (("small", 31), ("large", 269)):
+        texts = [f"{name} {i}: " + "the sea is wide. " * 8 for i in range(count)]
+        (shards / f"{name}.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    (shards / "README").write_text("not read")
+    sources = [SourceConfig(name=str(shards / f"{name}.jsonl")) for name in ("small", "large")]
+    result = prepare(tmp_path / "dp", pretrain=sources)
+    m = result.metrics
+    assert m["train_documents"] + m["validation_documents"] == 300 and m["documents_left_out"] == 0
+    entry = json.loads((result.folder / "manifest.json").read_text())["datasets"]["pretrain/train"]
+    assert [(s["read"], s["epochs"], s["left_out"]) for s in entry["sources"]] == [(31, 1.0, 0), (269, 1.0, 0)]
+    small, large = json.loads((result.folder / "manifest.json").read_text())["notices"]
+    assert re.search(
+        r"small\.jsonl: of 31 documents \d+ are trained on \(1 epochs, [\d,]+ tokens\); left out 0$", small
+    )
+    assert "large.jsonl: of 269 documents" in large
+    folder = [SourceConfig(name=str(shards))]  # the same shards as one source, in order of their names
+    sources.reverse()
+    one, two = (prepare(tmp_path / "dps" / n, pretrain=p).metrics for n, p in (("a", folder), ("b", sources)))
+    assert one["tokens"] == two["tokens"] == m["tokens"]
+    assert (one["files_left_out"], two["files_left_out"]) == (1, 0)
+    (notice,) = json.loads((tmp_path / "dps" / "a" / "manifest.json").read_text())["notices"]
+    assert notice.endswith("left out 0, 1 files that are no data not read: README")
+
+
+class Broken(Exception):
+    """Stands for a kill."""
+
+
+def test_a_broken_attempt_goes_on_where_it_was_to_the_same_bytes(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus, "BLOCK_CHARACTERS", 20_000)
+    settings = {"builtin_documents": 900, "tokens_per_shard": 20_000}
+    written: dict[str, list[int]] = {"add": [], "save": []}
+    fatal: list[int] = []
+    for owner, name in ((corpus.Corpus, "add"), (text_rows.State, "save")):
+        original = getattr(owner, name)
+
+        def noting(self, *arguments, name=name, original=original):
+            original(self, *arguments)
+            written[name].append(1)
+            if len(written[name]) in fatal:
+                raise Broken
+
+        monkeypatch.setattr(owner, name, noting)
+    whole = prepare(tmp_path / "whole", **settings)
+    blocks, shards = (len(written.pop(name)) for name in ("add", "save"))
+    assert min(blocks, shards) > 6
+    written, fatal[:] = {"add": [], "save": []}, (2, 6)
+    for _ in range(4):
+        with pytest.raises(Broken):
+            prepare(tmp_path / "broken", **settings)
+        assert not (tmp_path / "broken" / "manifest.json").exists()
+    again = prepare(tmp_path / "broken", **settings)
+    one, two = (json.loads((r.folder / "manifest.json").read_text()) for r in (whole, again))
+    assert one == two and whole.metrics == again.metrics
+    assert (len(written["add"]), len(written["save"])) == (blocks, shards), "nothing was done twice"
+    assert not (again.folder / data_prep.WORK).exists()
+
+
+def test_what_other_settings_left_is_not_gone_on_with(tmp_path, monkeypatch):
+    monkeypatch.setattr(text_rows.State, "save", lambda *_: (_ for _ in ()).throw(Broken))
+    with pytest.raises(Broken):
+        prepare(tmp_path / "dp", builtin_documents=100)
+    monkeypatch.undo()
+    assert prepare(tmp_path / "dp", builtin_documents=120).metrics["documents"] == 120
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus, "BLOCK_CHARACTERS", 2000)
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"text": f"{i} is a number of some kind"}) + "\n" for i in range(500)))
+    guard = InputGuard({path: Digests().sha256(path)})
+    add = corpus.Corpus.add
+
+    def changing(self, number, block):
+        add(self, number, block)
+        with path.open("a") as file:
+            file.write('{"text": "more"}\n')
+
+    monkeypatch.setattr(corpus.Corpus, "add", changing)
+    with pytest.raises(UserError, match=r"a\.jsonl: changed since this run looked at it"):
+        prepare(tmp_path / "dp", guard=guard, pretrain=[SourceConfig(name=str(path))])
+    assert not (tmp_path / "dp" / "manifest.json").exists()
 
 
 @pytest.mark.parametrize(
