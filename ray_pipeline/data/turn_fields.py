@@ -66,9 +66,10 @@ def content_text(content: object, place: str) -> tuple[str, str]:
     thoughts: list[str] = []
     for part in content:
         kind = part.get("type", "text") if isinstance(part, Mapping) else "text"
-        value = part.get(_THOUGHT_PARTS.get(kind, "text")) if isinstance(part, Mapping) else part
         if kind not in (*_TEXT_PARTS, *_THOUGHT_PARTS):
+            kind = shown(kind)
             raise BadRecord(f'{place} of text, but it has a part of the kind "{kind}", which this model cannot read')
+        value = part.get(_THOUGHT_PARTS.get(kind, "text")) if isinstance(part, Mapping) else part
         if not isinstance(value, str):
             raise BadRecord(f"{place} of text, but it has the part {shown(part)}")
         (thoughts if kind in _THOUGHT_PARTS else texts).append(value)

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ray_pipeline.data.fields import Watched
 from ray_pipeline.data.preference_records import as_preference
 from ray_pipeline.data.question_records import as_question, split_answer
 from ray_pipeline.data.records import BadRecord, as_conversation, as_document
@@ -20,14 +21,19 @@ json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
 )
+parts = st.fixed_dictionaries({}, optional={"type": json_values, "text": json_values})
 turns = st.lists(
     st.fixed_dictionaries(
         {},
         optional={
             "role": st.sampled_from(["system", "user", "assistant", "tool", "x"]),
-            "content": json_values,
+            "content": json_values | st.lists(parts),
             "from": st.sampled_from(["human", "gpt", "function_call", "observation", "system"]),
             "value": json_values | st.just('{"name": "f", "arguments": {}}'),
+            "weight": json_values | st.sampled_from([0, 1, True, False]),
+            "thinking": json_values,
+            "function_call": json_values,
+            "images": st.none() | json_values,
             "tool_calls": json_values | st.just([{"function": {"name": "f", "arguments": "{}"}}]),
         },
     ),
@@ -35,7 +41,8 @@ turns = st.lists(
 )
 fields = (
     "text", "messages", "prompt", "response", "completion", "question", "answer", "instruction", "output", "history",
-    "conversations", "tools", "system", "role", "content", "difficulty", "chosen", "rejected",
+    "conversations", "tools", "system", "role", "content", "difficulty", "chosen", "rejected", "choices", "options",
+    "context", "body", "problem", "solution", "query", "label", "reward_model", "answerKey", "reasoning", "functions",
 )  # fmt: skip
 
 
@@ -152,10 +159,12 @@ def test_what_is_missing_is_said(convert, record, message):
 @given(st.dictionaries(st.sampled_from(fields), json_values | turns, max_size=5))
 def test_any_record_is_converted_or_refused(record):
     for convert in (as_document, as_conversation, lambda r: as_question(r, "c"), as_preference):
+        watched = Watched(record)
         try:
-            convert(record)
+            convert(watched)
         except BadRecord as error:
             assert str(error)
+        assert watched.unread() is not None
 
 
 @given(st.text())

@@ -99,6 +99,7 @@ def test_openais_first_form_of_calls_is_read():
         ([ASKED, SAID | {"audio": {"id": "x"}}], 'turn 2 .* has "audio"'),
         ([ASKED | {"content": [{"type": "image_url", "image_url": "x"}]}, SAID], 'turn 1 .* the kind "image_url"'),
         ([ASKED | {"content": [{"type": "text", "text": 3}]}, SAID], "turn 1 .* but it has the part"),
+        ([ASKED | {"content": [{"type": ["text"]}]}, SAID], "turn 1 .* of the kind"),
         ([ASKED, SAID | {"content": " "}, ASKED, SAID], 'answer 1 of 2 in "messages" is empty'),
         ([ASKED, SAID | {"content": "<think>b</think>5", "thinking": "a"}], "turn 2 .* has reasoning of its own and"),
         ([ASKED, SAID | {"thinking": 3}], 'turn 2 .* has "thinking", which must be text, but is 3'),
