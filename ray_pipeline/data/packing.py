@@ -7,7 +7,6 @@ row; padding is a segment of its own, never a target.
 from __future__ import annotations
 
 import bisect
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -108,19 +107,6 @@ def pack_placed(
 def pack_documents(documents: Iterable[Sequence[int] | Tokens], seq_len: int, pad_id: int) -> Iterator[Row]:
     """Pretraining rows: documents in the given order, each token but a document's first a target exactly once."""
     return (row for row, _, _ in pack_placed(((0, ids) for ids in documents), seq_len, pad_id))
-
-
-def pack_apart(
-    documents: Iterable[tuple[int, Sequence[int] | Tokens]], seq_len: int, pad_id: int, held: Counter[int]
-) -> Iterator[Row]:
-    """Rows of `pack_documents` that hold documents of one source each.
-
-    Args:
-        documents: (index of its source, ids), source after source. held: counts the rows of each source, as they come.
-    """
-    for row, source, _ in pack_placed(documents, seq_len, pad_id):
-        held[source] += 1
-        yield row
 
 
 def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:

@@ -165,6 +165,12 @@ def test_sources_are_mixed_by_weight_and_named(tmp_path):
     assert builtin["bytes"] / own["bytes"] == pytest.approx(3, rel=0.1)  # before documents are held out
     assert builtin["epochs"] == pytest.approx(2.5, abs=0.3) and (own["epochs"], own["left_out"]) == (1.0, 0)
     assert builtin["uses"] > 2 * builtin["documents"] > 700
+    held = PackedRows(result.folder / "pretrain" / "validation")
+    assert [source.name for source in held.manifest.sources] == ["builtin", "own"]
+    assert sum(source.rows for source in held.manifest.sources) == len(held)
+    tokenizer = load_tokenizer(result.folder / "tokenizer")
+    of_own = held.slice(held.manifest.sources[0].rows, len(held)).tokens
+    assert all("the sea is wide" in tokenizer.decode(row.tolist()) for row in of_own)
 
 
 def test_several_sources_without_weights_are_used_whole(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from model.parallel.mesh import Mesh, MeshSizes
 from ray_pipeline.data.loader import PackedRows
-from ray_pipeline.data.packing import pack_apart, pack_documents
+from ray_pipeline.data.packing import Row, pack_documents, pack_placed
 from ray_pipeline.data.shards import RowsManifest, SourceRows, write_rows
 from ray_pipeline.engine.engine import Engine
 from ray_pipeline.objectives.cross_entropy import CrossEntropy
@@ -34,7 +35,13 @@ def stored(folder: Path, *, apart: bool = True) -> PackedRows:
         drawn = torch.randint(vocabulary.start, vocabulary.stop, (count, 17), generator=generator)
         documents += [(number, row.tolist()) for row in drawn]
     held: Counter[int] = Counter()
-    rows = pack_apart(documents, 16, 0, held) if apart else pack_documents((ids for _, ids in documents), 16, 0)
+
+    def counted() -> Iterator[Row]:
+        for row, source, _ in pack_placed(documents, 16, 0):
+            held[source] += 1
+            yield row
+
+    rows = counted() if apart else pack_documents((ids for _, ids in documents), 16, 0)
     write_rows(
         folder, rows, seq_len=16, vocab_size=CONFIG.vocab_size, tokens_per_shard=200,
         sources=lambda: {list(LENGTHS)[source]: count for source, count in held.items()},
