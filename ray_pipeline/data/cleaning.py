@@ -38,16 +38,6 @@ def hash_fraction(digest: str) -> float:
     return int(digest[:12], 16) / 16**12
 
 
-def first_occurrences(digests: list[str]) -> list[bool]:
-    """Exact deduplication: True where a digest appears for the first time."""
-    seen: set[str] = set()
-    out = []
-    for digest in digests:
-        out.append(digest not in seen)
-        seen.add(digest)
-    return out
-
-
 def validation_members(digests: list[str], fraction: float) -> list[bool]:
     """Which documents are held out: those whose hash falls below `fraction`.
 

@@ -14,6 +14,8 @@ import ray
 
 # Half a CPU: a worker must find a place on one core next to the driver's own work.
 CPUS_PER_WORKER = 0.5
+# One process reads and packs: it could not keep more workers busy.
+MOST_WORKERS = 32
 # Blocks under way for each worker: one it works on, one that waits for it.
 AHEAD = 2
 
@@ -40,9 +42,10 @@ def map_blocks(
 ) -> Iterator[Result]:
     """`make(*arguments)`, made once in each worker process, of every block, in order.
 
-    A worker for each core, but none without a block. A worker that dies is started again and its blocks are done again.
+    A worker for each core up to MOST_WORKERS, but none without a block. A worker that dies is started again and its
+    blocks are done again.
     """
-    count = max(1, int(ray.cluster_resources().get("CPU", 1)))
+    count = min(MOST_WORKERS, max(1, int(ray.cluster_resources().get("CPU", 1))))
     made_of = [ray.put((make, arguments))]
     actor: Any = ray.remote(num_cpus=CPUS_PER_WORKER, max_restarts=-1, max_task_retries=-1)(_Worker)
     workers: list[Any] = []

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from ray_pipeline.data.cleaning import (
     clean_text,
     content_hash,
-    first_occurrences,
     hash_fraction,
     validation_members,
 )
@@ -46,12 +45,6 @@ def test_cleaning_again_changes_nothing(text):
 @given(st.text(), st.text())
 def test_documents_have_one_hash_exactly_when_they_are_equal(a, b):
     assert (content_hash(a) == content_hash(b)) == (a == b)
-
-
-@given(st.lists(st.sampled_from("abcdef")))
-def test_first_occurrences_keeps_one_of_each(digests):
-    kept = [d for d, first in zip(digests, first_occurrences(digests), strict=True) if first]
-    assert kept == list(dict.fromkeys(digests))
 
 
 hashes = st.lists(st.integers(0, 10**6).map(lambda i: content_hash(str(i))), unique=True)

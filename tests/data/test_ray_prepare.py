@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from ray_pipeline.data import ray_prepare
 from ray_pipeline.data.ray_prepare import AHEAD, map_blocks
 from ray_pipeline.local_ray import start_ray
 
@@ -64,6 +65,12 @@ def test_blocks_are_asked_for_as_results_are_taken():
         next(results)
         assert len(asked) <= taken + 1 + AHEAD * 2
     results.close()
+
+
+def test_no_more_workers_than_one_reader_can_feed(monkeypatch):
+    monkeypatch.setattr(ray_prepare, "MOST_WORKERS", 1)
+    found = list(map_blocks(Square, (0,), range(8)))
+    assert [value for value, _, _ in found] == [n * n for n in range(8)] and len({pid for _, _, pid in found}) == 1
 
 
 def test_a_process_that_dies_is_started_again_and_its_blocks_are_done_again(tmp_path):
