@@ -113,7 +113,8 @@ def data_files(name: str) -> list[Path]:
 
 
 def left_aside(name: str) -> list[Path]:
-    """Files of a folder or glob that are not read, as they are no data files."""
+    """Files of a folder or glob that are not read, as they are no data files; columns may be named behind it."""
+    name, _ = split_columns(name)
     return [path for path in matches(name) if not is_data(path)] if is_pattern(name) or Path(name).is_dir() else []
 
 

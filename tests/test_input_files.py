@@ -38,7 +38,8 @@ def shards(tmp_path):
 def test_a_folder_and_a_pattern_mean_their_data_files_in_order(shards):
     names = [path.relative_to(shards).as_posix() for path in data_files(str(shards))]
     assert names == ["a.jsonl.gz", "b.jsonl", "deep/c.txt.zst"]
-    assert [path.name for path in left_aside(str(shards))] == ["README.md", "d.parquet.gz"]
+    for columns in ("", ":text=story"):
+        assert [path.name for path in left_aside(f"{shards}{columns}")] == ["README.md", "d.parquet.gz"]
     assert [path.name for path in data_files(str(shards / "**" / "*c*"))] == ["c.txt.zst"]
     assert data_files(str(shards / "README.md")) == [shards / "README.md"]
 
