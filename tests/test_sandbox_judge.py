@@ -158,7 +158,10 @@ CHEATS = {
 
 @pytest.mark.parametrize("name", CHEATS)
 def test_no_program_passes_tests_that_it_does_not_answer(name):
-    assert not run_judged(CHEATS[name], CHECK, seconds=6)
+    ends = name not in ("hanging", "a flood")
+    assert not run_judged(CHEATS[name], CHECK, seconds=6 if ends else 2)
+    if not ends:
+        return  # it answers no check by itself either
     for check in CHECK.removeprefix("assert ").split(" and "):
         if name != "builtins of its own" or "f(3)" not in check:
             assert not run_judged(CHEATS[name], f"assert {check}", seconds=3), check
