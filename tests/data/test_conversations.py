@@ -11,6 +11,7 @@ from ray_pipeline.data import conversations
 from ray_pipeline.data.chat import Chat
 from ray_pipeline.data.chat_templates import DEEPSEEK_TEMPLATE
 from ray_pipeline.data.conversations import encode_all
+from ray_pipeline.data.reading import Tally
 from ray_pipeline.data.source_checks import check_sources
 from ray_pipeline.data.text import document_at
 from ray_pipeline.data.tokenizer import load_tokenizer
@@ -57,6 +58,17 @@ def test_the_first_conversation_that_cannot_be_trained_is_named(folder, monkeypa
     with pytest.raises(UserError, match=r'^here: conversation 4 \("a question that [^?]*"\): the chat'):
         encode_all(tokenizer, chats, silent, "phase", "here")
     assert len(encode_all(tokenizer, chats[:3], silent, "phase", "here")) == 3
+
+
+def test_conversations_a_template_refuses_are_left_out_where_that_is_asked_for(folder, monkeypatch):
+    tokenizer, tally = load_tokenizer(folder), Tally(skip=True, most=0.5, records=5)
+    chats = [chat(f"question {i}?", "yes") for i in range(5)]
+    chats[3] = chat("why?", "<think>a</think>b")
+    monkeypatch.setattr(conversations, "CHUNK", 2)
+    encoded = encode_all(tokenizer, chats, silent, "phase", "here", tally)
+    assert [bool(ids) for ids, _ in encoded] == [True, True, True, False, True]
+    [kind] = tally.bad.values()
+    assert (kind.count, kind.places) == (1, ["conversation 4"]) and "drops <think>" in kind.example
 
 
 def test_a_conversation_with_nothing_to_train_is_refused(folder):

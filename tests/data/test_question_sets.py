@@ -91,3 +91,14 @@ def test_too_few_questions_or_conversations_are_refused(tmp_path):
         gather_questions(config(prompts=one))
     with pytest.raises(UserError, match="--sft-data .*1 conversations are left"):
         gather_questions(config(sft=one))
+
+
+def test_the_same_words_with_other_tools_or_other_turns_trained_are_no_duplicates(tmp_path):
+    turns = [{"role": "user", "content": "Add two and three."}, {"role": "assistant", "content": "Two more is five."}]
+    turns += [{"role": "user", "content": "Sure?"}, {"role": "assistant", "content": "Yes."}]
+    untrained = [*turns[:1], turns[1] | {"weight": 0}, *turns[2:]]
+    records = [{"messages": turns}, {"messages": turns, "tools": [{"name": "add"}]}, {"messages": untrained}]
+    sft = tmp_path / "sft.jsonl"
+    sft.write_text("\n".join(map(json.dumps, [*records, records[1]])))
+    sets = gather_questions(config(sft=sft))
+    assert (len(sets.conversations), sets.duplicates) == (3, 1)
