@@ -44,7 +44,7 @@ _NO_RESULT |= {"data.max_bad_records"}  # a bound that is kept changes nothing
 _NO_RESULT |= {"init_from.max_vocab_size", "init_from.max_file_bytes", "distillation.teacher_layout"}
 _TEACHER = "distillation.teacher"
 # Of the data, these decide pretraining's rows alone, and a tokenizer that is trained; and DPO's pairs alone.
-_TEXT = ("data.pretrain.", "data.builtin_documents", "data.tokens_per_shard", "data.text_")
+_TEXT = ("data.pretrain.", "data.builtin_documents", "data.tokens_per_shard", "data.text_", "data.max_epochs")
 _PAIRS = ("data.preferences",)
 
 

@@ -224,6 +224,10 @@ def test_with_a_tokenizer_and_without_pretrain_the_text_decides_nothing():
     assert keys_of(config(5, **given)) == keys_of(config(6, **given))
     trained = {"stages": ["data_prep", "sft"]}
     assert keys_of(config(5, **trained)) != keys_of(config(6, **trained))
+    for of_text in ({"max_epochs": 2.0}, {"text_separator": None}, {"text_documents": "lines"}, {"text_characters": 9}):
+        for others, same in ((given, True), (trained, False)):
+            one, two = (PipelineFields(data=d, init_from={"path": "given"}, **others) for d in ({}, of_text))
+            assert (keys_of(one) == keys_of(two)) == same
 
 
 def test_contents_of_a_given_teacher_count_and_its_place_does_not(tmp_path):
