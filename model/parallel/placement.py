@@ -52,6 +52,12 @@ def stage_layers(config: ModelConfig, stages: int, pp_layout: str | None = None)
     return _ranges(_parse_layout(pp_layout, stages, config.num_hidden_layers))
 
 
+def layers_by_hand(pp_layout: str | None, main: ModelConfig, model: ModelConfig) -> str | None:
+    """What of a `pp_layout`, which is written for `main`, holds for `model`: all of it, or nothing where it has another
+    number of layers, as a student or a given teacher may; that one is balanced."""
+    return pp_layout if model.num_hidden_layers == main.num_hidden_layers else None
+
+
 def layer_costs(config: ModelConfig) -> list[int]:
     """What a token costs in each layer, in weights it passes through; ends of the model count with their layer.
 

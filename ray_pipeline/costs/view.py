@@ -29,7 +29,7 @@ def print_plan(console: Console, plan: Plan) -> None:
     peers = ", tensor-parallel peers in one cell" if work.layout.tp > 1 else ""
     sections: list[tuple[str, Table, str]] = [
         ("Parameters", _parameters(plan), ""),
-        (f"Ranks{peers}", _rank_map(plan), f'--pp-layout "{pp_layout_text(work)}"' if work.layout.pp > 1 else ""),
+        (f"Ranks{peers}", _rank_map(plan), _layers_text(plan)),
         ("Memory of a rank at its fullest", _memory(plan), _buffers_text(plan)),
         ("Sent by a rank per step", _communication(plan), "" if plan.messages() else "nothing: one rank"),
         ("Expected step", _time(plan), ""),
@@ -42,6 +42,13 @@ def print_plan(console: Console, plan: Plan) -> None:
             console.print(note, style="dim", highlight=False, markup=False)
     console.print()
     _verdict(console, plan)
+
+
+def _layers_text(plan: Plan) -> str:
+    """The flag that gives these layers; a student of another depth is always balanced."""
+    work = plan.work
+    other = work.main is not None and work.main.num_hidden_layers != work.model.num_hidden_layers
+    return f'--pp-layout "{pp_layout_text(work)}"' if work.layout.pp > 1 and not other else ""
 
 
 def _parameters(plan: Plan) -> Table:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from model.config import ModelConfig
-from model.parallel.placement import num_stages, parts_of, stage_layers
+from model.parallel.placement import layers_by_hand, num_stages, parts_of, stage_layers
 from ray_pipeline.config import PipelineFields, TrainingConfig
 from ray_pipeline.config_post_training import LoraConfig
 from ray_pipeline.layout import Layout
@@ -43,6 +43,7 @@ class Workload:
         frozen: a second model that is only read (GRPO's reference, distillation's teacher).
         moments: fp32 numbers that the optimizer keeps per weight. muon: one less for each weight of a matrix product.
         lora: adapters that are trained in place of the weights.
+        main: the model that `layout.pp_layout` is written for; None: this one.
     """
 
     stage: str
@@ -58,6 +59,7 @@ class Workload:
     moments: int = 2
     muon: bool = False
     lora: LoraConfig | None = None
+    main: ModelConfig | None = None
 
     @property
     def element(self) -> int:
@@ -106,7 +108,8 @@ class Workload:
     def cut(self, model: ModelConfig) -> list[Part]:
         """`parts` of another model in the same layout."""
         layout = self.layout
-        ranges = stage_layers(model, num_stages(layout.schedule, layout.pp), layout.pp_layout)
+        by_hand = layers_by_hand(layout.pp_layout, self.main or self.model, model)
+        ranges = stage_layers(model, num_stages(layout.schedule, layout.pp), by_hand)
         last = len(ranges) - 1
         return [Part(stage, layers, stage == 0, stage == last) for stage, layers in enumerate(ranges)]
 
@@ -132,7 +135,7 @@ def workload(config: PipelineFields, layout: Layout, stage: str) -> Workload:
         steps=settings.steps, bf16=settings.precision != "fp32", frozen=frozen,
         trains_mtp=model.num_nextn_predict_layers > 0 and getattr(settings, "mtp_loss_weight", 0.0) > 0,
         moments=0 if settings.optimizer.name == "sgd" else 2, muon=settings.optimizer.name == "muon",
-        lora=config.sft.lora if stage == "sft" and config.sft.lora.r else None,
+        lora=config.sft.lora if stage == "sft" and config.sft.lora.r else None, main=config.model,
     )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from model.config import ModelConfig
 from model.parallel.mesh import Mesh, MeshSizes
+from model.parallel.placement import layers_by_hand
 from ray_pipeline.config import LayoutConfig, OptimizerConfig, PipelineFields, TrainingConfig
 from ray_pipeline.config_post_training import LoraConfig
 from ray_pipeline.engine.engine import Engine
@@ -66,14 +67,10 @@ class Rank:
         return Engine(
             model, self.mesh, precision=self.settings.precision, micro_batch=layout.micro_batch,
             row_length=self.config.data.seq_len, device=self.device, seed=self.config.seed, schedule=layout.schedule,
-            pp_layout=self._pp_layout(model), activation_checkpointing=layout.activation_checkpointing,
+            pp_layout=layers_by_hand(layout.pp_layout, self.config.model, model),
+            activation_checkpointing=layout.activation_checkpointing,
             on_phase=self.place.at, **options,
         )  # fmt: skip
-
-    def _pp_layout(self, model: ModelConfig) -> str | None:
-        """Layers set by hand are the model's; a student of another depth is balanced."""
-        same = model.num_hidden_layers == self.config.model.num_hidden_layers
-        return self.config.layout.pp_layout if same else None
 
     def trainer_engine(
         self, model: ModelConfig, initial: dict[str, torch.Tensor] | None, *, lora: LoraConfig | None = None

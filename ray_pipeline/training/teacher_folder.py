@@ -14,6 +14,7 @@ from model.config import ModelConfig
 from model.convert.folder import describe, is_native
 from model.convert.hf_config import FAMILIES
 from model.convert.weight_files import read_object
+from model.parallel.placement import layers_by_hand
 from ray_pipeline.artifacts import read_json
 from ray_pipeline.config import PipelineFields
 from ray_pipeline.errors import UserError
@@ -171,8 +172,7 @@ def check_teacher(config: PipelineFields, layout: Layout) -> None:
         raise UserError(f"distillation.student: {error}") from None
     if config.distillation.loss == "hidden" and teacher.config is not None:
         check_widths(student.hidden_size, teacher.config.hidden_size)
-    if layout.pp_layout is not None and base.num_hidden_layers != config.model.num_hidden_layers:
-        layout = replace(layout, pp_layout=None)
+    layout = replace(layout, pp_layout=layers_by_hand(layout.pp_layout, config.model, base))
     own_teacher = config.distillation.model_copy(update={"teacher": None})
     alone = config.model_copy(
         update={"model": base, "stages": ["data_prep", "distillation"], "distillation": own_teacher}

@@ -36,6 +36,22 @@ def test_what_it_advises_fits(capsys: pytest.CaptureFixture) -> None:
     assert "FITS: the fullest rank needs" in capsys.readouterr().out
 
 
+BY_HAND = ["--gpus", "3", "--pp-size", "3", "--pp-layout", "E+1|2|3+H"]
+
+
+def test_layers_set_by_hand_are_the_models_and_its_student_is_balanced(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    for stage, parts in (("grpo", ["E+1", "2", "3+H"]), ("distillation", ["E+1", "2", "1+H"])):
+        file = tmp_path / f"{stage}.json"
+        assert main(["plan", *BY_HAND, "--stage", stage, "--hardware", "cpu", "--json", str(file)]) == 0
+        assert json.loads(file.read_text())["placement"] == parts
+        assert ('--pp-layout "' in capsys.readouterr().out) == (stage == "grpo")
+    runs = ["--backend", "cpu", "--output-dir", str(tmp_path / "runs"), "--dry-run"]
+    assert main(["run", *BY_HAND, *runs]) == 0
+    assert "distillation" in capsys.readouterr().out
+
+
 def test_json_is_written_beside_the_page(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     file = tmp_path / "plan.json"
     assert main(["plan", "--gpus", "4", "--pp-size", "2", "--hardware", "cpu", "--json", str(file)]) == 0
