@@ -94,6 +94,7 @@ class LayoutConfig(Section):
         None, description="elastic: go on with this many ranks when workers are lost; default: wait for all of them"
     )
     micro_batch: Rows = Field(8, description="rows per rank and forward pass")
+    check_memory: bool = Field(True, description="false: start a stage though `plan` says that it does not fit")
     timeout_seconds: Seconds = Field(600.0, description="a collective that waits longer is an error")
     frozen_seconds: float = Field(
         40.0, ge=0, le=86400, description="a rank that gives no sign of life so long is named and ended; 0: never"

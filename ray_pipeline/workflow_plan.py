@@ -264,12 +264,12 @@ def planned_layout(config: PipelineFields) -> Layout:
 
 
 def estimate_memory(config: PipelineFields, stage: str) -> int:
-    """Bytes that the fullest rank needs at its peak: the training step as `plan` knows it, and what a stage has
-    beside it (the process; whole models for sampling and evaluation, on every rank)."""
+    """Bytes that the fullest rank needs at its peak where it computes, as `plan` knows them, and its process."""
     if stage not in TRAINING_STAGES:
         return PROCESS + FP32 * config.model.num_params()
     layout = planned_layout(config)
     work = workload(config, layout, stage)
-    step = max(memory.total + memory.host for memory in stage_memory(work, layout.device))
-    whole = 0 if stage == "pretrain" else 2 * FP32 * work.model.num_params()
-    return PROCESS + step + whole
+    on_cpu = layout.device == "cpu"
+    once = sum(work.copies.once.values()) // layout.gpus
+    found = [m.total + (sum(m.host.values()) + once if on_cpu else 0) for m in stage_memory(work, layout.device)]
+    return PROCESS + max(found)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 import click
+
+from ray_pipeline.errors import UserError
 
 if TYPE_CHECKING:
     from ray_pipeline.config import PipelineFields
@@ -29,6 +32,7 @@ def check_inputs(config: PipelineFields, layout: Layout, stages: StageSelection)
     run_dir = (config.output_dir / str(config.run_name)).absolute()
     rows = plan(with_layout(config, layout), run_dir, stages)
     working = [row.stage for row in rows if row.action in ("run", "resume")]
+    _check_memory(config, layout, working)
     if "data_prep" in working:
         for text in check_sources(config):
             click.echo(text)
@@ -57,6 +61,32 @@ def _tell_without_landlock() -> None:
 
     if not landlock_version():
         click.echo("Warning: without_landlock: a model's programs can read every file that you can read.", err=True)
+
+
+def _check_memory(config: PipelineFields, layout: Layout, working: list[str]) -> None:
+    """Refuse a stage that cannot fit where its ranks will run: this machine, or Modal. Another cluster is not known.
+
+    Raises:
+        UserError: what is needed, what there is, and what would fit.
+    """
+    from ray_pipeline.config import TRAINING_STAGES
+    from ray_pipeline.costs.hardware_table import running_hardware
+    from ray_pipeline.costs.plan import make_plan
+    from ray_pipeline.costs.view import needs_text, way_out
+
+    elsewhere = config.backend != "modal" and bool(os.environ.get("RAY_ADDRESS"))
+    hardware = None if elsewhere or not config.layout.check_memory else running_hardware(config, layout.device)
+    if hardware is None:
+        return
+    for stage in [name for name in working if name in TRAINING_STAGES]:
+        found = make_plan(config, layout, stage, hardware)
+        if found.fits:
+            continue
+        advice = f"What would: {found.advice[0]}." if found.advice else f"Use {way_out(found)}."
+        raise UserError(
+            f"{stage} does not fit: on {hardware.title} {needs_text(found)}. {advice} `plan --stage {stage}` shows "
+            "what takes it; --set layout.check_memory=false starts all the same."
+        )
 
 
 def _check_folder(config: PipelineFields) -> None:

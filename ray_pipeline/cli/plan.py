@@ -37,8 +37,11 @@ def plan(stage: str, hardware: str | None, json_file: Path | None, **options: An
     config = take_request(options).load()
     device = default_hardware(config) if hardware is None else find_hardware(hardware)
     # What this machine has does not matter: the ranks are taken to be there, as on Modal.
-    asked = config.model_copy(update={"backend": "cpu" if device.device == "cpu" else "modal"})
-    found = make_plan(config, resolve_layout(asked, 0), stage, device)
+    backend = "cpu" if device.device == "cpu" else "modal"
+    # The stage alone is judged: a layout that another one refuses is no fault of this one's.
+    alone = config.model_copy(update={"backend": backend, "stages": ["data_prep", stage]})
+    # What it starts from is made by stages that are left out here.
+    found = make_plan(config, resolve_layout(alone, 0), stage, device, judged=alone)
     console = Console(width=None if Console().is_terminal else 150)
     print_plan(console, found)
     if json_file is not None:

@@ -8,6 +8,7 @@ from itertools import combinations
 from typing import Any
 
 from ray_pipeline.config import PipelineFields
+from ray_pipeline.costs.fit import device_bytes
 from ray_pipeline.costs.hardware_table import Hardware
 from ray_pipeline.costs.memory import rank_memory
 from ray_pipeline.costs.timing import step_timing
@@ -101,7 +102,7 @@ def _fullest(work: Workload, hardware: Hardware, usable: int) -> int | None:
     """Memory of the fullest rank, or None as soon as one does not fit."""
     most = 0
     for pp_rank in range(work.layout.pp):
-        most = max(most, rank_memory(work, pp_rank, hardware.device).total)
+        most = max(most, device_bytes(work, rank_memory(work, pp_rank, hardware.device), hardware))
         if most > usable:
             return None
     return most

@@ -19,7 +19,8 @@ class Hardware:
         intra, inter: bytes/s that a device can send, to its node and to other nodes.
         achieved: share of the peak that a training step's matrix products get; links get `links` of theirs.
         reserved: bytes that no tensor can use: CUDA context, NCCL's channels, fragments of the allocator.
-        node: devices per node.
+        node: devices per node. host: bytes of CPU memory that a node has for each of them.
+        launch: seconds to start one operation from Python; a device is never quicker than its operations are started.
     """
 
     name: str
@@ -34,6 +35,8 @@ class Hardware:
     links: float = 0.8
     node: int = 8
     device: str = "cuda"
+    host: int = 256 * GIGA  # of 2 TB in a DGX H100's, H200's or A100's node of eight
+    launch: float = 5e-6
 
     def peak(self, bf16: bool) -> float:
         """FLOP/s in the precision of the matrix products."""
@@ -87,6 +90,26 @@ def default_hardware(config: PipelineFields) -> Hardware:
     except UserError as error:
         text = str(error).replace("--hardware ", "modal.gpu_type=", 1)
         raise UserError(f"{text} Name one with --hardware to plan for it.") from None
+
+
+def running_hardware(config: PipelineFields, device: str) -> Hardware | None:
+    """What ranks on this machine, or on Modal, will have; None for a GPU on Modal that is not in the table."""
+    if config.backend == "modal":
+        try:
+            return find_hardware(config.modal.gpu_type)
+        except UserError:
+            return None
+    if device == "cpu":
+        return this_cpu()
+    from ray_pipeline.hardware import gpus, memory_gib
+
+    found = gpus()
+    smallest = min(found, key=lambda gpu: gpu.memory_gib)
+    host = int(memory_gib()[0] * 2**30) // len(found)
+    return replace(
+        find_hardware("h100"), name="gpu", title=smallest.name, memory=int(smallest.memory_gib * 2**30), host=host,
+        node=len(found),
+    )  # fmt: skip
 
 
 def this_cpu() -> Hardware:

@@ -7,50 +7,20 @@ there from the first backward on, and the loss and the optimizer's update are mo
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from ray_pipeline.costs.activations import cast_weights, layer_bytes, part_bytes
 from ray_pipeline.costs.adapters import trained_weights
+from ray_pipeline.costs.held import Memory
 from ray_pipeline.costs.kernels import Kernels, kernels
 from ray_pipeline.costs.loss import backward_bytes, forward_bytes, kept_bytes
 from ray_pipeline.costs.weights import Weight, layer_weights, part_weights
+from ray_pipeline.costs.whole_copies import gathering_bytes
 from ray_pipeline.costs.workload import FP32, Part, Workload, without_checkpointing
 from ray_pipeline.engine import zero_settings
 from ray_pipeline.engine.schedule import build_schedule
 
 BATCH = 3 * 8  # bytes per token: tokens, labels and document numbers as int64
-
-
-@dataclass(frozen=True)
-class Memory:
-    """One rank at one moment, in bytes.
-
-    Attributes:
-        optimizer: moments, and under ZeRO the fp32 copy of the own shard. buffers: by name.
-        host: in CPU memory instead, by `offload_optimizer`.
-    """
-
-    moment: str
-    weights: int = 0
-    gradients: int = 0
-    optimizer: int = 0
-    activations: int = 0
-    buffers: dict[str, int] = field(default_factory=dict)
-    host: int = 0
-
-    @property
-    def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.activations + sum(self.buffers.values())
-
-    def kinds(self) -> dict[str, int]:
-        """The columns of the plan's table."""
-        return {
-            "weights": self.weights,
-            "gradients": self.gradients,
-            "optimizer": self.optimizer,
-            "activations": self.activations,
-            "buffers": sum(self.buffers.values()),
-        }
 
 
 @dataclass(frozen=True)
@@ -120,6 +90,10 @@ def rank_memory(work: Workload, pp_rank: int, device: str) -> Memory:
     steady = _steady(work, held, parts, device)
     moments = [_with(steady, moment) for moment in _passes(work, held, parts, pp_rank, device)]
     moments.append(_with(steady, _update(work, held)))
+    if work.copies:
+        moments.append(_with(steady, _gathering(work, parts)))
+        moments.append(_with(steady, Memory("sampling", buffers=work.copies.sampling)))
+        moments.append(Memory("teacher answers", buffers=work.copies.before, host=steady.host))
     return max(moments, key=lambda memory: memory.total)
 
 
@@ -160,9 +134,12 @@ def _steady(work: Workload, held: _Held, parts: list[Part], device: str) -> Memo
     if work.frozen is not None:
         frozen = _frozen_numbers(work, [part.stage for part in parts])
         weights += FP32 * frozen
-    host = 0
-    if work.layout.offload_optimizer:
-        host, optimizer, gradients = optimizer + 3 * FP32 * held.shard, 0, 0  # and three copies of its gradients
+    buffers |= work.copies.device
+    host = dict(work.copies.host)
+    if work.copies:
+        host["checkpoint on its way"] = FP32 * (1 + work.moments) * held.shard
+    if work.layout.offload_optimizer:  # and three copies of its gradients
+        host["optimizer"], optimizer, gradients = optimizer + 3 * FP32 * held.shard, 0, 0
     return Memory("", weights, gradients, optimizer, 0, buffers, host)
 
 
@@ -263,6 +240,19 @@ def _reducing(work: Workload, held: _Held, device: str) -> dict[str, int]:
         return {}
     buckets = 2 if zero == 2 and device == "cuda" else 1
     return {"bucket": buckets * FP32 * zero_settings.reduce_bucket(held.full)}
+
+
+def _gathering(work: Workload, parts: list[Part]) -> Memory:
+    """The whole model is brought together, to be evaluated or saved."""
+    layout = work.layout
+    own = sum(w.local(layout.tp, layout.ep) for part in parts for w in part_weights(work.model, part.layers))
+    ranks = [
+        FP32 * sum(w.count for part in work.parts_of_rank(rank) for w in part_weights(work.model, part.layers))
+        for rank in range(layout.pp)
+    ]
+    cut = layout.tp > 1 or layout.ep > 1
+    size = gathering_bytes(FP32 * own, ranks, cut=cut, zero_3=layout.zero_stage == 3)
+    return Memory("gathering", buffers={"weights of other ranks": size})
 
 
 def _message_bytes(held: _Held) -> int:

@@ -88,7 +88,11 @@ def _buffers_text(plan: Plan) -> str:
     fullest = plan.memory[plan.fullest]
     buffers = sorted(fullest.buffers.items(), key=lambda entry: -entry[1])
     text = "buffers of the fullest: " + ", ".join(f"{name} {bytes_text(size)}" for name, size in buffers[:5])
-    return text + (f"; in CPU memory instead: {bytes_text(fullest.host)} a rank" if fullest.host else "")
+    host = sorted(fullest.host.items(), key=lambda entry: -entry[1])
+    held = ", ".join(f"{name} {bytes_text(size)}" for name, size in host)
+    once = ", ".join(f"{name} {bytes_text(size)}" for name, size in plan.work.copies.once.items())
+    text += f"\nin CPU memory of every rank: {held}" if held else ""
+    return text + (f"\nin CPU memory of the first node, once: {once}" if once else "")
 
 
 def _communication(plan: Plan) -> Table:
@@ -116,9 +120,24 @@ def _time(plan: Plan) -> Table:
     return table
 
 
+def way_out(plan: Plan) -> str:
+    """What helps where no setting of the layout does."""
+    gathers = not plan.fits_device and plan.memory[plan.fullest].moment == "gathering"
+    if gathers or (not plan.fits_device and plan.work.copies.device):
+        return "larger devices or a smaller model: every rank holds the whole model at times, however many there are"
+    return "nodes with more CPU memory, or a smaller model" if plan.fits_device else "more ranks, or larger devices"
+
+
+def needs_text(plan: Plan) -> str:
+    """What there has to be, and what there is."""
+    text = f"the fullest rank needs {bytes_text(plan.needs[plan.fullest])} of {bytes_text(plan.usable)} usable"
+    if plan.host_usable:
+        text += f", a node {bytes_text(plan.host)} of {bytes_text(plan.host_usable)} CPU memory"
+    return text
+
+
 def _verdict(console: Console, plan: Plan) -> None:
-    memory, usable = plan.memory[plan.fullest], plan.usable
-    needs = f"the fullest rank needs {bytes_text(memory.total)} of {bytes_text(usable)} usable"
+    needs = needs_text(plan)
     if plan.fits:
         console.print(f"FITS: {needs}", style="bold green", highlight=False)
         return
@@ -128,4 +147,4 @@ def _verdict(console: Console, plan: Plan) -> None:
         for line in plan.advice:
             console.print(f"  {line}", highlight=False)
     else:
-        console.print("Nothing tried on this number of ranks would: use more of them, or larger devices.")
+        console.print(f"Nothing tried on this number of ranks would: use {way_out(plan)}.", highlight=False)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from model.config import ModelConfig
 from model.parallel.placement import layers_by_hand, num_stages, parts_of, stage_layers
 from ray_pipeline.config import PipelineFields, TrainingConfig
 from ray_pipeline.config_post_training import LoraConfig
+from ray_pipeline.costs.whole_copies import WholeCopies, whole_copies
 from ray_pipeline.layout import Layout
 from ray_pipeline.teacher_name import is_top_k
 
@@ -43,7 +44,7 @@ class Workload:
         frozen: a second model that is only read (GRPO's reference, distillation's teacher).
         moments: fp32 numbers that the optimizer keeps per weight. muon: one less for each weight of a matrix product.
         lora: adapters that are trained in place of the weights.
-        main: the model that `layout.pp_layout` is written for; None: this one.
+        copies: whole models beside it. main: the model that `layout.pp_layout` is written for; None: this one.
     """
 
     stage: str
@@ -60,6 +61,7 @@ class Workload:
     muon: bool = False
     lora: LoraConfig | None = None
     main: ModelConfig | None = None
+    copies: WholeCopies = field(default_factory=WholeCopies)
 
     @property
     def element(self) -> int:
@@ -136,6 +138,7 @@ def workload(config: PipelineFields, layout: Layout, stage: str) -> Workload:
         trains_mtp=model.num_nextn_predict_layers > 0 and getattr(settings, "mtp_loss_weight", 0.0) > 0,
         moments=0 if settings.optimizer.name == "sgd" else 2, muon=settings.optimizer.name == "muon",
         lora=config.sft.lora if stage == "sft" and config.sft.lora.r else None, main=config.model,
+        copies=whole_copies(config, stage, model, device=layout.device),
     )  # fmt: skip
 
 

@@ -25,15 +25,38 @@ def test_v3_prints_its_published_size_and_what_would_fit(capsys: pytest.CaptureF
         "pp 15  1+H",
         "experts 252-255",
         "62.9M (15360 rows of 4096, 120 micro-batches per rank of 1)",
-        "DOES NOT FIT: the fullest rank needs 223 GB of 76 GB usable",
-        "--activation-checkpointing full (",
+        "DOES NOT FIT: the fullest rank needs 394 GB of 76 GB usable, a node 24.6 TB of 2.05 TB CPU memory",
+        "larger devices or a smaller model: every rank holds the whole model at times",
     ):
         assert expected in page
 
 
 def test_what_it_advises_fits(capsys: pytest.CaptureFixture) -> None:
-    assert main(V3) == 0  # the recipe recomputes activations
-    assert "FITS: the fullest rank needs" in capsys.readouterr().out
+    recipe = ["plan", "--config", str(ROOT / "configs/v3-16b-8xh100.yaml")]
+    assert main([*recipe, "--activation-checkpointing", "none"]) == 1
+    assert "--activation-checkpointing selective (" in capsys.readouterr().out
+    assert main(recipe) == 0  # the recipe recomputes attention
+    assert "FITS: the fullest rank needs 73.3 GB of 76 GB usable" in capsys.readouterr().out
+
+
+def test_a_stage_is_judged_alone(capsys: pytest.CaptureFixture) -> None:
+    """Six pipeline ranks are too many for the student of four layers, and for nothing else."""
+    layout = ["--gpus", "6", "--pp-size", "6", "--hardware", "cpu"]
+    assert main(["plan", *layout, "--stage", "pretrain"]) == 0
+    assert main(["plan", *layout, "--stage", "distillation"]) == 2
+    assert "distillation.student.num_hidden_layers=4" in capsys.readouterr().err
+
+
+BIG = ["run", "--config", str(ROOT / "configs/large.yaml"), "--backend", "cpu", "--gpus", "1", "--pp-size", "1"]
+
+
+def test_run_refuses_what_cannot_fit_before_anything_starts(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    given = [*BIG, "--dp-size", "1", "--zero-stage", "0", "--output-dir", str(tmp_path / "runs")]
+    assert main(given) == 2
+    text = capsys.readouterr().err
+    assert "pretrain does not fit: on this machine's CPU" in text and "usable. " in text
+    assert "--set layout.check_memory=false starts all the same" in text and "Traceback" not in text
+    assert not (tmp_path / "runs").exists()
 
 
 BY_HAND = ["--gpus", "3", "--pp-size", "3", "--pp-layout", "E+1|2|3+H"]

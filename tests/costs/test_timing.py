@@ -6,16 +6,24 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.config import ModelConfig
+from model.parallel.mesh import Mesh, MeshSizes
+from ray_pipeline.config import OptimizerConfig
+from ray_pipeline.config_load import load_config
 from ray_pipeline.costs.hardware_table import find_hardware
-from ray_pipeline.costs.timing import _play, flops_per_token, part_flops, step_timing
-from ray_pipeline.costs.workload import Workload
+from ray_pipeline.costs.timing import _play, flops_per_token, part_flops, part_launches, step_timing
+from ray_pipeline.costs.workload import Workload, workload
+from ray_pipeline.engine.engine import Engine
 from ray_pipeline.engine.schedule import build_schedule
 from ray_pipeline.engine.schedule_simulation import Costs, simulate
 from ray_pipeline.layout import Layout
+from ray_pipeline.objectives.cross_entropy import CrossEntropy
+from ray_pipeline.verification.cases import Subject
+from ray_pipeline.verification.steps import make_batch
 
-H100 = find_hardware("h100")
+H100 = replace(find_hardware("h100"), launch=0.0)
 # A head that costs next to nothing, so that stages are alike.
 EVEN = ModelConfig(
     vocab_size=8, hidden_size=1024, intermediate_size=4096, num_hidden_layers=8, first_k_dense_replace=99,
@@ -102,3 +110,40 @@ def test_grpo_computes_its_logits_twice() -> None:
     plain, grpo = work(), replace(work(), stage="grpo")
     head = plain.tokens_at_once * 2 * EVEN.vocab_size * EVEN.hidden_size
     assert part_flops(grpo, grpo.parts[0]) == (part_flops(plain, plain.parts[0])[0], head)
+
+
+class Operations(TorchDispatchMode):
+    """Counts what PyTorch starts; views and empty memory are nothing that a device does."""
+
+    VIEWS = ("view", "reshape", "transpose", "permute", "squeeze", "expand", "slice", "select", "split", "unbind")
+    NOTHING = ("detach", "alias", "as_strided", "t", "unflatten", "empty", "lift_fresh", "_local_scalar_dense")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name.partition("::")[2]
+        self.count += not (name in self.NOTHING or any(view in name for view in self.VIEWS) or "empty" in name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("changes", [{}, {"first_k_dense_replace": 4}, {"num_nextn_predict_layers": 0}])
+def test_launches_are_about_those_of_a_real_step(changes: dict[str, int]) -> None:
+    small = replace(load_config(None, {}).model, num_hidden_layers=4, n_routed_experts=4, **changes)
+    engine = Engine(small, Mesh(MeshSizes()), optimizer=OptimizerConfig(), micro_batch=4)
+    batch, objective = make_batch(Subject(small, 8, 32, 1, 0), 0), CrossEntropy(0.3)
+    engine.train_step(batch, objective, 1e-3)
+    with Operations() as operations:
+        engine.train_step(batch, objective, 1e-3)
+    plan = replace(work(small, rows=8), micro_batch=4)
+    assert 2 * part_launches(plan, plan.parts[0]) == pytest.approx(operations.count, rel=0.25)
+
+
+def test_a_tiny_models_step_takes_as_long_as_its_launches() -> None:
+    config = load_config(None, {})
+    hardware = find_hardware("h100")
+    plan = workload(config, Layout(device="cuda"), "pretrain")
+    launches = plan.micro_batches * part_launches(plan, plan.parts[0])
+    assert step_timing(plan, hardware).seconds == pytest.approx(launches * hardware.launch, rel=0.01)
+    assert 0.01 < step_timing(plan, hardware).seconds < 0.1, "tens of milliseconds"
