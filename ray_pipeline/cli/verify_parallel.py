@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import nullcontext
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,11 @@ if TYPE_CHECKING:
 
 MOST_CPU_RANKS = 64
 WIDTH = 110  # columns of a file or a pipe
-_CHOICES = {"precision": ("fp32", "bf16", "both"), "optimizer": ("adamw", "sgd", "both")}
+_CHOICES = {
+    "precision": ("fp32", "bf16", "both"),
+    "optimizer": ("adamw", "sgd", "both"),
+    "stage": ("pretrain", "sft", "dpo", "grpo", "distillation", "all"),
+}
 
 
 @click.command("verify-parallel")
@@ -29,7 +34,14 @@ _CHOICES = {"precision": ("fp32", "bf16", "both"), "optimizer": ("adamw", "sgd",
 @click.option("--precision", metavar="[fp32|bf16|both]", default="fp32", show_default=True)
 @click.option("--optimizer", metavar="[adamw|sgd|both]", default="adamw", show_default=True, help="sgd: lr=1.")
 @click.option(
-    "--steps", type=click.IntRange(1, 10_000), default=4, show_default=True, help="Optimizer steps to compare."
+    "--stage",
+    metavar="[pretrain|sft|dpo|grpo|distillation|all]",
+    default="pretrain",
+    show_default=True,
+    help="Whose batches and loss; all: every stage's, in every layout.",
+)
+@click.option(
+    "--steps", type=click.IntRange(1, 10_000), help="Optimizer steps to compare. Default: 4; of other stages 40."
 )
 @click.option("--tolerance", metavar="NUMBER", help="Relative loss difference allowed. Default: fp32 2e-6, bf16 2e-3.")
 @click.option("--config", type=click.Path(path_type=Path), help="A recipe whose model and layout to verify, if small.")
@@ -38,24 +50,28 @@ _CHOICES = {"precision": ("fp32", "bf16", "both"), "optimizer": ("adamw", "sgd",
     "--timeout", type=click.FloatRange(1, 7 * 86400), default=300.0, show_default=True, help="Seconds per layout."
 )
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the results to this file as well.")
-def verify_parallel(every: bool, json_file: Path | None, steps: int, timeout: float, **options: Any) -> int:
+def verify_parallel(every: bool, json_file: Path | None, steps: int | None, timeout: float, **options: Any) -> int:
     """Train the same steps on one process and in a layout, and compare losses, gradient norms, weights and routing.
 
-    A tiny model with latent attention, experts and multi-token prediction. Exit code 1 if anything differs.
+    A tiny model with latent attention, experts and multi-token prediction, on batches that no number of ranks shares
+    evenly, as a stage makes them. Exit code 1 if anything differs.
     """
+    from ray_pipeline.verification.cases import default_steps
+
     config = take_request(options).load()
     if json_file is not None:
         check_writable(json_file)
-    precisions, optimizers = choices(options, "precision"), choices(options, "optimizer")
-    subject_for, selection = select(config, options, every, steps)
+    precisions, optimizers, stages = (choices(options, key) for key in ("precision", "optimizer", "stage"))
+    every = every or options["stage"] == "all"
+    subject_for, selection = select(config, options, every, steps or default_steps(stages))
     tolerances = allowed(options["tolerance"])
     device = choose_device(config, max(layout.gpus for layout in selection.legal))
-    cases = _cases(selection, subject_for, device, precisions, optimizers)
+    cases = _cases(selection, subject_for, device, precisions, optimizers, stages)
     return verify(cases, selection, tolerances, timeout=timeout, json_file=json_file, every=every)
 
 
 def choices(options: dict[str, Any], key: str) -> tuple[str, ...]:
-    """`both` -> every value there is.
+    """`both` and `all` -> every value there is.
 
     Raises:
         UserError: an unknown value.
@@ -63,7 +79,7 @@ def choices(options: dict[str, Any], key: str) -> tuple[str, ...]:
     given, known = options[key], _CHOICES[key]
     if given not in known:
         raise UserError(f"--{key} {given}: must be {', '.join(known[:-1])} or {known[-1]}{did_you_mean(given, known)}.")
-    return known[:-1] if given == "both" else (given,)
+    return known[:-1] if given == known[-1] else (given,)
 
 
 def allowed(tolerance: str | None) -> dict[str, Tolerance]:
@@ -99,8 +115,9 @@ def select(config: PipelineFields, options: dict[str, Any], every: bool, steps: 
     from ray_pipeline.verification.cases import Selection, every_layout, own_subject, settings, small_subject
 
     asked = config.layout
+    flag = "--stage all" if options["stage"] == "all" else "--all"
     if every and asked.gpus is None:
-        raise UserError("--all: of how many ranks? For example --all --gpus 4.")
+        raise UserError(f"{flag}: of how many ranks? For example {flag} --gpus 4.")
     replicas = asked.dp_size or max(1, asked.ep_size // asked.sp_size)
     gpus = asked.gpus or asked.pp_size * asked.tp_size * asked.sp_size * replicas
     if gpus > MOST_CPU_RANKS:
@@ -123,7 +140,7 @@ def select(config: PipelineFields, options: dict[str, Any], every: bool, steps: 
     narrow |= {key: options[key] for key in ("zero_stage", "schedule", "activation_checkpointing", "offload_optimizer")}
     kept = [layout for layout in selection.legal if _matches(layout, narrow)]
     if not kept:
-        raise UserError("--all: no legal layout has the sizes given. Leave some of them away.")
+        raise UserError(f"{flag}: no legal layout has the sizes given. Leave some of them away.")
     refused = {
         rule: [(layout, told) for layout, told in found if _matches(layout, narrow)]
         for rule, found in selection.refused.items()
@@ -161,17 +178,24 @@ def choose_device(config: PipelineFields, ranks: int) -> str:
 
 
 def _cases(
-    selection: Selection, subject_for: SubjectFor, device: Any, precisions: tuple[str, ...], optimizers: tuple[str, ...]
+    selection: Selection,
+    subject_for: SubjectFor,
+    device: Any,
+    precisions: tuple[Any, ...],
+    optimizers: tuple[Any, ...],
+    stages: tuple[Any, ...],
 ) -> list[Case]:
+    """All that is to be verified; the stages of one layout follow one another."""
     from dataclasses import replace
 
-    from ray_pipeline.verification.cases import Case
+    from ray_pipeline.verification.cases import Case, for_stage
 
     return [
-        Case(subject_for(layout), replace(layout, device=device), precision, optimizer)  # type: ignore[arg-type]
+        Case(for_stage(subject_for(layout), stage), replace(layout, device=device), precision, optimizer, stage)
         for precision in precisions
         for optimizer in optimizers
         for layout in selection.legal
+        for stage in stages
     ]
 
 
@@ -199,12 +223,13 @@ def verify(
             Verifier(cases[0].layout.device, tolerances, timeout=timeout) as verifier,
             report.Tally(console, len(cases)) if every else nullcontext() as tally,
         ):
-            for case in cases:
-                results.append(verifier.run(case))
-                if tally is not None:
-                    tally.add(results[-1])
-                else:
-                    report.print_steps(console, results[-1], tolerances[case.precision])
+            for _, group in groupby(cases, lambda case: (case.layout, case.precision, case.optimizer)):
+                for result in verifier.run(tuple(group)):
+                    results.append(result)
+                    if tally is not None:
+                        tally.add(result)
+                    else:
+                        report.print_steps(console, result, tolerances[result.case.precision])
     finally:
         if every:
             report.print_table(console, results)

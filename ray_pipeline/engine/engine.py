@@ -25,6 +25,7 @@ from ray_pipeline.engine.expert_balance import KEPT, SAVED, ExpertBalance
 from ray_pipeline.engine.gather import gather_state
 from ray_pipeline.engine.parts import Parts
 from ray_pipeline.engine.pipeline import Finish, Pipeline
+from ray_pipeline.engine.schedule import least_micro_batches, rows_needed
 from ray_pipeline.engine.step_stats import (
     StepStats,
     auxiliary_sums,
@@ -149,9 +150,8 @@ class Engine:
 
     def fitted(self, batch: Batch) -> Batch:
         """The batch with the fewest rows added that let a training step run on it; they are padding."""
-        dp, pp = self.mesh.dp, self.mesh.sizes.pp
-        micro_batches = 2 * pp if self.pipeline.schedule_name == "dualpipev" else 1
-        return batch.pad_rows(max(-(-len(batch) // dp), (micro_batches - 1) * self._rows_at_once(batch) + 1) * dp)
+        least = least_micro_batches(self.pipeline.schedule_name, self.mesh.sizes.pp)
+        return batch.pad_rows(rows_needed(len(batch), self.mesh.dp, self._rows_at_once(batch), least))
 
     def _rows_at_once(self, batch: Batch) -> int:
         shorter = 1 if self.row_length is None else max(1, self.row_length // batch.tokens.shape[1])

@@ -23,6 +23,16 @@ Kind = Literal["F", "B", "I", "W"]
 """Forward; whole backward; its input-gradient half, which the previous stage waits for; its weight-gradient half."""
 
 
+def least_micro_batches(schedule: str, pp: int) -> int:
+    """Micro-batches of a replica that a training step needs."""
+    return 2 * pp if schedule == "dualpipev" else 1
+
+
+def rows_needed(rows: int, dp: int, at_once: int, micro_batches: int) -> int:
+    """The fewest rows from `rows` on that dp replicas share evenly, in at least so many micro-batches of `at_once`."""
+    return max(-(-rows // dp), (micro_batches - 1) * at_once + 1) * dp
+
+
 class Action(NamedTuple):
     """One step of one pipeline rank. `stage` is the global index of a model part."""
 

@@ -1,27 +1,45 @@
-"""What is verified: a small model, and every layout of a number of ranks. Plain data; does not import torch."""
+"""What is verified: a small model in every stage's training, and every layout of a number of ranks.
+
+Plain data; does not import torch.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from model.config import ModelConfig
 from model.parallel.placement import num_stages
 from ray_pipeline.config import LayoutConfig, OptimizerConfig, PipelineFields
+from ray_pipeline.engine.schedule import least_micro_batches, rows_needed
 from ray_pipeline.errors import UserError
 from ray_pipeline.layout import Layout, Refusal
 from ray_pipeline.layout_rules import refusal
 
 SCHEDULES = ("1f1b", "interleaved_1f1b", "zbv", "dualpipev")
 MOST_PARAMETERS = 50_000_000  # of a user's own model: every rank draws all weights, and one process has to train it
-MTP_WEIGHT = 0.3
 # Adam divides by the gradient's size; its epsilon must stand above fp32 rounding, or a gradient that is zero but for
-# rounding moves a weight by a whole step. Clipping is active at every step of both.
+# rounding moves a weight by a whole step. Rounding also grows with the rate: over forty steps at 3e-3 two correct
+# layouts come to differ by 2e-6 in a loss below one, at 1e-3 by an eighth of it. Clipping is active in both.
 OPTIMIZERS = {
-    "adamw": OptimizerConfig(name="adamw", lr=3e-3, warmup_steps=0, eps=1e-5, grad_clip=0.3),
+    "adamw": OptimizerConfig(name="adamw", lr=1e-3, warmup_steps=0, eps=1e-5, grad_clip=0.3),
     "sgd": OptimizerConfig(name="sgd", lr=1.0, warmup_steps=0, weight_decay=0.0, grad_clip=0.3),
 }
+
+
+Stage = Literal["pretrain", "sft", "dpo", "grpo", "distillation"]
+STAGES: tuple[Stage, ...] = get_args(Stage)
+OVER_BATCH = ("sft", "grpo")  # stages in which the small model's balancing loss is over the batch, not each sequence
+ROWS = 5  # of a step: odd, so that neither replicas nor micro-batches share them evenly
+
+
+def default_steps(stages: Sequence[str]) -> int:
+    """Optimizer steps that are compared: a few of PRETRAIN alone, forty wherever another stage is tried.
+
+    Over forty steps a fault in what moves the experts' bias shows, which a single step hides.
+    """
+    return 4 if list(stages) == ["pretrain"] else 40
 
 
 @dataclass(frozen=True)
@@ -40,7 +58,7 @@ TOLERANCES = {"fp32": Tolerance(2e-6, weights=1e-5), "bf16": Tolerance(2e-3, nor
 
 @dataclass(frozen=True)
 class Subject:
-    """The model that is trained and the batches it is given."""
+    """The model that is trained and the batches it is given: rows of a step, in DPO pairs; GRPO's are its answers'."""
 
     model: ModelConfig
     rows: int
@@ -51,25 +69,32 @@ class Subject:
 
 @dataclass(frozen=True)
 class Case:
-    """One layout to verify in one precision."""
+    """One layout to verify in one precision and one stage."""
 
     subject: Subject
     layout: Layout
     precision: Literal["fp32", "bf16"] = "fp32"
     optimizer: Literal["adamw", "sgd"] = "adamw"
+    stage: Stage = "pretrain"
 
     def name(self) -> str:
-        """`pp=2 dp=2 ZeRO=1 bf16 sgd`."""
-        return f"{self.layout.axes() or 'one rank'} {self.precision} {self.optimizer}"
+        """`pp=2 dp=2 ZeRO=1 bf16 sgd`, and the stage unless it is PRETRAIN."""
+        return " ".join([self.layout.axes() or "one rank", *self.kind()])
+
+    def kind(self) -> tuple[str, ...]:
+        """What is trained, whatever the layout: precision, optimizer, and the stage unless it is PRETRAIN."""
+        return (self.precision, self.optimizer, *([] if self.stage == "pretrain" else [self.stage]))
 
 
 SubjectFor = Callable[[Layout], Subject]  # the model a layout is verified with
 
 
 def small_subject(layout: Layout, *, steps: int = 4, seed: int = 0) -> Subject:
-    """A model with all there is: latent attention, dense layers, then experts, an MTP module.
+    """A model with all there is: latent attention, dense layers, then experts, an MTP module; both ways to balance.
 
-    One layer more than the pipeline has parts, so that they differ in size; rows enough for dualpipev.
+    One layer more than the pipeline has parts, so that they differ in size. Rows that no layout shares evenly, though
+    they fill all but one of dualpipev's micro-batches. The experts' bias moves so fast that counting one padding token
+    sends others elsewhere within a few steps: losses then differ by thousandths, not millionths.
     """
     layers = max(3, num_stages(layout.schedule, layout.pp) + 1)
     model = ModelConfig(
@@ -77,8 +102,16 @@ def small_subject(layout: Layout, *, steps: int = 4, seed: int = 0) -> Subject:
         num_hidden_layers=layers, first_k_dense_replace=layers // 2, num_attention_heads=8,
         q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8,
         n_routed_experts=8, num_experts_per_tok=2, max_position_embeddings=64, initializer_range=0.1,
+        router_bias_update_rate=0.01, aux_loss_alpha=0.01,
     )  # fmt: skip
-    return Subject(model, rows=layout.gpus * max(2, -(-16 // layout.gpus)), seq_len=16, steps=steps, seed=seed)
+    rows = max(ROWS, layout.dp * least_micro_batches(layout.schedule, layout.pp) - 1)
+    return Subject(model, rows=rows, seq_len=16, steps=steps, seed=seed)
+
+
+def for_stage(subject: Subject, stage: Stage) -> Subject:
+    """The subject as a stage trains it; the two balancing losses take turns, where there is one."""
+    over_batch = stage in OVER_BATCH and subject.model.aux_loss_alpha > 0
+    return replace(subject, model=replace(subject.model, seq_aux=False)) if over_batch else subject
 
 
 def own_subject(config: PipelineFields, gpus: int, *, steps: int = 4) -> Subject:
@@ -94,29 +127,33 @@ def own_subject(config: PipelineFields, gpus: int, *, steps: int = 4) -> Subject
             f"process as well, so at most {MOST_PARAMETERS // 1_000_000}M are taken. Leave --config away: a small "
             "model of the same kind is trained then."
         )
-    rows = small_subject(Layout(gpus=gpus)).rows
-    return Subject(config.model, rows, min(config.data.seq_len, 64), steps, config.seed)
+    return Subject(config.model, max(ROWS, gpus + 1), min(config.data.seq_len, 64), steps, config.seed)
 
 
 def settings(subject: Subject, layout: Layout) -> PipelineFields:
-    """A recipe that trains the subject, for the table of rules to judge: teacher and student are the same."""
-    rows: dict[str, Any] = {"batch_size": subject.rows}
+    """A recipe that trains the subject, for the table of rules to judge: teacher and student are the same.
+
+    Its rows are those of a step when it is filled up for the layout (`Engine.fitted`).
+    """
+    at_once, least = micro_batch(subject, layout), least_micro_batches(layout.schedule, layout.pp)
+    filled = rows_needed(subject.rows, layout.dp, at_once, least)
+    rows: dict[str, Any] = {"batch_size": filled}
     student = {"num_hidden_layers": subject.model.num_hidden_layers, "num_nextn_predict_layers": 0}
     config = PipelineFields.model_validate(
         {
             "data": {"seq_len": subject.seq_len},
-            "pretrain": rows, "sft": rows, "distillation": rows | {"student": student},
-            "grpo": {"prompts_per_step": subject.rows, "group_size": 2, "updates_per_rollout": 2},
+            "pretrain": rows, "sft": rows, "dpo": rows, "distillation": rows | {"student": student},
+            "grpo": {"prompts_per_step": filled, "group_size": 2, "updates_per_rollout": 2},
         }
     )  # fmt: skip
-    chosen = LayoutConfig(micro_batch=micro_batch(subject, layout))
+    chosen = LayoutConfig(micro_batch=at_once)
     return config.model_copy(update={"model": subject.model, "layout": chosen})
 
 
 def micro_batch(subject: Subject, layout: Layout) -> int:
-    """Rows of a forward pass so that the pipeline is full, and gradients accumulate where there is none."""
-    wanted = 2 * layout.pp if layout.schedule == "dualpipev" else max(2, layout.pp)
-    return max(1, subject.rows // layout.dp // wanted)
+    """The most rows of a forward pass with which the pipeline is full, and gradients accumulate where there is none."""
+    wanted = max(2, layout.pp, least_micro_batches(layout.schedule, layout.pp))
+    return max(1, (-(-subject.rows // layout.dp) - 1) // (wanted - 1))
 
 
 @dataclass

@@ -21,7 +21,8 @@ class Comparison:
 
     Attributes:
         losses, norms: (one process, layout) per step; losses end with the forward pass without training.
-        loss: largest relative difference of losses and of the objective's metrics. norm: of gradient norms.
+        loss: largest relative difference of losses and of the objective's metrics. norm: of gradient norms. A metric
+            whose mean is below one (a divergence, a share) is held against one: it may be zero but for rounding.
         weights: largest absolute difference of a weight; `weight` is its name.
         misrouted: tokens that went to another expert, over all steps and layers, of `routed`.
     """
@@ -59,24 +60,28 @@ class Result:
             "layers": subject.model.num_hidden_layers, "parameters": subject.model.num_params(), "rows": subject.rows,
             "seq_len": subject.seq_len, "steps": subject.steps, "seed": subject.seed,
             "layout": asdict(self.case.layout), "flags": self.case.layout.flags(), "precision": self.case.precision,
-            "optimizer": self.case.optimizer, "passed": self.passed, "wrong": self.wrong, "error": self.error,
+            "optimizer": self.case.optimizer, "stage": self.case.stage, "passed": self.passed, "wrong": self.wrong,
+            "error": self.error,
             "seconds": round(self.seconds, 3), **plain,
         }  # fmt: skip
 
 
-def difference(reference: Sequence[float], other: Sequence[float]) -> float:
-    """Largest relative difference; infinite for another length or a number that is not finite."""
+def difference(reference: Sequence[float], other: Sequence[float], *, least: float = 1e-12) -> float:
+    """Largest difference relative to the reference, or to `least` where that is less; infinite for another length or a
+    number that is not finite."""
     if len(reference) != len(other) or not all(math.isfinite(value) for value in [*reference, *other]):
         return math.inf
-    return max((abs(a - b) / max(abs(a), 1e-12) for a, b in zip(reference, other, strict=True)), default=0.0)
+    return max((abs(a - b) / max(abs(a), least) for a, b in zip(reference, other, strict=True)), default=0.0)
 
 
 def compare(reference: Trace, trace: Trace) -> Comparison:
     """`trace.loads` must hold the routers of all ranks."""
     out = Comparison(list(zip(reference.losses, trace.losses, strict=False)))
     out.norms = list(zip(reference.norms, trace.norms, strict=False))
-    metrics = [difference(list(a.values()), [b.get(key, math.nan) for key in a]) for a, b in
-               zip(reference.parts, trace.parts, strict=True)]  # fmt: skip
+    metrics = [
+        difference(list(a.values()), [b.get(key, math.nan) for key in a], least=a["tokens"])
+        for a, b in zip(reference.parts, trace.parts, strict=True)
+    ]
     out.loss = max(difference(reference.losses, trace.losses), *metrics)
     out.norm = difference(reference.norms, trace.norms)
     out.weights, out.weight = 0.0, ""

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from ray_pipeline.layout import Layout, Refusal
 from ray_pipeline.progress import seconds_text
-from ray_pipeline.verification.cases import Case, Tolerance
+from ray_pipeline.verification.cases import Case, Tolerance, default_steps
 from ray_pipeline.verification.compare import Result
 
 PLAIN_EVERY = 10.0  # seconds between progress lines when the output is not a terminal
@@ -30,6 +30,9 @@ def say(console: Console, text: str, style: str = "") -> None:
 def heading(cases: Sequence[Case]) -> str:
     """What is trained, and where."""
     subject, layout = cases[0].subject, cases[0].layout
+    stages = dict.fromkeys(case.stage for case in cases)
+    rows = sorted({case.subject.rows for case in cases})
+    many = f"{rows[0]} to {rows[-1]}" if len(rows) > 1 else str(rows[0])
     where = f"{layout.gpus} {'GPU' if layout.device == 'cuda' else 'CPU'} rank{'s' if layout.gpus > 1 else ''}"
     layers = sorted({case.subject.model.num_hidden_layers for case in cases})
     depth = f"{layers[0]} to {layers[-1]}" if len(layers) > 1 else str(layers[0])
@@ -37,7 +40,7 @@ def heading(cases: Sequence[Case]) -> str:
     return (
         f"{where} over {'NCCL' if layout.device == 'cuda' else 'gloo'} against one process: {depth} layers, width "
         f"{model.hidden_size}, {model.n_routed_experts} experts, {model.num_nextn_predict_layers} MTP module(s); "
-        f"{subject.steps} steps of {subject.rows} rows of {subject.seq_len} tokens, two documents each"
+        f"{subject.steps} steps of {many} rows of {subject.seq_len} tokens with empty ends; {', '.join(stages)}"
     )
 
 
@@ -83,6 +86,8 @@ def again(result: Result) -> str:
     case = result.case
     extra = [f"--precision {case.precision}"] if case.precision != "fp32" else []
     extra += [f"--optimizer {case.optimizer}"] if case.optimizer != "adamw" else []
+    extra += [f"--stage {case.stage}"] if case.stage != "pretrain" else []
+    extra += [f"--steps {case.subject.steps}"] if case.subject.steps != default_steps([case.stage]) else []
     return " ".join(["verify-parallel", case.layout.flags(), *extra])
 
 
@@ -94,14 +99,14 @@ def _apart(a: float, b: float) -> str:
 
 def print_table(console: Console, results: Sequence[Result]) -> None:
     """One line per layout: largest differences of loss, gradient norm and weights, tokens with another expert."""
-    kinds = dict.fromkeys((result.case.precision, result.case.optimizer) for result in results)
+    kinds = dict.fromkeys(result.case.kind() for result in results)
     for kind in kinds:
         table = Table(title=" ".join(kind), title_justify="left", title_style="bold", box=SIMPLE_HEAD)
         table.add_column("layout", min_width=20)
         for name in ("loss", "norm", "weights", "rerouted", "seconds", ""):
             table.add_column(name, justify="right", no_wrap=True)
         for result in results:
-            if (result.case.precision, result.case.optimizer) == kind:
+            if result.case.kind() == kind:
                 table.add_row(*_row(result))
         console.print(table)
 

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from datetime import timedelta
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from model.moe.router import Router
-from model.parallel.mesh import Mesh, MeshSizes
-from ray_pipeline.data.batch import IGNORE, Batch
-from ray_pipeline.engine.engine import Engine
-from ray_pipeline.objectives.cross_entropy import CrossEntropy
-from ray_pipeline.verification.cases import MTP_WEIGHT, OPTIMIZERS, Case, Subject, micro_batch
+from model.parallel.mesh import Mesh
+from ray_pipeline.data.batch import Batch
+from ray_pipeline.verification.cases import Case
+from ray_pipeline.verification.stages import Training, made_rank, start
 
 
 @dataclass
@@ -22,7 +21,7 @@ class Trace:
 
     Attributes:
         losses: per step, then of a last forward pass without training. norms: global, before clipping, per step.
-        parts: per step, the objective's metrics and the number of trained tokens.
+        parts: per step, the objective's metrics and the number of trained tokens, pairs or answers.
         loads: per step, router -> tokens each expert got, over all ranks.
         weights: the whole model's state dict after the last step, on the CPU.
     """
@@ -34,58 +33,33 @@ class Trace:
     weights: dict[str, Tensor] = field(default_factory=dict)
 
 
-def make_batch(subject: Subject, step: int) -> Batch:
-    """Random tokens, two documents a row, with the border at another place in each."""
-    generator = torch.Generator().manual_seed((1000 * subject.seed + step) % 2**63)  # torch takes no more
-    rows, length = subject.rows, subject.seq_len
-    tokens = torch.randint(0, subject.model.vocab_size, (rows, length), generator=generator)
-    border = torch.randint(1, length, (rows, 1), generator=generator)
-    doc_ids = (torch.arange(length)[None] >= border).long()
-    labels = torch.cat([tokens[:, 1:], torch.full((rows, 1), IGNORE)], 1)
-    labels[:, :-1][doc_ids[:, 1:] != doc_ids[:, :-1]] = IGNORE
-    return Batch(tokens, labels, doc_ids)
-
-
 def take_steps(
-    case: Case, *, device: torch.device | None = None, timeout: float = 600.0, whole_batch: bool = False
-) -> tuple[Trace, Engine]:
-    """Train `subject.steps` steps in the case's layout; every rank of it calls this.
+    case: Case, mesh: Mesh, *, device: torch.device, folder: Path, data: Path, whole_batch: bool = False
+) -> Trace:
+    """Train `subject.steps` steps in the case's layout; every rank of it calls this. Arguments as `made_rank`'s.
 
     All get the same trace but for `loads`, which hold the routers of this rank.
-
-    Args:
-        timeout: seconds a collective may wait.
-        whole_batch: one forward pass for all rows, as the reference does it.
     """
-    subject, layout = case.subject, case.layout
-    sizes = MeshSizes(**layout.sizes())
-    optimizer = OPTIMIZERS[case.optimizer]
-    engine = Engine(
-        subject.model,
-        Mesh(sizes, timeout=timedelta(seconds=timeout)),
-        seed=subject.seed,
-        optimizer=optimizer,
-        zero_stage=layout.zero_stage,
-        precision=case.precision,
-        micro_batch=subject.rows if whole_batch else micro_batch(subject, layout),
-        device=device,
-        schedule=layout.schedule,
-        pp_layout=layout.pp_layout,
-        activation_checkpointing=layout.activation_checkpointing,  # type: ignore[arg-type]
-        offload_optimizer=layout.offload_optimizer,
-    )
-    objective, trace = CrossEntropy(MTP_WEIGHT), Trace()
-    for step in range(subject.steps):
+    rank = made_rank(case, mesh, device=device, folder=folder, data=data, whole_batch=whole_batch)
+    training, trace = start(rank, case.subject), Trace()
+    engine, steps = training.engine, case.subject.steps
+    for step in range(steps):
         trace.loads.append({})
         for name, router in engine.routers.items():
             _record_load(router, name, trace.loads[-1])
-        stats = engine.train_step(make_batch(subject, step), objective, optimizer.lr)
+        stats = engine.train_step(_filled(training, step), training.objective, rank.settings.optimizer.lr)
         trace.losses.append(stats.loss)
         trace.norms.append(stats.grad_norm)
         trace.parts.append(stats.metrics | {"tokens": stats.weight})
-    trace.losses.append(engine.evaluate(make_batch(subject, subject.steps), objective).loss)
+    trace.losses.append(engine.evaluate(_filled(training, steps), training.objective).loss)
     trace.weights = engine.full_state()
-    return trace, engine
+    return trace
+
+
+def _filled(training: Training, step: int) -> Batch:
+    batch = training.source.batch(step)
+    assert batch is not None, "some answers of every iteration are cut off, others not"
+    return training.engine.fitted(batch)
 
 
 def _record_load(router: Router, name: str, into: dict[str, Tensor]) -> None:

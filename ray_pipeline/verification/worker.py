@@ -1,4 +1,4 @@
-"""One rank of one layout: trains, and rank 0 compares with the reference. Runs in a process of its own."""
+"""One rank of one layout: trains stage after stage, and rank 0 compares with the reference. In its own process."""
 
 from __future__ import annotations
 
@@ -6,13 +6,20 @@ import faulthandler
 import os
 import signal
 import traceback
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from ray_pipeline.layout import Layout
 from ray_pipeline.verification.cases import Case
+
+if TYPE_CHECKING:
+    import torch
+
+    from model.parallel.mesh import Mesh
 
 WHERE = signal.SIGUSR1
 
@@ -22,16 +29,24 @@ class Job:
     """What every rank of a layout is told.
 
     Attributes:
-        reference: the trace of one process, written by the layout of one rank and read by the others.
-        folder: empty, for the ranks to find each other.
+        cases: of one layout, one after another in the same processes.
+        references: of each case the trace of one process, written by the layout of one rank and read by the others.
+        folder: empty, for the ranks to find each other and for what a stage writes.
+        data: what is trained on; of each case, written with its reference.
         timeout: seconds a collective may wait.
     """
 
-    case: Case
-    reference: Path
+    cases: tuple[Case, ...]
+    references: tuple[Path, ...]
     is_reference: bool
     folder: Path
+    data: tuple[Path, ...]
     timeout: float
+
+    @property
+    def layout(self) -> Layout:
+        """Of all its cases."""
+        return self.cases[0].layout
 
     def log(self, rank: int) -> Path:
         """What a rank's libraries print, and where it is if it hangs."""
@@ -39,23 +54,24 @@ class Job:
 
 
 def run_rank(rank: int, job: Job, connection: Connection) -> None:
-    """Send one answer: `{"losses": ..., "comparison": ...}` or `{"error": ..., "echo": ...}`."""
+    """Send an answer for each case, `{"losses", "norms", "comparison"}`; the last may be `{"error", "echo", ...}`."""
     from model.parallel.collectives import CollectiveFailed
 
     _write_to(job.log(rank))
     faulthandler.register(WHERE)  # the launcher asks a rank that hangs where it is
     try:
-        answer = _verify(rank, job)
+        for answer in _verify(rank, job):
+            connection.send(answer)
     except Exception as error:  # noqa: BLE001 - whatever a layout dies of is the finding
         place = traceback.extract_tb(error.__traceback__)[-1]
-        answer = {
+        failed = {
             "error": f"rank {rank}: {type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
             f" ({Path(place.filename).name}:{place.lineno})",
             # A collective that failed because another rank had left is not the cause.
             "echo": isinstance(error, CollectiveFailed) or "Connection closed by peer" in str(error),
             "trace": traceback.format_exc(),
         }
-    connection.send(answer)
+        connection.send(failed)
     connection.close()
     os._exit(0)  # groups with a peer that is gone cannot be shut down in order
 
@@ -67,16 +83,15 @@ def _write_to(path: Path) -> None:
     os.dup2(log, 2)
 
 
-def _verify(rank: int, job: Job) -> dict[str, Any]:
+def _verify(rank: int, job: Job) -> Iterator[dict[str, Any]]:
     import torch
     import torch.distributed as dist
 
-    from ray_pipeline.verification.compare import compare
-    from ray_pipeline.verification.steps import Trace, take_steps
+    from model.parallel.mesh import Mesh, MeshSizes
 
     torch.set_num_threads(1)
     device = torch.device("cpu")
-    layout = job.case.layout
+    layout = job.layout
     if layout.device == "cuda":
         device = torch.device("cuda", rank)
         torch.cuda.set_device(device)
@@ -85,15 +100,33 @@ def _verify(rank: int, job: Job) -> dict[str, Any]:
         "gloo" if layout.device == "cpu" else "cpu:gloo,cuda:nccl", init_method=f"file://{job.folder}/store",
         rank=rank, world_size=layout.gpus, timeout=timedelta(seconds=job.timeout),
     )  # fmt: skip
-    trace, _ = take_steps(job.case, device=device, timeout=job.timeout, whole_batch=job.is_reference)
-    gathered: list[Any] = [None] * layout.gpus
+    mesh = Mesh(MeshSizes(**layout.sizes()), timeout=timedelta(seconds=job.timeout))
+    for index in range(len(job.cases)):
+        yield _verify_case(rank, job, index, mesh, device)
+
+
+def _verify_case(rank: int, job: Job, index: int, mesh: Mesh, device: torch.device) -> dict[str, Any]:
+    import torch
+    import torch.distributed as dist
+
+    from ray_pipeline.verification.compare import compare
+    from ray_pipeline.verification.made_data import write_data
+    from ray_pipeline.verification.steps import Trace, take_steps
+
+    case, path, data = job.cases[index], job.references[index], job.data[index]
+    if job.is_reference:
+        write_data(data, case.subject)
+    trace = take_steps(
+        case, mesh, device=device, folder=job.folder / str(index), data=data, whole_batch=job.is_reference
+    )
+    gathered: list[Any] = [None] * job.layout.gpus
     dist.all_gather_object(gathered, trace.loads)
     answer: dict[str, Any] = {"losses": trace.losses, "norms": trace.norms}
     if rank == 0:
         loads = [{name: load for step in steps for name, load in step.items()} for steps in zip(*gathered, strict=True)]
         whole = replace(trace, loads=loads)
         if job.is_reference:
-            torch.save(vars(whole), job.reference)
-        reference = Trace(**torch.load(job.reference, weights_only=True))
+            torch.save(vars(whole), path)
+        reference = Trace(**torch.load(path, weights_only=True))
         answer["comparison"] = compare(reference, whole)
     return answer

@@ -1,4 +1,4 @@
-"""Runs layouts one after the other, each in fresh processes, and survives those that crash or hang.
+"""Runs layouts one after the other, each in fresh processes for all its stages, and survives those that crash or hang.
 
 Processes are forked from one server that has torch and DeepSpeed imported already: a layout starts in a fraction of a
 second, and nothing that the one before left behind (process groups, DeepSpeed's module state) can reach it.
@@ -6,11 +6,12 @@ second, and nothing that the one before left behind (process groups, DeepSpeed's
 
 from __future__ import annotations
 
+import hashlib
 import multiprocessing
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from multiprocessing.connection import Connection, wait
@@ -33,15 +34,15 @@ GRACE = 5.0  # seconds the other ranks have to tell their error after the first 
 
 
 class Verifier:
-    """Compares layouts with one process. `with Verifier(...) as verifier: verifier.run(case)`
+    """Compares layouts with one process. `with Verifier(...) as verifier: verifier.run([case])`
 
     Args:
-        timeout: seconds one layout may take; a collective may wait for half of it.
+        timeout: seconds one case may take; a collective may wait for half of it.
     """
 
     def __init__(self, device: str, tolerances: Mapping[str, Tolerance], *, timeout: float = 300.0):
         self.device, self.tolerances, self.timeout = device, tolerances, timeout
-        self.references: dict[str, Path] = {}
+        self.references: dict[str, Path] = {}  # the repr of a case in one process -> its trace
 
     def __enter__(self) -> Verifier:
         self._folder = TemporaryDirectory(prefix="verify-parallel-")
@@ -52,24 +53,52 @@ class Verifier:
     def __exit__(self, *exc: object) -> None:
         self._folder.cleanup()
 
-    def run(self, case: Case) -> Result:
-        """Train in the case's layout and compare; the reference is made when it is first needed."""
-        alone = replace(case, layout=Layout(device=case.layout.device))
-        key = repr(alone)
-        if key not in self.references:
-            path = Path(self._folder.name, f"reference-{len(self.references)}.pt")
-            made = self._run(alone, path, is_reference=True)
-            if made.error:
-                return replace(made, case=case, error=f"the reference in one process failed: {made.error}")
-            self.references[key] = path
-        return self._run(case, self.references[key], is_reference=False)
+    def run(self, cases: Sequence[Case]) -> Iterator[Result]:
+        """Train in the cases' layout, the same for all, and compare; references are made when they are first needed.
 
-    def _run(self, case: Case, reference: Path, *, is_reference: bool) -> Result:
-        start = time.monotonic()
+        The cases share processes until one fails; those behind it get new ones.
+        """
+        pending = list(cases)
+        while pending:
+            for result in self._together(tuple(pending)):
+                pending.pop(0)
+                yield result
+
+    def _together(self, cases: tuple[Case, ...]) -> Iterator[Result]:
+        """Results of the cases up to the first that fails."""
+        missing = tuple(case for case in cases if repr(_alone(case)) not in self.references)
+        failed: Result | None = None
+        for case, made in zip(missing, self._run(tuple(map(_alone, missing)), is_reference=True), strict=False):
+            if made.error:
+                failed = replace(made, case=case, error=f"the reference in one process failed: {made.error}")
+            else:
+                self.references[repr(_alone(case))] = self._trace(case)
+        if failed is not None:
+            cases = cases[: cases.index(failed.case)]
+        yield from self._run(cases, is_reference=False)
+        if failed is not None:
+            yield failed
+
+    def _trace(self, case: Case) -> Path:
+        """Where the trace of a case in one process lies, or will; what it trains on lies beside it."""
+        name = hashlib.sha256(repr(_alone(case)).encode()).hexdigest()[:16]
+        return Path(self._folder.name, f"reference-{name}.pt")
+
+    def _run(self, cases: tuple[Case, ...], *, is_reference: bool) -> Iterator[Result]:
+        """In fresh processes, up to the first that fails."""
+        if not cases:
+            return
+        traces = tuple(self._trace(case) for case in cases)
         with TemporaryDirectory(dir=self._folder.name) as folder:
-            job = Job(case, reference, is_reference, Path(folder), timeout=self.timeout / 2)
-            answers = self._answers(job)
-        result = Result(case, time.monotonic() - start, error=_cause(answers))
+            data = tuple(trace.with_suffix("") for trace in traces)
+            job = Job(cases, traces, is_reference, Path(folder), data, timeout=self.timeout / 2)
+            start = time.monotonic()
+            for case, answers in zip(cases, self._answers(job), strict=False):
+                yield self._result(case, answers, time.monotonic() - start)
+                start = time.monotonic()
+
+    def _result(self, case: Case, answers: Mapping[int, Mapping[str, Any]], seconds: float) -> Result:
+        result = Result(case, seconds, error=_cause(answers))
         if not result.error:
             result.comparison = answers[0]["comparison"]
             result.wrong = judge(result.comparison, self.tolerances[case.precision])
@@ -78,47 +107,62 @@ class Verifier:
                 result.wrong.append(f"ranks {apart} report another loss or gradient norm than rank 0")
         return result
 
-    def _answers(self, job: Job) -> dict[int, dict[str, Any]]:
+    def _answers(self, job: Job) -> Iterator[dict[int, dict[str, Any]]]:
+        """Of each case: rank -> its answer. Those of a case in which a rank fails are the last."""
+        with self._processes(job) as (processes, connections):
+            for _ in job.cases:
+                answers = self._next_answers(job, processes, connections)
+                yield answers
+                if any("error" in answer for answer in answers.values()):
+                    return
+
+    def _next_answers(
+        self, job: Job, processes: list[Any], connections: Mapping[Connection, int]
+    ) -> dict[int, dict[str, Any]]:
         """Rank -> its answer. Ranks that end without one, or not at all, get an error in their place."""
-        ranks = job.case.layout.gpus
-        with self._processes(job) as (processes, waiting):
-            answers: dict[int, dict[str, Any]] = {}
-            deadline = time.monotonic() + self.timeout
-            while waiting and (left := deadline - time.monotonic()) > 0:
-                ready: list[Any] = wait(list(waiting), left)
-                for connection in ready:
-                    rank = waiting.pop(connection)
-                    try:
-                        answers[rank] = connection.recv()
-                    except EOFError:
-                        processes[rank].join(1.0)
-                        answers[rank] = _dead(rank, processes[rank].exitcode, job.log(rank))
-                    if "error" in answers[rank]:
-                        deadline = min(deadline, time.monotonic() + GRACE)
-            for rank in waiting.values():
-                answers[rank] = _hanging(rank, processes[rank], job.log(rank))
-            return {rank: answers[rank] for rank in range(ranks)}
+        waiting = dict(connections)
+        answers: dict[int, dict[str, Any]] = {}
+        deadline = time.monotonic() + self.timeout
+        while waiting and (left := deadline - time.monotonic()) > 0:
+            ready: list[Any] = wait(list(waiting), left)
+            for connection in ready:
+                rank = waiting.pop(connection)
+                try:
+                    answers[rank] = connection.recv()
+                except EOFError:
+                    processes[rank].join(1.0)
+                    answers[rank] = _dead(rank, processes[rank].exitcode, job.log(rank))
+                if "error" in answers[rank]:
+                    deadline = min(deadline, time.monotonic() + GRACE)
+        for rank in waiting.values():
+            answers[rank] = _hanging(rank, processes[rank], job.log(rank))
+        return {rank: answers[rank] for rank in range(job.layout.gpus)}
 
     @contextmanager
     def _processes(self, job: Job) -> Iterator[tuple[list[Any], dict[Connection, int]]]:
         """One process per rank with the pipe it answers through; all gone when the block ends."""
         processes: list[Any] = []
-        waiting: dict[Connection, int] = {}
+        connections: dict[Connection, int] = {}
         try:
-            with _environment(worker_environment(job.case.layout.gpus, 1, self.device)):
-                for rank in range(job.case.layout.gpus):
+            with _environment(worker_environment(job.layout.gpus, 1, self.device)):
+                for rank in range(job.layout.gpus):
                     ours, theirs = self._context.Pipe(duplex=False)
                     process = self._context.Process(target=run_rank, args=(rank, job, theirs), daemon=True)
                     process.start()
                     theirs.close()
                     processes.append(process)
-                    waiting[ours] = rank
-            yield processes, waiting
+                    connections[ours] = rank
+            yield processes, connections
         finally:
             for process in processes:
                 process.join(0 if process.exitcode is not None else 0.5)
                 process.kill()
                 process.join()
+
+
+def _alone(case: Case) -> Case:
+    """The same in one process."""
+    return replace(case, layout=Layout(device=case.layout.device))
 
 
 def _dead(rank: int, exit_code: int, log: Path) -> dict[str, Any]:

@@ -53,6 +53,21 @@ def test_all_narrowed_to_some_layouts_and_no_difference_allowed(capsys: pytest.C
     assert {"rule", "flags", "reason"} == written["refused"][0].keys()
 
 
+def test_every_stage_of_one_layout(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+    file = tmp_path / "results.json"
+    narrow = ["--dp-size", "2", "--ep-size", "2", "--zero-stage", "0", "--activation-checkpointing", "none"]
+    code = main(
+        ["verify-parallel", "--stage", "all", "--gpus", "2", *narrow, "--steps", "2", "--backend", "cpu",
+         "--json", str(file)]
+    )  # fmt: skip
+    text = capsys.readouterr().out
+    assert code == 0, text
+    assert "pretrain, sft, dpo, grpo, distillation" in text and "PASS: 5 of 5 pass" in text
+    written = json.loads(file.read_text())["layouts"]
+    assert [layout["stage"] for layout in written] == ["pretrain", "sft", "dpo", "grpo", "distillation"]
+    assert all(layout["passed"] and layout["steps"] == 2 and layout["rows"] == 5 for layout in written)
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
@@ -63,6 +78,8 @@ def test_all_narrowed_to_some_layouts_and_no_difference_allowed(capsys: pytest.C
         (["--gpus", "2", "--tolerance", "nan"], "--tolerance nan: must be a number of at least 0"),
         (["--gpus", "2", "--precision", "fp33"], '--precision fp33: must be fp32, bf16 or both (did you mean "fp32"'),
         (["--gpus", "2", "--optimizer", "adam"], '--optimizer adam: must be adamw, sgd or both (did you mean "adamw"'),
+        (["--stage", "all"], "--stage all: of how many ranks? For example --stage all --gpus 4."),
+        (["--gpus", "2", "--stage", "gpro"], "must be pretrain, sft, dpo, grpo, distillation or all (did you mean"),
         (["--gpus", "2048"], "gpus=2048: verifying starts a process for each rank on this machine, at most 64"),
         (["--gpus", "4", "--pp-size", "3"], "is 3 ranks, not 4"),
         (["--pp-size", "2", "--schedule", "zbv", "--zero-stage", "2"], "Nearest layout that works: --gpus 2"),

@@ -14,8 +14,11 @@ from ray_pipeline.layout import Layout
 from ray_pipeline.layout_rules import refusal
 from ray_pipeline.verification.cases import (
     SCHEDULES,
+    STAGES,
     TOLERANCES,
+    default_steps,
     every_layout,
+    for_stage,
     micro_batch,
     own_subject,
     settings,
@@ -67,9 +70,17 @@ def test_parts_differ_in_size_and_the_pipeline_is_full(schedule: str, pp: int, d
     layout = Layout(gpus=pp * dp, pp=pp, dp=dp, schedule=schedule)
     subject = small_subject(layout)
     assert subject.model.num_hidden_layers % num_stages(schedule, pp) or pp == 1 or num_stages(schedule, pp) == 1
-    assert subject.rows % dp == 0
-    micro_batches = -(-subject.rows // dp // micro_batch(subject, layout))
-    assert micro_batches >= (2 * pp if schedule == "dualpipev" else pp)
+    filled = settings(subject, layout).pretrain.batch_size
+    assert subject.rows <= filled and filled % dp == 0
+    micro_batches = -(-filled // dp // micro_batch(subject, layout))
+    assert micro_batches >= (2 * pp if schedule == "dualpipev" else min(pp, filled // dp))
+
+
+def test_the_small_models_experts_are_balanced_in_every_way() -> None:
+    subject = small_subject(Layout())
+    assert subject.model.router_bias_update_rate > 0 and subject.model.aux_loss_alpha > 0
+    assert {for_stage(subject, stage).model.seq_aux for stage in STAGES} == {True, False}
+    assert default_steps(["pretrain"]) == 4 and default_steps(STAGES) == default_steps(["dpo"]) == 40
 
 
 def test_bf16_is_allowed_a_thousand_times_the_rounding_of_fp32() -> None:

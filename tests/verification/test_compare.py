@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
+from ray_pipeline.data.loader import PackedRows
+from ray_pipeline.data.preferences import PairRows
 from ray_pipeline.layout import Layout
 from ray_pipeline.verification.cases import TOLERANCES, Case, Tolerance, small_subject
 from ray_pipeline.verification.compare import Comparison, Result, compare, difference, judge
-from ray_pipeline.verification.steps import Trace, make_batch
+from ray_pipeline.verification.made_data import made_groups, write_data
+from ray_pipeline.verification.stages import stage_config
+from ray_pipeline.verification.steps import Trace
 
 
 def trace() -> Trace:
@@ -74,13 +79,31 @@ def test_a_result_passes_only_with_a_comparison_and_without_complaint() -> None:
     assert Result(case, 1.0, Comparison()).as_dict()["loss"] is None, "JSON knows no infinity"
 
 
-def test_batches_depend_on_seed_and_step_alone_and_hold_two_documents() -> None:
+def test_a_metric_below_one_is_held_against_one_and_a_loss_against_itself() -> None:
+    small = replace(trace(), losses=[1e-3, 1e-3], parts=[{"kl": 1e-9, "tokens": 15.0}])
+    assert judge(compare(small, replace(small, parts=[{"kl": 3e-9, "tokens": 15.0}])), TOLERANCES["fp32"]) == []
+    for change in ({"parts": [{"kl": 1e-4, "tokens": 15.0}]}, {"losses": [1e-3 + 1e-8, 1e-3]}):
+        assert judge(compare(small, replace(small, **change)), TOLERANCES["fp32"])
+
+
+def test_made_up_rows_have_empty_ends_and_depend_on_the_seed_alone(tmp_path: Path) -> None:
     subject = small_subject(Layout())
-    batch, again, other = make_batch(subject, 1), make_batch(subject, 1), make_batch(subject, 2)
-    assert torch.equal(batch.tokens, again.tokens) and not torch.equal(batch.tokens, other.tokens)
-    assert len(make_batch(replace(subject, seed=2**63 - 1), 1)) == len(batch)
-    assert batch.doc_ids[:, 0].eq(0).all() and batch.doc_ids[:, -1].eq(1).all()
-    last = batch.doc_ids[:, 1:] != batch.doc_ids[:, :-1]
-    assert (batch.labels[:, :-1][last] < 0).all(), "no document predicts the next one"
-    inside = batch.labels[:, :-1][~last]
-    assert torch.equal(inside, batch.tokens[:, 1:][~last])
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        write_data(tmp_path / name, replace(subject, seed=seed))
+    for stage in ("pretrain", "sft"):
+        a, b, c = (PackedRows(tmp_path / name / stage / "train").slice(0, 8) for name in "abc")
+        assert torch.equal(a.tokens, b.tokens) and not torch.equal(a.tokens, c.tokens)
+        assert a.real is not None and not a.real.all() and a.real[:, 0].all()
+    pairs = PairRows(tmp_path / "a" / "preferences" / "train").slice(0, subject.rows)
+    assert pairs.real is not None and not pairs.real.all() and int(pairs.extras["pair"].max()) == subject.rows - 1
+
+
+def test_made_up_answers_that_are_trained_score_above_their_groups_mean() -> None:
+    subject = small_subject(Layout())
+    settings = stage_config(Case(subject, Layout(), stage="grpo")).grpo
+    groups = [group for iteration in range(8) for group in made_groups(subject, settings, iteration)]
+    for group in groups:
+        mean = sum(rollout.reward for rollout in group) / len(group)
+        assert not all(rollout.finished for rollout in group)
+        assert all(rollout.reward > mean for rollout in group if rollout.finished)
+    assert settings.mask_truncated and len({len(rollout.completion_ids) for group in groups for rollout in group}) > 3

@@ -13,7 +13,8 @@ import torch
 
 from model.config import ModelConfig
 from ray_pipeline.layout import Layout
-from ray_pipeline.verification.cases import TOLERANCES, Case, small_subject
+from ray_pipeline.verification.cases import STAGES, TOLERANCES, Case, for_stage, small_subject
+from ray_pipeline.verification.compare import Result
 from ray_pipeline.verification.world import Verifier
 
 PP2 = Layout(gpus=2, pp=2)
@@ -32,8 +33,13 @@ def case(layout: Layout, model: type[ModelConfig] | None = None, **options: str)
     return Case(subject, layout, **options)  # type: ignore[arg-type]
 
 
+def run(verifier: Verifier, wanted: Case) -> Result:
+    [result] = verifier.run([wanted])
+    return result
+
+
 def test_a_layout_that_takes_the_same_steps_passes(verifier: Verifier) -> None:
-    result = verifier.run(case(PP2))
+    result = run(verifier, case(PP2))
     assert result.passed, (result.error, result.wrong)
     found = result.comparison
     assert found is not None
@@ -44,9 +50,9 @@ def test_a_layout_that_takes_the_same_steps_passes(verifier: Verifier) -> None:
 
 def test_sgd_and_bf16_have_references_of_their_own(verifier: Verifier) -> None:
     dp2 = Layout(gpus=2, dp=2)
-    plain = verifier.run(case(dp2))
+    plain = run(verifier, case(dp2))
     for options in ({"optimizer": "sgd"}, {"precision": "bf16"}):
-        result = verifier.run(case(dp2, **options))
+        result = run(verifier, case(dp2, **options))
         assert result.passed, (result.error, result.wrong)
         assert result.comparison and plain.comparison
         assert result.comparison.losses[1] != plain.comparison.losses[1]
@@ -54,21 +60,42 @@ def test_sgd_and_bf16_have_references_of_their_own(verifier: Verifier) -> None:
 
 def test_a_reference_that_is_wrong_fails(verifier: Verifier) -> None:
     wanted = case(PP2)
-    assert verifier.run(wanted).passed
+    assert run(verifier, wanted).passed
     path = verifier.references[repr(replace(wanted, layout=Layout()))]
     right = torch.load(path)
     torch.save(right | {"losses": [loss * 1.001 for loss in right["losses"]]}, path)
     try:
-        result = verifier.run(wanted)
+        result = run(verifier, wanted)
     finally:
         torch.save(right, path)
     assert result.wrong == ["loss differs by 1.0e-03 relative, more than 2e-06"]
 
 
 def test_a_layout_that_raises_fails_with_its_error(verifier: Verifier) -> None:
-    result = verifier.run(case(replace(PP2, pp_layout="E+1|1+H")))
+    result = run(verifier, case(replace(PP2, pp_layout="E+1|1+H")))
     assert "ValueError: pp_layout='E+1|1+H': adds up to 2 layers" in result.error
     assert not result.passed
+
+
+def test_every_stage_takes_the_same_steps_in_the_processes_of_one_layout(verifier: Verifier) -> None:
+    layout = Layout(gpus=2, dp=2)
+    subject = small_subject(layout, steps=4)
+    results = list(verifier.run([Case(for_stage(subject, stage), layout, stage=stage) for stage in STAGES]))
+    assert [result.case.stage for result in results] == list(STAGES)
+    for result in results:
+        assert result.passed, (result.case.name(), result.error, result.wrong)
+        assert result.comparison is not None and result.comparison.routed > 0
+    losses = [result.comparison.losses[0][0] for result in results if result.comparison]
+    assert len(set(losses)) == len(STAGES)
+
+
+def test_the_stages_behind_one_that_fails_are_verified_in_new_processes(verifier: Verifier) -> None:
+    subject = small_subject(PP2, steps=2)
+    broken = replace(subject, model=Dies(**asdict(subject.model)))
+    good = Case(subject, PP2)
+    results = list(verifier.run([good, Case(broken, PP2), replace(good, optimizer="sgd")]))
+    assert [result.passed for result in results] == [True, False, True]
+    assert "rank 1: died" in results[1].error
 
 
 class Dies(ModelConfig):
@@ -90,15 +117,15 @@ class Hangs(ModelConfig):
 
 def test_a_rank_that_dies_is_named_with_its_last_words(verifier: Verifier) -> None:
     start = time.monotonic()
-    result = verifier.run(case(PP2, Dies))
+    result = run(verifier, case(PP2, Dies))
     assert result.error == "rank 1: died (exit code 7): out of memory"
     assert time.monotonic() - start < 60, "the other rank does not wait for the timeout"
-    assert verifier.run(case(PP2)).passed, "and the next layout is none the worse"
+    assert run(verifier, case(PP2)).passed, "and the next layout is none the worse"
 
 
 def test_a_layout_that_hangs_is_ended_and_told_where(verifier: Verifier) -> None:
     with Verifier("cpu", TOLERANCES, timeout=25) as impatient:
-        result = impatient.run(case(PP2, Hangs))
+        result = run(impatient, case(PP2, Hangs))
     assert not result.passed
     waiting, _, late = result.error.partition("; ")
     assert waiting.startswith("rank 0: CollectiveFailed: ")
