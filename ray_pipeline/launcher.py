@@ -29,6 +29,7 @@ from ray_pipeline.rank_errors import (
     raise_user_error,
     rank_errors,
 )
+from ray_pipeline.rank_output import output_file, output_to
 from ray_pipeline.stages.base import RankFunction
 
 LOCK_WAIT = 60.0  # seconds a new attempt waits for the workers of a killed one to go
@@ -45,7 +46,8 @@ def worker_environment(ranks: int, cores: int, device: str) -> dict[str, str]:
     """Environment variables of every rank; they must be set before torch and DeepSpeed are imported."""
     threads = {"OMP_NUM_THREADS": str(max(1, cores // ranks)), "TOKENIZERS_PARALLELISM": "false"}
     cpu = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
-    return MALLOC | threads | cpu | {"GLOG_minloglevel": "2"}
+    ray = {"GLOG_minloglevel": "2", "RAY_TRAIN_ENABLE_PRINT_PATCH": "0"}  # print means print, not a log of Ray's
+    return MALLOC | threads | cpu | ray
 
 
 def cpus_per_rank(node_cpus: Sequence[float], ranks: int) -> float:
@@ -108,7 +110,8 @@ def _process_rank(
     """Body of one spawned process."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
     os.environ.update(worker_environment(world, os.cpu_count() or 1, "cpu"))
-    with RankScope(Path(arguments["folder"]), rank):
+    folder = Path(arguments["folder"])
+    with output_to(output_file(folder, f"rank-{rank}")), RankScope(folder, rank):
         import torch.distributed as dist
 
         dist.init_process_group(
@@ -159,7 +162,8 @@ def _ray_rank(job: dict[str, Any]) -> dict[str, Any] | None:
         # Ray Train restarts after any error, but a user's mistake stays one: end at once, the launcher tells it.
         return None
     context = ray.train.get_context()
-    with RankScope(folder, context.get_world_rank()):
+    rank = context.get_world_rank()
+    with output_to(output_file(folder, f"rank-{rank}")), RankScope(folder, rank):
         usable = max((size for size in job["sizes"] if size <= context.get_world_size()), default=0)
         if usable < context.get_world_size() and not _go_on_with(usable, job["timeout"]):
             return None  # a spare rank: it waits for nothing, and is used again when a lost one comes back

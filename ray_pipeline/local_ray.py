@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
+import secrets
+from pathlib import Path
 from typing import Any
 
-from ray_pipeline.errors import StageFailed
+from ray_pipeline.errors import StageFailed, UserError
 
 TRIES = 3
 LATE = "timed out during startup"  # in Ray's message when its own 30 seconds, which no setting changes, are over
@@ -32,3 +35,35 @@ def start_ray(**options: Any) -> None:
         f"Ray's processes did not start within 30 seconds, {TRIES} times over: this machine is too busy or short of "
         "memory. Run the same command again when less is going on."
     )
+
+
+def start_local_ray() -> None:
+    """A Ray of this process's own, whatever other one runs on this machine.
+
+    Raises:
+        UserError: Ray's own files cannot be written.
+        StageFailed: as `start_ray`.
+    """
+    if not _can_keep_token(Path(os.path.expanduser("~"))):
+        # Without a home there is no file to keep Ray's password in; its processes inherit this one.
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    try:
+        # "local": without an address Ray would join one that `ray start` left on this machine, and refuse num_cpus.
+        start_ray(address="local", num_cpus=os.cpu_count(), include_dashboard=False)
+    except OSError as error:
+        where = f" {error.filename}" if error.filename else ""
+        raise UserError(
+            f"Ray cannot write its files{where}: {error.strerror or error}. Set RAY_TMPDIR to a folder with a short "
+            "path that this user can write to."
+        ) from None
+
+
+def _can_keep_token(home: Path) -> bool:
+    """Whether Ray can read, or write, the token file in this home folder."""
+    folder = home / ".ray"
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError:
+        return False
+    token = folder / "auth_token"
+    return os.access(token, os.R_OK) if token.exists() else os.access(folder, os.W_OK)

@@ -17,6 +17,7 @@ from ray_pipeline.launcher import RayLauncher, prepare_folder, worker_environmen
 from ray_pipeline.layout import stored_layout
 from ray_pipeline.layout_rules import elastic_layouts
 from ray_pipeline.ledger import Record, begin_record, close_record, read_record, settle
+from ray_pipeline.rank_output import LOGS, output_file, output_to
 from ray_pipeline.stages.base import StageContext, StageResult
 from ray_pipeline.workflow_plan import PlannedStage
 
@@ -53,6 +54,7 @@ def execute_stage(job: StageJob, *upstream: StageResult) -> StageResult:
     if row.fresh:  # what an earlier new attempt left
         shutil.rmtree(row.work)
         row.work.mkdir()
+    shutil.rmtree(row.work / LOGS, ignore_errors=True)  # of an earlier attempt
     os.environ.update(worker_environment(1, os.cpu_count() or 1, job.device))
     inputs = dict(zip(job.inputs, upstream, strict=True))
     record = begin_record(
@@ -75,7 +77,8 @@ def execute_stage(job: StageJob, *upstream: StageResult) -> StageResult:
     context = StageContext(
         job.config, job.run_name, job.run_dir, row.work, inputs, launcher, wandb_id=job.wandb_id, guard=guard
     )
-    result = function(context)
+    with output_to(output_file(row.work, "stage")):
+        result = function(context)
     guard.check()  # what was read is what the identity names, or the stage did not happen
     model = row.work / "model"
     digest = weights_digest(model) if row.stage in TRAINING_STAGES and model.is_dir() else None

@@ -13,6 +13,7 @@ from ray_pipeline.errors import StageFailed
 from ray_pipeline.layout import Layout
 from ray_pipeline.ledger import Record
 from ray_pipeline.progress import seconds_text
+from ray_pipeline.rank_output import printed
 from ray_pipeline.report.summary import STATUS_NAMES, baseline_text, figure_text
 from ray_pipeline.workflow_plan import PlannedStage
 
@@ -52,6 +53,8 @@ def print_failure(console: Console, row: PlannedStage, failure: StageFailed) -> 
     log = row.work / "error.log"
     resume = f"python -m ray_pipeline.cli resume {row.folder.parent}"
     text = f"{row.stage} FAILED: {cause}\nWhole traceback: {log}\nGo on with: {resume}"
+    if logs := printed(row.work):
+        text += f"\nWhat it printed: {', '.join(map(str, logs[:4]))}" + (" ..." if len(logs) > 4 else "")
     if row.again:
         text += f"\nThe finished {row.stage} of before is still there. To stay with it: rm -r {row.work}"
     console.print(text, style="red", markup=False, highlight=False, soft_wrap=True)

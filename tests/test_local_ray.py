@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import ray
 
-from ray_pipeline.errors import StageFailed
-from ray_pipeline.local_ray import TRIES, start_ray
+from ray_pipeline.errors import StageFailed, UserError
+from ray_pipeline.local_ray import TRIES, start_local_ray, start_ray
 
 
 def failing(monkeypatch: pytest.MonkeyPatch, errors: list[Exception]) -> list[dict]:
@@ -44,3 +46,24 @@ def test_other_errors_are_not_tried_again(monkeypatch):
     with pytest.raises(ConnectionError, match="nobody there"):
         start_ray()
     assert len(calls) == 1
+
+
+def test_a_local_ray_is_one_of_its_own_whatever_runs_beside_it(monkeypatch):
+    calls = failing(monkeypatch, [])
+    start_local_ray()
+    assert [call["address"] for call in calls] == ["local"]
+
+
+@pytest.mark.parametrize("home", ["/dev/null", "/proc/1", "/nowhere/at/all"])
+def test_without_a_home_to_write_to_ray_is_given_its_password(monkeypatch, home):
+    monkeypatch.setenv("HOME", home)
+    monkeypatch.setattr(os, "environ", {name: os.environ[name] for name in os.environ if name != "RAY_AUTH_TOKEN"})
+    failing(monkeypatch, [])
+    start_local_ray()
+    assert len(os.environ["RAY_AUTH_TOKEN"]) == 64
+
+
+def test_a_place_that_ray_cannot_write_to_is_named(monkeypatch):
+    failing(monkeypatch, [PermissionError(13, "Permission denied", "/closed/ray")])
+    with pytest.raises(UserError, match=r"Ray cannot write its files /closed/ray: Permission denied\. Set RAY_TMPDIR"):
+        start_local_ray()

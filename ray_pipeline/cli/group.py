@@ -5,8 +5,12 @@ from __future__ import annotations
 import errno
 import importlib
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 import click
@@ -38,11 +42,51 @@ PATH_ERRORS = frozenset(
 )
 EXIT_FAILED = 1
 EXIT_USER_ERROR = 2
-EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+SIGNAL_BASE = 128  # shells report a program that a signal ended as 128 + the signal's number
+STOPPING = (signal.SIGTERM, signal.SIGHUP)  # of a scheduler, `kill`, or a terminal that closes; Ctrl-C is Python's own
+
+
+class Terminated(BaseException):
+    """One of the STOPPING signals came; like KeyboardInterrupt no error, so that nothing but `finally` handles it."""
+
+    def __init__(self, number: int):
+        super().__init__(number)
+        self.number = number
 
 
 class Interrupted(Exception):
-    """Ctrl-C in a verb that can say how to go on."""
+    """Ctrl-C or a STOPPING signal in a verb that can say how to go on.
+
+    Attributes:
+        number: of the signal.
+    """
+
+    def __init__(self, message: str, number: int = signal.SIGINT):
+        super().__init__(message)
+        self.number = number
+
+
+@contextmanager
+def stopping_signals() -> Iterator[None]:
+    """Turn the first STOPPING signal into `Terminated`; further ones do not disturb what is being ended.
+
+    Does nothing in a thread, or where a signal is ignored already (nohup) or has a handler of somebody else's.
+    """
+
+    def stop(number: int, _: FrameType | None) -> None:
+        for other in ours:
+            signal.signal(other, signal.SIG_IGN)
+        raise Terminated(number)
+
+    main_thread = threading.current_thread() is threading.main_thread()
+    ours = [number for number in STOPPING if main_thread and signal.getsignal(number) is signal.SIG_DFL]
+    for number in ours:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number in ours:
+            signal.signal(number, signal.SIG_DFL)
 
 
 class VerbGroup(click.Group):
@@ -85,9 +129,15 @@ def program() -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
+    args = list(arguments) if arguments is not None else None
+    return guarded(lambda: cli.main(args=args, prog_name=program(), standalone_mode=False))
+
+
+def guarded(call: Callable[[], Any]) -> int:
+    """What `call` returns as an exit code; what it ends in as one message and the code for it."""
     try:
-        args = list(arguments) if arguments is not None else None
-        code = cli.main(args=args, prog_name=program(), standalone_mode=False)
+        with stopping_signals():
+            code = call()
     except UserError as error:
         return _fail(str(error))
     except StageFailed as error:
@@ -103,10 +153,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(error.format_message())
     except Interrupted as error:
         print(f"\n{error}", file=sys.stderr)
-        return EXIT_INTERRUPTED
+        return SIGNAL_BASE + error.number
     except (click.Abort, KeyboardInterrupt):
         print("\nStopped.", file=sys.stderr)
-        return EXIT_INTERRUPTED
+        return SIGNAL_BASE + signal.SIGINT
+    except Terminated as error:
+        print("\nStopped.", file=sys.stderr)
+        return SIGNAL_BASE + error.number
     except BrokenPipeError:
         # The reader (head, less) has seen enough; what is still buffered must not raise again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

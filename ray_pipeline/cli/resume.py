@@ -32,7 +32,7 @@ def resume(run: str, **options: Any) -> int:
     notices(config)
     layout = layout_here(config)
     check_inputs(config, layout, stages)
-    with can_resume(run_dir.name):
+    with can_resume(config):
         if config.backend == "modal":
             from modal_gpu.launch import run_on_modal
 

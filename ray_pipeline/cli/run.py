@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import shlex
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from ray_pipeline.cli.group import Interrupted, program
+from ray_pipeline.cli.group import Interrupted, Terminated, program
 from ray_pipeline.cli.input_checks import check_inputs
 from ray_pipeline.cli.options import layout_options, place_options, recipe_options, stage_options, take_request
 from ray_pipeline.cli.runs import CONFIG_FILE, output_dir
@@ -46,7 +48,7 @@ def launch(config: PipelineFields, options: dict[str, Any]) -> int:
     config = config.model_copy(update={"run_name": config.run_name or default_run_name(config)})
     layout = layout_here(config)
     check_inputs(config, layout, stages)
-    with can_resume(str(config.run_name)):
+    with can_resume(config):
         if config.backend == "modal":
             from modal_gpu.launch import run_on_modal
 
@@ -57,12 +59,15 @@ def launch(config: PipelineFields, options: dict[str, Any]) -> int:
 
 
 @contextmanager
-def can_resume(run_name: str) -> Iterator[None]:
-    """Turn Ctrl-C into one line that says how to go on."""
+def can_resume(config: PipelineFields) -> Iterator[None]:
+    """Turn Ctrl-C, and the signals that end a program, into one line that says how to go on."""
     try:
         yield
-    except KeyboardInterrupt:
-        raise Interrupted(f"Stopped. Go on with: {program()} resume {run_name}") from None
+    except (KeyboardInterrupt, Terminated) as error:
+        place = "" if config.output_dir == output_dir(None) else f" --output-dir {shlex.quote(str(config.output_dir))}"
+        number = error.number if isinstance(error, Terminated) else signal.SIGINT
+        command = f"{program()} resume {shlex.quote(str(config.run_name))}{place}"
+        raise Interrupted(f"Stopped. Go on with: {command}", number) from None
 
 
 def layout_here(config: PipelineFields) -> Layout:

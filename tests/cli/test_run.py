@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +91,30 @@ def test_ctrl_c_says_how_to_go_on(seen: Recorder, stored: Path, tmp_path: Path, 
     assert main(["run", "--run-name", "cats"]) == 130
     assert capsys.readouterr().err.strip().endswith("resume cats")
     assert main(["resume", "mine", "--output-dir", str(tmp_path)]) == 130
-    assert capsys.readouterr().err.strip().endswith("resume mine")
+    assert capsys.readouterr().err.strip().endswith(f"resume mine --output-dir {tmp_path}")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_that_ends_the_program_says_how_to_go_on(
+    seen: Recorder, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def run(config: PipelineFields, **_: Any) -> int:
+        os.kill(os.getpid(), number)
+        time.sleep(30)
+        raise AssertionError("the signal was not noticed")
+
+    monkeypatch.setattr(workflow, "run_pipeline", run)
+    assert main(["run", "--run-name", "cats", "--output-dir", str(tmp_path / "a b")]) == 128 + number
+    assert capsys.readouterr().err.strip().endswith(f"resume cats --output-dir '{tmp_path / 'a b'}'")
+    assert signal.getsignal(number) is signal.SIG_DFL
+
+
+def test_a_signal_in_another_verb_ends_it_without_a_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr("ray_pipeline.cli.runs.list_runs", lambda _: os.kill(os.getpid(), signal.SIGTERM))
+    assert main(["status"]) == 143
+    assert capsys.readouterr().err.strip() == "Stopped."
 
 
 def test_a_users_mistake_found_in_a_stage_has_no_traceback(seen: Recorder, capsys: pytest.CaptureFixture) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from ray_pipeline.cli.group import guarded
+from ray_pipeline.cli.run import can_resume
 from ray_pipeline.workflow import resume_pipeline, run_pipeline
 from ray_pipeline.workflow_plan import StageSelection
 from tests.workflow import toy_stages as toy
@@ -18,5 +20,11 @@ def main(folder: Path, ranks: int, verb: str) -> int:
     return resume_pipeline(folder / "toy", settings, layout=toy.layout(ranks), stages=until, stage_functions=toy.RANKED)
 
 
+def command_line(folder: Path, ranks: int, verb: str) -> int:
+    """`main` with signals taken as the command line takes them."""
+    with can_resume(toy.config(folder)):
+        return main(folder, ranks, verb)
+
+
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]))
+    sys.exit(guarded(lambda: command_line(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3])))

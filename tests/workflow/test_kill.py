@@ -9,6 +9,9 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
+from ray_pipeline.launcher import prepare_folder
 from ray_pipeline.ledger import read_status
 from tests.workflow import toy_stages as toy
 
@@ -36,13 +39,22 @@ def wait_for_ranks(folder: Path, driver: subprocess.Popen) -> None:
         time.sleep(0.05)
 
 
-def test_driver_killed_in_pretrain_resumes_from_its_checkpoint_to_the_same_result(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_driver_killed_in_pretrain_resumes_from_its_checkpoint_to_the_same_result(tmp_path, number):
     (tmp_path / "toy").mkdir()
     (tmp_path / "toy" / "slow").write_text("")
     driver = start(tmp_path, "run")
     wait_for_ranks(tmp_path, driver)
-    driver.send_signal(signal.SIGKILL)
-    driver.communicate()
+    driver.send_signal(number)
+    since = time.monotonic()
+    said = driver.communicate(timeout=PATIENCE)[0]
+    if number == signal.SIGTERM:
+        assert driver.returncode == 143, said
+        assert said.splitlines()[-1].endswith(f"resume toy --output-dir {tmp_path}"), said
+        assert "***" not in said and "Traceback" not in said, said
+        assert time.monotonic() - since < 30, "on an idle machine it takes two seconds"
+        [folder] = (tmp_path / "toy").glob("pretrain-*")
+        prepare_folder(folder, wait=10)  # raises while a worker lives
     before = pretrain(tmp_path)
     assert before["status"] == "interrupted"
 

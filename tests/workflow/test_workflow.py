@@ -12,6 +12,7 @@ from ray_pipeline import workflow
 from ray_pipeline.errors import UserError
 from ray_pipeline.ledger import RunLock, again_folder, read_record, read_status
 from ray_pipeline.local_ray import start_ray
+from ray_pipeline.rank_output import output_file
 from ray_pipeline.workflow import resume_pipeline, run_pipeline
 from ray_pipeline.workflow_plan import StageSelection
 from tests.workflow import toy_stages as toy
@@ -146,6 +147,8 @@ def test_stage_that_fails_is_told_in_few_lines_and_resumed(tmp_path, capsys):
     assert "Traceback (most recent call last)" not in said
     status = {entry["stage"]: entry for entry in read_status(tmp_path / "toy")["stages"]}
     assert (status["sft"]["status"], status["grpo"]["status"]) == ("failed", "pending")
+    [log] = (tmp_path / "toy").glob("sft-*/logs/stage.log")
+    assert f"What it printed: {log}" in said.replace("\n", "") and log.read_text() == "what a library says\n"
     assert status["sft"]["error_log"] in said.replace("\n", "")
     assert "toy_stages.py" in Path(status["sft"]["error_log"]).read_text()
     toy.calls(tmp_path / "toy")
@@ -231,6 +234,12 @@ def test_killed_worker_is_restarted_from_its_checkpoint(tmp_path):
     assert run(tmp_path, functions=toy.RANKED, stages=until, ranks=3) == 0
     metrics = read_status(tmp_path / "toy")["stages"][1]["metrics"]
     assert not (tmp_path / "toy" / "kill-rank-0").exists()
+    [folder] = (tmp_path / "toy").glob("pretrain-*")
+    for rank in range(3):  # both attempts'
+        said = output_file(folder, f"rank-{rank}").read_text()
+        assert [line for line in said.splitlines() if line.startswith("rank")] == [
+            f"rank {rank} begins at step {step}" for step in (0, 4)
+        ]
     assert metrics["started_at"] == 4.0
     value = 7
     for step in range(toy.STEPS):
