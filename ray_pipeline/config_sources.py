@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ import yaml
 from ray_pipeline.errors import UserError, did_you_mean
 from ray_pipeline.presets import PRESETS, preset
 
+_CHECKSUM = "# sha256 of the lines below: "
 ENV_PREFIX = "RAY_PIPELINE_"
 # Settings need far less. PyYAML reads some 100 KB a second.
 MAX_YAML, MAX_DEPTH, MAX_VALUES = 200_000, 40, 100_000
@@ -164,6 +166,12 @@ def yaml_layer(path: Path) -> Layer:
         raise UserError(f"{path}: byte {error.start} is not UTF-8; save the file as UTF-8.") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}).") from None
+    if not is_as_written(text):
+        raise UserError(
+            f"{path}: its settings are not those that its first line has the checksum of: it was changed by hand, or "
+            "is damaged. If the change was meant, delete that line (changes are made by --set, too); else put back a "
+            "copy of the file."
+        )
     try:
         values = read_yaml(text)
     except yaml.YAMLError as error:
@@ -176,6 +184,17 @@ def yaml_layer(path: Path) -> Layer:
     if not isinstance(values, dict):
         raise UserError(f'{path}: must hold "key: value" settings, but holds a {type(values).__name__}.')
     return Layer(str(path), _string_keys(values), {})
+
+
+def with_checksum(text: str) -> str:
+    """YAML text with its SHA-256 in a comment before it, which `yaml_layer` holds it against."""
+    return f"{_CHECKSUM}{hashlib.sha256(text.encode()).hexdigest()}\n{text}"
+
+
+def is_as_written(text: str) -> bool:
+    """Whether the text is what its first line has the checksum of; text without one is a person's."""
+    first, _, rest = text.partition("\n")
+    return not first.startswith(_CHECKSUM) or first[len(_CHECKSUM) :] == hashlib.sha256(rest.encode()).hexdigest()
 
 
 def _string_keys(values: dict[Any, Any]) -> dict[str, Any]:

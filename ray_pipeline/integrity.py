@@ -237,11 +237,11 @@ def verify_files(folder: Path, names: Iterable[str]) -> None:
         except ValueError as error:
             if _is_foreign(top / MANIFEST):
                 continue
-            raise UserError(f"{top / MANIFEST}: damaged ({error}). {_make_again(top)}") from None
+            raise UserError(f"{top / MANIFEST}: damaged ({error}). {make_again(top)}") from None
         listed = {str(inside / name): files[str(inside / name)] for name in wanted if str(inside / name) in files}
         if listed:
             if found := files_damage(top, listed):
-                raise UserError(f"{found}. {_make_again(top)}")
+                raise UserError(f"{found}. {make_again(top)}")
             return
 
 
@@ -254,7 +254,7 @@ def _is_foreign(manifest: Path) -> bool:
     return b'"files"' not in text and b'"sha256"' not in text
 
 
-def _make_again(folder: Path) -> str:
+def make_again(folder: Path) -> str:
     """What to do about a damaged file of `folder`."""
     if (folder / RECORD).is_file():
         stage, run = folder.name.rpartition("-")[0] or folder.name, folder.parent

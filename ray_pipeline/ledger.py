@@ -21,16 +21,22 @@ import shutil
 import socket
 import time
 import uuid
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, Literal, NotRequired, TextIO
 
-from ray_pipeline.artifacts import read_json, write_json, writing
+from pydantic import TypeAdapter, ValidationError
+from typing_extensions import TypedDict  # what pydantic reads before Python 3.12
+
+from ray_pipeline.artifacts import write_sealed, writing
 from ray_pipeline.config import STAGES, PipelineFields
 from ray_pipeline.errors import UserError
-from ray_pipeline.integrity import RECORD
+from ray_pipeline.integrity import RECORD, read_sealed
 from ray_pipeline.progress import read_progress
 from ray_pipeline.stages.base import StageResult
+from ray_pipeline.tracking import damaged_files
 
 RUN_FILE, CONFIG_FILE, REPORT_FILE, LOCK = "run.json", "config.yaml", "report.html", ".lock"
 Status = Literal["running", "done", "failed", "learned_nothing"]
@@ -81,17 +87,25 @@ class Record:
 
 
 def read_record(folder: Path) -> Record | None:
-    """The record beside a stage's outputs, or None where nothing was started."""
+    """The record beside a stage's outputs, or None where nothing was started.
+
+    Raises:
+        UserError: it is damaged.
+    """
     if not (folder / RECORD).exists():
         return None
-    values = read_json(folder / RECORD)
+    way_out = "Delete it and resume: the stage goes on from its newest checkpoint."
+    values = read_sealed(folder / RECORD, way_out)
     known = {name: value for name, value in values.items() if name in Record.__dataclass_fields__}
-    return Record(**known)
+    try:
+        return TypeAdapter(Record).validate_python(known)
+    except ValidationError as error:
+        raise UserError(f"{folder / RECORD}: damaged ({error.errors()[0]['msg']}). {way_out}") from None
 
 
 def write_record(folder: Path, record: Record) -> None:
     """Atomically, beside the outputs."""
-    write_json(folder / RECORD, asdict(record))
+    write_sealed(folder / RECORD, asdict(record))
 
 
 def begin_record(folder: Path, record: Record) -> Record:
@@ -148,13 +162,31 @@ def refuse_foreign_run(run_dir: Path) -> None:
             )
 
 
+class _RunValues(TypedDict):
+    uid: str
+    created: NotRequired[float]
+    chain: NotRequired[list[str]]
+    stages: NotRequired[dict[str, dict[str, Any]]]
+    sources: NotRequired[dict[str, str]]
+    reruns: NotRequired[dict[str, int]]
+
+
+def _read_run(path: Path) -> Mapping[str, Any]:
+    way_out = "Delete it and resume: finished stages are found again by their folders' names."
+    values = read_sealed(path, way_out)
+    try:
+        return TypeAdapter(_RunValues).validate_python(values)
+    except ValidationError as error:
+        raise UserError(f"{path}: damaged ({error.errors()[0]['msg']}). {way_out}") from None
+
+
 class RunFile:
     """run.json: the run's uid, which stages it has and, per stage, its present identity and the settings behind it."""
 
     def __init__(self, run_dir: Path):
         self.path = run_dir / RUN_FILE
-        stored = read_json(self.path) if self.path.exists() else {}
-        self.exists = bool(stored)
+        self.exists = self.path.exists()
+        stored: Mapping[str, Any] = _read_run(self.path) if self.exists else {}
         self.uid: str = stored.get("uid") or uuid.uuid4().hex
         self.created: float = stored.get("created") or time.time()
         self.chain: list[str] = stored.get("chain") or list(PipelineFields.model_fields["stages"].default)
@@ -165,7 +197,7 @@ class RunFile:
     def save(self) -> None:
         """Atomically."""
         keys = ("uid", "created", "chain", "stages", "sources", "reruns")
-        write_json(self.path, {key: getattr(self, key) for key in keys})
+        write_sealed(self.path, {key: getattr(self, key) for key in keys})
 
     def wandb_id(self, stage: str, identity: str) -> str:
         """The same over every resume; another one when the stage is started afresh."""
@@ -216,8 +248,10 @@ def lock_holder(run_dir: Path) -> dict[str, Any] | None:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
-            text = file.read()
-            return json.loads(text) if text.startswith("{") else {}
+            with suppress(ValueError):  # half written, or damaged
+                found = json.loads(file.read())
+                return found if isinstance(found, dict) else {}
+            return {}
     return None
 
 
@@ -240,7 +274,8 @@ def read_status(run_dir: Path) -> dict[str, Any]:
             entry |= asdict(record)
             if record.status == "running" and holder is None:
                 entry["status"] = "interrupted"
-        stages.append(entry | {"folder": str(folder), "progress": read_progress(folder)} | _again(folder, holder))
+        entry |= {"folder": str(folder), "progress": read_progress(folder), "damaged": damaged_files(folder)}
+        stages.append(entry | _again(folder, holder))
     return {
         "run": run_dir.name,
         "run_dir": str(run_dir),

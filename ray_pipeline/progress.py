@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,7 +12,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from ray_pipeline.artifacts import write_json
+from ray_pipeline.artifacts import write_sealed
+from ray_pipeline.integrity import unsealed
 from ray_pipeline.rank_errors import ERRORS, frozen_reports
 
 PROGRESS_FILE = "progress.json"
@@ -72,15 +72,15 @@ class Progress:
 
     def _write(self, *, now: bool) -> None:
         if now or time.monotonic() - self._written >= WRITE_EVERY:
-            write_json(self.path, self.state | {"time": time.time()}, durable=False)
+            write_sealed(self.path, self.state | {"time": time.time()}, durable=False)
             self._written = time.monotonic()
 
 
 def read_progress(folder: Path) -> dict[str, Any] | None:
-    """What the stage wrote last, or None before it wrote anything."""
+    """What the stage wrote last; None before it wrote anything, or where the file is damaged."""
     try:
-        return json.loads((folder / PROGRESS_FILE).read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):
+        return unsealed((folder / PROGRESS_FILE).read_bytes())
+    except (OSError, ValueError):
         return None
 
 

@@ -57,7 +57,7 @@ def last_place(folder: Path, rank: int) -> dict[str, Any] | None:
     """Where the rank stood last, or None if it never got to say."""
     try:
         return json.loads(_place_file(folder, rank).read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):
+    except (FileNotFoundError, ValueError):  # not written yet, half written, or damaged
         return None
 
 
@@ -158,7 +158,7 @@ def rank_errors(folder: Path) -> list[dict[str, Any]]:
     """What ranks recorded since the launch, the cause first: what is no lost message, and then the earliest."""
     found = []
     for path in (folder / ERRORS).glob("rank-*.json"):
-        with suppress(FileNotFoundError):  # a rank that starts again takes its own away
+        with suppress(FileNotFoundError, ValueError):  # a rank that starts again takes its own away; or a damaged one
             found.append(json.loads(path.read_text(encoding="utf-8")))
     return sorted(found, key=lambda entry: (entry["lost_message"] is not None, entry["time"]))
 

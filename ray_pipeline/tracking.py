@@ -6,33 +6,111 @@ The only file that imports wandb. A W&B that does not work never stops training.
 from __future__ import annotations
 
 import json
+import netrc
 import os
 import shutil
 import sys
 import time
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from ray_pipeline.artifacts import atomic_path
 from ray_pipeline.config import PipelineFields
+from ray_pipeline.errors import UserError
+from ray_pipeline.integrity import unsealed
+from ray_pipeline.progress import PROGRESS_FILE, read_progress
 
-METRICS_FILE = "metrics.jsonl"
+METRICS_FILE, SAMPLES_FILE = "metrics.jsonl", "samples.json"
+CHECK = "crc32"  # key of a line's own checksum
 EVALUATED = "eval/step"  # in W&B alone: the step of the last evaluation
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The stage's logged lines, oldest first; a line torn by a kill is left out."""
+    """The stage's logged lines, oldest first, without those that are damaged or were torn by a kill."""
+    return _scan_metrics(folder)[0]
+
+
+def _scan_metrics(folder: Path) -> tuple[list[dict[str, Any]], list[int]]:
+    """The whole lines, and the numbers of damaged ones. A last line that does not end was torn: none of the two."""
     path = folder / METRICS_FILE
     if not path.exists():
+        return [], []
+    lines, damaged = [], []
+    for number, text in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+        line = _whole_line(text)
+        if line is None:
+            damaged.append(number)
+        else:
+            lines.append(line)
+    return lines, damaged
+
+
+def _line_text(line: Mapping[str, Any]) -> str:
+    """A line of the file, with its own checksum behind the figures."""
+    return json.dumps({**line, CHECK: zlib.crc32(json.dumps(line).encode())}) + "\n"
+
+
+def _whole_line(text: bytes) -> dict[str, Any] | None:
+    """The figures of a line; None where it is not as it was written. Lines of older versions have no checksum."""
+    try:
+        line = json.loads(text.decode("utf-8"))
+    except ValueError:
+        return None
+    if not isinstance(line, dict) or not isinstance(line.get("step"), int):
+        return None
+    check = line.pop(CHECK, None)
+    return line if check in (None, zlib.crc32(json.dumps(line).encode())) else None
+
+
+def read_samples(folder: Path) -> list[Any]:
+    """Questions and the model's answers, as the stage left them.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    path = folder / SAMPLES_FILE
+    if not path.exists():
         return []
-    lines = []
-    for text in path.read_text(encoding="utf-8").split("\n"):  # other line ends may stand inside a line
+    text = path.read_bytes()
+    if text.lstrip().startswith(b"["):  # of an older version
+        return list(json.loads(text.decode("utf-8")))
+    found = unsealed(text).get("samples")
+    if not isinstance(found, list):
+        raise ValueError("it lists no samples")
+    return found
+
+
+def damaged_files(folder: Path) -> list[str]:
+    """What is damaged of the files a stage wrote for people to read: nothing is trained on them."""
+    out = []
+    if numbers := _scan_metrics(folder)[1]:
+        shown = ", ".join(map(str, numbers[:5])) + (f" and {len(numbers) - 5} more" if len(numbers) > 5 else "")
+        out.append(f"{folder / METRICS_FILE}: damaged in line {shown}, left out")
+    try:
+        read_samples(folder)
+    except ValueError as error:
+        out.append(f"{folder / SAMPLES_FILE}: damaged ({error}), not shown")
+    progress = folder / PROGRESS_FILE
+    if progress.exists() and read_progress(folder) is None:
+        out.append(f"{progress}: damaged, not shown")
+    return out
+
+
+def can_log_in(env: Mapping[str, str], home: Path) -> bool:
+    """Whether there is a key for W&B: in the environment, or where `wandb login` leaves it."""
+    if env.get("WANDB_API_KEY"):
+        return True
+    host = urlsplit(env.get("WANDB_BASE_URL") or "https://api.wandb.ai").hostname or ""
+    for path in [Path(env["NETRC"])] if env.get("NETRC") else [home / ".netrc", home / "_netrc"]:
         try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
+            if netrc.netrc(path).authenticators(host) is not None:
+                return True
+        except (OSError, UnicodeDecodeError, netrc.NetrcParseError):
             continue
-    return lines
+    return False
 
 
 def _is_evaluation(figures: Mapping[str, Any]) -> bool:
@@ -48,6 +126,8 @@ class Tracker:
 
     Args:
         evaluated: whether what was logged of the evaluation at `resume_step` stays; else it is taken again.
+    Raises:
+        UserError: on resume, a line of the file is damaged.
     """
 
     def __init__(
@@ -62,10 +142,16 @@ class Tracker:
         evaluated: bool = True,
     ):
         self.folder, self.stage = folder, stage
-        kept = [line for line in read_metrics(folder) if line["step"] <= resume_step]
+        lines, damaged = _scan_metrics(folder)
+        if damaged and resume_step:
+            raise UserError(
+                f"{folder / METRICS_FILE}: damaged in line {damaged[0]}. Delete that line (sed -i {damaged[0]}d "
+                f"{folder / METRICS_FILE}) and resume: its figures are gone, training goes on as before."
+            )
+        kept = [line for line in lines if line["step"] <= resume_step]
         kept = [line for line in kept if evaluated or line["step"] < resume_step or not _is_evaluation(line)]
         with atomic_path(folder / METRICS_FILE) as aside:
-            aside.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+            aside.write_text("".join(map(_line_text, kept)), encoding="utf-8")
         self._file = (folder / METRICS_FILE).open("a", encoding="utf-8")
         self._run: Any = None
         # The last steps that W&B had figures of training and of an evaluation from, before this process.
@@ -78,7 +164,7 @@ class Tracker:
     def log(self, step: int, figures: Mapping[str, float]) -> None:
         """Figures at `step` (optimizer steps taken)."""
         line = {"stage": self.stage, "step": step, "time": round(time.time(), 3), **figures}
-        self._file.write(json.dumps(line) + "\n")
+        self._file.write(_line_text(line))
         self._file.flush()
         self._send(step, figures)
 
@@ -99,9 +185,8 @@ class Tracker:
 
     def _start_wandb(self, config: PipelineFields, wandb_id: str, group: str) -> None:
         import wandb
-        from wandb.errors import Error
 
-        online = bool(os.environ.get("WANDB_API_KEY"))
+        online = can_log_in(os.environ, Path(os.path.expanduser("~")))
         mode: Any = os.environ.get("WANDB_MODE") or ("online" if online else "offline")
         if mode == "offline":
             # One file holds the whole history: what an earlier process left is a part of what is sent again.
@@ -123,17 +208,15 @@ class Tracker:
             self._received = {"step": received, EVALUATED: int(self._run.summary.get(EVALUATED, received))}
             if not received:
                 self._run.summary[EVALUATED] = 0
-        except Error as error:
+        except Exception as error:  # noqa: BLE001  whatever ends W&B, it does not end training
             self._give_up(error)
 
     def _guard(self, action: Any) -> None:
         if self._run is None:
             return
-        from wandb.errors import Error
-
         try:
             action(self._run)
-        except Error as error:
+        except Exception as error:  # noqa: BLE001  its own process may die, and then these are errors of sockets
             self._give_up(error)
 
     def _give_up(self, error: Exception) -> None:

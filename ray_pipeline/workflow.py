@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +16,7 @@ from rich.console import Console
 from ray_pipeline.artifacts import write_text
 from ray_pipeline.config import PipelineFields
 from ray_pipeline.config_load import config_yaml
+from ray_pipeline.config_sources import with_checksum
 from ray_pipeline.data.manifest import notices_of
 from ray_pipeline.errors import StageFailed, UserError
 from ray_pipeline.identity import (
@@ -39,7 +42,7 @@ from ray_pipeline.ledger import (
     refuse_foreign_run,
     settle,
 )
-from ray_pipeline.local_ray import start_ray
+from ray_pipeline.local_ray import start_local_ray, start_ray
 from ray_pipeline.progress import ProgressView
 from ray_pipeline.report.html import write_report
 from ray_pipeline.report.summary import print_summary, summary_rows
@@ -151,7 +154,7 @@ def _accept(config: PipelineFields, run_dir: Path, rows: Sequence[PlannedStage])
         if row.fresh:
             run.reruns[row.identity] = run.reruns.get(row.identity, 0) + 1
     run.save()
-    write_text(run_dir / CONFIG_FILE, config_yaml(config))
+    write_text(run_dir / CONFIG_FILE, with_checksum(config_yaml(config)))
     return run
 
 
@@ -160,6 +163,8 @@ def _finish(run_dir: Path, rows: Sequence[PlannedStage], failed: bool, console: 
     reused = frozenset(row.stage for row in rows if row.action == "reuse")
     write_report(run_dir)
     print_summary(console, summary_rows(status["stages"], reused), run_dir)
+    for text in (text for entry in status["stages"] for text in entry.get("damaged", [])):
+        console.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
     ours = {row.stage for row in rows}
     nothing = [e["stage"] for e in status["stages"] if e["status"] == "learned_nothing" and e["stage"] in ours]
     if nothing:
@@ -179,9 +184,14 @@ def connected_ray(layout: Layout) -> Iterator[None]:
     import ray
 
     ours = not ray.is_initialized()
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         if ours:
             _start_ray()
+            if threading.current_thread() is threading.main_thread():
+                for number, handler in handlers.items():
+                    # Ray puts handlers in their place that end the process with a dump of C++ frames.
+                    signal.signal(number, handler)
         RayLauncher(layout.gpus, layout.device, elastic=[layout.min_gpus or layout.gpus]).scaling()
         yield
     finally:
@@ -191,12 +201,14 @@ def connected_ray(layout: Layout) -> Iterator[None]:
 
 def _start_ray() -> None:
     address = os.environ.get("RAY_ADDRESS")
-    options: dict[str, Any] = {} if address else {"num_cpus": os.cpu_count(), "include_dashboard": False}
+    if not address:
+        start_local_ray()
+        return
     try:
-        if address and ":" in address.rpartition("/")[2]:  # Ray itself waits for two minutes
+        if ":" in address.rpartition("/")[2]:  # Ray itself waits for two minutes
             host, _, port = address.rpartition("/")[2].rpartition(":")
             socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
-        start_ray(address=address, **options)
+        start_ray(address=address)
     except (OSError, ValueError) as error:  # a port that is no number; ConnectionError is an OSError
         raise UserError(
             f"RAY_ADDRESS={address}: no Ray cluster answers there ({error}). Start one with `ray start --head`, or "

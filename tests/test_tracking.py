@@ -8,8 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from ray_pipeline.artifacts import write_sealed
 from ray_pipeline.config import PipelineFields, TrackingConfig
-from ray_pipeline.tracking import EVALUATED, Tracker, read_metrics
+from ray_pipeline.errors import UserError
+from ray_pipeline.progress import Progress
+from ray_pipeline.tracking import EVALUATED, Tracker, can_log_in, damaged_files, read_metrics, read_samples
 
 QUIET = PipelineFields(tracking=TrackingConfig(wandb=False))
 
@@ -109,6 +114,72 @@ def test_wandb_that_fails_is_told_once_and_training_goes_on(tmp_path):
     said = session(tmp_path, 0, 1, 3, WANDB_API_KEY="not-a-key", WANDB_BASE_URL="http://127.0.0.1:9")
     assert said.count("Weights & Biases stopped") == 1
     assert steps(tmp_path) == [1, 1, 2, 2, 3, 3]
+
+
+DYING = """
+import os, psutil, sys
+from pathlib import Path
+from ray_pipeline.config import PipelineFields
+from ray_pipeline.tracking import Tracker
+log = Tracker(Path(sys.argv[1]), "sft", PipelineFields(), wandb_id="abc123", group="run-1")
+log.log(1, {"x": 1.0})
+for child in psutil.Process().children(recursive=True):
+    child.kill()
+    child.wait()
+for step in (2, 3):
+    log.log(step, {"x": 1.0})
+log.finish({"x": 1.0})
+os._exit(0)  # W&B's own words at the end of a process are not ours
+"""
+
+
+def test_wandbs_process_that_dies_is_told_once_and_training_goes_on(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", DYING, str(tmp_path)], env=os.environ | {"WANDB_MODE": "offline"},
+        cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("Weights & Biases stopped") == 1 and steps(tmp_path) == [1, 2, 3]
+
+
+def test_a_key_that_wandb_login_left_counts_as_one_in_the_environment(tmp_path):
+    netrc = tmp_path / "netrc"
+    netrc.write_text("machine api.wandb.ai\n  login user\n  password 0123\n")
+    assert can_log_in({"NETRC": str(netrc)}, tmp_path)
+    assert not can_log_in({"NETRC": str(netrc), "WANDB_BASE_URL": "https://wandb.example.org"}, tmp_path)
+    assert can_log_in({"WANDB_API_KEY": "0123"}, tmp_path)
+    assert not can_log_in({}, tmp_path)
+    (tmp_path / ".netrc").write_text(netrc.read_text())
+    assert can_log_in({}, tmp_path)
+    (tmp_path / ".netrc").write_text("machine api.wandb.ai\n  passwor")
+    assert not can_log_in({}, tmp_path)
+
+
+@pytest.mark.parametrize("place", [0.1, 0.5, 0.9])
+def test_a_damaged_line_is_left_out_named_and_refused_on_resume(tmp_path, place):
+    log = tracker(tmp_path)
+    for step in (1, 2, 3):
+        log.log(step, {"train/loss": 1.5})
+    path = tmp_path / "metrics.jsonl"
+    lines = path.read_bytes().split(b"\n")
+    line = bytearray(lines[1])
+    line[int(place * len(line))] ^= 1
+    path.write_bytes(b"\n".join([lines[0], bytes(line), *lines[2:]]))
+    assert steps(tmp_path) == [1, 3]
+    assert damaged_files(tmp_path) == [f"{path}: damaged in line 2, left out"]
+    with pytest.raises(UserError, match=r"metrics\.jsonl: damaged in line 2\. Delete that line \(sed -i 2d "):
+        tracker(tmp_path, resume_step=3)
+
+
+def test_damaged_samples_and_progress_are_named(tmp_path):
+    write_sealed(tmp_path / "samples.json", {"samples": [{"prompt": "2+2?"}]})
+    Progress(tmp_path, "sft", 3)
+    assert damaged_files(tmp_path) == [] and read_samples(tmp_path) == [{"prompt": "2+2?"}]
+    for name in ("samples.json", "progress.json"):
+        path = tmp_path / name
+        path.write_bytes(path.read_bytes().replace(b"s", b"q", 1))
+    found = damaged_files(tmp_path)
+    assert len(found) == 2 and "samples.json: damaged" in found[0] and "progress.json: damaged" in found[1]
 
 
 def test_an_evaluation_that_is_taken_again_is_logged_once(tmp_path):

@@ -54,7 +54,7 @@ def _of_run(run_dir: Path, stage: str | None) -> ModelSource:
 def _trained(folder: Path, name: str, run_dir: Path, data: Path | None) -> ModelSource:
     from ray_pipeline.evaluation.model_source import ModelSource
 
-    if data is None:
+    if data is None or not data.is_dir():
         raise UserError(f"run {run_dir.name}: its data_prep stage is gone, and the tokenizer with it. Use `resume`.")
     source = ModelSource(name, folder / "model", data / "tokenizer", "stage")
     return _with_run(source, run_dir, data)
@@ -77,18 +77,24 @@ def _with_run(source: ModelSource, run_dir: Path, data: Path | None) -> ModelSou
 
 
 def _settings(run_dir: Path) -> dict[str, Any]:
-    """How the run's own evaluation asks: the length of answers, and tools."""
-    import yaml
+    """How the run's own evaluation asks: the length of answers, and tools.
+
+    Raises:
+        UserError: the run's settings are damaged.
+    """
     from pydantic import ValidationError
 
     from ray_pipeline.config_post_training import EvaluationConfig, ToolsConfig
+    from ray_pipeline.config_sources import yaml_layer
 
+    values = yaml_layer(run_dir / CONFIG_FILE).values
     try:
-        values = yaml.safe_load((run_dir / CONFIG_FILE).read_text(encoding="utf-8"))
-        length = EvaluationConfig.model_validate(values["evaluation"]).max_new_tokens
+        length = EvaluationConfig.model_validate(values.get("evaluation", {})).max_new_tokens
         return {"max_new_tokens": length, "tools": ToolsConfig.model_validate(values.get("tools", {}))}
-    except (OSError, yaml.YAMLError, KeyError, TypeError, ValidationError):
-        return {}  # the run's own verbs say what is wrong with its settings
+    except ValidationError as error:
+        found = error.errors()[0]
+        where = ".".join(map(str, found["loc"]))
+        raise UserError(f"{run_dir / CONFIG_FILE}: {where}: {found['msg']}. Put back a copy of the file.") from None
 
 
 def _of_folder(path: Path) -> ModelSource:
@@ -113,14 +119,14 @@ def _of_export(source: ModelSource, folder: Path) -> ModelSource:
 
 def _of_stage_folder(folder: Path) -> ModelSource:
     """A stage's folder inside its run: the tokenizer is of the DATA_PREP that this very stage read."""
-    from ray_pipeline.ledger import read_record, stage_folder
+    from ray_pipeline.ledger import read_record
 
     record, run_dir = read_record(folder), folder.parent
     if record is None or not record.is_finished:
         status = "missing" if record is None else record.status
         raise UserError(f"{folder}: the stage is not finished (its record is {status}). Go on with `resume`.")
-    identity = record.upstream.get("data_prep")
-    data = stage_folder(run_dir, "data_prep", identity) if identity else finished_stages(run_dir).get("data_prep")
+    name = record.upstream.get("data_prep")
+    data = run_dir / name if name else finished_stages(run_dir).get("data_prep")
     if record.stage == "export":
         return _exported(folder, run_dir, {} if data is None else {"data_prep": data})
     if not (folder / "model").is_dir():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -50,16 +49,16 @@ def show_prompts(path: Path, count: int) -> None:
     """Print questions with their answers."""
     from rich.console import Console
 
+    from ray_pipeline.training.heldout import read_questions
+
     console = Console(soft_wrap=True)
-    with path.open(encoding="utf-8") as file:  # U+2028 ends a line for `splitlines`, but may stand in a question
-        lines = list(file)
-    for line in lines[:count]:
-        prompt = json.loads(line)
+    questions = read_questions(path)
+    for prompt in questions[:count]:
         console.print(f"{prompt['prompt']}", style="bold", markup=False, highlight=False)
         answer = str(prompt["answer"])
         answer = answer if len(answer) <= ANSWER_CHARACTERS else f"{answer[:ANSWER_CHARACTERS]}..."
         console.print(f"  answer {answer}, {prompt['category']}, difficulty {prompt['difficulty']}", markup=False)
-    console.print(f"{min(count, len(lines))} of {len(lines)} questions in {path}", style="dim", highlight=False)
+    console.print(f"{min(count, len(questions))} of {len(questions)} questions in {path}", style="dim", highlight=False)
 
 
 def show_rows(run_dir: Path, data: Path, stage: str, step: int, rows: int, validation: bool) -> None:

@@ -53,6 +53,8 @@ def show(facts: dict[str, Any]) -> None:
         if stage.get("error"):
             log = f" (log: {stage['error_log']})" if stage.get("error_log") else ""
             console.print(f"{stage['stage']} failed: {stage['error']}{log}", style="red", markup=False, soft_wrap=True)
+    for text in (text for stage in facts["stages"] for text in stage.get("damaged", [])):
+        console.print(text, style="red", markup=False, highlight=False, soft_wrap=True)
     for stage in facts["stages"]:
         if "folder" in stage:
             console.print(f"{stage['stage']:<13}{stage['folder']}", style="dim", highlight=False, soft_wrap=True)

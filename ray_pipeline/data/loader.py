@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from ray_pipeline.data.batch import IGNORE, Batch, real_tokens
-from ray_pipeline.data.shards import FIELDS, ShardFile, read_manifest, verify_files
+from ray_pipeline.data.shards import FIELDS, ShardFile, read_manifest
 from ray_pipeline.errors import UserError
 
 
@@ -113,7 +113,3 @@ class PackedRows:
     def slice(self, start: int, stop: int) -> Batch:
         """Rows [start, stop) in stored order."""
         return self.take(list(range(start, min(stop, len(self)))))
-
-    def verify(self) -> None:
-        """Raise UserError naming the file if any content differs from its SHA-256."""
-        verify_files(self.folder, self.manifest)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,10 +10,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ray_pipeline.artifacts import write_json
+from ray_pipeline.artifacts import write_sealed
 from ray_pipeline.data.shards import MANIFEST as ROWS
 from ray_pipeline.data.shards import read_manifest
-from ray_pipeline.integrity import RECORD, file_sha256
+from ray_pipeline.integrity import RECORD, file_sha256, make_again, read_sealed
+from ray_pipeline.rank_output import LOGS
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -38,11 +38,15 @@ def folder_files(folder: Path) -> dict[str, dict[str, Any]]:
     Shards were hashed when they were written, and are not read again.
     """
     files: dict[str, dict[str, Any]] = {}
-    known = {rows.parent / file.name: file for rows in folder.rglob(ROWS) for file in read_manifest(rows.parent).files}
+    known = {
+        rows.parent / file.name: file
+        for rows in folder.rglob(ROWS)
+        for file in read_manifest(rows.parent, verify=False).files
+    }
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         name = path.relative_to(folder).as_posix()
         hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        if name != MANIFEST and name not in _LIVE and not hidden:
+        if name != MANIFEST and name not in _LIVE and not name.startswith(f"{LOGS}/") and not hidden:
             sha256 = known[path].sha256 if path in known else file_sha256(path)
             files[name] = {"sha256": sha256, "bytes": path.stat().st_size}
     return files
@@ -51,7 +55,7 @@ def folder_files(folder: Path) -> dict[str, dict[str, Any]]:
 def notices_of(folder: Path) -> list[str]:
     """What DATA_PREP has to say of its sources, as its manifest in `folder` holds it; none for any other stage."""
     path = folder / MANIFEST
-    return list(json.loads(path.read_text(encoding="utf-8")).get("notices", ())) if path.is_file() else []
+    return list(read_sealed(path, make_again(folder)).get("notices", ())) if path.is_file() else []
 
 
 def write_data_manifest(folder: Path, datasets: Mapping[str, dict[str, Any]], **facts: Any) -> None:
@@ -61,4 +65,4 @@ def write_data_manifest(folder: Path, datasets: Mapping[str, dict[str, Any]], **
         name: entry | {"files": {path: sums for path, sums in files.items() if path.startswith(name)}}
         for name, entry in datasets.items()
     }
-    write_json(folder / MANIFEST, {"format": FORMAT, **facts, "datasets": listed, "files": files})
+    write_sealed(folder / MANIFEST, {"format": FORMAT, **facts, "datasets": listed, "files": files})

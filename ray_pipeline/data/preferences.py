@@ -82,10 +82,6 @@ class PairRows:
         batch.extras = {"pair": extras[:, 0].contiguous(), "chosen": extras[:, 1].contiguous()}
         return batch
 
-    def verify(self) -> None:
-        """Raise UserError naming the file if any content differs from its SHA-256."""
-        self.stored.verify()
-
 
 class _Pair(NamedTuple):
     """One stored row without its padding: tokens and mask of both conversations, and the length of the chosen one."""

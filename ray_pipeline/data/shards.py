@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from ray_pipeline.artifacts import atomic_path, write_json
+from ray_pipeline.artifacts import atomic_path, write_sealed
 from ray_pipeline.data.packing import Row, is_target
 from ray_pipeline.errors import UserError
-from ray_pipeline.integrity import file_sha256
+from ray_pipeline.integrity import files_damage, make_again, read_sealed
 
 MANIFEST = "rows.json"
 FORMAT = 1
@@ -107,7 +105,7 @@ def write_rows(
             on_shard(written)
     apart = tuple(SourceRows(name, count) for name, count in sources().items())
     manifest = RowsManifest(seq_len, written.rows, written.targets, tuple(written.files), apart)
-    write_json(folder / MANIFEST, {"format": FORMAT, **asdict(manifest)})
+    write_sealed(folder / MANIFEST, {"format": FORMAT, **asdict(manifest)})
     return manifest
 
 
@@ -133,45 +131,26 @@ def _write_shard(folder: Path, number: int, rows: Iterator[Row], dtypes: Mapping
         written.files.append(ShardFile(names[name], name, dtypes[name], count, sizes[name], digest))
 
 
-def read_manifest(folder: Path) -> RowsManifest:
-    """Read rows.json and check that its files are there in their full size (a stat each, no reading).
+def read_manifest(folder: Path, *, verify: bool = True) -> RowsManifest:
+    """Read rows.json and hold its files against their SHA-256 sums, once on each machine.
 
+    Args:
+        verify: off where the files were written a moment ago.
     Raises:
         UserError: missing or damaged, naming the file.
     """
-    way_out = "Run the data_prep stage again (--stage data_prep)."
-    path = folder / MANIFEST
+    way_out, path = make_again(folder.parent.parent), folder / MANIFEST
+    raw = read_sealed(path, way_out)
     try:
-        raw: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         found = raw.pop("format")
         files = tuple(ShardFile(**entry) for entry in raw.pop("files"))
         sources = tuple(SourceRows(**entry) for entry in raw.pop("sources", ()))
         manifest = RowsManifest(files=files, sources=sources, **raw)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}). {way_out}") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{path}: is damaged. {way_out}") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: damaged ({error!r}). {way_out}") from None
     if found != FORMAT:
         raise UserError(f"{path}: format {found} is not the {FORMAT} this version reads. {way_out}")
-    for file in manifest.files:
-        shard = folder / file.name
-        size = shard.stat().st_size if shard.is_file() else None
-        if size != file.bytes:
-            state = "is missing" if size is None else f"has {size} bytes instead of {file.bytes}"
-            raise UserError(f"{shard}: {state}. {way_out}")
+    sums = {file.name: (file.sha256, file.bytes) for file in manifest.files}
+    if verify and (problem := files_damage(folder, sums)):
+        raise UserError(f"{problem}. {way_out}")
     return manifest
-
-
-def verify_files(folder: Path, manifest: RowsManifest) -> None:
-    """Read every file and compare its SHA-256.
-
-    Raises:
-        UserError: naming the first damaged file.
-    """
-    for file in manifest.files:
-        found = file_sha256(folder / file.name)
-        if found != file.sha256:
-            raise UserError(
-                f"{folder / file.name}: the content changed since it was written (SHA-256 {found[:12]}, "
-                f"expected {file.sha256[:12]}). Run the data_prep stage again (--stage data_prep)."
-            )

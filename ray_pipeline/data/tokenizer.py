@@ -15,7 +15,9 @@ from tokenizers import Tokenizer
 
 from ray_pipeline.data.chat import Chat, ChatTemplate, Message, Tool
 from ray_pipeline.errors import UserError
+from ray_pipeline.integrity import verify_files
 
+FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 WAY_OUT = "Give a folder saved by save_pretrained of a fast tokenizer, or use --set tokenizer.name=train."
 
 
@@ -139,6 +141,7 @@ def load_tokenizer(folder: Path) -> ChatTokenizer:
     Raises:
         UserError: a file is missing or damaged, or there is no eos token or chat template.
     """
+    verify_files(folder, FILES)
     if not (folder / "tokenizer.json").is_file():
         raise UserError(f"{folder}: there is no tokenizer.json. {WAY_OUT}")
     try:

@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from model.parallel.collectives import collective
 from model.parallel.mesh import Mesh
-from ray_pipeline.artifacts import explain_write_error, manifest_entries, sync_to_disk, write_json, writing
+from ray_pipeline.artifacts import explain_write_error, manifest_entries, sync_to_disk, write_sealed, writing
 from ray_pipeline.engine.checkpoint import WORLD, list_checkpoints, step_name
 from ray_pipeline.engine.checkpoint_format import SOURCE_FOLDER, STATE_FILE, my_share, page, placed, stored
 from ray_pipeline.engine.engine import Engine
@@ -164,7 +164,7 @@ class CheckpointWriter:
         (aside / STATE_FILE).write_text(json.dumps(contents) + "\n", encoding="utf-8")
         rest = manifest_entries(aside, [aside / STATE_FILE, aside / ".metadata", *aside.glob(f"{SOURCE_FOLDER}/*")])
         files = {name: entry for part in [*entries, rest] for name, entry in part.items()}
-        write_json(aside / MANIFEST, {"files": files})
+        write_sealed(aside / MANIFEST, {"files": files})
         sync_to_disk(aside)
         final = self.folder / step_name(step)
         before = self.folder / f".{final.name}.old"
@@ -179,7 +179,7 @@ class CheckpointWriter:
         mark, whole = self.folder / BEST_FILE, list_checkpoints(self.folder)
         chosen = None if best is None else self.folder / step_name(best)
         if chosen in whole and figure is not None:
-            write_json(mark, {"checkpoint": chosen.name, **figure})
+            write_sealed(mark, {"checkpoint": chosen.name, **figure})
         else:
             mark.unlink(missing_ok=True)
         for old in whole[: -self.keep]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -14,7 +13,7 @@ from ray_pipeline.ledger import REPORT_FILE, read_status
 from ray_pipeline.progress import seconds_text
 from ray_pipeline.report.curves import chart
 from ray_pipeline.report.summary import summary_rows
-from ray_pipeline.tracking import read_metrics
+from ray_pipeline.tracking import read_metrics, read_samples
 
 MOST_SAMPLES = 12
 # Charts of a stage: title, logged names of its lines, baselines drawn as levels.
@@ -101,10 +100,11 @@ def _stage(entry: Mapping[str, Any]) -> str:
         charts.append(chart(title, series, held))
     drawn = "".join(charts)
     samples = _samples(folder)
+    damaged = "".join(f'<p class="FAILED">{escape(text)}</p>' for text in entry.get("damaged", []))
     error = f'<pre class="FAILED">{escape(entry["error"])}</pre>' if entry.get("error") else ""
-    if not (drawn or samples or error):
+    if not (drawn or samples or error or damaged):
         return ""
-    return f'<h2>{escape(entry["stage"])}</h2>{error}<div class="charts">{drawn}</div>{samples}'
+    return f'<h2>{escape(entry["stage"])}</h2>{error}{damaged}<div class="charts">{drawn}</div>{samples}'
 
 
 def _of_sources(lines: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -118,12 +118,13 @@ def _short(name: str) -> str:
 
 
 def _samples(folder: Path) -> str:
-    """Questions and the model's answers, as the stage's samples.json lists them."""
-    path = folder / "samples.json"
-    if not path.exists():
+    """Questions and the model's answers; nothing where the file is damaged, which `_stage` tells."""
+    try:
+        found = read_samples(folder)
+    except ValueError:
         return ""
     cards = []
-    for sample in json.loads(path.read_text(encoding="utf-8"))[:MOST_SAMPLES]:
+    for sample in found[:MOST_SAMPLES]:
         fields = sample if isinstance(sample, dict) else {"answer": sample}
         rows = "".join(f"<div><b>{escape(str(k))}</b><pre>{escape(str(v))}</pre></div>" for k, v in fields.items())
         cards.append(f'<div class="sample">{rows}</div>')

@@ -12,7 +12,7 @@ from ray_pipeline.artifacts import read_json, write_json, write_text
 from ray_pipeline.config import PipelineFields
 from ray_pipeline.data.conversations import write_conversations
 from ray_pipeline.data.decontaminate import Decontaminator
-from ray_pipeline.data.manifest import unigram_entropy, write_data_manifest
+from ray_pipeline.data.manifest import MANIFEST, unigram_entropy, write_data_manifest
 from ray_pipeline.data.mixture import Choice
 from ray_pipeline.data.preference_sets import gather_preferences
 from ray_pipeline.data.preferences import write_preferences
@@ -41,6 +41,7 @@ def run(context: StageContext) -> StageResult:
     def report(phase: str, done: int, total: int | None, unit: str = "") -> None:
         progress.phase(phase, done, total or 0, unit)
 
+    (folder / MANIFEST).unlink(missing_ok=True)  # what it lists is made anew
     clear_leftovers(config, folder)
     report("questions", 0, None)
     sets = gather_questions(config)

@@ -25,14 +25,15 @@ from model.convert.hf_config import unpublished_reason
 from model.convert.native import save_native
 from model.convert.tokenizer_start import begins_with_bos, with_bos
 from model.transformer import Transformer
-from ray_pipeline.artifacts import atomic_folder, atomic_path, load_model, write_json
+from ray_pipeline.artifacts import atomic_folder, atomic_path, load_model, manifest_entries, write_json, write_sealed
 from ray_pipeline.data.tokenizer import load_tokenizer
 from ray_pipeline.errors import StageFailed, UserError
 from ray_pipeline.evaluation.export_checks import Check, check_gguf, check_hf, check_native
-from ray_pipeline.integrity import verify_folder
+from ray_pipeline.integrity import MANIFEST, files_damage, manifest_files, verify_folder
 from ray_pipeline.progress import Progress
 from ray_pipeline.stage_chain import exported_stage, lineage, reads_folder
 from ray_pipeline.stages.base import StageContext, StageResult
+from ray_pipeline.training.heldout import read_questions
 
 STAGE = "export"
 CHECKED_QUESTIONS = 8
@@ -118,8 +119,7 @@ def _finite_model(folder: Path) -> Transformer:
 
 def _questions(context: StageContext) -> list[str]:
     path = context.inputs["data_prep"].folder / "prompts" / "heldout.jsonl"
-    with path.open(encoding="utf-8") as lines:
-        return [json.loads(line)["prompt"] for _, line in zip(range(CHECKED_QUESTIONS), lines, strict=False)]
+    return [question["prompt"] for question in read_questions(path, CHECKED_QUESTIONS)]
 
 
 def _check_convertible(model: Transformer, tokenizer_folder: Path) -> None:
@@ -172,8 +172,8 @@ def _gguf_path(context: StageContext, kind: str) -> Path:
 
 def _write_gguf(context: StageContext, kind: Any, model: Transformer, tokenizer_folder: Path) -> None:
     path = _gguf_path(context, kind)
-    if path.exists():
-        return  # renamed into place only when whole; the stage's identity covers the weights
+    if _is_as_written(path):
+        return  # the stage's identity covers the weights
     with atomic_path(path) as aside:
         save_gguf(
             aside,
@@ -184,6 +184,26 @@ def _write_gguf(context: StageContext, kind: Any, model: Transformer, tokenizer_
             name=context.run_name,
             licence=context.config.export.licence,
         )
+    _list_file(path)
+
+
+def _is_as_written(path: Path) -> bool:
+    """Whether the file is there, and what the folder's manifest lists."""
+    try:
+        files = manifest_files(path.parent)
+    except ValueError:
+        return False
+    return path.name in files and files_damage(path.parent, {path.name: files[path.name]}) is None
+
+
+def _list_file(path: Path) -> None:
+    """Enter the file in the folder's manifest, beside those that are there."""
+    try:
+        listed = manifest_files(path.parent)
+    except ValueError:
+        listed = {}
+    entries = {name: {"sha256": sha256, "bytes": size} for name, (sha256, size) in listed.items()}
+    write_sealed(path.parent / MANIFEST, {"files": entries | manifest_entries(path.parent, [path])})
 
 
 def _card(context: StageContext, stage: str, model: Transformer) -> str:

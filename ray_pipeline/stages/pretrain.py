@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
 
 from ray_pipeline.data.loader import PackedRows
+from ray_pipeline.data.manifest import MANIFEST
+from ray_pipeline.integrity import make_again, read_sealed
 from ray_pipeline.objectives.cross_entropy import CrossEntropy
 from ray_pipeline.stages.base import StageContext, StageResult
 from ray_pipeline.training.finish import save_trained_model
@@ -40,7 +41,7 @@ def train(arguments: dict[str, Any]) -> dict[str, Any]:
 
 def baselines(data: Path, vocab_size: int) -> dict[str, float]:
     """Loss in nats of guessing uniformly, and of knowing only how often each token occurs."""
-    manifest = json.loads((data / "manifest.json").read_text())
+    manifest = read_sealed(data / MANIFEST, make_again(data))
     return {"ln_vocab": math.log(vocab_size), "unigram_entropy": float(manifest["unigram_entropy"])}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -12,24 +13,37 @@ from torch import Tensor
 from model.config import ModelConfig
 from model.generate.decode import Decoder
 from model.transformer import Transformer
-from ray_pipeline.artifacts import write_json
+from ray_pipeline.artifacts import write_sealed
 from ray_pipeline.data.tokenizer import load_tokenizer
 from ray_pipeline.engine.engine import Engine
 from ray_pipeline.engine.gather import all_ranks_gather
+from ray_pipeline.errors import UserError
 from ray_pipeline.evaluation.accuracy import EvalResult, evaluate_questions
 from ray_pipeline.evaluation.chat import finite_logits
+from ray_pipeline.integrity import make_again, read_sealed, verify_files
 from ray_pipeline.rollouts.agent import answer_with_tools
 from ray_pipeline.rollouts.rollout import Sampled
 from ray_pipeline.tools.toolbox import ToolBox, listed_tools
+from ray_pipeline.tracking import SAMPLES_FILE
 from ray_pipeline.training.rank import Rank
 
 SHOWN_SAMPLES = 12
 
 
 def read_questions(path: Path, limit: int | None = None) -> list[dict[str, Any]]:
-    """Questions written by DATA_PREP: prompt, answer, category, difficulty."""
-    with path.open(encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines][:limit]
+    """Questions written by DATA_PREP: prompt, answer, category, difficulty.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    verify_files(path.parent, [path.name])
+    try:
+        with path.open(encoding="utf-8") as lines:
+            return [json.loads(line) for line in itertools.islice(lines, limit)]
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}). {make_again(path.parent.parent)}") from None
+    except ValueError as error:
+        raise UserError(f"{path}: damaged ({error}). {make_again(path.parent.parent)}") from None
 
 
 class WholeModel:
@@ -92,7 +106,7 @@ class HeldOut:
         """Accuracy, format rate and mean answer length; readable samples go to `folder/samples.json`."""
         result = self.evaluate()
         if self.rank.is_main and save_samples:
-            write_json(self.rank.folder / "samples.json", result.samples[:SHOWN_SAMPLES])
+            write_sealed(self.rank.folder / SAMPLES_FILE, {"samples": result.samples[:SHOWN_SAMPLES]})
         return {
             "accuracy": result.accuracy,
             "format_rate": result.format_rate,
@@ -108,6 +122,6 @@ class HeldOut:
             result = self.evaluate()
             if self.rank.is_main:
                 summary = {k: v for k, v in asdict(result).items() if k not in ("samples", "correct")}
-                write_json(path, summary)
+                write_sealed(path, summary)
             return result.accuracy
-        return float(json.loads(path.read_text())["accuracy"])
+        return float(read_sealed(path, f"Delete {path} and resume: it is measured again.")["accuracy"])

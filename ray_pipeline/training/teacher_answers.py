@@ -6,27 +6,35 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from model.generate.decode import Completion
-from ray_pipeline.artifacts import atomic_path
+from ray_pipeline.artifacts import atomic_folder
 from ray_pipeline.data.batch import Batch, real_tokens
 from ray_pipeline.data.tokenizer import ChatTokenizer, load_tokenizer
 from ray_pipeline.engine.gather import all_ranks_gather
+from ray_pipeline.errors import UserError
 from ray_pipeline.evaluation.chat import completion_text
 from ray_pipeline.evaluation.marking import are_right
+from ray_pipeline.integrity import damage
 from ray_pipeline.rollouts.rollout import request_seed
 from ray_pipeline.training.answers import Answer, longest_answer, pack_answers, write_answers
 from ray_pipeline.training.heldout import WholeModel, read_questions
 from ray_pipeline.training.rank import Rank
 from ray_pipeline.training.teacher import Teacher
 
+ROWS = ("tokens", "labels", "doc_ids")  # what is kept of a batch
 CHUNK = 128  # questions per rank between progress reports
 
 
 def teacher_answer_rows(rank: Rank, teacher: Teacher) -> Batch | None:
-    """Packed rows of the teacher's right answers; written once and kept in `folder/teacher_answers.pt`."""
-    path = rank.folder / "teacher_answers.pt"
-    if not all(all_ranks_gather(rank.mesh, path.exists())):
+    """Packed rows of the teacher's right answers; written once and kept in `folder/teacher_answers`.
+
+    Raises:
+        UserError: what an earlier attempt kept there is damaged.
+    """
+    folder = rank.folder / "teacher_answers"
+    if not all(all_ranks_gather(rank.mesh, folder.is_dir())):
         own = load_tokenizer(rank.data / "tokenizer")
         wanted = rank.config.distillation.teacher_answers
         questions = read_questions(rank.data / "prompts" / "train.jsonl", wanted)
@@ -36,13 +44,16 @@ def teacher_answer_rows(rank: Rank, teacher: Teacher) -> Batch | None:
             right = _from_transformers(rank, teacher, questions, own)
         rows = pack_answers(right, rank.config.data.seq_len, own.pad_id) if right else None
         if rank.is_main:
-            with atomic_path(path) as aside:
-                torch.save(None if rows is None else (rows.tokens, rows.labels, rows.doc_ids), aside)
+            with atomic_folder(folder) as aside:
+                kept = {} if rows is None else {name: getattr(rows, name).contiguous() for name in ROWS}
+                save_file(kept, aside / "rows.safetensors")
         all_ranks_gather(rank.mesh, None)  # nobody reads before the file is there
-    stored = torch.load(path)
-    if stored is None:
+    if found := damage(folder):
+        raise UserError(f"{found}. Delete {folder} and resume: the teacher writes its answers again.")
+    stored = load_file(folder / "rows.safetensors")
+    if not stored:
         return None
-    tokens, labels, doc_ids = stored
+    tokens, labels, doc_ids = (stored[name] for name in ROWS)
     return Batch(tokens, labels, doc_ids, real=real_tokens(doc_ids, labels))
 
 

@@ -18,7 +18,7 @@ from model.parallel.placement import layers_by_hand
 from ray_pipeline.artifacts import read_json
 from ray_pipeline.config import PipelineFields
 from ray_pipeline.errors import UserError
-from ray_pipeline.integrity import RECORD
+from ray_pipeline.integrity import RECORD, own_damage, verify_files
 from ray_pipeline.layout import Layout
 from ray_pipeline.layout_rules import refusal
 from ray_pipeline.teacher_name import is_top_k, teacher_path
@@ -54,6 +54,8 @@ def open_teacher(name: str) -> TeacherFolder:
         stages = sorted(found.parent.name for found in path.glob("*/model"))
         hint = f"It is a run; name one of its stages: {', '.join(stages)}." if stages else "Name a folder that has one."
         raise UserError(f"{KEY}={name}: there is no config.json in it. {hint}")
+    if found := own_damage(path):
+        raise UserError(f"{KEY}={name}: {found}. Run the stage that wrote it again, or give another teacher.")
     try:
         values = read_object(path / "config.json")
         own = is_native(values) or values.get("model_type") in FAMILIES
@@ -92,6 +94,7 @@ def tokenizer_difference(teacher: Path, own: Path) -> str | None:
 
 def vocabulary(folder: Path) -> dict[str, int]:
     """What each id of a folder's tokenizer means: token -> id, added ones too."""
+    verify_files(folder, ["tokenizer.json"])
     return dict(Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab(with_added_tokens=True))
 
 

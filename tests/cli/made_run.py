@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-
-import torch
+from typing import Any
+from unittest import mock
 
 from model.config import ModelConfig
 from model.init import init_weights
 from model.transformer import Transformer
 from ray_pipeline.artifacts import save_model, write_text
 from ray_pipeline.config_load import config_yaml, load_config
+from ray_pipeline.config_sources import with_checksum
+from ray_pipeline.data.manifest import write_data_manifest
 from ray_pipeline.data.packing import pack_conversations, pack_documents
 from ray_pipeline.data.shards import write_rows
 from ray_pipeline.data.tokenizer_files import save_trained, train_bpe
-from ray_pipeline.ledger import Record, RunFile, stage_folder, write_record
+from ray_pipeline.ledger import RunFile, stage_folder
+from ray_pipeline.stage_chain import upstream
+from ray_pipeline.stage_task import StageJob, execute_stage
+from ray_pipeline.stages.base import StageContext, StageResult
+from ray_pipeline.workflow_plan import PlannedStage
 
 SEQ_LEN = 64
 TEXT = ["the cat sat on the mat and looked at the moon", "two and two make four, said the owl, naïve as ever"]
 CHAT = [{"role": "user", "content": "What is 2+2?"}, {"role": "assistant", "content": "<think>2+2=4</think>4"}]
+QUESTION = {"prompt": "What is 2+2?", "answer": "4", "category": "sum", "difficulty": 1}
 TOY = ModelConfig(
     vocab_size=400,
     hidden_size=16,
@@ -37,40 +46,70 @@ TOY = ModelConfig(
 )
 
 
-def finish(run_dir: Path, run: RunFile, stage: str, metrics: dict[str, float] | None = None) -> Path:
-    """Enter a stage as done; returns its folder."""
+class Body:
+    """A stage's function: what the stage leaves in its folder, made by `fill`."""
+
+    def __init__(self, fill: Callable[[Path], None], metrics: dict[str, float]):
+        self.fill, self.metrics = fill, metrics
+
+    def __call__(self, context: StageContext) -> StageResult:
+        self.fill(context.folder)
+        return StageResult(context.folder, self.metrics, {"ln_vocab": 6.0}, None)
+
+
+def finish(
+    run_dir: Path, stage: str, metrics: dict[str, float] | None = None, *, fill: Callable[[Path], None] | None = None
+) -> Path:
+    """Run a stage as the workflow does, with `fill` in the place of its work; returns its folder."""
+    run, config = RunFile(run_dir), load_config(run_dir / "config.yaml")
     identity = (stage.encode().hex() * 8)[:64]
     folder = stage_folder(run_dir, stage, identity)
-    folder.mkdir(parents=True)
-    record = Record(stage, identity, "done", seconds=75.0, metrics=metrics or {}, baselines={"ln_vocab": 6.0})
-    write_record(folder, replace(record, weights_digest=None if stage == "data_prep" else "ab" * 32))
+    read = [name for name in upstream(config, stage) if name in run.stages]
+    inputs = [StageResult(run_dir / run.stages[name]["folder"]) for name in read]
+    row = PlannedStage(stage, "run", "", 1, 0, identity, folder)
+    body = Body(fill or (lambda _: None), metrics or {})
+    with mock.patch.dict(os.environ):  # a stage's task sets up a process of its own
+        execute_stage(StageJob(row, config, run_dir.name, run_dir, tuple(read), "", "cpu", body), *inputs)
     run.stages[stage] = {"identity": identity, "folder": folder.name, "decides": {}}
     run.save()
     return folder
 
 
-def make_run(
-    output_dir: Path, name: str = "toy", *, models: tuple[str, ...] = ("pretrain", "sft"), toy: ModelConfig = TOY
-) -> Path:
-    """DATA_PREP and the given training stages, finished."""
-    run_dir = output_dir / name
-    overrides = {"run_name": name, "output_dir": str(output_dir), "data.seq_len": SEQ_LEN}
-    write_text(run_dir / "config.yaml", config_yaml(load_config(None, overrides)))
-    run = RunFile(run_dir)
-    data = finish(run_dir, run, "data_prep")
-    tokenizer = save_trained(train_bpe(TEXT * 20, 400), data / "tokenizer")
+def fill_data(folder: Path, questions: Sequence[Mapping[str, Any]]) -> None:
+    """What DATA_PREP leaves: a tokenizer, packed rows, questions and the manifest of them all."""
+    tokenizer = save_trained(train_bpe(TEXT * 20, 400), folder / "tokenizer")
     options = {"seq_len": SEQ_LEN, "vocab_size": 400, "tokens_per_shard": 1 << 20}
     for split in ("train", "validation"):
         documents = [tokenizer.encode_document(text) for text in TEXT * 40]
-        write_rows(data / "pretrain" / split, pack_documents(documents, SEQ_LEN, tokenizer.pad_id), **options)
+        write_rows(folder / "pretrain" / split, pack_documents(documents, SEQ_LEN, tokenizer.pad_id), **options)
         chats = [tokenizer.encode_chat(CHAT)] * 100
-        write_rows(data / "sft" / split, pack_conversations(chats, SEQ_LEN, tokenizer.pad_id)[0], **options)
-    prompt = '{"prompt": "What is 2+2?", "answer": "4", "category": "sum", "difficulty": 1}\n'
-    write_text(data / "prompts" / "train.jsonl", prompt * 3)
-    write_text(data / "prompts" / "heldout.jsonl", prompt)
-    torch.manual_seed(0)
+        write_rows(folder / "sft" / split, pack_conversations(chats, SEQ_LEN, tokenizer.pad_id)[0], **options)
+    lines = [json.dumps(question) + "\n" for question in questions]
+    write_text(folder / "prompts" / "train.jsonl", json.dumps(QUESTION) + "\n" + json.dumps(QUESTION) + "\n" + lines[0])
+    write_text(folder / "prompts" / "heldout.jsonl", "".join(lines))
+    write_data_manifest(folder, {}, unigram_entropy=5.5)
+
+
+def fill_model(folder: Path, toy: ModelConfig) -> None:
+    """What a training stage leaves: an untrained model."""
+    model = Transformer(toy)
+    init_weights(model, toy, seed=0)
+    save_model(folder / "model", toy, model.state_dict())
+
+
+def make_run(
+    output_dir: Path,
+    name: str = "toy",
+    *,
+    models: tuple[str, ...] = ("pretrain", "sft"),
+    toy: ModelConfig = TOY,
+    questions: Sequence[Mapping[str, Any]] = (QUESTION,),
+) -> Path:
+    """DATA_PREP and the given training stages, finished, with `questions` held out."""
+    run_dir = output_dir / name
+    overrides = {"run_name": name, "output_dir": str(output_dir), "data.seq_len": SEQ_LEN}
+    write_text(run_dir / "config.yaml", with_checksum(config_yaml(load_config(None, overrides))))
+    finish(run_dir, "data_prep", fill=lambda folder: fill_data(folder, questions))
     for stage in models:
-        model = Transformer(toy)
-        init_weights(model, toy, seed=0)
-        save_model(finish(run_dir, run, stage, {"validation_loss": 1.25}) / "model", toy, model.state_dict())
+        finish(run_dir, stage, {"validation_loss": 1.25}, fill=lambda folder: fill_model(folder, toy))
     return run_dir

@@ -11,11 +11,11 @@ import torch
 
 from model.convert.hf import save_hf
 from model.generate.decode import Decoder
-from ray_pipeline.artifacts import load_model
+from ray_pipeline.artifacts import atomic_folder, load_model
 from ray_pipeline.cli import main
 from ray_pipeline.data.tokenizer import load_tokenizer
 from ray_pipeline.evaluation.accuracy import evaluate_questions
-from ray_pipeline.ledger import RunFile, read_record, write_record
+from ray_pipeline.ledger import read_record, write_record
 from ray_pipeline.training.heldout import read_questions
 from tests.cli.made_run import TOY, finish, make_run
 from tests.evaluation.made_models import save_ours, save_qwen
@@ -27,11 +27,10 @@ SHORT = ("--max-new-tokens", "8")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Runs, model folders and questions."""
     folder = tmp_path_factory.mktemp("place")
-    run = make_run(folder / "runs", models=("pretrain", "sft"), toy=replace(TOY, initializer_range=0.3))
     questions = [{"prompt": f"What is {i}+{i}?", "answer": str(2 * i), "category": "ab"[i % 2], "difficulty": 1 + i % 2}
                  for i in range(12)]  # fmt: skip
-    [heldout] = run.glob("data_prep-*/prompts/heldout.jsonl")
-    heldout.write_text("".join(json.dumps(question) + "\n" for question in questions))
+    toy = replace(TOY, initializer_range=0.3)
+    make_run(folder / "runs", models=("pretrain", "sft"), toy=toy, questions=questions)
     save_ours(folder / "hf")
     save_qwen(folder / "qwen")
     return folder
@@ -110,12 +109,15 @@ def test_an_export_answers_its_runs_questions_as_its_stage_does(capsys: pytest.C
     run_dir = make_run(tmp_path / "runs", models=("sft",), toy=replace(TOY, initializer_range=0.3))
     [data], [sft] = run_dir.glob("data_prep-*"), run_dir.glob("sft-*")
     model, path = load_model(sft / "model"), tmp_path / "r.json"
-    folder = finish(run_dir, RunFile(run_dir), "export")
-    (folder / "hf").mkdir()
-    save_hf(
-        folder / "hf", model.config, model.state_dict(), tokenizer_folder=data / "tokenizer", dtype=torch.float32,
-        model_card="", generation={},
-    )  # fmt: skip
+
+    def fill(export: Path) -> None:
+        with atomic_folder(export / "hf") as aside:
+            save_hf(
+                aside, model.config, model.state_dict(), tokenizer_folder=data / "tokenizer", dtype=torch.float32,
+                model_card="", generation={},
+            )  # fmt: skip
+
+    folder = finish(run_dir, "export", fill=fill)
     found = {}
     for target in (["toy"], ["toy", "--stage", "export"], [str(folder)], [str(folder / "hf")]):
         ask(capsys, tmp_path, *target, *SHORT, "--json", str(path))

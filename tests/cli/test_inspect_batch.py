@@ -10,6 +10,7 @@ import pytest
 from ray_pipeline.artifacts import write_text
 from ray_pipeline.cli import main
 from ray_pipeline.config_load import load_config
+from ray_pipeline.data.manifest import write_data_manifest
 from ray_pipeline.data.preference_records import as_preference
 from ray_pipeline.data.preferences import write_preferences
 from ray_pipeline.data.tasks import Question
@@ -52,6 +53,7 @@ def test_a_puzzles_reference_is_cut_short(capsys: pytest.CaptureFixture, output_
     path = next(output_dir.glob("toy/data_prep-*")) / "prompts" / "train.jsonl"
     entry = json.dumps({"question": "?", "metadata": "x" * 500})
     write_text(path, json.dumps({"prompt": "?", "answer": entry, "category": "puzzle", "difficulty": 0}) + "\n")
+    write_data_manifest(path.parent.parent, {})
     _, text, _ = ask(capsys, output_dir, "--stage", "grpo")
     assert f"answer {entry[:100]}..., puzzle" in text and entry not in text
 

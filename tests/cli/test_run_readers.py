@@ -21,7 +21,7 @@ from ray_pipeline.data.loader import PackedRows
 from ray_pipeline.data.tokenizer import load_tokenizer
 from ray_pipeline.data.tokenizer_files import save_trained, train_bpe
 from ray_pipeline.errors import UserError
-from ray_pipeline.ledger import RunFile
+from ray_pipeline.ledger import RunFile, read_record
 from tests.cli.made_run import CHAT, SEQ_LEN, TOY, make_run
 
 
@@ -40,7 +40,9 @@ def ask(capsys: pytest.CaptureFixture, output_dir: Path, *arguments: str, code: 
 
 def test_status_shows_stages_figures_baselines_and_folders(capsys: pytest.CaptureFixture, output_dir: Path) -> None:
     text = ask(capsys, output_dir, "status", "toy")
-    assert "validation_loss 1.25" in text and "ln_vocab 6" in text and "1 min 15 s" in text and "abababababab" in text
+    record = read_record(next(output_dir.glob("toy/sft-*")))
+    assert record is not None and record.weights_digest is not None
+    assert "validation_loss 1.25" in text and "ln_vocab 6" in text and record.weights_digest[:12] in text
     assert text.count("pending") == 3
     assert str(output_dir / "toy") in text.replace("\n", "")
 

@@ -22,6 +22,7 @@ from ray_pipeline.engine.checkpoint import find_damage, list_checkpoints, load_c
 from ray_pipeline.engine.checkpoint_writer import BEST_FILE, CheckpointWriter
 from ray_pipeline.engine.engine import Engine
 from ray_pipeline.errors import UserError
+from ray_pipeline.integrity import unsealed
 from ray_pipeline.objectives.cross_entropy import CrossEntropy
 from tests.engine.test_parity import CONFIG, OPTIMIZER, make_batch
 
@@ -139,7 +140,7 @@ def test_the_newest_and_the_best_are_kept_and_the_best_is_named(tmp_path):
             writer.save(engine, number, best(0.5), best=best_step)
         writer.wait()
         assert names(tmp_path) == ["step_00000001", "step_00000003", "step_00000004"]
-        assert json.loads(mark.read_text())["checkpoint"] == "step_00000001"
+        assert unsealed(mark.read_bytes())["checkpoint"] == "step_00000001"
         writer.save(engine, 5, best(0.7), best=5)
         writer.wait()
         assert names(tmp_path) == ["step_00000004", "step_00000005"]

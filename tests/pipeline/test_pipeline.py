@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 
 from ray_pipeline.config import PipelineFields
 from ray_pipeline.stage_chain import chain
-from ray_pipeline.tracking import read_metrics
+from ray_pipeline.tracking import read_metrics, read_samples
 from tests.pipeline.driving import TOY, digests, finish, kill, stages, start, wait_until_stage_works
 
 STAGES = chain(PipelineFields())
@@ -71,6 +70,6 @@ def test_rerun_executes_nothing_and_a_changed_beta_reruns_grpo_and_later(finishe
 
 def test_samples_and_report_can_be_read(finished):
     grpo = Path(stages(finished, "toy")["grpo"]["folder"])
-    samples = json.loads((grpo / "samples.json").read_text())
+    samples = read_samples(grpo)
     assert samples and {"prompt", "completion", "answer", "correct"} <= samples[0].keys()
     assert "<svg" in (finished / "toy" / "report.html").read_text()

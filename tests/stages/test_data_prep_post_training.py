@@ -54,7 +54,6 @@ def test_preferences_are_prepared_for_dpo_alone_and_change_nothing_else(tmp_path
     assert {k: v for k, v in manifest["files"].items() if not k.startswith("preferences/")} == without["files"]
     assert not (tmp_path / "without" / "preferences").exists()
     train, held = (PairRows(result.folder / "preferences" / name, 256) for name in ("train", "validation"))
-    train.verify()
     m = result.metrics
     assert (m["preference_pairs_train"], m["preference_pairs_validation"]) == (len(train), len(held)) == (96, 24)
     assert m["preference_pairs_too_long"] == m["preference_duplicates"] == 0

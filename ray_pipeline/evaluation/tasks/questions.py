@@ -8,6 +8,7 @@ from ray_pipeline.evaluation.scoring import AnswerScoring, RewardScoring
 from ray_pipeline.evaluation.tasks.item import Item, Request, Task
 from ray_pipeline.evaluation.tasks.records import Record, level, read_items, text_field
 from ray_pipeline.evaluation.tasks.registry import task
+from ray_pipeline.integrity import verify_files
 
 GSM8K, MATH500 = "openai/gsm8k:test", "HuggingFaceH4/MATH-500:test"
 BOXED = "\nPut the final answer within \\boxed{}."
@@ -31,6 +32,7 @@ def heldout(request: Request) -> Task:
                 "--tasks heldout: the model is not of a run, so it has no questions of its own. Name a run, or give "
                 "a file: heldout:runs/NAME/data_prep-ID/prompts/heldout.jsonl."
             )
+        verify_files(request.heldout.parent, [request.heldout.name])
         given = str(request.heldout)
     return Task("heldout", _questions("heldout", given), AnswerScoring())
 
