@@ -238,8 +238,8 @@ def refuse_other_config(config: PipelineFields, run_dir: Path) -> None:
         more = f"\n  and {len(changes) - 12} more" if len(changes) > 12 else ""
         raise UserError(
             f"run {run_dir.name} is in use with another config:\n{listing}{more}\n"
-            f"Use `resume {run_dir.name} --set KEY=VALUE` to apply a change there and rerun what depends on it, "
-            "or another --run-name."
+            f"Use `resume {run_dir.name} --output-dir {run_dir.parent} --set KEY=VALUE` to apply a change there and "
+            "rerun what depends on it, or another --run-name."
         )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import random
@@ -144,7 +143,7 @@ def test_the_newest_and_the_best_are_kept_and_the_best_is_named(tmp_path):
         writer.save(engine, 5, best(0.7), best=5)
         writer.wait()
         assert names(tmp_path) == ["step_00000004", "step_00000005"]
-        assert json.loads(mark.read_text()) == {
+        assert unsealed(mark.read_bytes()) == {
             "checkpoint": "step_00000005", "step": 0, "figure": "accuracy", "value": 0.7
         }  # fmt: skip
         writer.save(engine, 6, best(0.9), best=3)
@@ -203,6 +202,6 @@ def test_killed_at_any_moment_of_saving_every_checkpoint_is_whole(tmp_path):
         found = list_checkpoints(folder)
         assert found and all(find_damage(path) is None for path in found)
         mark = folder / BEST_FILE
-        assert not mark.exists() or (folder / json.loads(mark.read_text())["checkpoint"]).is_dir()
+        assert not mark.exists() or (folder / unsealed(mark.read_bytes())["checkpoint"]).is_dir()
         seen.add(found[-1].name)
     assert len(seen) > 1, "kills came at different moments"

@@ -83,6 +83,7 @@ def test_every_file_is_written_and_checked(tmp_path):
         "model-f16.gguf",
         "model-q8_0.gguf",
         "checks.json",
+        "manifest.json",
         "progress.json",
     }
     checks = {c["name"]: c["status"] for c in json.loads((folder / "checks.json").read_text())}
@@ -258,3 +259,15 @@ def test_weights_that_are_no_numbers_are_not_exported(tmp_path):
     with pytest.raises(UserError, match=r"grpo/model: layers\.1\.self_attn\.o_proj\.weight is not finite"):
         export.run(context)
     assert not (tmp_path / "export" / "hf").exists()
+
+
+def test_a_gguf_file_that_was_damaged_since_is_written_again(tmp_path):
+    path = tmp_path / "model-f16.gguf"
+    for name in ("model-f32.gguf", path.name):
+        (tmp_path / name).write_bytes(bytes(64))
+        assert not export._is_as_written(tmp_path / name)
+        export._list_file(tmp_path / name)
+        assert export._is_as_written(tmp_path / name)
+    path.write_bytes(bytes(63) + b"x")
+    assert not export._is_as_written(path)
+    assert export._is_as_written(tmp_path / "model-f32.gguf")

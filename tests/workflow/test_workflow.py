@@ -64,7 +64,7 @@ def test_run_rerun_change_and_selections(tmp_path, capsys):
     assert toy.calls(tmp_path / "toy") == [], "a rerun executes nothing"
     assert "REUSED" in capsys.readouterr().out
 
-    with pytest.raises(UserError, match=r"in use with another config:\n  grpo\.beta 0\.01 → 0\.02\n.*resume toy --set"):
+    with pytest.raises(UserError, match=r"with another config:\n  grpo\.beta 0\.01 → 0\.02\n.*resume toy .*--set"):
         run(tmp_path, grpo__beta=0.02)
     assert resume(tmp_path, grpo__beta=0.02) == 0
     assert toy.calls(tmp_path / "toy") == ["grpo", "distillation", "export"]
