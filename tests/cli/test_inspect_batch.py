@@ -62,5 +62,6 @@ def test_a_question_may_hold_other_line_ends(capsys: pytest.CaptureFixture, outp
     path = next(output_dir.glob("toy/data_prep-*")) / "prompts" / "train.jsonl"
     question = Question("one\u2028two\x85three\u2029?", "", "3", "sum", 1)
     write_text(path, 2 * (json.dumps(question.record(), ensure_ascii=False) + "\n"))
+    write_data_manifest(path.parent.parent, {})
     code, text, _ = ask(capsys, output_dir, "--stage", "grpo", "--rows", "1")
     assert code == 0 and question.prompt in text and "1 of 2 questions" in text
