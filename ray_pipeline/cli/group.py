@@ -46,44 +46,31 @@ SIGNAL_BASE = 128  # shells report a program that a signal ended as 128 + the si
 STOPPING = (signal.SIGTERM, signal.SIGHUP)  # of a scheduler, `kill`, or a terminal that closes; Ctrl-C is Python's own
 
 
-class Terminated(BaseException):
-    """One of the STOPPING signals came; like KeyboardInterrupt no error, so that nothing but `finally` handles it."""
-
-    def __init__(self, number: int):
-        super().__init__(number)
-        self.number = number
-
-
 class Interrupted(Exception):
-    """Ctrl-C or a STOPPING signal in a verb that can say how to go on.
-
-    Attributes:
-        number: of the signal.
-    """
-
-    def __init__(self, message: str, number: int = signal.SIGINT):
-        super().__init__(message)
-        self.number = number
+    """Ctrl-C or a STOPPING signal in a verb that can say how to go on."""
 
 
 @contextmanager
-def stopping_signals() -> Iterator[None]:
-    """Turn the first STOPPING signal into `Terminated`; further ones do not disturb what is being ended.
+def stopping_signals() -> Iterator[list[int]]:
+    """Make the first STOPPING signal what Ctrl-C is, which Ray lets through; further ones do not disturb the end.
 
-    Does nothing in a thread, or where a signal is ignored already (nohup) or has a handler of somebody else's.
+    Gives the list that the signal's number is put into. Does nothing in a thread, or where a signal is ignored already
+    (nohup) or has a handler of somebody else's.
     """
 
     def stop(number: int, _: FrameType | None) -> None:
         for other in ours:
             signal.signal(other, signal.SIG_IGN)
-        raise Terminated(number)
+        came.append(number)
+        raise KeyboardInterrupt
 
+    came: list[int] = []
     main_thread = threading.current_thread() is threading.main_thread()
     ours = [number for number in STOPPING if main_thread and signal.getsignal(number) is signal.SIG_DFL]
     for number in ours:
         signal.signal(number, stop)
     try:
-        yield
+        yield came
     finally:
         for number in ours:
             signal.signal(number, signal.SIG_DFL)
@@ -135,8 +122,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def guarded(call: Callable[[], Any]) -> int:
     """What `call` returns as an exit code; what it ends in as one message and the code for it."""
+    came: list[int] = []
     try:
-        with stopping_signals():
+        with stopping_signals() as came:
             code = call()
     except UserError as error:
         return _fail(str(error))
@@ -153,13 +141,10 @@ def guarded(call: Callable[[], Any]) -> int:
         return _fail(error.format_message())
     except Interrupted as error:
         print(f"\n{error}", file=sys.stderr)
-        return SIGNAL_BASE + error.number
+        return SIGNAL_BASE + (came or [signal.SIGINT])[0]
     except (click.Abort, KeyboardInterrupt):
         print("\nStopped.", file=sys.stderr)
-        return SIGNAL_BASE + signal.SIGINT
-    except Terminated as error:
-        print("\nStopped.", file=sys.stderr)
-        return SIGNAL_BASE + error.number
+        return SIGNAL_BASE + (came or [signal.SIGINT])[0]
     except BrokenPipeError:
         # The reader (head, less) has seen enough; what is still buffered must not raise again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

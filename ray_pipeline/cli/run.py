@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import shlex
-import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from ray_pipeline.cli.group import Interrupted, Terminated, program
+from ray_pipeline.cli.group import Interrupted, program
 from ray_pipeline.cli.input_checks import check_inputs
 from ray_pipeline.cli.options import layout_options, place_options, recipe_options, stage_options, take_request
 from ray_pipeline.cli.runs import CONFIG_FILE, output_dir
@@ -63,11 +62,10 @@ def can_resume(config: PipelineFields) -> Iterator[None]:
     """Turn Ctrl-C, and the signals that end a program, into one line that says how to go on."""
     try:
         yield
-    except (KeyboardInterrupt, Terminated) as error:
+    except KeyboardInterrupt:
         place = "" if config.output_dir == output_dir(None) else f" --output-dir {shlex.quote(str(config.output_dir))}"
-        number = error.number if isinstance(error, Terminated) else signal.SIGINT
         command = f"{program()} resume {shlex.quote(str(config.run_name))}{place}"
-        raise Interrupted(f"Stopped. Go on with: {command}", number) from None
+        raise Interrupted(f"Stopped. Go on with: {command}") from None
 
 
 def layout_here(config: PipelineFields) -> Layout:
