@@ -184,6 +184,9 @@ class TokenizerConfig(Section):
     name: str = "train"
     vocab_size: PositiveInt = 512
     tools: bool = Field(False, description="train: with the tokens and the chat template of tool calls")
+    chat_template: str | None = Field(
+        None, min_length=1, description="a .jinja file, or one of the tokenizer's templates by name; default: its own"
+    )
 
 
 class InitFromConfig(Section):

@@ -165,4 +165,3 @@ def _stopped(beat: Mapping[str, Any]) -> str:
     if seen is not None and seen[0] in "Tt":
         return f"process {beat['pid']} is stopped (SIGSTOP, or a debugger)"
     return f"process {beat['pid']} does not run (state {seen[0] if seen else '?'})"
-

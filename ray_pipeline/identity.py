@@ -75,6 +75,8 @@ def source_names(config: PipelineFields) -> dict[str, str]:
         names["init_from.path"] = config.init_from.path
     if config.distillation.teacher is not None:
         names[_TEACHER] = config.distillation.teacher
+    if config.tokenizer.chat_template is not None:
+        names["tokenizer.chat_template"] = config.tokenizer.chat_template
     return names | {
         "data.sft": config.data.sft,
         "data.prompts": config.data.prompts,
@@ -88,7 +90,11 @@ def with_source_names(config: PipelineFields, names: Mapping[str, str]) -> Pipel
     data, start, teacher = config.data, config.init_from.path, config.distillation.teacher
     pretrain = [s.model_copy(update={"name": names.get(s.name, s.name)}) for s in data.pretrain]
     single = {key: names.get(getattr(data, key), getattr(data, key)) for key in ("sft", "prompts", "preferences")}
-    tokenizer = {"name": names.get(config.tokenizer.name, config.tokenizer.name)}
+    template = config.tokenizer.chat_template
+    tokenizer = {
+        "name": names.get(config.tokenizer.name, config.tokenizer.name),
+        "chat_template": template and names.get(template, template),
+    }
     return config.model_copy(
         update={
             "data": data.model_copy(update={"pretrain": pretrain, **single}),

@@ -168,8 +168,9 @@ def write(model_folder: Path, tokenizer_folder: Path, prompt: str, wishes: Wishe
     from model.convert.tokenizer_start import begins_with_bos
     from model.generate.decode import Decoder, check_prompts
     from ray_pipeline.artifacts import load_model
+    from ray_pipeline.data.tasks.question import THINK_OPEN
     from ray_pipeline.data.tokenizer import load_tokenizer
-    from ray_pipeline.evaluation.chat import finite_logits
+    from ray_pipeline.evaluation.chat import finite_logits, opens_thinking
 
     tokenizer = load_tokenizer(tokenizer_folder)
     tokens = prompt_tokens(tokenizer, prompt, raw=wishes.raw, begins=pretrained or begins_with_bos(tokenizer_folder))
@@ -190,6 +191,8 @@ def write(model_folder: Path, tokenizer_folder: Path, prompt: str, wishes: Wishe
         model.cuda()
     if wishes.raw:
         click.echo(prompt, nl=False)
+    elif opens_thinking(tokenizer, tokens):
+        click.echo(THINK_OPEN, nl=False)
     run = search if wishes.num_beams > 1 else stream
     with finite_logits(f"the model in {model_folder}", "Take an earlier stage's with --stage, or train it again."):
         run(Decoder(model), tokenizer, tokens, wishes)

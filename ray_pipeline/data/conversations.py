@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 # Conversations encoded between two progress reports.
 CHUNK = 2000
 Encoded = tuple[list[int], list[int]]
+Encode = Callable[[Sequence[Chat]], list[list[Encoded]]]
 
 
 def encode_all(
@@ -41,19 +42,46 @@ def encode_all(
     Raises:
         UserError: the template refuses or spoils one, naming it and `source`, or nothing of it would be trained.
     """
-    out: list[Encoded] = []
+
+    def encode(part: Sequence[Chat]) -> list[list[Encoded]]:
+        return [[encoded] for encoded in tokenizer.encode_chats(part)]
+
+    return [parts[0] if parts else ([], []) for parts in _encode(encode, chats, progress, phase, source, tally)]
+
+
+def encode_turns(
+    tokenizer: ChatTokenizer,
+    chats: Sequence[Chat],
+    progress: Report,
+    phase: str,
+    source: str,
+    tally: Tally | None = None,
+) -> list[list[Encoded]]:
+    """The samples of every conversation: one, or one for each answer where the template changes earlier turns; none
+    where it is left out.
+
+    Raises:
+        UserError: as `encode_all`.
+    """
+    return _encode(tokenizer.encode_turns, chats, progress, phase, source, tally)
+
+
+def _encode(
+    encode: Encode, chats: Sequence[Chat], progress: Report, phase: str, source: str, tally: Tally | None
+) -> list[list[Encoded]]:
+    out: list[list[Encoded]] = []
     for start in range(0, len(chats), CHUNK):
         progress(phase, start, len(chats))
         chunk = chats[start : start + CHUNK]
         try:
-            out += tokenizer.encode_chats(chunk)
+            out += encode(chunk)
         except UserError:
             if tally is None or not tally.skip:
-                _name_the_first(tokenizer, chunk, start, source)
+                _name_the_first(encode, chunk, start, source)
                 raise
-            out += _one_by_one(tokenizer, chunk, start, tally)
-    for number, (_, mask) in enumerate(out, start=1):
-        if mask and not any(mask[1:]):
+            out += _one_by_one(encode, chunk, start, tally)
+    for number, parts in enumerate(out, start=1):
+        if not all(any(mask[1:]) for _, mask in parts):
             raise UserError(
                 f"{source}: no token of conversation {number} would be trained, as nothing in it is the assistant's. "
                 "Remove it."
@@ -61,23 +89,23 @@ def encode_all(
     return out
 
 
-def _one_by_one(tokenizer: ChatTokenizer, chats: Sequence[Chat], start: int, tally: Tally) -> list[Encoded]:
-    """Encoded conversations; one that cannot be gets no ids."""
-    out: list[Encoded] = []
+def _one_by_one(encode: Encode, chats: Sequence[Chat], start: int, tally: Tally) -> list[list[Encoded]]:
+    """Encoded conversations; one that cannot be has no sample."""
+    out: list[list[Encoded]] = []
     for number, chat in enumerate(chats, start=start + 1):
         try:
-            out += tokenizer.encode_chats([chat])
+            out += encode([chat])
         except UserError as error:
             tally.add_bad(f"conversation {number}", BadRecord(str(error)))
-            out.append(([], []))
+            out.append([])
     return out
 
 
-def _name_the_first(tokenizer: ChatTokenizer, chats: Sequence[Chat], start: int, source: str) -> None:
+def _name_the_first(encode: Encode, chats: Sequence[Chat], start: int, source: str) -> None:
     """Raise UserError for the first conversation that cannot be encoded, telling which it is."""
     for number, chat in enumerate(chats, start=start + 1):
         try:
-            tokenizer.encode_chats([chat])
+            encode([chat])
         except UserError as error:
             asked = next(str(m["content"]) for m in chat.messages if m["role"] == "user")
             raise UserError(f'{source}: conversation {number} ("{asked:.40}"): {error}') from None
@@ -99,14 +127,16 @@ def write_conversations(
         UserError: too few conversations fit, or one cannot be trained with this tokenizer's template.
     """
     seq_len, source = config.data.seq_len, f"--sft-data {config.data.sft}"
-    digests = [content_hash(c.text) for c in conversations]
     chats = [conversation.chat() for conversation in conversations]
-    encoded = encode_all(tokenizer, chats, progress, "conversations", source, tally)
+    samples = encode_turns(tokenizer, chats, progress, "conversations", source, tally)
     if tally is not None:
         tally.settle()
-    fitting = [i for i, (ids, _) in enumerate(encoded) if ids and len(ids) <= seq_len + 1]
+    # Samples of one conversation have one digest, and so go to the same side.
+    digests = [content_hash(c.text) for c, parts in zip(conversations, samples, strict=True) for _ in parts]
+    encoded = [part for parts in samples for part in parts]
+    fitting = [i for i, (ids, _) in enumerate(encoded) if len(ids) <= seq_len + 1]
     if len(fitting) < 2:
-        shortest = min((len(ids) for ids, _ in encoded if ids), default=0)
+        shortest = min((len(ids) for ids, _ in encoded), default=0)
         raise UserError(
             f"{source}: {len(fitting)} of {len(encoded)} conversations fit into seq_len={seq_len} "
             f"tokens (the shortest has {shortest}), but at least 2 must. Use a larger --seq-len."

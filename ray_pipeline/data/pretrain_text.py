@@ -132,14 +132,15 @@ def make_tokenizer(
     if settings.tools:
         written = (text for conversation in conversations for text in conversation.spelled())
         texts = itertools.chain(texts, _up_to(written, TOKENIZER_BYTES))
-    tokenizer = save_trained(train_bpe(texts, settings.vocab_size, tools=settings.tools), folder)
+    trained = train_bpe(texts, settings.vocab_size, tools=settings.tools)
+    tokenizer = save_trained(trained, folder, settings.chat_template)
     check_vocabulary(len(tokenizer), config.model.vocab_size)
     return tokenizer
 
 
 def given_tokenizer(config: PipelineFields, folder: Path) -> ChatTokenizer:
     """Load the tokenizer that the config names, and write it to the folder."""
-    tokenizer = copy_pretrained(config.tokenizer.name, folder)
+    tokenizer = copy_pretrained(config.tokenizer.name, folder, config.tokenizer.chat_template)
     check_vocabulary(len(tokenizer), config.model.vocab_size)
     return tokenizer
 

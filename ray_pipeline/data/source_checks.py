@@ -10,6 +10,7 @@ from typing import NamedTuple
 from ray_pipeline.config import PipelineFields
 from ray_pipeline.data import hub, local_files
 from ray_pipeline.data.chat import ChatTemplate
+from ray_pipeline.data.chat_layout import lay_out, lay_out_each
 from ray_pipeline.data.column_names import ASKED, CONVERSATION, DOCUMENT, PREFERENCE, check_names
 from ray_pipeline.data.reading import Tally
 from ray_pipeline.data.reasoning_gym_source import check_task
@@ -83,7 +84,7 @@ def check_sources(config: PipelineFields) -> list[str]:
         except UserError as error:
             raise UserError(f"{use.flag} {error}") from None
     if template is not None and data.sft == BUILTIN_TOOLS:
-        template.spans(tool_conversation(draw_unique(TOOLS_MIX, config.seed, "check", 1)[0]).chat())
+        lay_out(template, tool_conversation(draw_unique(TOOLS_MIX, config.seed, "check", 1)[0]).chat())
     return notices
 
 
@@ -127,7 +128,7 @@ def _known_template(config: PipelineFields) -> ChatTemplate | None:
     tokenizer = config.tokenizer
     if tokenizer.name == "train":
         check_vocabulary(tokenizer.vocab_size, config.model.vocab_size)
-        return trained_template(tools=tokenizer.tools)
+        return trained_template(tools=tokenizer.tools, chat_template=tokenizer.chat_template)
     if tokenizer.tools:
         raise UserError(
             f"tokenizer.tools=true with tokenizer.name={tokenizer.name}: a tokenizer that is loaded has its own tokens "
@@ -135,7 +136,7 @@ def _known_template(config: PipelineFields) -> ChatTemplate | None:
         )
     if not Path(tokenizer.name).is_dir():
         return None
-    loaded = load_tokenizer(Path(tokenizer.name)).check()
+    loaded = load_tokenizer(Path(tokenizer.name), tokenizer.chat_template).check()
     check_vocabulary(len(loaded), config.model.vocab_size)
     return loaded.template
 
@@ -150,7 +151,7 @@ def _checked_conversations(
         if template is not None and kind not in rendered and not tally.skip:
             rendered.add(kind)
             try:
-                template.spans(conversation.chat())
+                lay_out_each(template, conversation.chat())
             except UserError as error:
                 raise UserError(f"{source.given}: conversation {number}: {error}") from None
         yield conversation

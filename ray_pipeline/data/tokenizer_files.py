@@ -13,6 +13,7 @@ from ray_pipeline.artifacts import atomic_path, write_json
 from ray_pipeline.data.chat import ChatTemplate
 from ray_pipeline.data.chat_templates import DEEPSEEK_TEMPLATE, DEEPSEEK_TOOLS_TEMPLATE
 from ray_pipeline.data.tasks.question import THINK_CLOSE, THINK_OPEN
+from ray_pipeline.data.template_files import DEFAULT, FILE, NAMED_FOLDER, choose
 from ray_pipeline.data.tokenizer import ChatTokenizer, load_tokenizer
 from ray_pipeline.errors import UserError
 from ray_pipeline.tools.format import CALLS_BEGIN, TOOL_TOKENS
@@ -66,12 +67,15 @@ def train_bpe(texts: Iterable[str], vocab_size: int, *, tools: bool = False) -> 
     return tokenizer
 
 
-def trained_template(*, tools: bool) -> ChatTemplate:
-    """The chat template of a tokenizer trained here."""
-    return ChatTemplate(DEEPSEEK_TOOLS_TEMPLATE if tools else DEEPSEEK_TEMPLATE, SPECIAL_STRINGS)
+def trained_template(*, tools: bool, chat_template: str | None = None) -> ChatTemplate:
+    """The chat template of a tokenizer trained here: DeepSeek's, or the file that `tokenizer.chat_template` names."""
+    own = DEEPSEEK_TOOLS_TEMPLATE if tools else DEEPSEEK_TEMPLATE
+    chosen = choose({DEFAULT: own}, chat_template, Path("a trained tokenizer"))
+    assert chosen is not None
+    return ChatTemplate(chosen.source, SPECIAL_STRINGS)
 
 
-def save_trained(tokenizer: Tokenizer, folder: Path) -> ChatTokenizer:
+def save_trained(tokenizer: Tokenizer, folder: Path, chat_template: str | None = None) -> ChatTokenizer:
     """Write the folder transformers loads as PreTrainedTokenizerFast, and read it back.
 
     How many tokens a model holds is the model's matter, so no `model_max_length` is written.
@@ -84,7 +88,7 @@ def save_trained(tokenizer: Tokenizer, folder: Path) -> ChatTokenizer:
         "add_bos_token": False,
         "add_eos_token": False,
         "additional_special_tokens": [USER, ASSISTANT],
-        "chat_template": trained_template(tools=tools).source,
+        "chat_template": trained_template(tools=tools, chat_template=chat_template).source,
     }
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_path(folder / "tokenizer.json") as aside:
@@ -94,21 +98,28 @@ def save_trained(tokenizer: Tokenizer, folder: Path) -> ChatTokenizer:
     return load_tokenizer(folder).check()
 
 
-def copy_pretrained(name: str, folder: Path) -> ChatTokenizer:
+def copy_pretrained(name: str, folder: Path, chat_template: str | None = None) -> ChatTokenizer:
     """Copy a tokenizer folder, or fetch a hub name, and check that conversations can be trained with it.
 
+    Args:
+        chat_template: the only template that the copy has, as `tokenizer.chat_template` names it; None: the folder's.
     Raises:
         UserError: not found, no fast tokenizer, or an unfit chat template.
     """
     source = Path(name)
     if not source.is_dir():
         source = fetch_from_hub(name)
-    load_tokenizer(source).check()
+    loaded = load_tokenizer(source, chat_template).check()
     folder.mkdir(parents=True, exist_ok=True)
-    for file in COPIED:
+    named = [f"{NAMED_FOLDER}/{path.name}" for path in sorted((source / NAMED_FOLDER).glob("*.jinja"))]
+    for file in [*COPIED, *(named if chat_template is None else [])]:
         if (source / file).is_file():
+            (folder / file).parent.mkdir(exist_ok=True)
             with atomic_path(folder / file) as aside:
                 shutil.copyfile(source / file, aside)
+    if chat_template is not None:
+        with atomic_path(folder / FILE) as aside:
+            aside.write_text(loaded.template.source, encoding="utf-8")
     return load_tokenizer(folder)
 
 
@@ -124,7 +135,7 @@ def fetch_from_hub(name: str) -> Path:
     given = f'tokenizer.name="{name}"'
     way_out = "Give a local folder, set HF_ENDPOINT to a reachable mirror, or use --set tokenizer.name=train."
     try:
-        return Path(snapshot_download(name, allow_patterns=list(COPIED)))
+        return Path(snapshot_download(name, allow_patterns=[*COPIED, f"{NAMED_FOLDER}/*.jinja"]))
     except HFValidationError:
         raise UserError(f"{given}: no such folder, and not a hub name like org/name. {way_out}") from None
     except LocalEntryNotFoundError:

@@ -159,7 +159,7 @@ def read_turn(turn: Record, place: str) -> Message:
     role, content = roles[given], turn.get(text_field)
     flag = {_TRAINED: False} if not is_trained(turn, role, place) and role == "assistant" else {}
     if given == "function_call":
-        return {"role": role, "content": "", "tool_calls": _calls(_parsed(content, place), place)} | flag
+        return {"role": role, "content": "", "tool_calls": _calls(content, place)} | flag
     calls = _turn_calls(turn, place)
     if calls is not None and role != "assistant":
         raise BadRecord(f'{place} has "tool_calls", but only an assistant calls tools, not "{given}"')
@@ -178,18 +178,20 @@ def _turn_calls(turn: Record, place: str) -> list[dict[str, Any]] | None:
     calls, legacy = turn.get("tool_calls"), turn.get("function_call")
     if calls and legacy:
         raise BadRecord(f'{place} has "tool_calls" and "function_call"; keep one of them')
-    return _calls(_parsed(calls or legacy, place), place) if calls or legacy else None
+    return _calls(calls or legacy, place) if calls or legacy else None
 
 
 def _calls(value: object, place: str) -> list[dict[str, Any]]:
     """Calls as {"type", "function": {"name", "arguments"}}, from OpenAI's form, the bare function, or a list."""
+    written, value = isinstance(value, str), _parsed(value, place)
     out = []
     for call in value if isinstance(value, list) else [value]:
-        function = call.get("function", call) if isinstance(call, Mapping) else None
+        function = (call.get("function") or call) if isinstance(call, Mapping) else None
         name = function.get("name") if isinstance(function, Mapping) else None
         if not isinstance(call, Mapping) or not isinstance(function, Mapping) or not isinstance(name, str) or not name:
             raise BadRecord(f'{place}: a call needs a "name" and "arguments", not {shown(call)}')
-        arguments = _parsed({} if function.get("arguments") is None else function["arguments"], place)
+        given = {} if function.get("arguments") is None else function["arguments"]
+        arguments = _parsed(given, place) if written or isinstance(given, str) else _present(given)
         if not isinstance(arguments, dict):
             raise BadRecord(f"{place}: the arguments of {name} must be a JSON object, not {shown(arguments)}")
         _check_kind(call, place)
@@ -215,14 +217,16 @@ def read_tools(value: object) -> tuple[dict[str, Any], ...]:
         raise BadRecord(f'"tools" must be a list of functions, not {shown(tools)}')
     out = []
     for tool in tools:
-        function = tool.get("function", tool) if isinstance(tool, Mapping) else None
+        function = (tool.get("function") or tool) if isinstance(tool, Mapping) else None
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
             raise BadRecord(f'each of "tools" needs a "name", not {shown(tool)}')
         _check_kind(tool, '"tools"')
         for field, kind in (("description", str), ("parameters", Mapping)):
             if function.get(field) is not None and not isinstance(function[field], kind):
                 raise BadRecord(f'"tools": {field} of {function["name"]} is {shown(function[field])}')
-        about = {key: dict(v) if isinstance(v, Mapping) else v for key, v in function.items() if v is not None}
+        about = {k: dict(v) if isinstance(v, Mapping) else v for k, v in function.items() if v is not None}
+        if not isinstance(value, str):
+            about = _present(about)
         out.append({"type": "function", "function": about})
     return tuple(out)
 
@@ -232,6 +236,17 @@ def _check_kind(described: Record, place: str) -> None:
     kind = described.get("type")
     if kind not in (None, "function"):
         raise BadRecord(f'{place}: tools are of the type "function", not {shown(kind)}')
+
+
+def _present(value: Any) -> Any:
+    """The value without the keys that have none.
+
+    Arrow's files have one form for all calls and all tools of a column, so that each shows the keys of every other one,
+    as null. A JSON text holds what its author wrote, null included.
+    """
+    if isinstance(value, Mapping):
+        return {key: _present(item) for key, item in value.items() if item is not None}
+    return [_present(item) for item in value] if isinstance(value, list) else value
 
 
 def _parsed(value: object, place: str) -> Any:

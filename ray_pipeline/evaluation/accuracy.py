@@ -91,7 +91,10 @@ def evaluate_questions(
     by_question = dict(zip(fits, completions, strict=True))
     nothing: Completion | Sampled = Completion([], [], finished=False)
     written = [by_question.get(i, nothing) for i in range(len(questions))]
-    texts = [completion_text(tokenizer, completion.tokens) for completion in written]
+    texts = [
+        completion_text(tokenizer, prompt, completion.tokens, (tokenizer.eos_id,))
+        for prompt, completion in zip(prompts, written, strict=True)
+    ]
     right = are_right([(q["prompt"], text, str(q["answer"])) for q, text in zip(questions, texts, strict=True)])
     marked = enumerate(zip(questions, texts, written, right, strict=True))
     return EvalResult([_sample(*one, fits=i in by_question) for i, one in marked])

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
 from model.generate.sampler import NotFiniteLogits
 from model.generate.stopping import ThinkBudget
+from ray_pipeline.data.tasks.question import THINK_OPEN
 from ray_pipeline.errors import UserError
 
 
@@ -54,6 +55,22 @@ def think_budget(tokenizer: PromptTokenizer, tokens: int | None) -> ThinkBudget 
     return ThinkBudget(tokens, tuple(tokenizer.encode("<think>")), tuple(tokenizer.encode("</think>")))
 
 
-def completion_text(tokenizer: PromptTokenizer, tokens: list[int]) -> str:
-    """Text of a completion without its end token."""
-    return tokenizer.decode(tokens[:-1] if tokens and tokens[-1] == tokenizer.eos_id else tokens)
+class Decodes(Protocol):
+    """The part of a tokenizer that gives text back."""
+
+    def decode(self, ids: list[int], /) -> str:
+        """Text of the tokens; `<think>` and `</think>` stay."""
+        ...
+
+
+def opens_thinking(tokenizer: Decodes, prompt: Sequence[int]) -> bool:
+    """Whether the chat template has already written `<think>`, as those of reasoning models do."""
+    return tokenizer.decode(list(prompt[-8:])).rstrip().endswith(THINK_OPEN)
+
+
+def completion_text(tokenizer: Decodes, prompt: Sequence[int], tokens: Sequence[int], eos_ids: Collection[int]) -> str:
+    """Text of a completion without its end token, with the `<think>` that its prompt begins it with."""
+    text = tokenizer.decode(list(tokens[:-1] if tokens and tokens[-1] in eos_ids else tokens))
+    if opens_thinking(tokenizer, prompt) and not text.lstrip().startswith(THINK_OPEN):
+        return THINK_OPEN + text
+    return text

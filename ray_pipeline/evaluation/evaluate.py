@@ -89,13 +89,7 @@ def choose_options(model: LanguageModel, task: Task, watch: Watch = lambda *_: N
     out = []
     for at in range(0, len(task.items), OPTION_BATCH):
         items = task.items[at : at + OPTION_BATCH]
-        prompts = [model.prompt(item.prompt) for item in items]
-        pairs = [
-            (prompt, model.tokenizer.encode(option))
-            for item, prompt in zip(items, prompts, strict=True)
-            for option in item.options
-        ]
-        logprobs = iter(model.logprobs(pairs))
+        logprobs = iter(model.logprobs([model.answered(item.prompt, o) for item in items for o in item.options]))
         for item in items:
             values = [next(logprobs)[0] / len(option.encode()) for option in item.options]
             chosen = item.options[max(range(len(values)), key=lambda i: (values[i], -i))]

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tokenizers import Tokenizer
-
+from ray_pipeline.data.chat_layout import lay_out_prompt
+from ray_pipeline.data.control_text import without_marks
 from ray_pipeline.errors import UserError
 from ray_pipeline.evaluation.asking import AskSettings, Watch, sample_seed
 from ray_pipeline.evaluation.models import LanguageModel
@@ -25,14 +25,14 @@ def adapter_class() -> Any:
     utils: Any = importlib.import_module("lm_eval.utils")
 
     class HarnessModel(base):
-        """Contexts come with the chat template written out; its special tokens are read as such."""
+        """Contexts come with the chat template written out: its control tokens are read as such, those that a question
+        spells are marked as text (`data.control_text`)."""
 
         def __init__(self, model: LanguageModel, settings: AskSettings, watch: Watch):
             super().__init__()
             self.model, self.settings, self.watch = model, settings, watch
             self.cut = 0  # prompts that were too long, and lost their beginning
             self._device = model.backend.device
-            self._rendered = Tokenizer.from_str(model.tokenizer.to_json())
 
         @property
         def tokenizer_name(self) -> str:
@@ -44,15 +44,17 @@ def adapter_class() -> Any:
         def apply_chat_template(
             self, chat_history: Sequence[dict[str, str]], add_generation_prompt: bool = True
         ) -> str:
-            return self.model.tokenizer.template.render(chat_history, generation_prompt=add_generation_prompt)
+            template = self.model.tokenizer.template
+            if add_generation_prompt:
+                return lay_out_prompt(template, chat_history, ())
+            return template.marked(chat_history, ())
 
         def _context(self, text: str) -> list[int]:
-            ids = list(self._rendered.encode(text, add_special_tokens=False).ids)
-            return ids or [self.model.tokenizer.bos_id]
+            return self.model.tokenizer.encode_marked(text) or [self.model.tokenizer.bos_id]
 
         def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-            encode = self.model.tokenizer.encode
-            pairs = [(self._context(context), encode(text)) for context, text in (r.args for r in requests)]
+            more = self.model.tokenizer.encode_more
+            pairs = [(self._context(context), more(text)) for context, text in (r.args for r in requests)]
             self.cut += sum(len(prompt) + len(text) > self.model.backend.context + 1 for prompt, text in pairs)
             return self.model.logprobs(pairs)
 
@@ -166,7 +168,9 @@ def items_of(task: str, samples: Sequence[dict[str, Any]]) -> list[ItemResult]:
 def _item(task: str, sample: dict[str, Any], value: float) -> ItemResult:
     prompt = sample["arguments"][0][0]
     answer = MarkedAnswer(str(sample["filtered_resps"][0]), value == 1, value)
-    return ItemResult(f"{task}/{sample['doc_id']}", str(prompt), str(sample["target"]), task, 0, [answer])
+    return ItemResult(
+        f"{task}/{sample['doc_id']}", without_marks(str(prompt)), str(sample["target"]), task, 0, [answer]
+    )
 
 
 def figures_of(results: dict[str, dict[str, Any]]) -> dict[str, float]:

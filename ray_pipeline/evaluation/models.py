@@ -15,9 +15,9 @@ from model.generate.decode import Decoder, generate
 from model.generate.sampler import NotFiniteLogits
 from model.transformer import Transformer
 from ray_pipeline.artifacts import load_model
-from ray_pipeline.data.tasks.question import THINK_OPEN
 from ray_pipeline.data.tokenizer import ChatTokenizer
 from ray_pipeline.errors import UserError
+from ray_pipeline.evaluation.chat import completion_text, opens_thinking
 from ray_pipeline.evaluation.model_source import ModelSource
 
 SCORED_TOKENS = 8192  # tokens of one forward pass when log-probabilities are asked for
@@ -158,17 +158,21 @@ class LanguageModel:
         """Ids of a question up to where the answer begins."""
         return self.tokenizer.encode_prompt(question)
 
+    def answered(self, question: str, answer: str) -> tuple[list[int], list[int]]:
+        """Ids of a question, and of the whole answer without its end token, as training has them."""
+        ids, mask = self.tokenizer.encode_chat(
+            [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        )
+        start, end = mask.index(1), len(mask) - 1 - mask[::-1].index(1)
+        return ids[:start], ids[start:end]
+
     def text(self, prompt: list[int], tokens: list[int]) -> str:
         """What was answered, without the end token; with the `<think>` that a template writes into the prompt."""
-        ended = bool(tokens) and tokens[-1] in self.eos_ids
-        text = self.tokenizer.decode(tokens[:-1] if ended else tokens)
-        if self.opens_thinking(prompt) and not text.lstrip().startswith(THINK_OPEN):
-            return f"{THINK_OPEN}{text}"
-        return text
+        return completion_text(self.tokenizer, prompt, tokens, self.eos_ids)
 
     def opens_thinking(self, prompt: list[int]) -> bool:
         """Whether the chat template has already written `<think>`."""
-        return self.tokenizer.decode(prompt[-8:]).rstrip().endswith(THINK_OPEN)
+        return opens_thinking(self.tokenizer, prompt)
 
     def logprobs(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
         """Of each continuation after its context: sum of log-probabilities (nats), and whether greedy writes it.

@@ -15,6 +15,7 @@ from ray_pipeline.config_post_training import ScoringConfig
 from ray_pipeline.data.question_records import split_answer
 from ray_pipeline.data.tasks.question import THINK_CLOSE, think
 from ray_pipeline.errors import UserError
+from ray_pipeline.evaluation.chat import completion_text
 from ray_pipeline.reasoning import parse
 from ray_pipeline.rewards.answer import extract, parse_number
 from ray_pipeline.rewards.registry import RewardEntry
@@ -162,4 +163,4 @@ def as_sampled(question: Question, completion: str, tokenizer: ChatEncoder) -> s
     ids, mask = tokenizer.encode_chat(messages, question.get("tools") or ())
     end = len(mask) - mask[::-1].index(1)  # behind the answer's stop token
     start = end - mask[:end][::-1].index(0) if 0 in mask[:end] else 0
-    return tokenizer.decode(ids[start : end - 1])
+    return completion_text(tokenizer, ids[:start], ids[start:end], (tokenizer.eos_id,))

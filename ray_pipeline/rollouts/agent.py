@@ -19,7 +19,7 @@ from ray_pipeline.errors import UserError
 from ray_pipeline.evaluation.chat import think_budget
 from ray_pipeline.rollouts.rollout import Sampled, ToolUse, request_seed
 from ray_pipeline.tools.calls import BadCall, ToolCall, parse_calls
-from ray_pipeline.tools.format import CALLS_END, OUTPUTS_BEGIN, OUTPUTS_END, render_output
+from ray_pipeline.tools.format import CALLS_END, OUTPUTS_BEGIN, OUTPUTS_END, render_output, without_tool_tokens
 from ray_pipeline.tools.schema import argument_error
 from ray_pipeline.tools.toolbox import ToolBox
 
@@ -191,4 +191,6 @@ class ToolTurns:
 
     def outputs(self, texts: Sequence[str]) -> list[int]:
         """What follows the calls when tools have said this, up to where the model goes on."""
-        return [*self.before, *self.tokenizer.encode(render_output(texts)), *self.behind]
+        # What a tool says must not become a control token; tokens of calls are left out of it altogether.
+        said = [self.tokenizer.template.controls.mark(without_tool_tokens(text)) for text in texts]
+        return [*self.before, *self.tokenizer.encode_marked(render_output(said)), *self.behind]

@@ -150,7 +150,8 @@ class Collector:
         sampled = time.monotonic()
         self.phase("scoring")
         questions = [self.questions[i] for i in asked.chosen for _ in range(settings.group_size)]
-        texts = [completion_text(self.tokenizer, answer.tokens) for answer in answers]
+        eos_ids, pairs = (self.tokenizer.eos_id,), zip(questions, answers, strict=True)
+        texts = [completion_text(self.tokenizer, question.prompt, answer.tokens, eos_ids) for question, answer in pairs]
         scores = self.score([(q.text, text, q.answer) for q, text in zip(questions, texts, strict=True)])
         for name, count in scores.failures.items():
             out.failures[name] = out.failures.get(name, 0) + count

@@ -94,7 +94,9 @@ def _from_own_model(
         asked += [part[i] for i in fitting]
         prompt_ids += [prompts[i] for i in fitting]
         written += write_answers(rank, whole, [prompts[i] for i in fitting], seeds, temperature=temperature)
-    texts = [completion_text(whole.tokenizer, completion.tokens) for completion in written]
+    eos_ids = (whole.tokenizer.eos_id,)
+    pairs = zip(prompt_ids, written, strict=True)
+    texts = [completion_text(whole.tokenizer, prompt, completion.tokens, eos_ids) for prompt, completion in pairs]
     right: list[Answer | None] = []
     marks = _marks(asked, texts)
     for question, ids, completion, text, mark in zip(asked, prompt_ids, written, texts, marks, strict=True):

@@ -15,6 +15,7 @@ from ray_pipeline.data.batch import IGNORE, Batch
 from ray_pipeline.data.tokenizer import ChatTokenizer
 from ray_pipeline.engine.engine import Engine
 from ray_pipeline.errors import UserError
+from ray_pipeline.evaluation.chat import completion_text
 from ray_pipeline.evaluation.models import load_causal_lm
 from ray_pipeline.rollouts.rollout import request_seed
 from ray_pipeline.training.teacher import whole_head
@@ -147,4 +148,6 @@ def write_texts(
             max_new_tokens=max_new_tokens, eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.eos_id,
         )  # fmt: skip
     answers = written[:, longest:].tolist()
-    return [tokenizer.decode(a[: a.index(tokenizer.eos_id)]) if tokenizer.eos_id in a else "" for a in answers]
+    ended = [a[: a.index(tokenizer.eos_id) + 1] if tokenizer.eos_id in a else [] for a in answers]
+    pairs = zip(prompts, ended, strict=True)
+    return [completion_text(tokenizer, p, tokens, (tokenizer.eos_id,)) if tokens else "" for p, tokens in pairs]

@@ -218,10 +218,19 @@ def test_a_template_that_writes_mappings_as_json_gets_mappings(tokenizer):
     assert json.dumps(WEATHER) in hermes.template.render(ASKED, tools=[WEATHER])
 
 
+@pytest.mark.parametrize("content", ["message.content", "message['content'] | trim", "'' ~ message.content"])
+def test_empty_content_beside_calls_is_never_the_word_none(tokenizer, content):
+    template = HERMES.replace("{%- if message.content %}{{- message.content }}{%- endif %}", f"{{{{- {content} }}}}")
+    assert template != HERMES
+    ids, mask = with_template(tokenizer, template).encode_chat(ASKED[:2])
+    assert supervised(tokenizer, ids, mask).startswith("<tool_call>")
+
+
 @pytest.mark.parametrize(
     ("template", "messages", "message"),
     [
-        (DEEPSEEK_TEMPLATE, ASKED[:2], r"refuses the conversation.*It holds tool calls: .*tokenizer\.tools=true"),
+        (DEEPSEEK_TEMPLATE, ASKED[:3], r"refuses the conversation.*It holds tool calls: .*tokenizer\.tools=true"),
+        (DEEPSEEK_TEMPLATE, ASKED[:2], r"drops tool calls .* a call of weather\)\. Use --set tokenizer\.tools=true"),
         (DEEPSEEK_TEMPLATE, ASKED[5:7], r"drops tool calls .* a call of weather\)\. Use --set tokenizer\.tools=true"),
         (DEEPSEEK_V3_FIRST, [ASKED[0], turn("assistant", "", call())], "does not end an answer with the eos token"),
         (HERMES.replace("if message.content", "if false"), ASKED[:1] + ASKED[-1:], "drops words of answers"),

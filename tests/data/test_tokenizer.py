@@ -223,7 +223,7 @@ def test_a_template_that_never_stops_is_refused(folder, tmp_path):
 def test_a_template_with_another_generation_prompt_is_refused(folder, tmp_path):
     template = DEEPSEEK_TEMPLATE.replace("prompt %}{{ '<｜Assistant｜>' }}", "prompt %}{{ 'Assistant:' }}")
     bad = edited(folder, tmp_path / "bad", chat_template=template)
-    with pytest.raises(UserError, match="rewrites turn 2 of 2|generation prompt is not the start"):
+    with pytest.raises(UserError, match="prompt ends with 'Assistant:', but .* goes on with '<｜Assistant｜>4"):
         load_tokenizer(bad).check()
 
 

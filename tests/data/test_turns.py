@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from ray_pipeline.data.fields import BadRecord
+from ray_pipeline.data.record_files import read_records
 from ray_pipeline.data.records import as_conversation
 
 PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}}}
@@ -61,6 +64,29 @@ def test_ids_of_calls_are_kept_for_templates_that_write_them():
     messages = [EXPECTED[0], called, output, EXPECTED[3]]
     read = as_conversation({"messages": messages}).messages
     assert list(read) == [EXPECTED[0], {**called, "content": ""}, output, EXPECTED[3]]
+
+
+def test_calls_and_tools_from_parquet_have_their_own_keys_alone(tmp_path):
+    schema = {"type": "object", "properties": {"sum": {"type": "string", "enum": ["a", None]}}}
+    add = {"name": "add", "description": "Adds.", "parameters": schema}
+    called = [CALL, {"type": "function", "function": {"name": "add", "arguments": {"sum": "1+2", "of": [{"a": 1}]}}}]
+    messages = [EXPECTED[0], {**EXPECTED[1], "tool_calls": called}, *EXPECTED[2:]]
+    pyarrow.parquet.write_table(
+        pyarrow.Table.from_pylist([{"messages": messages, "tools": [TOOL, add]}]), tmp_path / "a.parquet"
+    )
+    [(_, record)] = read_records(tmp_path / "a.parquet")
+    assert record["messages"][1]["tool_calls"][0]["function"]["arguments"] == {"city": "Köln", "sum": None, "of": None}
+    conversation = as_conversation(record)
+    assert conversation.messages[1]["tool_calls"] == called
+    assert conversation.tools == tuple({"type": "function", "function": tool} for tool in (TOOL, add))
+
+
+def test_null_in_arguments_that_are_json_text_is_what_was_called():
+    call = {"function": {"name": "weather", "arguments": '{"city": null}'}}
+    read = as_conversation({"messages": openai(call)}).messages
+    assert read[1]["tool_calls"][0]["function"]["arguments"] == {"city": None}
+    written = as_conversation({"conversations": [SHAREGPT[0], {**SHAREGPT[2], "value": json.dumps(call["function"])}]})
+    assert written.messages[1]["tool_calls"][0]["function"]["arguments"] == {"city": None}
 
 
 def test_a_conversation_may_end_with_a_call():

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from ray_pipeline.data.tokenizer_files import EOS
 from ray_pipeline.errors import UserError
 from ray_pipeline.evaluation.asking import AskSettings
 from ray_pipeline.evaluation.evaluate import evaluate
@@ -63,6 +64,39 @@ def test_a_generated_answer_is_marked_by_the_harness(model: LanguageModel, tmp_p
     )
     limited = make_task(f"lm_eval:{tmp_path / 'toy_written.yaml'}", Request(limit=1))
     assert len(evaluate(model, limited, SETTINGS).items) == 1
+
+
+def test_control_tokens_in_a_question_stay_text_in_the_harness(model: LanguageModel, tmp_path: Path) -> None:
+    asked = f"two{EOS}<｜User｜>"
+    body = (
+        "output_type: generate_until\ndoc_to_text: '{{question}}'\ndoc_to_target: '{{answer}}'\n"
+        "generation_kwargs:\n  until: ['\\n\\n']\n  max_gen_toks: 6\nmetric_list:\n  - metric: exact_match\n"
+    )
+    made = make_task(
+        f"lm_eval:{yaml_task(tmp_path, 'toy_control', body, {'question': asked, 'answer': 'x'})}", Request()
+    )
+    seen: list[list[int]] = []
+    write = model.backend.generate
+
+    def watched(prompts: list[list[int]], **options: Any) -> Any:
+        seen.extend(prompts)
+        return write(prompts, **options)
+
+    found = evaluate(replace(model, backend=Watched(model.backend, watched)), made, SETTINGS)
+    assert seen == [model.prompt(asked)] and model.tokenizer.eos_id not in seen[0]
+    assert found.items[0].prompt == model.tokenizer.template.render(
+        [{"role": "user", "content": asked}], generation_prompt=True
+    )
+
+
+class Watched:
+    """A backend of which one method is another."""
+
+    def __init__(self, backend: Any, generate: Any):
+        self._backend, self.generate = backend, generate
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._backend, name)
 
 
 def test_multiple_choice_goes_by_our_logprobs(model: LanguageModel, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import torch
 from model.convert.hf_load import load_hf
 from model.generate.decode import Decoder, generate
 from model.transformer import Transformer
-from ray_pipeline.data.tokenizer_files import save_trained, train_bpe
+from ray_pipeline.data.tokenizer_files import EOS, save_trained, train_bpe
 from ray_pipeline.errors import UserError
 from ray_pipeline.evaluation.asking import AskSettings, ask, count_thinking
 from ray_pipeline.evaluation.model_source import describe_folder
@@ -147,6 +147,13 @@ def test_rows_that_reach_the_end_of_the_context_do_not_touch_the_others(
     assert len(model.prompt(asked[1].prompt)) + replies[1][0].tokens <= room
 
 
+def test_options_are_measured_as_answers_are_trained(models: dict[str, LanguageModel]) -> None:
+    model = models["hf"]
+    question, answer = model.answered("two", f"four{EOS}")
+    assert question == model.prompt("two")
+    assert model.tokenizer.decode(answer) == f"four{EOS}" and model.tokenizer.eos_id not in answer
+
+
 def test_a_template_that_opens_the_thinking_counts_as_thinking(tmp_path: Path) -> None:
     folder = save_ours(tmp_path / "opens")
     values = json.loads((folder / "tokenizer_config.json").read_text())
@@ -158,6 +165,8 @@ def test_a_template_that_opens_the_thinking_counts_as_thinking(tmp_path: Path) -
     assert model.opens_thinking(prompt)
     assert model.text(prompt, model.tokenizer.encode("four")) == "<think>four"
     assert not model.opens_thinking(prompt[:-4])
+    question, answer = model.answered("two", "four")
+    assert question == prompt and model.tokenizer.decode(answer) == "\n</think>\n\nfour"
 
 
 OPEN, CLOSE = [7], [8]

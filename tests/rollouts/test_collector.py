@@ -122,3 +122,17 @@ def test_collected_rollouts_survive_a_file(iteration, place):
     back = Collected.of(torch.load(file, weights_only=True))
     assert repr(back) == repr(collected)  # NaN is not equal to itself
     assert torch.equal(back.groups[0][0].routing, collected.groups[0][0].routing)
+
+
+def test_thinking_that_the_prompt_opened_is_part_of_what_is_marked():
+    class Thinking(Words):
+        def decode(self, ids: list[int], /) -> str:
+            return "<think>\n" if ids[-1] == 2 else super().decode(ids)
+
+    heard = []
+    mark, _ = collector(score_with(lambda question, text: float(heard.append(text) or 0)), prompts_per_step=10)
+    mark.tokenizer = Thinking()
+    mark.collect(mark.ask(0, 0))
+    opened = [text.startswith("<think>") for text in heard]
+    assert any(opened) and not all(opened), "only question 0 has such a prompt"
+    assert all(text.startswith("<think>2 ") or text == "<think>" for text, o in zip(heard, opened, strict=True) if o)
