@@ -20,8 +20,7 @@ from ray_pipeline.engine.schedule import build_schedule
 from ray_pipeline.engine.schedule_simulation import Costs, simulate
 from ray_pipeline.layout import Layout
 from ray_pipeline.objectives.cross_entropy import CrossEntropy
-from ray_pipeline.verification.cases import Subject
-from ray_pipeline.verification.steps import make_batch
+from tests.engine.test_parity import make_batch
 
 H100 = replace(find_hardware("h100"), launch=0.0)
 # A head that costs next to nothing, so that stages are alike.
@@ -132,7 +131,7 @@ class Operations(TorchDispatchMode):
 def test_launches_are_about_those_of_a_real_step(changes: dict[str, int]) -> None:
     small = replace(load_config(None, {}).model, num_hidden_layers=4, n_routed_experts=4, **changes)
     engine = Engine(small, Mesh(MeshSizes()), optimizer=OptimizerConfig(), micro_batch=4)
-    batch, objective = make_batch(Subject(small, 8, 32, 1, 0), 0), CrossEntropy(0.3)
+    batch, objective = make_batch(0, seq_len=32), CrossEntropy(0.3)
     engine.train_step(batch, objective, 1e-3)
     with Operations() as operations:
         engine.train_step(batch, objective, 1e-3)

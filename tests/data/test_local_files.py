@@ -116,6 +116,7 @@ def test_missing_and_unfit_files_say_what_to_do(tmp_path):
         (b"PAR1....", r"is a parquet file, not plain text\. Let its name end in \.parquet"),
         (b"PK\x03\x04....", "is a zip archive"),
     ],
+    ids=["gzip", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "parquet", "zip"],  # gzip's bytes hold the time
 )
 def test_a_file_of_another_kind_is_called_what_it_is(tmp_path, content, message):
     path = tmp_path / "a.jsonl"
