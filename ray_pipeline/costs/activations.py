@@ -61,9 +61,12 @@ def routed_bytes(work: Workload, on: Kernels) -> int:
 
 
 def _router(model: ModelConfig) -> int:
-    """Scores, chosen experts, their weights before and after normalisation; a balancing loss, the scores' sum."""
-    k = model.num_experts_per_tok
-    total = FP32 * (model.n_routed_experts + (model.aux_loss_alpha > 0)) + INDEX * k
+    """Scores, chosen experts, their weights before and after normalisation.
+
+    A balancing loss keeps the scores' sum as well, and one within sequences whether the token counts.
+    """
+    k, balanced = model.num_experts_per_tok, model.aux_loss_alpha > 0
+    total = FP32 * (model.n_routed_experts + balanced + (balanced and model.seq_aux)) + INDEX * k
     return total + (FP32 * (k + 1) if model.norm_topk_prob else 0)
 
 
