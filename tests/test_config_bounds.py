@@ -131,10 +131,10 @@ def test_numbers_of_flags_that_cannot_work_are_refused(
     ],
 )
 def test_values_that_cannot_work_are_refused_at_once(settings: dict[str, str]) -> None:
-    started = time.monotonic()
+    started = time.process_time()
     with pytest.raises(UserError):
         load_config(None, settings)
-    assert time.monotonic() - started < 5
+    assert time.process_time() - started < 5
 
 
 def test_merge_keys_work_and_dates_stay_text() -> None:
@@ -171,11 +171,11 @@ BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
 def test_hostile_yaml_is_one_message(text: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(text)
-    started = time.monotonic()
+    started = time.process_time()
     assert main(["config-show", "--config", str(path)]) == 2
     told = capsys.readouterr().err
     assert told.startswith("Error: ") and said in told and "Traceback" not in told
-    assert time.monotonic() - started < 5
+    assert time.process_time() - started < 5
 
 
 def test_a_path_that_cannot_be_a_file_is_told(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -73,6 +73,6 @@ def test_the_share_held_out_is_what_was_asked_for():
 
 
 def test_long_runs_of_blanks_are_cleaned_in_linear_time():
-    start = time.perf_counter()
+    start = time.process_time()
     assert clean_text("a" + " " * 400_000 + "b" + " \t" * 200_000) == "a" + " " * 400_000 + "b"
-    assert time.perf_counter() - start < 2  # minutes, where every blank of a run is tried as its first
+    assert time.process_time() - start < 2  # minutes, where every blank of a run is tried as its first

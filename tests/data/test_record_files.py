@@ -122,9 +122,9 @@ def test_a_large_array_takes_time_in_proportion_and_little_memory(tmp_path):
     count = 20_000_000 // len(record)
     with path.open("w") as file:
         file.write("[\n" + ",\n".join([record] * count) + "\n]\n")
-    start = time.monotonic()
+    start = time.process_time()
     assert sum(1 for _ in read_records(path)) == count
-    assert time.monotonic() - start < 30  # a second or two; minutes where the time grows with the square
+    assert time.process_time() - start < 30  # a second or two; minutes where the time grows with the square
     tracemalloc.start()
     for _ in read_records(path):
         pass
@@ -137,9 +137,9 @@ def test_a_long_line_is_put_together_once(tmp_path, monkeypatch):
     path, text = tmp_path / "a.jsonl", "x" * 4_000_000
     path.write_text(json.dumps({"text": text}) + '\n{"text": "b"}')
     monkeypatch.setattr(local_files, "_CHUNK", 1 << 10)
-    start = time.monotonic()
+    start = time.process_time()
     assert [record["text"] for _, record in read_records(path)] == [text, "b"]
-    assert time.monotonic() - start < 10
+    assert time.process_time() - start < 10
 
 
 def test_an_entry_that_is_no_object_is_given_as_a_bad_one(tmp_path):

@@ -78,10 +78,10 @@ def test_ordinary_templates_give_what_jinja_gives(source: str) -> None:
 )
 def test_a_hostile_template_is_stopped(source: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(template_limits, "RENDER_SECONDS", 0.5)
-    before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+    before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     with pytest.raises(TemplateTooLarge, match=said):
         compile_template(source).render(messages=MESSAGES)
-    assert time.monotonic() - started < 5
+    assert time.process_time() - started < 5
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 400_000, "KiB"
 
 
