@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 
 from ray_pipeline import workflow
 from ray_pipeline.cli import main
+from ray_pipeline.cli.group import STOPPING
 from ray_pipeline.config import PipelineFields
 from ray_pipeline.config_load import config_yaml, load_config
 from ray_pipeline.errors import StageFailed, UserError
@@ -94,6 +96,16 @@ def test_ctrl_c_says_how_to_go_on(seen: Recorder, stored: Path, tmp_path: Path, 
     assert capsys.readouterr().err.strip().endswith(f"resume mine --output-dir {tmp_path}")
 
 
+@pytest.fixture
+def fresh_signals() -> Iterator[None]:
+    """Signals as a new program has them: in this process other tests may have started Ray, which takes SIGTERM."""
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in STOPPING}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler or signal.SIG_DFL)
+
+
+@pytest.mark.usefixtures("fresh_signals")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_that_ends_the_program_says_how_to_go_on(
     seen: Recorder, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, number: int
@@ -109,6 +121,7 @@ def test_a_signal_that_ends_the_program_says_how_to_go_on(
     assert signal.getsignal(number) is signal.SIG_DFL
 
 
+@pytest.mark.usefixtures("fresh_signals")
 def test_a_signal_in_another_verb_ends_it_without_a_traceback(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
