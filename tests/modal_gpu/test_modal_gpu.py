@@ -117,7 +117,7 @@ def test_local_inputs_go_up_under_their_content(tmp_path: Path) -> None:
     text.write_text("one")
     table.write_text("{}")
     overrides = {
-        "data.pretrain": [{"name": str(text), "weight": 2}, {"name": "org/set:train:text"}],
+        "data.pretrain": [{"name": str(text), "weight": 2}, {"name": "org/set:train:text", "weight": 1}],
         "data.sft": f"{table}:messages",
     }
     config = load_config(None, overrides)
