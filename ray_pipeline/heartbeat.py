@@ -100,8 +100,9 @@ class Heartbeat:
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
 
     def start(self) -> None:
-        """Begin to beat."""
+        """Begin to beat; the first is written before this returns, so that a rank stopped right away is missed too."""
         self._file = os.open(beat_file(self.folder, self.rank), os.O_WRONLY | os.O_CREAT, 0o644)
+        self._beat()
         self._thread.start()
 
     def stop(self) -> None:

@@ -193,6 +193,14 @@ def test_where_stacks_may_not_be_read_it_says_so_and_a_rank_shows_its_own(tmp_pa
     assert "may not look at process" in own and "test_where_stacks_may_not_be_read" in own
 
 
+def test_a_rank_has_given_a_sign_of_life_as_soon_as_it_began(tmp_path):
+    heartbeat_of_two = Heartbeat(tmp_path, 2)
+    heartbeat_of_two.start()
+    first = json.loads(heartbeat.beat_file(tmp_path, 2).read_text())
+    heartbeat_of_two.stop()
+    assert first["beat"] >= 1 and first["pid"] == os.getpid() and is_here(first)
+
+
 def test_a_process_is_known_by_its_start_so_that_no_other_is_ended():
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     found = process_stat(child.pid)
