@@ -9,7 +9,7 @@ import modal
 
 from modal_gpu.body import RemoteResult, execute
 from modal_gpu.image import build_image
-from ray_pipeline.config import ModalConfig
+from ray_pipeline.settings.schema import ModalConfig
 
 APP_NAME = "ray-pipeline"
 RUNS = "/runs"

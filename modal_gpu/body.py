@@ -35,11 +35,11 @@ def execute(
         config_yaml: a complete recipe with `run_name`. stages: fields of `StageSelection`.
         runs_dir: where the volume is mounted. save: makes what is written there last beyond this container.
     """
-    from ray_pipeline.config_load import load_config
+    from ray_pipeline.dag.plan import StageSelection
+    from ray_pipeline.dag.workflow import run_pipeline
     from ray_pipeline.hardware import count_gpus
-    from ray_pipeline.layout_choice import resolve_layout
-    from ray_pipeline.workflow import run_pipeline
-    from ray_pipeline.workflow_plan import StageSelection
+    from ray_pipeline.layout.choice import resolve_layout
+    from ray_pipeline.settings.loading import load_config
 
     folder = Path(runs_dir)
     # Beside the runs, not inside one: the run's own config.yaml is written by the workflow.

@@ -10,15 +10,15 @@ from modal.config import config as modal_settings
 
 from modal_gpu.app import RUNS, app, configured
 from modal_gpu.files import fetch, local_inputs, remote_name
-from ray_pipeline.config_load import config_yaml
+from ray_pipeline.dag.identity import default_run_name, moved_name, with_source_names
 from ray_pipeline.errors import UserError, did_you_mean
-from ray_pipeline.identity import default_run_name, moved_name, with_source_names
-from ray_pipeline.layout import Layout, with_layout
-from ray_pipeline.layout_choice import resolve_layout
+from ray_pipeline.layout.choice import resolve_layout
+from ray_pipeline.layout.layout import Layout, with_layout
+from ray_pipeline.settings.loading import config_yaml
 
 if TYPE_CHECKING:
-    from ray_pipeline.config import PipelineFields
-    from ray_pipeline.workflow_plan import StageSelection
+    from ray_pipeline.dag.plan import StageSelection
+    from ray_pipeline.settings.schema import PipelineFields
 
 GPU_TYPES = ("T4", "L4", "A10", "L40S", "A100", "A100-40GB", "A100-80GB", "RTX-PRO-6000", "H100", "H200", "B200")
 GPUS_PER_CONTAINER = 8
@@ -124,7 +124,7 @@ def upload(config: PipelineFields, volume: modal.Volume) -> PipelineFields:
 
 def plan(config: PipelineFields, layout: Layout, stages: StageSelection) -> int:
     """Print what would run, and where, without an account."""
-    from ray_pipeline.workflow import run_pipeline
+    from ray_pipeline.dag.workflow import run_pipeline
 
     print(f"Modal: would rent {config.modal.gpu_type} x {layout.gpus} for at most {config.modal.timeout_seconds} s")
     return run_pipeline(config, layout=layout, stages=stages, dry_run=True)

@@ -13,16 +13,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from model import auxiliary
-from model.attention.build import build_attention, visible_tokens
 from model.attention.core import document_positions
+from model.attention.kinds import build_attention, visible_tokens
 from model.config import ModelConfig
+from model.layers import auxiliary
 from model.layers.feed_forward import FeedForward
 from model.layers.linear import as_operand
+from model.layers.loss import tokens_ahead
 from model.layers.norm import build_norm
 from model.layers.rope import rotary_table
 from model.layers.vocab import Embedding, Head
-from model.loss import tokens_ahead
 from model.moe.experts import MixtureOfExperts
 from model.moe.replay import split_routing
 from model.mtp import MultiTokenPredictor

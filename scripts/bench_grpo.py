@@ -30,7 +30,7 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 
 from ray_pipeline.errors import UserError, did_you_mean  # noqa: E402
-from ray_pipeline.launcher import worker_environment  # noqa: E402
+from ray_pipeline.launch.launchers import worker_environment  # noqa: E402
 from scripts.grpo_bench import plot  # noqa: E402
 from scripts.grpo_bench.task import Task, prepare  # noqa: E402
 from scripts.parallel_bench.results import provenance  # noqa: E402

@@ -28,7 +28,7 @@ import torch  # noqa: E402
 
 from model.convert.hf_config import to_hf  # noqa: E402
 from ray_pipeline.errors import UserError, did_you_mean  # noqa: E402
-from ray_pipeline.launcher import worker_environment  # noqa: E402
+from ray_pipeline.launch.launchers import worker_environment  # noqa: E402
 from scripts.parallel_bench import plot, results  # noqa: E402
 from scripts.parallel_bench.processes import CompetitorFailed, World  # noqa: E402
 from scripts.parallel_bench.task import REFERENCE, Row, Task, full_task, quick_task, table  # noqa: E402

@@ -25,12 +25,12 @@ from model.config import ModelConfig  # noqa: E402
 from model.generate.decode import Completion, Decoder, generate  # noqa: E402
 from model.parallel.mesh import Mesh, MeshSizes  # noqa: E402
 from model.transformer import Transformer  # noqa: E402
-from ray_pipeline.config import OptimizerConfig  # noqa: E402
 from ray_pipeline.engine.engine import Engine  # noqa: E402
 from ray_pipeline.objectives.grpo import Grpo  # noqa: E402
 from ray_pipeline.rollouts.advantages import group_advantages  # noqa: E402
-from ray_pipeline.rollouts.packing import pack_rollouts  # noqa: E402
+from ray_pipeline.rollouts.packed_rows import pack_rollouts  # noqa: E402
 from ray_pipeline.rollouts.rollout import Rollout  # noqa: E402
+from ray_pipeline.settings.schema import OptimizerConfig  # noqa: E402
 
 ASK, END, PAD = 10, 11, 12  # tokens behind the ten digits
 CONFIG = ModelConfig(

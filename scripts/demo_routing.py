@@ -20,11 +20,11 @@ sys.path.insert(0, str(ROOT))
 
 from model.config import ModelConfig  # noqa: E402
 from model.parallel.mesh import Mesh, MeshSizes  # noqa: E402
-from ray_pipeline.config import OptimizerConfig  # noqa: E402
-from ray_pipeline.data.batch import IGNORE, Batch  # noqa: E402
-from ray_pipeline.data.text import document_at  # noqa: E402
+from ray_pipeline.data.rows.batch import IGNORE, Batch  # noqa: E402
+from ray_pipeline.data.text.builtin_text import document_at  # noqa: E402
 from ray_pipeline.engine.engine import Engine  # noqa: E402
 from ray_pipeline.objectives.cross_entropy import CrossEntropy  # noqa: E402
+from ray_pipeline.settings.schema import OptimizerConfig  # noqa: E402
 
 CONFIG = ModelConfig(
     vocab_size=256, hidden_size=64, intermediate_size=128, moe_intermediate_size=32, num_hidden_layers=3,

@@ -33,9 +33,9 @@ def download(name: str, split: str, output: Path, max_documents: int | None) -> 
     Raises:
         UserError: the file is there already, no such dataset, no network, a full disk.
     """
-    from ray_pipeline.artifacts import atomic_path
-    from ray_pipeline.data.hub import stream_records
+    from ray_pipeline.data.files.hub import stream_records
     from ray_pipeline.errors import UserError
+    from ray_pipeline.records.artifacts import atomic_path
 
     if output.exists():
         raise UserError(f"{output}: is there already. Use it, give another --output, or move it away.")

@@ -24,9 +24,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from ray_pipeline.config_load import load_config  # noqa: E402
+from ray_pipeline.dag.ledger import read_status  # noqa: E402
 from ray_pipeline.evaluation.statistics import wilson_interval  # noqa: E402
-from ray_pipeline.ledger import read_status  # noqa: E402
+from ray_pipeline.settings.loading import load_config  # noqa: E402
 from scripts.parallel_bench.results import provenance  # noqa: E402
 
 # The student learns from conversations, as in SFT, and from no teacher.

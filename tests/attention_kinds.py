@@ -7,8 +7,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from model.attention.build import build_attention, visible_tokens
 from model.attention.core import document_positions
+from model.attention.kinds import build_attention, visible_tokens
 from model.config import ModelConfig
 from model.layers.rope import rotary_table
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from hypothesis import strategies as st
 
-from ray_pipeline.config import PipelineFields
-from ray_pipeline.layout import Layout
+from ray_pipeline.layout.layout import Layout
+from ray_pipeline.settings.schema import PipelineFields
 
 # The student is as deep as the model, for layouts with more than three parts.
 SIX_LAYERS = {"distillation.student.num_hidden_layers": 6}

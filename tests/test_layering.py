@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,75 +12,44 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("model", "ray_pipeline", "modal_gpu")
 
-# Height of each part; a file may import from its own height or lower. The longest matching prefix counts.
-HEIGHT = {
-    "model": 0,
-    "ray_pipeline": 1,
-    "ray_pipeline.costs": 2,
-    "ray_pipeline.objectives": 2,
-    "ray_pipeline.data": 2,
-    "ray_pipeline.reasoning": 2,
-    "ray_pipeline.rewards": 2,
-    "ray_pipeline.engine": 2,
-    "ray_pipeline.rollouts": 2,
-    "ray_pipeline.evaluation": 2,
-    "ray_pipeline.evaluation.reports": 5,  # in the style of a run's report
-    "ray_pipeline.tracking": 2,
-    "ray_pipeline.progress": 2,
-    "ray_pipeline.training": 3,
-    "ray_pipeline.stages": 4,
-    "ray_pipeline.stages.base": 1,
-    "ray_pipeline.launcher": 4,
-    "ray_pipeline.verification": 4,
-    "ray_pipeline.serve": 4,
-    "ray_pipeline.ledger": 5,
-    "ray_pipeline.workflow_plan": 5,
-    "ray_pipeline.workflow": 5,
-    "ray_pipeline.workflow_view": 5,
-    "ray_pipeline.stage_task": 5,
-    "ray_pipeline.report": 5,
-    "modal_gpu": 6,
-    "ray_pipeline.cli": 7,
-}
+MOST_ROOMS = 30
 
 # Library -> prefixes of the modules that may import it.
 OWNERS = {
     "ray": (
-        "ray_pipeline.local_ray",
-        "ray_pipeline.workflow",
-        "ray_pipeline.launcher",
-        "ray_pipeline.data.ray_",
+        "ray_pipeline.dag.workflow",
+        "ray_pipeline.launch",
+        "ray_pipeline.data.text.ray_prepare",
         "ray_pipeline.rollouts.ray_engine",
-        "ray_pipeline.serve",
     ),
     "deepspeed": ("ray_pipeline.engine.zero",),
-    "wandb": ("ray_pipeline.tracking",),
+    "wandb": ("ray_pipeline.records.trackers",),
     "modal": ("modal_gpu",),
     "click": ("ray_pipeline.cli",),
-    "pydantic_settings": ("ray_pipeline.config_load",),
+    "pydantic_settings": ("ray_pipeline.settings.loading",),
 }
 
 # What knows nothing of torch, so that a plan or a refusal is quick.
 WITHOUT_TORCH = (
     "model.config",
-    "ray_pipeline.config",
+    "ray_pipeline.settings.schema",
     "model.convert.folder",
-    "ray_pipeline.config_load",
-    "ray_pipeline.config_init_from",
-    "ray_pipeline.config_checks",
-    "ray_pipeline.config_errors",
-    "ray_pipeline.config_sources",
-    "ray_pipeline.layout",
-    "ray_pipeline.layout_rules",
-    "ray_pipeline.layout_choice",
+    "ray_pipeline.settings.loading",
+    "ray_pipeline.settings.init_from",
+    "ray_pipeline.settings.checks",
+    "ray_pipeline.settings.messages",
+    "ray_pipeline.settings.layers",
+    "ray_pipeline.layout.layout",
+    "ray_pipeline.layout.rules",
+    "ray_pipeline.layout.choice",
     "ray_pipeline.verification.cases",
     "model.parallel.placement",
-    "ray_pipeline.engine.schedule",
-    "ray_pipeline.engine.schedule_simulation",
+    "ray_pipeline.engine.pipeline.schedule",
+    "ray_pipeline.engine.pipeline.schedule_simulation",
     "ray_pipeline.engine.zero_settings",
     "ray_pipeline.costs.memory",
     "ray_pipeline.costs.picture",
-    "ray_pipeline.presets",
+    "ray_pipeline.settings.presets",
     "ray_pipeline.errors",
 )
 
@@ -116,21 +87,87 @@ def imports(path: Path, *, at_run_time: bool = True) -> set[str]:
     return found
 
 
-def height(module: str) -> int:
-    parts = module.split(".")
-    prefixes = (".".join(parts[:size]) for size in range(len(parts), 0, -1))
-    return next(HEIGHT[prefix] for prefix in prefixes if prefix in HEIGHT)
-
-
 def starts(module: str, prefix: str) -> bool:
-    return module.startswith(prefix) if prefix.endswith("_") else module == prefix or module.startswith(prefix + ".")
+    return module == prefix or module.startswith(prefix + ".")
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_imports_go_downwards(module: str) -> None:
-    inside = {name for name in imports(MODULES[module]) if name.split(".")[0] in PACKAGES}
-    upwards = sorted(name for name in inside if height(name) > height(module))
-    assert not upwards, f"{module} imports {upwards}, which stand above it"
+def inside(module: str) -> set[str]:
+    """Modules of this project that one imports when it runs, in functions too; a package's own name is none."""
+    found = {name for name in imports(MODULES[module]) if name in MODULES}
+    return {name for name in found if not any(other.startswith(name + ".") for other in found)}
+
+
+def room(module: str) -> str:
+    """The folder below a package; a file that lies in the package itself counts as a room of its own here."""
+    parts = module.split(".")
+    return parts[0] if parts[0] == "modal_gpu" else ".".join(parts[:2])
+
+
+def leaf_room(module: str) -> str:
+    """The innermost folder; a file beside folders counts as a room of its own."""
+    folder, _, _ = module.rpartition(".")
+    mixed = folder in PACKAGES or any(name.startswith(folder + ".") and name.count(".") > folder.count(".") + 1
+                                      for name in MODULES)  # fmt: skip
+    return module if mixed or MODULES[module].name == "__init__.py" else folder
+
+
+def arrows(name_of: Callable[[str], str]) -> dict[str, set[str]]:
+    """Room -> rooms it imports from."""
+    out: dict[str, set[str]] = {}
+    for module in MODULES:
+        to = {name_of(name) for name in inside(module)} - {name_of(module)}
+        out.setdefault(name_of(module), set()).update(to)
+    return out
+
+
+def mapped_rooms() -> list[str]:
+    """The rooms in the order of the README's map."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Map of the code")[2].split("```")[1]
+    out, package = [], ""
+    for line in text.strip().splitlines():
+        names = re.findall(r"^ *([a-z_]+)/ (?:([a-z_]+)/ )?", line)[0]
+        if line.startswith(" "):
+            out += [f"{package}.{name}" for name in names if name]
+        else:
+            package = names[0]
+    return out
+
+
+@pytest.mark.parametrize("name_of", [room, leaf_room])
+def test_no_circle_of_rooms(name_of: Callable[[str], str]) -> None:
+    waiting = arrows(name_of)
+    while free := [name for name, to in waiting.items() if not to & waiting.keys()]:
+        for name in free:
+            del waiting[name]
+    assert not waiting, f"a circle: {({name: sorted(to & waiting.keys()) for name, to in waiting.items()})}"
+
+
+def test_the_map_has_every_room_and_imports_go_down_it() -> None:
+    order = mapped_rooms()
+    folders = {room(name) for name, path in MODULES.items() if name.count(".") > 1 or path.name == "__init__.py"}
+    assert set(order) == {name for name in folders if "." in name}
+    assert len(order) + 1 <= MOST_ROOMS  # and modal_gpu
+    upwards = [
+        (name, other)
+        for name, to in arrows(room).items()
+        for other in to
+        if name in order and other in order and order.index(other) < order.index(name)
+    ]
+    assert not upwards
+
+
+def test_a_package_holds_folders_and_few_files_of_its_own() -> None:
+    assert len(list((ROOT / "ray_pipeline").glob("*.py"))) <= 3
+
+
+def test_no_two_files_share_a_name() -> None:
+    stems: dict[str, list[str]] = {}
+    for name, path in MODULES.items():
+        if path.name not in ("__init__.py", "__main__.py"):
+            stems.setdefault(path.stem, []).append(name)
+    allowed = ("ray_pipeline.cli", "ray_pipeline.stages")  # a verb and what it shows, a stage and its objective
+    shared = {stem: names for stem, names in stems.items() if len([n for n in names if not n.startswith(allowed)]) > 1}
+    assert not shared
 
 
 @pytest.mark.parametrize("module", [name for name in MODULES if name.startswith("model")])

@@ -1,6 +1,6 @@
 """Causal softmax attention by blocks of queries, for the CPU.
 
-Most of what the mask hides is never computed (`model.attention.parts`). There are two forms:
+Most of what the mask hides is never computed (`model.attention.blocks`). There are two forms:
 
 - torch's fused kernel on one part after another, which keeps no probabilities (`FusedBlocks`);
 - products of whole parts, which keep them for the backward pass (`BlockedAttention`): quicker for wide heads, and in
@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.attention.parts import Keys, Part, bias_of, document_parts, hide, visible_parts
+from model.attention.blocks import Keys, Part, bias_of, document_parts, hide, visible_parts
 
 # Features of a head in fp32 from which products of blocks are quicker than the fused kernel by so much that it is worth
 # keeping their probabilities: from 48 on by a twentieth of a training step (measured).

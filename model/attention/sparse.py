@@ -15,8 +15,8 @@ from model.attention.core import softmax_attention
 from model.attention.index_loss import Index, indexer_kl
 from model.attention.indexer import Indexer, select
 from model.attention.mla import MultiHeadLatentAttention
-from model.auxiliary import add_loss, current_scale
 from model.config import ModelConfig
+from model.layers.auxiliary import add_loss, current_scale
 from model.parallel.collectives import heads_for_positions, positions_for_heads, reduce_from
 
 

@@ -1,7 +1,7 @@
 """A model in this project's own format, for architectures that no published class has.
 
 A folder: config.json (a plain ModelConfig), model.safetensors under the names of our modules, tokenizer, model card.
-`ray_pipeline.artifacts.load_model` and `model.convert.hf_load` read it.
+`ray_pipeline.records.artifacts.load_model` and `model.convert.hf_load` read it.
 """
 
 from __future__ import annotations

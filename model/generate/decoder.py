@@ -17,8 +17,8 @@ from model.generate.attention_steps import build_decode_attention
 from model.generate.cache import KVCache
 from model.generate.fast_experts import FastExperts
 from model.generate.fast_norm import prepared
+from model.kernels.product import Factor
 from model.layers.feed_forward import FeedForward
-from model.layers.product import Factor
 from model.moe.experts import MixtureOfExperts
 from model.mtp import MultiTokenPredictor
 from model.transformer import Block, Transformer

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.generate.huge_pages import in_huge_pages
-from model.layers.product import Factor, by_onednn, product
+from model.kernels.product import Factor, by_onednn, product
 from model.moe.experts import RoutedExperts
 
 FEW = 8  # choices in all, up to which one product each beats sorting

@@ -14,9 +14,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from model.kernels.product import by_onednn, product, transposed_product
 from model.layers.block_loss import label_losses, slices
 from model.layers.linear import as_operand, weight_gradient_queue, without_autocast
-from model.layers.product import by_onednn, product, transposed_product
 from model.parallel.collectives import Axis
 
 CHUNK_BYTES = {"cpu": 2**24, "cuda": 2**28}  # of logits at a time: they stay in a CPU's cache, a GPU wants more work

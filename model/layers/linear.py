@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.layers.product import by_onednn, product, transposed_product
-from model.processor import LEAST
+from model.kernels.limits import LEAST
+from model.kernels.product import by_onednn, product, transposed_product
 
 
 class WeightGradients:

@@ -1,9 +1,9 @@
 """Losses that keep experts evenly used: within every sequence, or over the whole batch. Pure functions of scores.
 
 Both are sum_i f_i * P_i, where P_i, the mean score of expert i, has a gradient and f_i, the share of choices that fell
-on it (times the number of experts), has none. They are returned as sums over tokens, `model.auxiliary`'s convention:
-given f, the loss is linear in the scores, so every rank adds up its own tokens and no rank counts another's. Padding
-is no token: it is neither in a sum nor in f.
+on it (times the number of experts), has none. They are returned as sums over tokens, as `model.layers.auxiliary` wants
+them: given f, the loss is linear in the scores, so every rank adds up its own tokens and no rank counts another's.
+Padding is no token: it is neither in a sum nor in f.
 """
 
 from __future__ import annotations

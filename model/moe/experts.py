@@ -10,15 +10,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from model.config import ModelConfig
+from model.kernels.limits import LEAST, row_step
+from model.kernels.product import by_onednn
 from model.layers.feed_forward import FeedForward
 from model.layers.linear import as_operand, operand_dtype
-from model.layers.product import by_onednn
 from model.layers.swiglu import scaled_swiglu
-from model.moe.grouped import grouped_feed_forward
+from model.moe.grouped_feed_forward import grouped_feed_forward
 from model.moe.router import Router
 from model.moe.rows import collect, plan_rows, spread, spread_scales
 from model.parallel.collectives import LOCAL, Axis, all_to_all_rows, collective, copy_to, reduce_from
-from model.processor import LEAST, row_step
 
 
 def row_multiple(x: Tensor, matrix: int, rows: float) -> int:

@@ -11,8 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from model.auxiliary import add_loss, current_scale
 from model.config import ModelConfig
+from model.layers.auxiliary import add_loss, current_scale
 from model.layers.linear import linear, without_autocast
 from model.moe.balance import batch_loss, sequence_loss
 from model.moe.replay import FREE

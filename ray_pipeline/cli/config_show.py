@@ -16,7 +16,7 @@ from ray_pipeline.cli.options import layout_options, place_options, recipe_optio
 @click.option("--json", "as_json", is_flag=True, help="JSON instead of YAML.")
 def config_show(as_json: bool, **options: Any) -> int:
     """Print all settings: defaults, then recipe, environment and flags. The output is a valid recipe."""
-    from ray_pipeline.config_load import config_dump, config_yaml
+    from ray_pipeline.settings.loading import config_dump, config_yaml
 
     config = take_request(options).load()
     if as_json:

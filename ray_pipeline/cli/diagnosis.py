@@ -47,7 +47,7 @@ def gather(output_dir: str) -> Facts:
     from pathlib import Path
 
     from ray_pipeline import hardware
-    from ray_pipeline.sandbox import sandbox_problem
+    from ray_pipeline.isolation.sandbox import sandbox_problem
 
     packages = hardware.versions()
     has_torch = packages["torch"] is not None

@@ -13,13 +13,13 @@ import click
 from ray_pipeline.cli.options import check_temperature
 from ray_pipeline.cli.output_files import report_writers
 from ray_pipeline.cli.runs import output_dir
-from ray_pipeline.config_base import MOST_SEED
 from ray_pipeline.errors import UserError
+from ray_pipeline.settings.section import MOST_SEED
 
 if TYPE_CHECKING:
     from ray_pipeline.evaluation.asking import AskSettings
     from ray_pipeline.evaluation.model_source import ModelSource
-    from ray_pipeline.evaluation.report import Report
+    from ray_pipeline.evaluation.outcome import Report
     from ray_pipeline.evaluation.tasks import Task
 
 SAMPLED_TEMPERATURE = 0.6  # DeepSeek-R1's (arXiv:2501.12948, §3)
@@ -63,7 +63,7 @@ def evaluate(target: str | None, list_tasks: bool, **wishes: Any) -> int:
     """
     from rich.console import Console
 
-    from ray_pipeline.evaluation.reports.terminal import print_report
+    from ray_pipeline.report.evaluation.terminal import print_report
 
     if list_tasks:
         print_tasks()
@@ -91,7 +91,7 @@ class Plan:
 
 
 def _evaluated(target: str, wishes: dict[str, Any]) -> Report:
-    from ray_pipeline.evaluation.report import is_report
+    from ray_pipeline.evaluation.outcome import is_report
 
     if is_report(Path(target)):
         return _read(Path(target), wishes)
@@ -105,7 +105,7 @@ def _evaluated(target: str, wishes: dict[str, Any]) -> Report:
 
 def _read(path: Path, wishes: dict[str, Any]) -> Report:
     """An earlier report, compared with another if asked."""
-    from ray_pipeline.evaluation.report import is_report, read_report
+    from ray_pipeline.evaluation.outcome import is_report, read_report
 
     given = {"stage": None, "tools": None, "difficulty": None, "limit": None, "temperature": None, "ks": None,
              "max_new_tokens": None, "samples": 1, "seed": 0}  # fmt: skip
@@ -140,7 +140,7 @@ def make_plan(target: str, wishes: dict[str, Any]) -> Plan:
     """
     from ray_pipeline.cli.eval_target import find_model
     from ray_pipeline.evaluation.asking import AskSettings
-    from ray_pipeline.evaluation.report import check_comparable, is_report, read_report
+    from ray_pipeline.evaluation.outcome import check_comparable, is_report, read_report
     from ray_pipeline.evaluation.tasks import Request, make_tasks
 
     samples, temperature, ks = sampling(wishes)
@@ -166,7 +166,7 @@ def make_plan(target: str, wishes: dict[str, Any]) -> Plan:
     if not landlock:
         tools = tools.model_copy(update={"without_landlock": True})
     if tools.names:
-        from ray_pipeline.evaluation.tool_use import check_tools
+        from ray_pipeline.evaluation.tool_rounds import check_tools
 
         check_tools(tuple(tools.names), models, without_landlock=tools.without_landlock)
     limit = wishes["max_new_tokens"] or source.max_new_tokens or DEFAULT_NEW_TOKENS
@@ -228,10 +228,10 @@ def split_names(given: str) -> list[str]:
 def _ask(plan: Plan, source: ModelSource) -> Report:
     """Load one model and ask it everything."""
     from ray_pipeline.cli.eval_progress import AskProgress
-    from ray_pipeline.evaluation.chat import finite_logits
+    from ray_pipeline.data.chat.completion_text import finite_logits
     from ray_pipeline.evaluation.evaluate import answers_wanted, evaluate
     from ray_pipeline.evaluation.models import load
-    from ray_pipeline.evaluation.report import Report
+    from ray_pipeline.evaluation.outcome import Report
 
     settings = plan.settings
     with AskProgress(source.name) as progress:

@@ -7,7 +7,8 @@ import time
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
-from ray_pipeline.progress import PLAIN_EVERY, seconds_text
+from ray_pipeline.dag.progress_view import PLAIN_EVERY
+from ray_pipeline.records.progress import seconds_text
 
 
 class AskProgress:

@@ -84,8 +84,8 @@ def _settings(run_dir: Path) -> dict[str, Any]:
     """
     from pydantic import ValidationError
 
-    from ray_pipeline.config_post_training import EvaluationConfig, ToolsConfig
-    from ray_pipeline.config_sources import yaml_layer
+    from ray_pipeline.settings.layers import yaml_layer
+    from ray_pipeline.settings.post_training import EvaluationConfig, ToolsConfig
 
     values = yaml_layer(run_dir / CONFIG_FILE).values
     try:
@@ -119,7 +119,7 @@ def _of_export(source: ModelSource, folder: Path) -> ModelSource:
 
 def _of_stage_folder(folder: Path) -> ModelSource:
     """A stage's folder inside its run: the tokenizer is of the DATA_PREP that this very stage read."""
-    from ray_pipeline.ledger import read_record
+    from ray_pipeline.dag.ledger import read_record
 
     record, run_dir = read_record(folder), folder.parent
     if record is None or not record.is_finished:

@@ -12,12 +12,12 @@ import click
 
 from ray_pipeline.cli.options import check_temperature
 from ray_pipeline.cli.runs import find_run, output_dir
-from ray_pipeline.config_base import MOST_SEED
 from ray_pipeline.errors import UserError
+from ray_pipeline.settings.section import MOST_SEED
 
 if TYPE_CHECKING:
     from model.generate.decode import Decoder
-    from ray_pipeline.data.tokenizer import ChatTokenizer
+    from ray_pipeline.data.chat.tokenizer import ChatTokenizer
 
 POSITIVE = click.FloatRange(0, 1e3, min_open=True)
 
@@ -79,7 +79,7 @@ def generate(
 ) -> int:
     """Continue PROMPT with the pretrained model of RUN, or answer it (--chat) with the post-trained one."""
     from ray_pipeline.cli.stage_folders import choose_stage, finished_stages
-    from ray_pipeline.ledger import RunFile
+    from ray_pipeline.dag.ledger import RunFile
 
     if not prompt.strip():
         raise UserError('PROMPT is empty: give some text, for example "To be, or not to be".')
@@ -167,10 +167,10 @@ def write(model_folder: Path, tokenizer_folder: Path, prompt: str, wishes: Wishe
 
     from model.convert.tokenizer_start import begins_with_bos
     from model.generate.decode import Decoder, check_prompts
-    from ray_pipeline.artifacts import load_model
+    from ray_pipeline.data.chat.completion_text import finite_logits, opens_thinking
+    from ray_pipeline.data.chat.tokenizer import load_tokenizer
     from ray_pipeline.data.tasks.question import THINK_OPEN
-    from ray_pipeline.data.tokenizer import load_tokenizer
-    from ray_pipeline.evaluation.chat import finite_logits, opens_thinking
+    from ray_pipeline.records.artifacts import load_model
 
     tokenizer = load_tokenizer(tokenizer_folder)
     tokens = prompt_tokens(tokenizer, prompt, raw=wishes.raw, begins=pretrained or begins_with_bos(tokenizer_folder))
@@ -202,7 +202,7 @@ def stream(decoder: Decoder, tokenizer: ChatTokenizer, tokens: list[int], wishes
     """Print the answer token by token."""
     from model.generate.decode import generate as decode
     from model.generate.stopping import StopStrings
-    from ray_pipeline.evaluation.chat import think_budget
+    from ray_pipeline.data.chat.completion_text import think_budget
 
     stop = StopStrings(wishes.stop, tokenizer.decode) if wishes.stop else None
     printer = Printer(tokenizer, tokens if wishes.raw else [], wishes.stop)

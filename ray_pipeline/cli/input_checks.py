@@ -10,9 +10,9 @@ import click
 from ray_pipeline.errors import UserError
 
 if TYPE_CHECKING:
-    from ray_pipeline.config import PipelineFields
-    from ray_pipeline.layout import Layout
-    from ray_pipeline.workflow_plan import StageSelection
+    from ray_pipeline.dag.plan import StageSelection
+    from ray_pipeline.layout.layout import Layout
+    from ray_pipeline.settings.schema import PipelineFields
 
 
 EVALUATED = ("sft", "dpo", "grpo", "distillation")  # whose models answer questions, with tools if there are any
@@ -24,10 +24,10 @@ def check_inputs(config: PipelineFields, layout: Layout, stages: StageSelection)
     Raises:
         UserError: naming the file, and the line where there is one.
     """
-    from ray_pipeline.data.source_checks import check_sources
-    from ray_pipeline.layout import with_layout
-    from ray_pipeline.stage_chain import reads_folder, trained
-    from ray_pipeline.workflow_plan import plan
+    from ray_pipeline.dag.plan import plan
+    from ray_pipeline.data.sources.source_checks import check_sources
+    from ray_pipeline.layout.layout import with_layout
+    from ray_pipeline.settings.chain import reads_folder, trained
 
     run_dir = (config.output_dir / str(config.run_name)).absolute()
     rows = plan(with_layout(config, layout), run_dir, stages)
@@ -39,7 +39,7 @@ def check_inputs(config: PipelineFields, layout: Layout, stages: StageSelection)
     if any(stage in working and reads_folder(config, stage) for stage in trained(config)):
         _check_folder(config)
     if "distillation" in working:
-        from ray_pipeline.training.teacher_folder import check_teacher
+        from ray_pipeline.teachers.teacher_folder import check_teacher
 
         check_teacher(config, layout)
     if config.backend == "modal":
@@ -47,7 +47,7 @@ def check_inputs(config: PipelineFields, layout: Layout, stages: StageSelection)
     if config.tools.without_landlock or config.grpo.scoring.without_landlock:
         _tell_without_landlock()
     if any(stage in working for stage in EVALUATED):
-        from ray_pipeline.tools.registry import check_tool_names
+        from ray_pipeline.tools.known_tools import check_tool_names
 
         check_tool_names(config.tools.names, without_landlock=config.tools.without_landlock)
     if "grpo" in working:
@@ -57,7 +57,7 @@ def check_inputs(config: PipelineFields, layout: Layout, stages: StageSelection)
 
 
 def _tell_without_landlock() -> None:
-    from ray_pipeline.sandbox_child import landlock_version
+    from ray_pipeline.isolation.child import landlock_version
 
     if not landlock_version():
         click.echo("Warning: without_landlock: a model's programs can read every file that you can read.", err=True)
@@ -69,10 +69,10 @@ def _check_memory(config: PipelineFields, layout: Layout, working: list[str]) ->
     Raises:
         UserError: what is needed, what there is, and what would fit.
     """
-    from ray_pipeline.config import TRAINING_STAGES
+    from ray_pipeline.costs.estimate import make_plan
     from ray_pipeline.costs.hardware_table import running_hardware
-    from ray_pipeline.costs.plan import make_plan
-    from ray_pipeline.costs.view import needs_text, way_out
+    from ray_pipeline.costs.table import needs_text, way_out
+    from ray_pipeline.settings.schema import TRAINING_STAGES
 
     elsewhere = config.backend != "modal" and bool(os.environ.get("RAY_ADDRESS"))
     hardware = None if elsewhere or not config.layout.check_memory else running_hardware(config, layout.device)

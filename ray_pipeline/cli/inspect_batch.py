@@ -65,11 +65,11 @@ def show_rows(run_dir: Path, data: Path, stage: str, step: int, rows: int, valid
     """Print packed rows, or pairs."""
     from rich.console import Console
 
-    from ray_pipeline.config_load import load_config
-    from ray_pipeline.data.inspect import render_pairs, render_rows
-    from ray_pipeline.data.loader import PackedRows, row_order
-    from ray_pipeline.data.preferences import PairRows
-    from ray_pipeline.data.tokenizer import load_tokenizer
+    from ray_pipeline.data.chat.tokenizer import load_tokenizer
+    from ray_pipeline.data.rows.inspect import render_pairs, render_rows
+    from ray_pipeline.data.rows.loader import PackedRows, row_order
+    from ray_pipeline.data.rows.preferences import PairRows
+    from ray_pipeline.settings.loading import load_config
 
     config = load_config(run_dir / CONFIG_FILE)
     folder = data / FOLDERS[stage] / ("validation" if validation else "train")
@@ -94,7 +94,7 @@ def with_marks(text: Text) -> Text:
     """The same row readable without colour: what is trained on stands in « »."""
     from rich.text import Text
 
-    from ray_pipeline.data.inspect import REJECTED, SUPERVISED
+    from ray_pipeline.data.rows.inspect import REJECTED, SUPERVISED
 
     out, end = Text(), 0
     for span in text.spans:

@@ -14,7 +14,7 @@ import click
 from ray_pipeline.errors import UserError
 
 if TYPE_CHECKING:
-    from ray_pipeline.config import PipelineFields
+    from ray_pipeline.settings.schema import PipelineFields
 
 # option name -> dotted keys it sets
 FLAG_KEYS: dict[str, tuple[str, ...]] = {
@@ -88,7 +88,7 @@ class Request:
         return self._load(run_dir / "config.yaml", overrides)
 
     def _load(self, path: Path | None, overrides: dict[str, Any]) -> PipelineFields:
-        from ray_pipeline.config_load import load_config
+        from ray_pipeline.settings.loading import load_config
 
         return load_config(path, overrides, os.environ, max_steps=self.max_steps, skip=self.skip, dpo=self.dpo)
 

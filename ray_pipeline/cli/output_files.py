@@ -35,7 +35,7 @@ def report_writers(wishes: dict[str, Any]) -> list[tuple[Any, Path]]:
         UserError: an unknown reporter, a path that is a folder or lies in a file, two reports in one file, or a file
             that is there and was not written by the same reporter.
     """
-    from ray_pipeline.evaluation.reports import get_reporter
+    from ray_pipeline.report.evaluation import get_reporter
 
     asked = [(name, wishes[f"{name}_file"], f"--{name}") for name in ("json", "html") if wishes[f"{name}_file"]]
     for given in wishes["reports"]:

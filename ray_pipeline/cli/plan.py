@@ -22,12 +22,12 @@ def plan(stage: str, hardware: str | None, json_file: Path | None, **options: An
     """What a layout costs: parameters, memory, communication, time. Starts nothing. Exit code 1 if it does not fit."""
     from rich.console import Console
 
-    from ray_pipeline.config import TRAINING_STAGES
+    from ray_pipeline.costs.estimate import make_plan
     from ray_pipeline.costs.hardware_table import default_hardware, find_hardware
-    from ray_pipeline.costs.plan import make_plan
-    from ray_pipeline.costs.view import print_plan
+    from ray_pipeline.costs.table import print_plan
     from ray_pipeline.errors import UserError, did_you_mean
-    from ray_pipeline.layout_choice import resolve_layout
+    from ray_pipeline.layout.choice import resolve_layout
+    from ray_pipeline.settings.schema import TRAINING_STAGES
 
     if stage not in TRAINING_STAGES:
         hint, known = did_you_mean(stage, TRAINING_STAGES), ", ".join(TRAINING_STAGES)

@@ -25,7 +25,7 @@ def resume(run: str, **options: Any) -> int:
     request = take_request(options)
     run_dir = find_run(run, output_dir(options["output_dir"]))
     config = request.load_stored(run_dir)
-    from ray_pipeline.workflow_plan import StageSelection
+    from ray_pipeline.dag.plan import StageSelection
 
     stages = StageSelection(only=options["stage"], from_=options["from_"], until=options["until"])
     stages.check()
@@ -37,6 +37,8 @@ def resume(run: str, **options: Any) -> int:
             from modal_gpu.launch import run_on_modal
 
             return run_on_modal(config, stages=stages, dry_run=options["dry_run"])
-        from ray_pipeline.workflow import resume_pipeline  # after the layout is known to be legal: Ray takes seconds
+        from ray_pipeline.dag.workflow import (
+            resume_pipeline,  # after the layout is known to be legal: Ray takes seconds
+        )
 
         return resume_pipeline(run_dir, config, layout=layout, stages=stages, dry_run=options["dry_run"])

@@ -15,8 +15,8 @@ from ray_pipeline.cli.options import layout_options, place_options, recipe_optio
 from ray_pipeline.cli.runs import CONFIG_FILE, output_dir
 
 if TYPE_CHECKING:
-    from ray_pipeline.config import PipelineFields
-    from ray_pipeline.layout import Layout
+    from ray_pipeline.layout.layout import Layout
+    from ray_pipeline.settings.schema import PipelineFields
 
 
 @click.command()
@@ -38,8 +38,8 @@ def run(**options: Any) -> int:
 
 def launch(config: PipelineFields, options: dict[str, Any]) -> int:
     """Run the stages that the options select, here or on Modal. Returns the exit code."""
-    from ray_pipeline.identity import default_run_name
-    from ray_pipeline.workflow_plan import StageSelection
+    from ray_pipeline.dag.identity import default_run_name
+    from ray_pipeline.dag.plan import StageSelection
 
     stages = StageSelection(only=options["stage"], from_=options["from_"], until=options["until"])
     stages.check()
@@ -52,7 +52,7 @@ def launch(config: PipelineFields, options: dict[str, Any]) -> int:
             from modal_gpu.launch import run_on_modal
 
             return run_on_modal(config, stages=stages, dry_run=options["dry_run"])
-        from ray_pipeline.workflow import run_pipeline  # after the layout is known to be legal: Ray takes seconds
+        from ray_pipeline.dag.workflow import run_pipeline  # after the layout is known to be legal: Ray takes seconds
 
         return run_pipeline(config, layout=layout, stages=stages, dry_run=options["dry_run"])
 
@@ -71,7 +71,7 @@ def can_resume(config: PipelineFields) -> Iterator[None]:
 def layout_here(config: PipelineFields) -> Layout:
     """The layout on this machine; says so when CPU ranks stand in for GPUs."""
     from ray_pipeline.hardware import count_gpus
-    from ray_pipeline.layout_choice import device_notice, resolve_layout
+    from ray_pipeline.layout.choice import device_notice, resolve_layout
 
     layout = resolve_layout(config, 0 if config.backend == "cpu" else count_gpus())
     if notice := device_notice(config, layout):
@@ -81,7 +81,7 @@ def layout_here(config: PipelineFields) -> Layout:
 
 def notices(config: PipelineFields) -> None:
     """Print what is odd but allowed."""
-    from ray_pipeline.config_checks import warnings
+    from ray_pipeline.settings.checks import warnings
 
     for text in warnings(config):
         click.echo(f"Warning: {text}", err=True)

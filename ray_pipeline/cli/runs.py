@@ -12,8 +12,8 @@ CONFIG_FILE = "config.yaml"
 
 def output_dir(given: str | None) -> Path:
     """The folder of all runs: flag, environment, or the default."""
-    from ray_pipeline.config import PipelineFields
-    from ray_pipeline.config_sources import ENV_PREFIX
+    from ray_pipeline.settings.layers import ENV_PREFIX
+    from ray_pipeline.settings.schema import PipelineFields
 
     return Path(given or os.environ.get(f"{ENV_PREFIX}OUTPUT_DIR") or PipelineFields.model_fields["output_dir"].default)
 

@@ -13,7 +13,7 @@ def finished_stages(run_dir: Path) -> dict[str, Path]:
     Raises:
         UserError: the run's ledger cannot be read.
     """
-    from ray_pipeline.ledger import read_status
+    from ray_pipeline.dag.ledger import read_status
 
     stages = read_status(run_dir)["stages"]
     return {stage["stage"]: Path(stage["folder"]) for stage in stages if stage["status"] in ("done", "learned_nothing")}

@@ -28,7 +28,7 @@ STYLES = {
 @click.option("--output-dir", help="Folder of all runs. Default: runs.")
 def status(run: str | None, as_json: bool, **options: str | None) -> int:
     """Show the stages of RUN (default: the latest): progress, figures, baselines, seconds, digests and outputs."""
-    from ray_pipeline.ledger import read_status
+    from ray_pipeline.dag.ledger import read_status
 
     folder = output_dir(options["output_dir"])
     facts = read_status(find_run(run, folder) if run else latest_run(folder))
@@ -64,7 +64,7 @@ def table(stages: list[dict[str, Any]]) -> Table:
     """One row a stage."""
     from rich.table import Table
 
-    from ray_pipeline.progress import progress_text, seconds_text
+    from ray_pipeline.records.progress import progress_text, seconds_text
 
     out = Table(box=None, pad_edge=False)
     for name in ("stage", "status", "progress", "figures", "baselines", "time", "weights"):
@@ -89,7 +89,7 @@ def table(stages: list[dict[str, Any]]) -> Table:
 
 def again_text(again: dict[str, Any]) -> str:
     """`new attempt interrupted: step 3/10`: of a finished stage that is run again."""
-    from ray_pipeline.progress import progress_text
+    from ray_pipeline.records.progress import progress_text
 
     what = again["error"].splitlines()[0] if again["error"] else progress_text(again["progress"] or {})
     return f"new attempt {again['status']}: {what}"

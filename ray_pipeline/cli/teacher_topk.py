@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 def teacher_topk(run: str, folder: Path, teacher: str | None, k: int, temperature: float, runs_dir: str | None) -> int:
     """Write log-probabilities over RUN's conversations to FOLDER, for `--set distillation.teacher=topk:FOLDER`."""
     from ray_pipeline.cli.stage_folders import choose_stage
-    from ray_pipeline.data.loader import PackedRows
-    from ray_pipeline.stage_chain import POLICY_STAGES
-    from ray_pipeline.training.teacher_topk import refuse_other_folder, write_top_k
+    from ray_pipeline.data.rows.loader import PackedRows
+    from ray_pipeline.settings.chain import POLICY_STAGES
+    from ray_pipeline.teachers.top_k import refuse_other_folder, write_top_k
 
     refuse_other_folder(folder)
     run_dir = find_run(run, output_dir(runs_dir))
@@ -55,7 +55,7 @@ def open_model(teacher: str, tokenizer: Path) -> Transformer:
 
     from model.convert.hf_load import load_hf
     from model.transformer import Transformer
-    from ray_pipeline.training.teacher_folder import open_teacher, tokenizer_difference
+    from ray_pipeline.teachers.teacher_folder import open_teacher, tokenizer_difference
 
     found = open_teacher(teacher)
     if found.config is None:

@@ -15,8 +15,8 @@ from ray_pipeline.cli.output_files import has_keys, refuse_to_replace
 from ray_pipeline.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
-    from ray_pipeline.config import PipelineFields
-    from ray_pipeline.layout import Layout
+    from ray_pipeline.layout.layout import Layout
+    from ray_pipeline.settings.schema import PipelineFields
     from ray_pipeline.verification.cases import Case, Selection, SubjectFor, Tolerance
 
 MOST_CPU_RANKS = 64
@@ -111,7 +111,7 @@ def select(config: PipelineFields, options: dict[str, Any], every: bool, steps: 
     """
     from functools import partial
 
-    from ray_pipeline.layout_choice import resolve_layout
+    from ray_pipeline.layout.choice import resolve_layout
     from ray_pipeline.verification.cases import Selection, every_layout, own_subject, settings, small_subject
 
     asked = config.layout
@@ -150,7 +150,7 @@ def select(config: PipelineFields, options: dict[str, Any], every: bool, steps: 
 
 def _asked(config: PipelineFields, gpus: int) -> Layout:
     """Sizes as far as they decide the micro-batches."""
-    from ray_pipeline.layout import Layout
+    from ray_pipeline.layout.layout import Layout
 
     asked = config.layout
     dp = asked.dp_size or max(1, gpus // (asked.pp_size * asked.tp_size * asked.sp_size))
@@ -211,7 +211,7 @@ def verify(
     """Run the cases, print what came out, return the exit code. Ctrl-C still gives the table of what is done."""
     from rich.console import Console
 
-    from ray_pipeline.verification import report
+    from ray_pipeline.verification import tally as report
     from ray_pipeline.verification.world import Verifier
 
     console, start, results = Console(), time.monotonic(), []

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from model.config import ModelConfig
-from model.processor import row_step
-from ray_pipeline.costs.attention import attention_pairs, attention_tokens
+from model.kernels.limits import row_step
+from ray_pipeline.costs.attention_costs import attention_pairs, attention_tokens
+from ray_pipeline.costs.head_loss import INDEX, loss_tokens, makes_gradients_ahead, num_heads
 from ray_pipeline.costs.kernels import Kernels, block_norm_bytes, expected_rows, read_bytes
-from ray_pipeline.costs.loss import INDEX, loss_tokens, makes_gradients_ahead, num_heads
 from ray_pipeline.costs.weights import Weight, head_weight, layer_weights, mtp_projection
 from ray_pipeline.costs.workload import BF16, FP32, Part, Workload
 

@@ -7,14 +7,14 @@ from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
 
-from ray_pipeline.config import PipelineFields
 from ray_pipeline.costs.fit import device_bytes
 from ray_pipeline.costs.hardware_table import Hardware
 from ray_pipeline.costs.memory import rank_memory
 from ray_pipeline.costs.timing import step_timing
 from ray_pipeline.costs.units import bytes_text, time_text
 from ray_pipeline.costs.workload import Workload
-from ray_pipeline.layout_rules import refusal
+from ray_pipeline.layout.rules import refusal
+from ray_pipeline.settings.schema import PipelineFields
 
 MOST = 3  # suggestions
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from ray_pipeline.config import PipelineFields
 from ray_pipeline.errors import UserError, did_you_mean
+from ray_pipeline.settings.schema import PipelineFields
 
 TERA, GIGA = 10**12, 10**9
 

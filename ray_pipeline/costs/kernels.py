@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cache
 from math import erf, sqrt
 
-from model.processor import LEAST, onednn_is_quicker
+from model.kernels.limits import LEAST, onednn_is_quicker
 from ray_pipeline.costs.workload import BF16, FP32, Workload
 
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from ray_pipeline.costs.attention import core_flops
+from ray_pipeline.costs.attention_costs import core_flops
 from ray_pipeline.costs.hardware_table import Hardware
+from ray_pipeline.costs.head_loss import computes_logits_again
 from ray_pipeline.costs.kernels import kernels
-from ray_pipeline.costs.loss import computes_logits_again
 from ray_pipeline.costs.traffic import Group, Traffic, boundary_bytes, groups, part_messages, rank_traffic
 from ray_pipeline.costs.weights import layer_weights
 from ray_pipeline.costs.workload import Part, Workload
-from ray_pipeline.engine.schedule import build_schedule
-from ray_pipeline.engine.schedule_simulation import Costs, simulate
+from ray_pipeline.engine.pipeline.schedule import build_schedule
+from ray_pipeline.engine.pipeline.schedule_simulation import Costs, simulate
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ray_pipeline.progress import seconds_text
+from ray_pipeline.records.progress import seconds_text
 
 _UNITS = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 _COUNTS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))

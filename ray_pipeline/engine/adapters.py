@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from model.layers.linear import Linear
 from model.layers.vocab import Head
 from model.transformer import Transformer
-from ray_pipeline.config_post_training import LoraConfig
-from ray_pipeline.data.batch import Batch
+from ray_pipeline.data.rows.batch import Batch
 from ray_pipeline.engine.row_noise import row_generators
 from ray_pipeline.errors import UserError
-from ray_pipeline.lora_targets import chosen_targets
+from ray_pipeline.settings.lora_targets import chosen_targets
+from ray_pipeline.settings.post_training import LoraConfig
 
 NAME = "default"  # peft's own for the only adapter
 

@@ -9,23 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from model.auxiliary import auxiliary_scale
+from model.build import build_part, use_fp8
 from model.config import ModelConfig
+from model.layers.auxiliary import auxiliary_scale
 from model.moe.router import Router
+from model.parallel.gather import gather_state
 from model.parallel.mesh import Mesh
 from model.parallel.placement import parts_of, stage_layers
-from model.parallel.shard import build_part
-from model.precision import use_fp8
 from model.transformer import Recompute, Transformer
-from ray_pipeline.config import OptimizerConfig
-from ray_pipeline.config_post_training import LoraConfig
-from ray_pipeline.data.batch import Batch
+from ray_pipeline.data.rows.batch import Batch
 from ray_pipeline.engine.adapters import Adapters, base_name
 from ray_pipeline.engine.expert_balance import KEPT, SAVED, ExpertBalance
-from ray_pipeline.engine.gather import gather_state
-from ray_pipeline.engine.parts import Parts
-from ray_pipeline.engine.pipeline import Finish, Pipeline
-from ray_pipeline.engine.schedule import least_micro_batches, rows_needed
+from ray_pipeline.engine.pipeline.parts import Parts
+from ray_pipeline.engine.pipeline.pipeline import Finish, Pipeline
+from ray_pipeline.engine.pipeline.schedule import least_micro_batches, rows_needed
 from ray_pipeline.engine.step_stats import (
     StepStats,
     auxiliary_sums,
@@ -36,6 +33,8 @@ from ray_pipeline.engine.step_stats import (
 )
 from ray_pipeline.engine.updater import PlainUpdater, Updater
 from ray_pipeline.objectives.base import Objective
+from ray_pipeline.settings.post_training import LoraConfig
+from ray_pipeline.settings.schema import OptimizerConfig
 
 
 class Engine:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from model.parallel.mesh import Mesh
-from model.parallel.shard import shard_of
-from ray_pipeline.config import OptimizerConfig
+from model.parallel.shard_plan import shard_of
 from ray_pipeline.engine.muon import Muon, is_orthogonalised
+from ray_pipeline.settings.schema import OptimizerConfig
 
 CPU = torch.device("cpu")
 MOMENTS = {"adamw": ("exp_avg", "exp_avg_sq"), "sgd": (), "muon": ("momentum_buffer",)}

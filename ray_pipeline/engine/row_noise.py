@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ray_pipeline.data.batch import Batch
+from ray_pipeline.data.rows.batch import Batch
 
 
 def seed_rows(batch: Batch, seed: int, step: int) -> Batch:

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from model.auxiliary import LOSSES, AuxiliarySums
+from model.layers.auxiliary import LOSSES, AuxiliarySums
 from model.parallel.collectives import all_reduce
 from model.parallel.mesh import Mesh
 from ray_pipeline.engine.expert_balance import ExpertBalance

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from model.parallel.mesh import Mesh
-from ray_pipeline.config import OptimizerConfig
 from ray_pipeline.engine.optimizer import build_optimizer, clipped_step, global_norm, is_cut_expert, moments_of
 from ray_pipeline.engine.reduction import GradientReduction
 from ray_pipeline.engine.untouched import Arrivals, pass_over
+from ray_pipeline.settings.schema import OptimizerConfig
 
 
 class Updater(Protocol):

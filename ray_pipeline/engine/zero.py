@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from model.parallel.mesh import Mesh
-from model.parallel.shard import shard_of
-from ray_pipeline.config import OptimizerConfig
+from model.parallel.shard_plan import shard_of
 from ray_pipeline.engine import zero_settings
 from ray_pipeline.engine.optimizer import MOMENTS, build_optimizer, expert_group_name, is_cut_expert
 from ray_pipeline.engine.untouched import Arrivals, KeptParts
+from ray_pipeline.settings.schema import OptimizerConfig
 
 
 class ZeroUpdater:

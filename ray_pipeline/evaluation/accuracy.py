@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from model.generate.decode import Completion, Decoder, generate
-from ray_pipeline.evaluation.chat import PromptTokenizer, completion_text
+from ray_pipeline.data.chat.completion_text import PromptTokenizer, completion_text
 from ray_pipeline.evaluation.marking import are_right, is_well_formed
 from ray_pipeline.evaluation.statistics import wilson_interval
 from ray_pipeline.rewards.gym import oracle

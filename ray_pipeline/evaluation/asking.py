@@ -7,13 +7,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from ray_pipeline.config_post_training import ToolsConfig
 from ray_pipeline.data.tasks.question import THINK_CLOSE, THINK_OPEN
 from ray_pipeline.evaluation.models import LanguageModel
 from ray_pipeline.evaluation.tasks.item import Item
+from ray_pipeline.settings.post_training import ToolsConfig
 
 if TYPE_CHECKING:
-    from ray_pipeline.evaluation.tool_use import ToolUser
+    from ray_pipeline.evaluation.tool_rounds import ToolUser
 
 # Told after every batch: answers and tokens written since the last time.
 Watch = Callable[[int, int], None]
@@ -90,7 +90,7 @@ def count_thinking(
 def ask(model: LanguageModel, items: Sequence[Item], settings: AskSettings, watch: Watch) -> list[list[Reply]]:
     """For each question its answers. Equal settings give equal answers, whatever else is asked."""
     if settings.tools.names:
-        from ray_pipeline.evaluation.tool_use import ToolUser
+        from ray_pipeline.evaluation.tool_rounds import ToolUser
 
         with ToolUser(model, settings.tools) as user:
             return _ask(model, user, items, settings, watch)

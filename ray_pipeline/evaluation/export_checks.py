@@ -17,10 +17,10 @@ from model.convert.gguf import GgufType
 from model.convert.tokenizer_start import begins_with_bos
 from model.generate.decode import Decoder, generate
 from model.transformer import Transformer
-from ray_pipeline.artifacts import load_model
-from ray_pipeline.data.tokenizer import ChatTokenizer, load_tokenizer
+from ray_pipeline.data.chat.tokenizer import ChatTokenizer, load_tokenizer
 from ray_pipeline.errors import UserError
 from ray_pipeline.evaluation.llama_cpp import LlamaCpp, LlamaMissing
+from ray_pipeline.records.artifacts import load_model
 
 # What every tokenizer gets wrong first: digits, spaces, capitals, punctuation, other scripts, the thinking marks.
 TEXTS = (

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ray_pipeline.data.chat_layout import lay_out_prompt
-from ray_pipeline.data.control_text import without_marks
+from ray_pipeline.data.chat.chat_layout import lay_out_prompt
+from ray_pipeline.data.chat.control_text import without_marks
 from ray_pipeline.errors import UserError
 from ray_pipeline.evaluation.asking import AskSettings, Watch, sample_seed
 from ray_pipeline.evaluation.models import LanguageModel

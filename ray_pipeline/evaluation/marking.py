@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Hashable, Sequence
 
-from ray_pipeline.config_post_training import ScoringConfig
 from ray_pipeline.rewards import gym
 from ray_pipeline.rewards.answer import answer, as_text, extract, final_text, parse_number, stated_number
 from ray_pipeline.rewards.think_format import think_format
+from ray_pipeline.settings.post_training import ScoringConfig
 
 RIGHT = 1.0
 

@@ -14,11 +14,11 @@ from model.convert.hf_load import load_hf
 from model.generate.decode import Decoder, generate
 from model.generate.sampler import NotFiniteLogits
 from model.transformer import Transformer
-from ray_pipeline.artifacts import load_model
-from ray_pipeline.data.tokenizer import ChatTokenizer
+from ray_pipeline.data.chat.completion_text import completion_text, opens_thinking
+from ray_pipeline.data.chat.tokenizer import ChatTokenizer
 from ray_pipeline.errors import UserError
-from ray_pipeline.evaluation.chat import completion_text, opens_thinking
 from ray_pipeline.evaluation.model_source import ModelSource
+from ray_pipeline.records.artifacts import load_model
 
 SCORED_TOKENS = 8192  # tokens of one forward pass when log-probabilities are asked for
 

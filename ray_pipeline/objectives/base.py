@@ -8,7 +8,7 @@ from typing import Protocol
 from torch import Tensor
 
 from model.transformer import Transformer
-from ray_pipeline.data.batch import Batch
+from ray_pipeline.data.rows.batch import Batch
 
 
 class Objective(Protocol):

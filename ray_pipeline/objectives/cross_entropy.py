@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from model.loss import IGNORE, cross_entropy_sum, shifted_labels
+from model.layers.loss import IGNORE, cross_entropy_sum, shifted_labels
 from model.transformer import Transformer
-from ray_pipeline.data.batch import Batch
+from ray_pipeline.data.rows.batch import Batch
 
 
 class CrossEntropy:

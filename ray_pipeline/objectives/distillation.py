@@ -5,18 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from model.kernels.product import product
 from model.layers.chunked_loss import ChunkLoss
 from model.layers.linear import operand_dtype
-from model.layers.product import product
+from model.layers.loss import IGNORE
 from model.layers.vocab import Head
-from model.loss import IGNORE
 from model.parallel.collectives import Axis
 from model.transformer import Transformer
-from ray_pipeline.config import DistillationConfig
-from ray_pipeline.data.batch import Batch
+from ray_pipeline.data.rows.batch import Batch
 from ray_pipeline.objectives.base import Objective
 from ray_pipeline.objectives.cross_entropy import CrossEntropy
 from ray_pipeline.objectives.divergence import Divergence, TopKTeacher, WholeTeacher
+from ray_pipeline.settings.schema import DistillationConfig
 
 BETAS = {"forward_kl": 0.0, "hidden": 0.0, "reverse_kl": 1.0}
 

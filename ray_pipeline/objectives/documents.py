@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from model.loss import IGNORE
+from model.layers.loss import IGNORE
 from model.parallel.collectives import Axis, copy_to, reduce_from
-from ray_pipeline.data.batch import Batch
+from ray_pipeline.data.rows.batch import Batch
 
 
 def sum_over_ranks(partial: Tensor, axis: Axis) -> Tensor:

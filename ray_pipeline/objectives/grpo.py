@@ -20,10 +20,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from model.loss import IGNORE, label_logprobs
+from model.layers.loss import IGNORE, label_logprobs
 from model.parallel.collectives import Axis
 from model.transformer import Transformer
-from ray_pipeline.data.batch import Batch
+from ray_pipeline.data.rows.batch import Batch
 from ray_pipeline.objectives.documents import count_answers, document_lengths, of_each_token, sum_documents
 from ray_pipeline.objectives.sampler_gap import Correction, SamplerGap
 

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.loss import IGNORE, label_logprobs
+from model.layers.loss import IGNORE, label_logprobs
 from model.parallel.collectives import Axis
 from model.transformer import Transformer
-from ray_pipeline.data.batch import Batch
+from ray_pipeline.data.rows.batch import Batch
 from ray_pipeline.objectives.documents import sum_over_ranks
 
 PreferenceLoss = Literal["sigmoid", "ipo", "sigmoid_norm"]

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from model.parallel.collectives import Axis
+from model.parallel.gather import all_ranks_gather
 from model.parallel.mesh import Mesh
-from ray_pipeline.data.batch import Batch
-from ray_pipeline.engine.gather import all_ranks_gather
+from ray_pipeline.data.rows.batch import Batch
 from ray_pipeline.objectives.documents import of_each_token, sum_documents
 
 FAR = 1e-3  # nats; rounding alone stays well below

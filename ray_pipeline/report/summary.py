@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ray_pipeline.progress import seconds_text
+from ray_pipeline.records.progress import seconds_text
 
 STATUS_NAMES = {
     "done": "DONE",

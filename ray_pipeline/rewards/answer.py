@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 
-from ray_pipeline.data.question_records import boxed
+from ray_pipeline.data.forms.question_records import boxed
 from ray_pipeline.reasoning import parse
 from ray_pipeline.rewards.registry import reward
 from ray_pipeline.tools.calls import own_words

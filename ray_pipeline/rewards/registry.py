@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from ray_pipeline.errors import UserError, did_you_mean
-from ray_pipeline.functions.resolve import address, entry_points, import_function
+from ray_pipeline.isolation.function_name import address, entry_points, import_function
 
 Reward = Callable[[str, str, str], float]
 
@@ -110,7 +110,7 @@ def get_reward(name: str) -> RewardEntry:
         return entries[name]
     module, colon, rest = name.partition(":")
     if colon and module == GYM:
-        from ray_pipeline.data.reasoning_gym_source import check_task
+        from ray_pipeline.data.tasks.reasoning_gym_source import check_task
         from ray_pipeline.rewards import gym
 
         check_task(rest)
@@ -138,7 +138,7 @@ def check_reward_names(weights: Mapping[str, float], *, without_landlock: bool =
     if not any(weights.values()):
         raise UserError(f"grpo.rewards={dict(weights)}: every weight is 0, so nothing would be learnt.")
     if "code" in weights:
-        from ray_pipeline.sandbox import check_sandbox
+        from ray_pipeline.isolation.sandbox import check_sandbox
 
         check_sandbox(without_landlock=without_landlock)
     if "math" in weights:

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from ray_pipeline.errors import UserError
-from ray_pipeline.functions.pool import Call, FunctionPool, Outcome
+from ray_pipeline.isolation.function_pool import Call, FunctionPool, Outcome
 from ray_pipeline.rewards.registry import RewardEntry, get_reward
 
 if TYPE_CHECKING:
-    from ray_pipeline.config_post_training import ScoringConfig
+    from ray_pipeline.settings.post_training import ScoringConfig
 
 Item = tuple[str, str, str]
 """(prompt, completion, reference)"""

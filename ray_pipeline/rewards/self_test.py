@@ -11,15 +11,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from ray_pipeline.config_post_training import ScoringConfig
-from ray_pipeline.data.question_records import split_answer
+from ray_pipeline.data.chat.completion_text import completion_text
+from ray_pipeline.data.forms.question_records import split_answer
 from ray_pipeline.data.tasks.question import THINK_CLOSE, think
 from ray_pipeline.errors import UserError
-from ray_pipeline.evaluation.chat import completion_text
 from ray_pipeline.reasoning import parse
 from ray_pipeline.rewards.answer import extract, parse_number
 from ray_pipeline.rewards.registry import RewardEntry
 from ray_pipeline.rewards.scoring import Scorer
+from ray_pipeline.settings.post_training import ScoringConfig
 
 SAMPLE = 6
 """Questions looked at: what fails here fails for all of a kind, and a sandbox takes its time for each."""
@@ -29,7 +29,7 @@ Question = Mapping[str, Any]
 
 
 class ChatEncoder(Protocol):
-    """What is needed of a tokenizer; `ray_pipeline.data.tokenizer.ChatTokenizer` is one."""
+    """What is needed of a tokenizer; `ray_pipeline.data.chat.tokenizer.ChatTokenizer` is one."""
 
     eos_id: int
 

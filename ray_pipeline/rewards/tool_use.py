@@ -15,7 +15,7 @@ from ray_pipeline.tools.calls import BadCall, ToolCall, parse_calls, read_json
 from ray_pipeline.tools.describe import described_tools
 from ray_pipeline.tools.format import render_calls
 from ray_pipeline.tools.python import Python
-from ray_pipeline.tools.schema import argument_error
+from ray_pipeline.tools.tool_schema import argument_error
 
 _BUILTIN = {tool.name: tool.parameters for tool in (Calculator, Python)}
 

@@ -13,9 +13,9 @@ import re
 import time
 from typing import Any
 
+from ray_pipeline.isolation.sandbox import run_judged, run_python
 from ray_pipeline.rewards.answer import final_text
 from ray_pipeline.rewards.registry import reward
-from ray_pipeline.sandbox import run_judged, run_python
 from ray_pipeline.tools.calls import read_json
 
 MEMORY_BYTES = 512 << 20

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from model.generate.decode import Completion, Decoder, generate
-from ray_pipeline.data.tokenizer import ChatTokenizer
+from ray_pipeline.data.chat.completion_text import think_budget
+from ray_pipeline.data.chat.tokenizer import ChatTokenizer
 from ray_pipeline.errors import UserError
-from ray_pipeline.evaluation.chat import think_budget
 from ray_pipeline.rollouts.rollout import Sampled, ToolUse, request_seed
 from ray_pipeline.tools.calls import BadCall, ToolCall, parse_calls
 from ray_pipeline.tools.format import CALLS_END, OUTPUTS_BEGIN, OUTPUTS_END, render_output, without_tool_tokens
-from ray_pipeline.tools.schema import argument_error
+from ray_pipeline.tools.tool_schema import argument_error
 from ray_pipeline.tools.toolbox import ToolBox
 
 ERROR = "Error: "  # how a tool box tells the model that a call gave nothing

@@ -13,13 +13,13 @@ from typing import Any
 
 from torch import Tensor
 
-from ray_pipeline.config import GrpoConfig
-from ray_pipeline.evaluation.chat import PromptTokenizer, completion_text
+from ray_pipeline.data.chat.completion_text import PromptTokenizer, completion_text
 from ray_pipeline.rewards.scoring import Scores
 from ray_pipeline.rollouts.advantages import overlong_penalty
-from ray_pipeline.rollouts.engine import RolloutEngine
 from ray_pipeline.rollouts.prompt_order import PromptOrder
 from ray_pipeline.rollouts.rollout import Rollout, Sampled, SampleRequest, ToolUse, request_seed
+from ray_pipeline.rollouts.samplers import RolloutEngine
+from ray_pipeline.settings.schema import GrpoConfig
 
 Group = list[Rollout]
 

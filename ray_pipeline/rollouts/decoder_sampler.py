@@ -13,12 +13,12 @@ from torch import Tensor
 from model.config import ModelConfig
 from model.generate.decode import Decoder, generate
 from model.transformer import Transformer
-from ray_pipeline.artifacts import weights_digest
-from ray_pipeline.config import ToolsConfig
-from ray_pipeline.data.tokenizer import ChatTokenizer, load_tokenizer
-from ray_pipeline.evaluation.chat import finite_logits, think_budget
+from ray_pipeline.data.chat.completion_text import finite_logits, think_budget
+from ray_pipeline.data.chat.tokenizer import ChatTokenizer, load_tokenizer
+from ray_pipeline.records.artifacts import weights_digest
 from ray_pipeline.rollouts.agent import answer_with_tools
 from ray_pipeline.rollouts.rollout import Sampled, SampleRequest
+from ray_pipeline.settings.schema import ToolsConfig
 from ray_pipeline.tools.toolbox import ToolBox
 
 

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from model.parallel.mesh import Mesh
 from ray_pipeline.errors import StageFailed, UserError
-from ray_pipeline.local_ray import start_ray
-from ray_pipeline.rollouts.engine import Sampler, from_main, shares
+from ray_pipeline.launch.local_ray import start_ray
 from ray_pipeline.rollouts.rollout import Sampled, SampleRequest
+from ray_pipeline.rollouts.samplers import Sampler, from_main, shares
 
 # Threads of several actors may be more than there are cores; those that wait must not keep the others from working.
 QUIET = {"OMP_WAIT_POLICY": "PASSIVE"}

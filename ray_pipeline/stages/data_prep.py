@@ -8,24 +8,24 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from ray_pipeline.artifacts import read_json, write_json, write_text
-from ray_pipeline.config import PipelineFields
-from ray_pipeline.data.conversations import write_conversations
-from ray_pipeline.data.decontaminate import Decontaminator
-from ray_pipeline.data.manifest import MANIFEST, unigram_entropy, write_data_manifest
-from ray_pipeline.data.mixture import Choice
-from ray_pipeline.data.preference_sets import gather_preferences
-from ray_pipeline.data.preferences import write_preferences
-from ray_pipeline.data.pretrain_text import clean_corpus, given_tokenizer, make_tokenizer
-from ray_pipeline.data.question_sets import QuestionSets, gather_questions
-from ray_pipeline.data.sources import licence_of
+from ray_pipeline.data.chat.tokenizer import ChatTokenizer, load_tokenizer
+from ray_pipeline.data.rows.conversations import write_conversations
+from ray_pipeline.data.rows.manifest import MANIFEST, unigram_entropy, write_data_manifest
+from ray_pipeline.data.rows.preferences import write_preferences
+from ray_pipeline.data.sets.preference_sets import gather_preferences
+from ray_pipeline.data.sets.question_sets import QuestionSets, gather_questions
+from ray_pipeline.data.shared.decontaminate import Decontaminator
+from ray_pipeline.data.sources.sources import licence_of
 from ray_pipeline.data.tasks.question import Question
-from ray_pipeline.data.text_rows import TextRows
-from ray_pipeline.data.tokenizer import ChatTokenizer, load_tokenizer
+from ray_pipeline.data.text.mixture import Choice
+from ray_pipeline.data.text.pretrain_text import clean_corpus, given_tokenizer, make_tokenizer
+from ray_pipeline.data.text.text_rows import TextRows
 from ray_pipeline.errors import UserError
-from ray_pipeline.progress import Progress, Report
-from ray_pipeline.stage_chain import chain, reads_text
-from ray_pipeline.stages.base import StageContext, StageResult
+from ray_pipeline.launch.stage_context import StageContext, StageResult
+from ray_pipeline.records.artifacts import read_json, write_json, write_text
+from ray_pipeline.records.progress import Progress, Report
+from ray_pipeline.settings.chain import chain, reads_text
+from ray_pipeline.settings.schema import PipelineFields
 
 STAGE = "data_prep"
 WORK = ".work"  # clean text, and how far it has become rows; deleted when the stage is done

@@ -10,23 +10,29 @@ from typing import Any
 
 import torch
 
-from ray_pipeline.data.loader import PackedRows
+from ray_pipeline.data.rows.loader import PackedRows
 from ray_pipeline.engine.engine import Engine
 from ray_pipeline.errors import UserError
+from ray_pipeline.launch.stage_context import StageContext, StageResult
 from ray_pipeline.objectives.distillation import distillation_objective
-from ray_pipeline.stage_chain import input_stage
-from ray_pipeline.stages.base import StageContext, StageResult
-from ray_pipeline.stages.judge import judge_accuracy
-from ray_pipeline.teacher_name import is_top_k, teacher_path
-from ray_pipeline.training.distillation_batches import DistillationSource, MixedRows, Rows, Scorer, StudentAnswers
+from ray_pipeline.settings.chain import input_stage
+from ray_pipeline.settings.teacher_name import is_top_k, teacher_path
+from ray_pipeline.stages.verdict import judge_accuracy
+from ray_pipeline.teachers.engine_teacher import EngineTeacher, Teacher, load_teacher
+from ray_pipeline.teachers.teacher_answers import teacher_answer_rows
+from ray_pipeline.teachers.teacher_folder import check_widths
+from ray_pipeline.teachers.top_k import TopKRows
+from ray_pipeline.training.distillation.distillation_batches import (
+    DistillationSource,
+    MixedRows,
+    Rows,
+    Scorer,
+    StudentAnswers,
+)
+from ray_pipeline.training.distillation.student import initial_student
 from ray_pipeline.training.finish import save_trained_model
 from ray_pipeline.training.heldout import HeldOut, WholeModel, read_questions
 from ray_pipeline.training.rank import Rank, rank_arguments, start_rank
-from ray_pipeline.training.student import initial_student
-from ray_pipeline.training.teacher import EngineTeacher, Teacher, load_teacher
-from ray_pipeline.training.teacher_answers import teacher_answer_rows
-from ray_pipeline.training.teacher_folder import check_widths
-from ray_pipeline.training.teacher_topk import TopKRows
 from ray_pipeline.training.trainer import Trainer
 
 STAGE = "distillation"
@@ -105,7 +111,7 @@ def make_scorer(rank: Rank, student: Engine, teacher: Teacher) -> Scorer | None:
         if settings.loss == "hidden":
             check_widths(student.config.hidden_size, teacher.config.hidden_size)
         return EngineTeacher(rank, student, teacher.config, teacher.state)
-    from ray_pipeline.training.teacher_transformers import TransformersTeacher  # transformers takes seconds to import
+    from ray_pipeline.teachers.transformers_teacher import TransformersTeacher  # transformers takes seconds to import
 
     assert teacher.folder is not None
     dtype = torch.float32 if settings.precision == "fp32" else torch.bfloat16

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from ray_pipeline.launch.stage_context import StageContext, StageResult
 from ray_pipeline.objectives.preference import Dpo
-from ray_pipeline.stages.base import StageContext, StageResult
-from ray_pipeline.stages.judge import judge_preferences
+from ray_pipeline.stages.verdict import judge_preferences
 from ray_pipeline.training.finish import read_input, save_trained_model
 from ray_pipeline.training.heldout import HeldOut, WholeModel
-from ray_pipeline.training.preference import HeldOutPairs, PairSource, read_pairs, reference_logprobs
+from ray_pipeline.training.pairs import HeldOutPairs, PairSource, read_pairs, reference_logprobs
 from ray_pipeline.training.rank import rank_arguments, start_rank
 from ray_pipeline.training.trainer import Trainer
 

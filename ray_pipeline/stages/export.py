@@ -25,14 +25,21 @@ from model.convert.hf_config import unpublished_reason
 from model.convert.native import save_native
 from model.convert.tokenizer_start import begins_with_bos, with_bos
 from model.transformer import Transformer
-from ray_pipeline.artifacts import atomic_folder, atomic_path, load_model, manifest_entries, write_json, write_sealed
-from ray_pipeline.data.tokenizer import load_tokenizer
+from ray_pipeline.data.chat.tokenizer import load_tokenizer
 from ray_pipeline.errors import StageFailed, UserError
 from ray_pipeline.evaluation.export_checks import Check, check_gguf, check_hf, check_native
-from ray_pipeline.integrity import MANIFEST, files_damage, manifest_files, verify_folder
-from ray_pipeline.progress import Progress
-from ray_pipeline.stage_chain import exported_stage, lineage, reads_folder
-from ray_pipeline.stages.base import StageContext, StageResult
+from ray_pipeline.launch.stage_context import StageContext, StageResult
+from ray_pipeline.records.artifacts import (
+    atomic_folder,
+    atomic_path,
+    load_model,
+    manifest_entries,
+    write_json,
+    write_sealed,
+)
+from ray_pipeline.records.integrity import MANIFEST, files_damage, manifest_files, verify_folder
+from ray_pipeline.records.progress import Progress
+from ray_pipeline.settings.chain import exported_stage, lineage, reads_folder
 from ray_pipeline.training.heldout import read_questions
 
 STAGE = "export"

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from ray_pipeline.launch.stage_context import StageContext, StageResult
 from ray_pipeline.objectives.sampler_gap import SamplerGap
-from ray_pipeline.stages.base import StageContext, StageResult
-from ray_pipeline.stages.judge import judge_accuracy
+from ray_pipeline.stages.verdict import judge_accuracy
 from ray_pipeline.training.finish import read_input, save_trained_model
+from ray_pipeline.training.grpo.setup import objective_of, rollout_source
 from ray_pipeline.training.heldout import HeldOut, WholeModel
 from ray_pipeline.training.rank import rank_arguments, start_rank
-from ray_pipeline.training.rollout_setup import objective_of, rollout_source
 from ray_pipeline.training.trainer import Trainer
 
 STAGE = "grpo"

@@ -7,16 +7,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from ray_pipeline.data.loader import PackedRows
+from ray_pipeline.data.rows.loader import PackedRows
+from ray_pipeline.launch.stage_context import StageContext, StageResult
 from ray_pipeline.objectives.cross_entropy import CrossEntropy
-from ray_pipeline.stages.base import StageContext, StageResult
-from ray_pipeline.stages.judge import judge_conversations
+from ray_pipeline.stages.verdict import judge_conversations
 from ray_pipeline.training.finish import read_input, save_trained_model
 from ray_pipeline.training.heldout import HeldOut, WholeModel
 from ray_pipeline.training.lora import save_adapter
 from ray_pipeline.training.rank import rank_arguments, start_rank
+from ray_pipeline.training.row_source import PackedSource
 from ray_pipeline.training.seeded_source import SeededSource
-from ray_pipeline.training.sources import PackedSource
 from ray_pipeline.training.trainer import Trainer
 from ray_pipeline.training.validation import validation_loss
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ray_pipeline.sandbox import run_python
+from ray_pipeline.isolation.sandbox import run_python
 from ray_pipeline.tools.tool import ToolError
 
 MEMORY_BYTES = 512 << 20

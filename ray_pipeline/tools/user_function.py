@@ -7,10 +7,10 @@ import threading
 from collections.abc import Mapping
 from typing import Any
 
-from ray_pipeline.functions.pool import Call, FunctionPool
-from ray_pipeline.functions.resolve import import_function
-from ray_pipeline.tools.schema import function_schema
+from ray_pipeline.isolation.function_name import import_function
+from ray_pipeline.isolation.function_pool import Call, FunctionPool
 from ray_pipeline.tools.tool import ToolError
+from ray_pipeline.tools.tool_schema import function_schema
 
 INVOKE = f"{__name__}:invoke"
 

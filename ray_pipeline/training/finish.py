@@ -7,9 +7,9 @@ import torch.distributed as dist
 
 from model.config import ModelConfig
 from model.transformer import Transformer
-from ray_pipeline.artifacts import load_model, save_model
 from ray_pipeline.engine.engine import Engine
-from ray_pipeline.stage_chain import input_stage
+from ray_pipeline.records.artifacts import load_model, save_model
+from ray_pipeline.settings.chain import input_stage
 from ray_pipeline.training.initial import initial_state
 from ray_pipeline.training.rank import Rank
 

@@ -9,10 +9,16 @@ import math
 from collections import deque
 from pathlib import Path
 
-from ray_pipeline.data.batch import Batch
-from ray_pipeline.engine.checkpoint import UnusableCheckpoint, list_checkpoints, load_checkpoint, newest_whole, step_of
+from model.parallel.gather import all_ranks_gather
+from ray_pipeline.data.rows.batch import Batch
+from ray_pipeline.engine.checkpoints.checkpoint import (
+    UnusableCheckpoint,
+    list_checkpoints,
+    load_checkpoint,
+    newest_whole,
+    step_of,
+)
 from ray_pipeline.engine.engine import Engine
-from ray_pipeline.engine.gather import all_ranks_gather
 from ray_pipeline.engine.step_stats import StepStats
 from ray_pipeline.errors import UserError
 from ray_pipeline.training.rank import Rank

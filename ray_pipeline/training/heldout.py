@@ -12,19 +12,19 @@ from torch import Tensor
 
 from model.config import ModelConfig
 from model.generate.decode import Decoder
+from model.parallel.gather import all_ranks_gather
 from model.transformer import Transformer
-from ray_pipeline.artifacts import write_sealed
-from ray_pipeline.data.tokenizer import load_tokenizer
+from ray_pipeline.data.chat.completion_text import finite_logits
+from ray_pipeline.data.chat.tokenizer import load_tokenizer
 from ray_pipeline.engine.engine import Engine
-from ray_pipeline.engine.gather import all_ranks_gather
 from ray_pipeline.errors import UserError
 from ray_pipeline.evaluation.accuracy import EvalResult, evaluate_questions
-from ray_pipeline.evaluation.chat import finite_logits
-from ray_pipeline.integrity import make_again, read_sealed, verify_files
+from ray_pipeline.records.artifacts import write_sealed
+from ray_pipeline.records.integrity import make_again, read_sealed, verify_files
+from ray_pipeline.records.trackers import SAMPLES_FILE
 from ray_pipeline.rollouts.agent import answer_with_tools
 from ray_pipeline.rollouts.rollout import Sampled
 from ray_pipeline.tools.toolbox import ToolBox, listed_tools
-from ray_pipeline.tracking import SAMPLES_FILE
 from ray_pipeline.training.rank import Rank
 
 SHOWN_SAMPLES = 12

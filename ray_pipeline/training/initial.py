@@ -7,10 +7,10 @@ from pathlib import Path
 from torch import Tensor
 
 from model.convert.hf_load import ModelFolder, open_folder, read_state
-from ray_pipeline.config import PipelineFields
-from ray_pipeline.config_init_from import limits_of, selection_of
 from ray_pipeline.errors import UserError
-from ray_pipeline.integrity import MANIFEST, own_damage
+from ray_pipeline.records.integrity import MANIFEST, own_damage
+from ray_pipeline.settings.init_from import limits_of, selection_of
+from ray_pipeline.settings.schema import PipelineFields
 
 
 def open_initial(config: PipelineFields) -> ModelFolder | None:

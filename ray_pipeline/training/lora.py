@@ -12,10 +12,10 @@ from model.config import ModelConfig
 from model.convert.hf import save_tensors
 from model.convert.hf_config import published_family
 from model.convert.names import published_name
-from ray_pipeline.artifacts import atomic_folder
-from ray_pipeline.config_post_training import LoraConfig
 from ray_pipeline.engine.adapters import peft_config
 from ray_pipeline.engine.engine import Engine
+from ray_pipeline.records.artifacts import atomic_folder
+from ray_pipeline.settings.post_training import LoraConfig
 from ray_pipeline.training.rank import Rank
 
 _PREFIX = "base_model.model."  # what peft puts before the names of the model it wraps

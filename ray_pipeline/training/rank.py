@@ -15,12 +15,12 @@ import torch.distributed as dist
 from model.config import ModelConfig
 from model.parallel.mesh import Mesh, MeshSizes
 from model.parallel.placement import layers_by_hand
-from ray_pipeline.config import LayoutConfig, OptimizerConfig, PipelineFields, TrainingConfig
-from ray_pipeline.config_post_training import LoraConfig
 from ray_pipeline.engine.engine import Engine
-from ray_pipeline.progress import Progress
-from ray_pipeline.rank_errors import Place
-from ray_pipeline.stages.base import StageContext
+from ray_pipeline.launch.rank_errors import Place
+from ray_pipeline.launch.stage_context import StageContext
+from ray_pipeline.records.progress import Progress
+from ray_pipeline.settings.post_training import LoraConfig
+from ray_pipeline.settings.schema import LayoutConfig, OptimizerConfig, PipelineFields, TrainingConfig
 
 
 @dataclass

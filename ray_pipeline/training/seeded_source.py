@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from ray_pipeline.data.batch import Batch
+from ray_pipeline.data.rows.batch import Batch
 from ray_pipeline.engine.row_noise import disturb_embeddings, seed_rows
-from ray_pipeline.training.sources import PackedSource
+from ray_pipeline.training.row_source import PackedSource
 
 
 class SeededSource:

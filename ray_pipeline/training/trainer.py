@@ -9,9 +9,10 @@ from dataclasses import asdict, dataclass
 from typing import Protocol, runtime_checkable
 
 from model.attention.sparse import set_warm_up
-from model.auxiliary import LOSSES
-from ray_pipeline.data.batch import Batch
-from ray_pipeline.engine.checkpoint import (
+from model.layers.auxiliary import LOSSES
+from model.parallel.gather import all_ranks_gather
+from ray_pipeline.data.rows.batch import Batch
+from ray_pipeline.engine.checkpoints.checkpoint import (
     UnusableCheckpoint,
     list_checkpoints,
     load_checkpoint,
@@ -19,14 +20,13 @@ from ray_pipeline.engine.checkpoint import (
     source_files,
     step_of,
 )
-from ray_pipeline.engine.checkpoint_writer import CheckpointWriter
+from ray_pipeline.engine.checkpoints.checkpoint_writer import CheckpointWriter
 from ray_pipeline.engine.engine import Engine
-from ray_pipeline.engine.gather import all_ranks_gather
 from ray_pipeline.engine.optimizer import learning_rate
 from ray_pipeline.engine.step_stats import StepStats
 from ray_pipeline.errors import UserError
 from ray_pipeline.objectives.base import Objective
-from ray_pipeline.tracking import Tracker
+from ray_pipeline.records.trackers import Tracker
 from ray_pipeline.training.health import Health
 from ray_pipeline.training.rank import Rank
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ray_pipeline.data.loader import PackedRows
-from ray_pipeline.data.shards import RowsManifest, SourceRows
+from ray_pipeline.data.rows.loader import PackedRows
+from ray_pipeline.data.rows.shards import RowsManifest, SourceRows
 from ray_pipeline.engine.engine import Engine
 from ray_pipeline.objectives.cross_entropy import CrossEntropy
 

@@ -11,11 +11,11 @@ from typing import Any, Literal, get_args
 
 from model.config import ModelConfig
 from model.parallel.placement import num_stages
-from ray_pipeline.config import LayoutConfig, OptimizerConfig, PipelineFields
-from ray_pipeline.engine.schedule import least_micro_batches, rows_needed
+from ray_pipeline.engine.pipeline.schedule import least_micro_batches, rows_needed
 from ray_pipeline.errors import UserError
-from ray_pipeline.layout import Layout, Refusal
-from ray_pipeline.layout_rules import refusal
+from ray_pipeline.layout.layout import Layout, Refusal
+from ray_pipeline.layout.rules import refusal
+from ray_pipeline.settings.schema import LayoutConfig, OptimizerConfig, PipelineFields
 
 SCHEDULES = ("1f1b", "interleaved_1f1b", "zbv", "dualpipev")
 MOST_PARAMETERS = 50_000_000  # of a user's own model: every rank draws all weights, and one process has to train it

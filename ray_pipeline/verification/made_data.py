@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ray_pipeline.config import GrpoConfig
-from ray_pipeline.data.packing import Row, RowBuilder, pack_conversations, pack_documents
-from ray_pipeline.data.shards import write_rows
+from ray_pipeline.data.rows.packing import Row, RowBuilder, pack_conversations, pack_documents
+from ray_pipeline.data.rows.shards import write_rows
 from ray_pipeline.rollouts.collector import Group
 from ray_pipeline.rollouts.rollout import Rollout
+from ray_pipeline.settings.schema import GrpoConfig
 from ray_pipeline.verification.cases import Subject
 
 STORED = 23  # rows, pairs, or twice as many conversations: no multiple of a batch, so that batches cross epochs

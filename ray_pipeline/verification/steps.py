@@ -10,9 +10,9 @@ from torch import Tensor
 
 from model.moe.router import Router
 from model.parallel.mesh import Mesh
-from ray_pipeline.data.batch import Batch
+from ray_pipeline.data.rows.batch import Batch
 from ray_pipeline.verification.cases import Case
-from ray_pipeline.verification.stages import Training, made_rank, start
+from ray_pipeline.verification.trainings import Training, made_rank, start
 
 
 @dataclass

@@ -13,7 +13,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ray_pipeline.layout import Layout
+from ray_pipeline.layout.layout import Layout
 from ray_pipeline.verification.cases import Case
 
 if TYPE_CHECKING:

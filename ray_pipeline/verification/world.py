@@ -19,8 +19,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from ray_pipeline.launcher import worker_environment
-from ray_pipeline.layout import Layout
+from ray_pipeline.launch.launchers import worker_environment
+from ray_pipeline.layout.layout import Layout
 from ray_pipeline.verification.cases import Case, Tolerance
 from ray_pipeline.verification.compare import Result, difference, judge
 from ray_pipeline.verification.worker import WHERE, Job, run_rank

@@ -10,17 +10,17 @@ from typing import Any
 
 import torch
 
-from ray_pipeline.config import PipelineFields
-from ray_pipeline.data.tokenizer import load_tokenizer
+from ray_pipeline.data.chat.tokenizer import load_tokenizer
 from ray_pipeline.engine.engine import Engine
 from ray_pipeline.objectives.grpo import Grpo
 from ray_pipeline.objectives.sampler_gap import SamplerGap
-from ray_pipeline.rollouts.packing import pack_rollouts
+from ray_pipeline.rollouts.packed_rows import pack_rollouts
 from ray_pipeline.rollouts.rollout import Rollout
+from ray_pipeline.settings.schema import PipelineFields
+from ray_pipeline.training.grpo.reference import logprobs_at
+from ray_pipeline.training.grpo.setup import objective_of, rollout_source
 from ray_pipeline.training.heldout import WholeModel
 from ray_pipeline.training.rank import Rank, start_rank
-from ray_pipeline.training.reference import logprobs_at
-from ray_pipeline.training.rollout_setup import objective_of, rollout_source
 from scripts.grpo_bench.task import FIRST_STEP, LR, REWARDS, Task
 from scripts.model_bench.competitors import build
 

@@ -13,7 +13,7 @@ from model.config import ModelConfig
 from model.convert.names import to_published
 from model.init import init_weights
 from model.transformer import Transformer
-from ray_pipeline.config import OptimizerConfig
+from ray_pipeline.settings.schema import OptimizerConfig
 
 LR = 1e-4
 OPTIMIZER = OptimizerConfig(lr=LR, warmup_steps=0, weight_decay=0.1, grad_clip=1.0)
@@ -59,7 +59,7 @@ def build(config: ModelConfig, *, spread: float = 1.0) -> Transformer:
 def ours_step(config: ModelConfig, precision: str, rows: int, device: str) -> Step:
     """A training step of the engine: tokens [rows, seq_len] -> loss."""
     from model.parallel.mesh import Mesh, MeshSizes
-    from ray_pipeline.data.batch import Batch
+    from ray_pipeline.data.rows.batch import Batch
     from ray_pipeline.engine.engine import Engine
     from ray_pipeline.objectives.cross_entropy import CrossEntropy
 

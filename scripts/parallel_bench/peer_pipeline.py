@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from model.parallel.placement import num_stages, parts_of, stage_layers
 from model.transformer import Transformer
-from ray_pipeline.data.batch import Batch
+from ray_pipeline.data.rows.batch import Batch
 from ray_pipeline.objectives.cross_entropy import CrossEntropy
 from scripts.parallel_bench.peers import Step, balance_routers, build_adamw, build_model, trained_tokens
 from scripts.parallel_bench.task import MTP_WEIGHT, Row, Task

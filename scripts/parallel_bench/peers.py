@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from model.init import initial_weight
 from model.moe.router import Router
 from model.transformer import Transformer
-from ray_pipeline.config import OptimizerConfig
-from ray_pipeline.data.batch import IGNORE, Batch
+from ray_pipeline.data.rows.batch import IGNORE, Batch
 from ray_pipeline.objectives.cross_entropy import CrossEntropy
+from ray_pipeline.settings.schema import OptimizerConfig
 from scripts.parallel_bench.task import MTP_WEIGHT, SEED, Row, Task
 
 Step = Callable[[Batch], tuple[float, float]]

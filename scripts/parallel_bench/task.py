@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from model.config import ModelConfig
-from ray_pipeline.config import OptimizerConfig
-from ray_pipeline.data.batch import IGNORE, Batch
+from ray_pipeline.data.rows.batch import IGNORE, Batch
+from ray_pipeline.settings.schema import OptimizerConfig
 
 SEED = 1234
 MTP_WEIGHT = 0.3

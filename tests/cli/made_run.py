@@ -12,18 +12,18 @@ from unittest import mock
 from model.config import ModelConfig
 from model.init import init_weights
 from model.transformer import Transformer
-from ray_pipeline.artifacts import save_model, write_text
-from ray_pipeline.config_load import config_yaml, load_config
-from ray_pipeline.config_sources import with_checksum
-from ray_pipeline.data.manifest import write_data_manifest
-from ray_pipeline.data.packing import pack_conversations, pack_documents
-from ray_pipeline.data.shards import write_rows
-from ray_pipeline.data.tokenizer_files import save_trained, train_bpe
-from ray_pipeline.ledger import RunFile, stage_folder
-from ray_pipeline.stage_chain import upstream
-from ray_pipeline.stage_task import StageJob, execute_stage
-from ray_pipeline.stages.base import StageContext, StageResult
-from ray_pipeline.workflow_plan import PlannedStage
+from ray_pipeline.dag.ledger import RunFile, stage_folder
+from ray_pipeline.dag.plan import PlannedStage
+from ray_pipeline.dag.stage_task import StageJob, execute_stage
+from ray_pipeline.data.chat.tokenizer_files import save_trained, train_bpe
+from ray_pipeline.data.rows.manifest import write_data_manifest
+from ray_pipeline.data.rows.packing import pack_conversations, pack_documents
+from ray_pipeline.data.rows.shards import write_rows
+from ray_pipeline.launch.stage_context import StageContext, StageResult
+from ray_pipeline.records.artifacts import save_model, write_text
+from ray_pipeline.settings.chain import upstream
+from ray_pipeline.settings.layers import with_checksum
+from ray_pipeline.settings.loading import config_yaml, load_config
 
 SEQ_LEN = 64
 TEXT = ["the cat sat on the mat and looked at the moon", "two and two make four, said the owl, naïve as ever"]

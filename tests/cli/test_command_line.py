@@ -13,7 +13,7 @@ import yaml
 from ray_pipeline.cli import main
 from ray_pipeline.cli.group import HIDDEN, VERBS
 from ray_pipeline.cli.options import take_request
-from ray_pipeline.config_load import config_yaml, load_config
+from ray_pipeline.settings.loading import config_yaml, load_config
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -11,11 +11,11 @@ import torch
 
 from model.convert.hf import save_hf
 from model.generate.decode import Decoder
-from ray_pipeline.artifacts import atomic_folder, load_model
 from ray_pipeline.cli import main
-from ray_pipeline.data.tokenizer import load_tokenizer
+from ray_pipeline.dag.ledger import read_record, write_record
+from ray_pipeline.data.chat.tokenizer import load_tokenizer
 from ray_pipeline.evaluation.accuracy import evaluate_questions
-from ray_pipeline.ledger import read_record, write_record
+from ray_pipeline.records.artifacts import atomic_folder, load_model
 from ray_pipeline.training.heldout import read_questions
 from tests.cli.made_run import TOY, finish, make_run
 from tests.evaluation.made_models import save_ours, save_qwen

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from ray_pipeline.artifacts import write_text
 from ray_pipeline.cli import main
-from ray_pipeline.config_load import load_config
-from ray_pipeline.data.manifest import write_data_manifest
-from ray_pipeline.data.preference_records import as_preference
-from ray_pipeline.data.preferences import write_preferences
+from ray_pipeline.data.chat.tokenizer import load_tokenizer
+from ray_pipeline.data.forms.preference_records import as_preference
+from ray_pipeline.data.rows.manifest import write_data_manifest
+from ray_pipeline.data.rows.preferences import write_preferences
 from ray_pipeline.data.tasks import Question
-from ray_pipeline.data.tokenizer import load_tokenizer
+from ray_pipeline.records.artifacts import write_text
+from ray_pipeline.settings.loading import load_config
 from tests.cli.made_run import SEQ_LEN, make_run
 
 EOS = "<｜end▁of▁sentence｜>"

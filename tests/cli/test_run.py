@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 
-from ray_pipeline import workflow
 from ray_pipeline.cli import main
 from ray_pipeline.cli.group import STOPPING
-from ray_pipeline.config import PipelineFields
-from ray_pipeline.config_load import config_yaml, load_config
+from ray_pipeline.dag import workflow
 from ray_pipeline.errors import StageFailed, UserError
-from ray_pipeline.layout import Layout
+from ray_pipeline.layout.layout import Layout
+from ray_pipeline.settings.loading import config_yaml, load_config
+from ray_pipeline.settings.schema import PipelineFields
 
 
 class Recorder:

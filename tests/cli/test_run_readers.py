@@ -11,17 +11,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from ray_pipeline.artifacts import load_model, save_model
 from ray_pipeline.cli import main
 from ray_pipeline.cli.generate import Printer, prompt_tokens
 from ray_pipeline.cli.runs import find_run, latest_run, list_runs
-from ray_pipeline.config_load import load_config
-from ray_pipeline.data.inspect import render_rows
-from ray_pipeline.data.loader import PackedRows
-from ray_pipeline.data.tokenizer import load_tokenizer
-from ray_pipeline.data.tokenizer_files import save_trained, train_bpe
+from ray_pipeline.dag.ledger import RunFile, read_record
+from ray_pipeline.data.chat.tokenizer import load_tokenizer
+from ray_pipeline.data.chat.tokenizer_files import save_trained, train_bpe
+from ray_pipeline.data.rows.inspect import render_rows
+from ray_pipeline.data.rows.loader import PackedRows
 from ray_pipeline.errors import UserError
-from ray_pipeline.ledger import RunFile, read_record
+from ray_pipeline.records.artifacts import load_model, save_model
+from ray_pipeline.settings.loading import load_config
 from tests.cli.made_run import CHAT, SEQ_LEN, TOY, make_run
 
 

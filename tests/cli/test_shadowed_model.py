@@ -29,8 +29,9 @@ def test_every_verb_works_beside_a_model_py(tmp_path: Path) -> None:
 def test_rays_workers_find_the_package_too(tmp_path: Path) -> None:
     (tmp_path / "model.py").write_text("raise SystemExit('mine')")
     code = (
-        "import ray; from ray_pipeline.local_ray import start_local_ray; from ray_pipeline.stage_chain import chain\n"
-        "from ray_pipeline.config import PipelineFields\n"
+        "import ray; from ray_pipeline.launch.local_ray import start_local_ray\n"
+        "from ray_pipeline.settings.chain import chain\n"
+        "from ray_pipeline.settings.schema import PipelineFields\n"
         "start_local_ray()\n"
         "print(ray.get(ray.remote(chain).remote(PipelineFields())))"
     )
@@ -40,6 +41,6 @@ def test_rays_workers_find_the_package_too(tmp_path: Path) -> None:
 
 def test_a_model_that_was_imported_before_is_named_with_a_way_out(tmp_path: Path) -> None:
     (tmp_path / "model.py").write_text("")
-    done = python(tmp_path, "-c", "import model; import ray_pipeline.config")
+    done = python(tmp_path, "-c", "import model; import ray_pipeline.settings.schema")
     said = done.stderr.splitlines()[-1]
     assert said.startswith(f"ImportError: {tmp_path / 'model.py'}: is imported as `model`") and "Rename" in said

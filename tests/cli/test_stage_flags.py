@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from ray_pipeline.cli import main
-from ray_pipeline.config_load import config_yaml, load_config
-from ray_pipeline.ledger import RunFile
-from tests.test_config_init_from import FIXED, write
+from ray_pipeline.dag.ledger import RunFile
+from ray_pipeline.settings.loading import config_yaml, load_config
+from tests.settings.test_init_from import FIXED, write
 
 
 def shown(capsys: pytest.CaptureFixture, *flags: str) -> list[str]:

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from ray_pipeline.cli import main
-from ray_pipeline.data.loader import PackedRows
-from ray_pipeline.training.teacher_topk import TopKRows
+from ray_pipeline.data.rows.loader import PackedRows
+from ray_pipeline.teachers.top_k import TopKRows
+from tests.teachers.test_teacher_folder import other_tokenizer
 from tests.training.distill_run import distil, stage_dir, teacher_run
-from tests.training.test_teacher_folder import other_tokenizer
 
 
 def test_what_teacher_topk_did_not_write_is_never_replaced(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -11,25 +11,25 @@ import torch
 
 from model.attention import blocked, core, parts
 from model.attention.blocked import LONGEST
-from model.attention.build import visible_tokens
-from model.auxiliary import auxiliary_scale
+from model.attention.kinds import visible_tokens
+from model.build import build_part
 from model.config import ModelConfig
+from model.kernels.limits import row_step
 from model.layers import product as products
+from model.layers.auxiliary import auxiliary_scale
 from model.layers.rope import rotary_table
 from model.moe import experts
 from model.parallel.mesh import Mesh, MeshSizes
-from model.parallel.shard import build_part
-from model.processor import row_step
 from model.transformer import Block
 from ray_pipeline.costs import activations
 from ray_pipeline.costs.activations import cast_weights, layer_bytes, part_bytes
+from ray_pipeline.costs.head_loss import kept_bytes as kept_by_loss
 from ray_pipeline.costs.kernels import BLOCK, WIDE, WORTH_CHOOSING, expected_rows, kernels
-from ray_pipeline.costs.loss import kept_bytes as kept_by_loss
 from ray_pipeline.costs.weights import layer_weights
 from ray_pipeline.costs.workload import Workload
-from ray_pipeline.data.batch import Batch
-from ray_pipeline.engine.parts import Parts
-from ray_pipeline.layout import Layout
+from ray_pipeline.data.rows.batch import Batch
+from ray_pipeline.engine.pipeline.parts import Parts
+from ray_pipeline.layout.layout import Layout
 from ray_pipeline.objectives.cross_entropy import CrossEntropy
 
 CHECKPOINTING = ("none", "selective", "full")

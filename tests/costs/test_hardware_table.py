@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from ray_pipeline.config import PipelineFields
 from ray_pipeline.costs.hardware_table import NAMES, default_hardware, find_hardware, for_ranks
 from ray_pipeline.errors import UserError
+from ray_pipeline.settings.schema import PipelineFields
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -10,16 +10,16 @@ import torch
 
 from model.config import ModelConfig
 from model.parallel.mesh import Mesh, MeshSizes
-from ray_pipeline.config import OptimizerConfig
-from ray_pipeline.config_post_training import LoraConfig
 from ray_pipeline.costs.measure import LiveBytes, peak_bytes
 from ray_pipeline.costs.memory import rank_memory, stage_memory
 from ray_pipeline.costs.workload import Workload
-from ray_pipeline.data.batch import Batch
+from ray_pipeline.data.rows.batch import Batch
 from ray_pipeline.engine.engine import Engine
-from ray_pipeline.layout import Layout
-from ray_pipeline.lora_targets import adapter_params
+from ray_pipeline.layout.layout import Layout
 from ray_pipeline.objectives.cross_entropy import CrossEntropy
+from ray_pipeline.settings.lora_targets import adapter_params
+from ray_pipeline.settings.post_training import LoraConfig
+from ray_pipeline.settings.schema import OptimizerConfig
 from tests.distributed import run_ranks
 
 MODEL = ModelConfig(

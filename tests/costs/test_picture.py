@@ -9,7 +9,7 @@ from model.config import ModelConfig
 from model.parallel.mesh import MeshSizes
 from ray_pipeline.costs.picture import GAP, MOST_COLUMNS, MOST_ROWS, placement, pp_layout_text, rank_map, ranks_text
 from ray_pipeline.costs.workload import Workload
-from ray_pipeline.layout import Layout
+from ray_pipeline.layout.layout import Layout
 
 MODEL = ModelConfig(num_hidden_layers=64, n_routed_experts=64)
 

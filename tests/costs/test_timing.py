@@ -10,16 +10,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.config import ModelConfig
 from model.parallel.mesh import Mesh, MeshSizes
-from ray_pipeline.config import OptimizerConfig
-from ray_pipeline.config_load import load_config
 from ray_pipeline.costs.hardware_table import find_hardware
 from ray_pipeline.costs.timing import _play, flops_per_token, part_flops, part_launches, step_timing
 from ray_pipeline.costs.workload import Workload, workload
 from ray_pipeline.engine.engine import Engine
-from ray_pipeline.engine.schedule import build_schedule
-from ray_pipeline.engine.schedule_simulation import Costs, simulate
-from ray_pipeline.layout import Layout
+from ray_pipeline.engine.pipeline.schedule import build_schedule
+from ray_pipeline.engine.pipeline.schedule_simulation import Costs, simulate
+from ray_pipeline.layout.layout import Layout
 from ray_pipeline.objectives.cross_entropy import CrossEntropy
+from ray_pipeline.settings.loading import load_config
+from ray_pipeline.settings.schema import OptimizerConfig
 from tests.engine.test_parity import make_batch
 
 H100 = replace(find_hardware("h100"), launch=0.0)

@@ -14,13 +14,13 @@ from torch.utils._pytree import tree_iter
 
 from model.config import ModelConfig
 from model.parallel.mesh import Mesh, MeshSizes
-from ray_pipeline.config import OptimizerConfig
 from ray_pipeline.costs.hardware_table import find_hardware
 from ray_pipeline.costs.traffic import Group, groups, rank_traffic
 from ray_pipeline.costs.workload import Workload
 from ray_pipeline.engine.engine import Engine
-from ray_pipeline.layout import Layout
+from ray_pipeline.layout.layout import Layout
 from ray_pipeline.objectives.cross_entropy import CrossEntropy
+from ray_pipeline.settings.schema import OptimizerConfig
 from tests.costs.test_memory import MODEL, SEQ, make_batch
 from tests.distributed import run_ranks
 

@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from model.config import ModelConfig
-from model.parallel.shard import shard_of
+from model.parallel.shard_plan import shard_of
 from model.transformer import Transformer
-from ray_pipeline.config_load import load_config
 from ray_pipeline.costs.weights import by_kind, counts, main_model, part_weights
+from ray_pipeline.settings.loading import load_config
 
 V3 = load_config(Path("configs/v3-671b.yaml"), {}).model
 
@@ -58,7 +58,7 @@ MODELS = st.builds(
 
 
 def built_numbers(model: ModelConfig, layers: range, tp: int, ep: int) -> int:
-    """Numbers that one rank holds of a really built part, cut as `model.parallel.shard` cuts it."""
+    """Numbers that one rank holds of a really built part, cut as `model.parallel.shard_plan` cuts it."""
     with torch.device("meta"):
         part = Transformer(model, layers)
     total = 0

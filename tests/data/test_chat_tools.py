@@ -9,19 +9,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken
 
-from ray_pipeline.data.chat import Chat, ChatTemplate
-from ray_pipeline.data.chat_templates import DEEPSEEK_TEMPLATE, DEEPSEEK_TOOLS_TEMPLATE
-from ray_pipeline.data.fields import BadRecord
-from ray_pipeline.data.preference_records import as_preference
-from ray_pipeline.data.records import as_conversation
-from ray_pipeline.data.text import document_at
-from ray_pipeline.data.tokenizer import ChatTokenizer, load_tokenizer
-from ray_pipeline.data.tokenizer_files import BOS, EOS, SPECIAL, SPECIAL_STRINGS, THINK, save_trained, train_bpe
+from ray_pipeline.data.chat.chat import Chat, ChatTemplate
+from ray_pipeline.data.chat.chat_templates import DEEPSEEK_TEMPLATE, DEEPSEEK_TOOLS_TEMPLATE
+from ray_pipeline.data.chat.tokenizer import ChatTokenizer, load_tokenizer
+from ray_pipeline.data.chat.tokenizer_files import BOS, EOS, SPECIAL, SPECIAL_STRINGS, THINK, save_trained, train_bpe
+from ray_pipeline.data.files.fields import BadRecord
+from ray_pipeline.data.forms.chat_records import as_conversation
+from ray_pipeline.data.forms.preference_records import as_preference
+from ray_pipeline.data.text.builtin_text import document_at
 from ray_pipeline.errors import UserError
 from ray_pipeline.tools.describe import describe
 from ray_pipeline.tools.format import OUTPUTS_BEGIN, TOOL_TOKENS, render_calls, render_output
+from tests.data.forms.test_chat_records import fields, json_values, turns
 from tests.data.published_templates import DEEPSEEK_V3_0324, DEEPSEEK_V3_FIRST, HERMES
-from tests.data.test_records import fields, json_values, turns
 
 TEXTS = [document_at(0, index) for index in range(200)]
 WEATHER = {

@@ -7,12 +7,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from ray_pipeline.data.chat import Chat
-from ray_pipeline.data.chat_templates import DEEPSEEK_TEMPLATE
-from ray_pipeline.data.control_text import NONCHARACTERS, ControlStrings, read_marks, without_marks
-from ray_pipeline.data.text import document_at
-from ray_pipeline.data.tokenizer import ChatTokenizer, load_tokenizer
-from ray_pipeline.data.tokenizer_files import EOS, SPECIAL, SPECIAL_STRINGS, THINK, save_trained, train_bpe
+from ray_pipeline.data.chat.chat import Chat
+from ray_pipeline.data.chat.chat_templates import DEEPSEEK_TEMPLATE
+from ray_pipeline.data.chat.control_text import NONCHARACTERS, ControlStrings, read_marks, without_marks
+from ray_pipeline.data.chat.tokenizer import ChatTokenizer, load_tokenizer
+from ray_pipeline.data.chat.tokenizer_files import EOS, SPECIAL, SPECIAL_STRINGS, THINK, save_trained, train_bpe
+from ray_pipeline.data.text.builtin_text import document_at
 from ray_pipeline.errors import UserError
 from ray_pipeline.tools.format import TOOL_TOKENS, render_output
 

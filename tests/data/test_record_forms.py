@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from ray_pipeline.data.fields import BadRecord, Watched
-from ray_pipeline.data.preference_records import as_preference
-from ray_pipeline.data.question_records import as_question
-from ray_pipeline.data.records import as_conversation
+from ray_pipeline.data.files.fields import BadRecord, Watched
+from ray_pipeline.data.forms.chat_records import as_conversation
+from ray_pipeline.data.forms.preference_records import as_preference
+from ray_pipeline.data.forms.question_records import as_question
 
 ASKED, SAID = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}
 SYSTEM = {"role": "system", "content": "Be brief."}

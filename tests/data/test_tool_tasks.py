@@ -8,15 +8,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ray_pipeline.config import DataConfig, PipelineFields, TokenizerConfig
-from ray_pipeline.data.question_sets import gather_questions
-from ray_pipeline.data.source_checks import check_sources
+from ray_pipeline.data.chat.tokenizer_files import EOS, save_trained, train_bpe
+from ray_pipeline.data.forms.tool_conversations import ARGUMENT, CALCULATOR, tool_conversation
+from ray_pipeline.data.sets.question_sets import gather_questions
+from ray_pipeline.data.sources.source_checks import check_sources
 from ray_pipeline.data.tasks import CATEGORIES, DIFFICULTIES, TOOLS_MIX, Mix, draw_unique, question_at
-from ray_pipeline.data.tasks.tool_use import TOOL_REGISTRY
-from ray_pipeline.data.text import document_at
-from ray_pipeline.data.tokenizer_files import EOS, save_trained, train_bpe
-from ray_pipeline.data.tool_conversations import ARGUMENT, CALCULATOR, tool_conversation
+from ray_pipeline.data.tasks.tool_tasks import TOOL_REGISTRY
+from ray_pipeline.data.text.builtin_text import document_at
 from ray_pipeline.errors import UserError
+from ray_pipeline.settings.schema import DataConfig, PipelineFields, TokenizerConfig
 from ray_pipeline.tools.calculator import Calculator
 from ray_pipeline.tools.format import CALLS_BEGIN
 

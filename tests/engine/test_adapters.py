@@ -7,16 +7,16 @@ import math
 import pytest
 import torch
 
+from model.build import build_part
 from model.layers.linear import Linear
 from model.parallel.mesh import Mesh, MeshSizes
-from model.parallel.shard import build_part
-from ray_pipeline.config_post_training import LoraConfig
-from ray_pipeline.data.batch import Batch
+from ray_pipeline.data.rows.batch import Batch
 from ray_pipeline.engine.adapters import RowDropout, base_name
 from ray_pipeline.engine.engine import Engine
 from ray_pipeline.engine.row_noise import seed_rows
-from ray_pipeline.lora_targets import adapter_params, linear_layers, target_problem
 from ray_pipeline.objectives.cross_entropy import CrossEntropy
+from ray_pipeline.settings.lora_targets import adapter_params, linear_layers, target_problem
+from ray_pipeline.settings.post_training import LoraConfig
 from tests.attention_kinds import KINDS
 from tests.distributed import run_ranks
 from tests.engine.test_parity import (

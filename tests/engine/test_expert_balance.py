@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from model.parallel.mesh import Mesh, MeshSizes
-from ray_pipeline.config import OptimizerConfig
 from ray_pipeline.engine.engine import Engine
 from ray_pipeline.engine.expert_balance import ExpertBalance
 from ray_pipeline.objectives.cross_entropy import CrossEntropy
+from ray_pipeline.settings.schema import OptimizerConfig
 from tests.engine.test_parity import CONFIG, make_batch
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from model.build import use_fp8
 from model.parallel.mesh import Mesh, MeshSizes
-from model.precision import use_fp8
 from ray_pipeline.engine.engine import Engine
 from ray_pipeline.objectives.cross_entropy import CrossEntropy
 from tests.distributed import run_ranks

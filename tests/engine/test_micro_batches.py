@@ -10,10 +10,10 @@ import torch
 from model.config import ModelConfig
 from model.parallel.mesh import Mesh, MeshSizes
 from model.transformer import Transformer
-from ray_pipeline.config import OptimizerConfig
-from ray_pipeline.data.batch import Batch
+from ray_pipeline.data.rows.batch import Batch
 from ray_pipeline.engine.engine import Engine
 from ray_pipeline.objectives.cross_entropy import CrossEntropy
+from ray_pipeline.settings.schema import OptimizerConfig
 
 CONFIG = ModelConfig(
     vocab_size=40, hidden_size=16, intermediate_size=16, moe_intermediate_size=8, num_hidden_layers=2,

@@ -9,11 +9,11 @@ from torch import nn
 from model.config import ModelConfig
 from model.parallel.mesh import Mesh, MeshSizes
 from model.transformer import Transformer
-from ray_pipeline.config import OptimizerConfig
 from ray_pipeline.engine.engine import Engine
 from ray_pipeline.engine.muon import COEFFICIENTS, Muon, as_matrices, is_orthogonalised, orthogonalise
 from ray_pipeline.engine.optimizer import build_optimizer
 from ray_pipeline.objectives.cross_entropy import CrossEntropy
+from ray_pipeline.settings.schema import OptimizerConfig
 from tests.distributed import run_ranks
 from tests.engine.test_parity import CONFIG, make_batch
 

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.parallel.mesh import Mesh, MeshSizes
-from ray_pipeline.config import OptimizerConfig
 from ray_pipeline.engine.optimizer import build_optimizer, clipped_step, global_norm, learning_rate
+from ray_pipeline.settings.schema import OptimizerConfig
 
 
 @given(st.sampled_from(["cosine", "wsd", "constant"]), st.integers(0, 50), st.integers(1, 500), st.data())

@@ -10,11 +10,11 @@ import torch
 
 from model.config import ModelConfig
 from model.parallel.mesh import Mesh, MeshSizes
-from ray_pipeline.config import OptimizerConfig
-from ray_pipeline.data.batch import IGNORE, Batch
+from ray_pipeline.data.rows.batch import IGNORE, Batch
 from ray_pipeline.engine.engine import Engine
 from ray_pipeline.engine.row_noise import disturb_embeddings, seed_rows
 from ray_pipeline.objectives.cross_entropy import CrossEntropy
+from ray_pipeline.settings.schema import OptimizerConfig
 from tests.engine.test_parity import CONFIG, make_batch
 
 SGD = OptimizerConfig(name="sgd", lr=0.5, warmup_steps=0, grad_clip=0.5)

@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from model.config import ModelConfig
+from model.parallel.gather import all_ranks_gather
 from model.parallel.mesh import Mesh, MeshSizes
-from ray_pipeline.config import OptimizerConfig
-from ray_pipeline.data.batch import IGNORE, Batch
+from ray_pipeline.data.rows.batch import IGNORE, Batch
 from ray_pipeline.engine.engine import Engine
-from ray_pipeline.engine.gather import all_ranks_gather
 from ray_pipeline.objectives.cross_entropy import CrossEntropy
+from ray_pipeline.settings.schema import OptimizerConfig
 from tests.distributed import run_ranks
 
 CONFIG = ModelConfig(

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from model.generate.decode import Decoder, generate
-from model.loss import label_logprobs
+from model.layers.loss import label_logprobs
 from model.moe.replay import FREE, columns
 from model.parallel.mesh import Mesh, MeshSizes
-from ray_pipeline.data.batch import IGNORE, Batch
+from ray_pipeline.data.rows.batch import IGNORE, Batch
 from ray_pipeline.engine.engine import Engine
 from ray_pipeline.objectives.cross_entropy import CrossEntropy
 from tests.distributed import run_ranks

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from model.parallel.mesh import Mesh, MeshSizes
-from ray_pipeline.data.batch import Batch
+from ray_pipeline.data.rows.batch import Batch
 from ray_pipeline.engine.engine import Engine
 from ray_pipeline.engine.row_noise import disturb_embeddings, embedding_noise, seed_rows
 from ray_pipeline.objectives.cross_entropy import CrossEntropy

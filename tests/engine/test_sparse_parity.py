@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from model.attention.sparse import set_warm_up
+from model.parallel.gather import all_ranks_gather
 from model.parallel.mesh import Mesh
 from ray_pipeline.engine.engine import Engine
-from ray_pipeline.engine.gather import all_ranks_gather
 from ray_pipeline.objectives.cross_entropy import CrossEntropy
 from tests.distributed import run_ranks
 from tests.engine.test_parity import CONFIG, OPTIMIZER, SGD, STEPS, Case, Outcome, assert_equal, case, make_batch

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+from model.parallel.gather import all_ranks_gather
 from model.parallel.mesh import Mesh, MeshSizes
-from ray_pipeline.config import OptimizerConfig
-from ray_pipeline.config_post_training import LoraConfig
 from ray_pipeline.engine.engine import Engine
-from ray_pipeline.engine.gather import all_ranks_gather
 from ray_pipeline.engine.row_noise import seed_rows
 from ray_pipeline.objectives.cross_entropy import CrossEntropy
+from ray_pipeline.settings.post_training import LoraConfig
+from ray_pipeline.settings.schema import OptimizerConfig
 from tests.distributed import run_ranks
 from tests.engine.test_parity import CONFIG, OPTIMIZER, Case, case, make_batch
 

@@ -11,7 +11,7 @@ from model.convert.hf import save_hf
 from model.convert.native import save_native
 from model.init import init_weights
 from model.transformer import Transformer
-from ray_pipeline.data.tokenizer_files import save_trained, train_bpe
+from ray_pipeline.data.chat.tokenizer_files import save_trained, train_bpe
 
 TEXT = ["the cat sat on the mat", "What is 12+34? two and two make four", "A. yes B. no Answer with the letter alone."]
 VOCAB = 320

@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from ray_pipeline.data.chat.tokenizer import ChatTokenizer, load_tokenizer
 from ray_pipeline.data.tasks import REGISTRY
 from ray_pipeline.data.tasks.question import think
-from ray_pipeline.data.tokenizer import ChatTokenizer, load_tokenizer
 from ray_pipeline.evaluation.asking import AskSettings
 from ray_pipeline.evaluation.evaluate import answers_wanted, choose_options, evaluate
+from ray_pipeline.evaluation.graders import AnswerScoring
 from ray_pipeline.evaluation.model_source import ModelSource
 from ray_pipeline.evaluation.models import LanguageModel, Written
-from ray_pipeline.evaluation.scoring import AnswerScoring
 from ray_pipeline.evaluation.tasks import Item, Task
 from tests.evaluation.made_models import save_tokenizer
 

@@ -16,10 +16,10 @@ from model.convert.hf import save_hf
 from model.convert.native import save_native
 from model.init import init_weights
 from model.transformer import Transformer
-from ray_pipeline.artifacts import atomic_folder, write_manifest
-from ray_pipeline.data.tokenizer import ChatTokenizer, load_tokenizer
-from ray_pipeline.data.tokenizer_files import save_trained, train_bpe
+from ray_pipeline.data.chat.tokenizer import ChatTokenizer, load_tokenizer
+from ray_pipeline.data.chat.tokenizer_files import save_trained, train_bpe
 from ray_pipeline.evaluation.export_checks import GGUF_TOLERANCES, check_gguf, check_hf, check_native
+from ray_pipeline.records.artifacts import atomic_folder, write_manifest
 
 CONFIG = ModelConfig(
     vocab_size=320,

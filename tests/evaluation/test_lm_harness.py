@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from ray_pipeline.data.tokenizer_files import EOS
+from ray_pipeline.data.chat.tokenizer_files import EOS
 from ray_pipeline.errors import UserError
 from ray_pipeline.evaluation.asking import AskSettings
 from ray_pipeline.evaluation.evaluate import evaluate

@@ -13,7 +13,7 @@ import torch
 from model.convert.hf_load import load_hf
 from model.generate.decode import Decoder, generate
 from model.transformer import Transformer
-from ray_pipeline.data.tokenizer_files import EOS, save_trained, train_bpe
+from ray_pipeline.data.chat.tokenizer_files import EOS, save_trained, train_bpe
 from ray_pipeline.errors import UserError
 from ray_pipeline.evaluation.asking import AskSettings, ask, count_thinking
 from ray_pipeline.evaluation.model_source import describe_folder

@@ -13,13 +13,14 @@ import pytest
 from rich.console import Console
 
 from ray_pipeline.errors import UserError
-from ray_pipeline.evaluation.report import Report, check_comparable, read_report
-from ray_pipeline.evaluation.reports import get_reporter, known_reporters, registry, reporter
-from ray_pipeline.evaluation.reports.page import render
-from ray_pipeline.evaluation.reports.terminal import print_report
+from ray_pipeline.evaluation.outcome import Report, check_comparable, read_report
 from ray_pipeline.evaluation.results import ItemResult, MarkedAnswer, TaskResult
 from ray_pipeline.evaluation.statistics import pass_at_k, wilson_interval
 from ray_pipeline.evaluation.tasks import Item, Task
+from ray_pipeline.report.evaluation import formats as registry
+from ray_pipeline.report.evaluation import get_reporter, known_reporters, reporter
+from ray_pipeline.report.evaluation.page import render
+from ray_pipeline.report.evaluation.terminal import print_report
 
 UNMARKED = {"finished": False, "score": None}
 

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from ray_pipeline.errors import UserError
-from ray_pipeline.evaluation.scoring import AnswerScoring
-from ray_pipeline.evaluation.tasks import Item, Request, Task, known_tasks, make_task, make_tasks, registry, task
+from ray_pipeline.evaluation.graders import AnswerScoring
+from ray_pipeline.evaluation.tasks import Item, Request, Task, known_tasks, make_task, make_tasks, task
+from ray_pipeline.evaluation.tasks import catalog as registry
 
 
 def lines(path: Path, *records: object) -> str:
@@ -156,7 +157,7 @@ def test_a_task_registers_by_decorator(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 BRINGS_TASKS = """
-from ray_pipeline.evaluation.scoring import AnswerScoring
+from ray_pipeline.evaluation.graders import AnswerScoring
 from ray_pipeline.evaluation.tasks import Item, Task, task
 
 def plain(request):

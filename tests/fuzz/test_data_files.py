@@ -15,9 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ray_pipeline.data import sources
-from ray_pipeline.data.tokenizer import ChatTokenizer
-from ray_pipeline.data.tokenizer_files import save_trained, train_bpe
+from ray_pipeline.data.chat.tokenizer import ChatTokenizer
+from ray_pipeline.data.chat.tokenizer_files import save_trained, train_bpe
+from ray_pipeline.data.sources import sources
 from ray_pipeline.errors import UserError
 from tests.fuzz.driving import Hung, clock, end_of, report
 

@@ -12,9 +12,9 @@ from random import Random
 
 import pytest
 
-from ray_pipeline.data.loader import PackedRows
-from ray_pipeline.data.tokenizer import load_tokenizer
-from ray_pipeline.engine.checkpoint import find_damage, list_checkpoints
+from ray_pipeline.data.chat.tokenizer import load_tokenizer
+from ray_pipeline.data.rows.loader import PackedRows
+from ray_pipeline.engine.checkpoints.checkpoint import find_damage, list_checkpoints
 from ray_pipeline.errors import UserError
 from ray_pipeline.training.heldout import read_questions
 from tests.fuzz.driving import SECONDS, Ending, Hung, clock, end_of, report

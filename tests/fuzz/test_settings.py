@@ -9,9 +9,9 @@ from random import Random
 import pytest
 
 from ray_pipeline.cli.options import FLAG_KEYS
-from ray_pipeline.config_errors import known_keys
-from ray_pipeline.config_load import config_yaml, load_config
-from ray_pipeline.config_sources import RECIPE_DIR
+from ray_pipeline.settings.layers import RECIPE_DIR
+from ray_pipeline.settings.loading import config_yaml, load_config
+from ray_pipeline.settings.messages import known_keys
 from tests.fuzz.driving import end_of, report
 
 pytestmark = pytest.mark.slow

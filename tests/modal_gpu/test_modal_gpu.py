@@ -16,11 +16,11 @@ from modal_gpu.files import fetch, local_inputs, remote_name
 from modal_gpu.image import build_image, declared_dependencies, pinned
 from modal_gpu.launch import run_on_modal, upload
 from ray_pipeline.cli import main
-from ray_pipeline.config import ModalConfig
-from ray_pipeline.config_load import config_yaml, load_config
+from ray_pipeline.dag.ledger import RunFile
+from ray_pipeline.dag.plan import StageSelection
 from ray_pipeline.errors import UserError
-from ray_pipeline.ledger import RunFile
-from ray_pipeline.workflow_plan import StageSelection
+from ray_pipeline.settings.loading import config_yaml, load_config
+from ray_pipeline.settings.schema import ModalConfig
 
 STAGES = {"only": None, "from_": None, "until": None}
 

@@ -11,11 +11,11 @@ import torch
 
 from model.config import ModelConfig
 from model.parallel.mesh import Mesh, MeshSizes
-from ray_pipeline.config import OptimizerConfig
-from ray_pipeline.data.batch import Batch
+from ray_pipeline.data.rows.batch import Batch
 from ray_pipeline.engine.engine import Engine
 from ray_pipeline.objectives.cross_entropy import CrossEntropy
-from ray_pipeline.presets import LEARNING_RATES, PRESETS
+from ray_pipeline.settings.presets import LEARNING_RATES, PRESETS
+from ray_pipeline.settings.schema import OptimizerConfig
 
 STEPS, SHOWN = 50, (0, 10, 25, 49)
 GOLDEN = {"tiny": (7.5864, 5.1160, 5.0743, 5.0692), "small": (7.3722, 5.1597, 5.0797, 5.0565)}

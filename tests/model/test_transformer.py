@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from model.config import ModelConfig, RopeScaling
 from model.convert.hf_config import to_hf
 from model.init import init_weights
-from model.loss import IGNORE, cross_entropy_sum, label_logprobs, shifted_labels
+from model.layers.loss import IGNORE, cross_entropy_sum, label_logprobs, shifted_labels
 from model.transformer import Transformer
 from tests.model.probes import assert_causal, assert_packed_equals_alone
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from model.loss import label_logprobs
+from model.layers.loss import label_logprobs
 from model.transformer import Transformer
-from ray_pipeline.data.batch import IGNORE, Batch, join_rows, real_tokens
+from ray_pipeline.data.rows.batch import IGNORE, Batch, join_rows, real_tokens
 from tests.engine.test_parity import CONFIG
 
 SEQ = 16

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from model.init import init_weights
-from model.loss import IGNORE
+from model.layers.loss import IGNORE
 from model.transformer import Transformer
 from ray_pipeline.objectives.cross_entropy import CrossEntropy
 from tests.engine.test_parity import CONFIG, make_batch

@@ -12,14 +12,14 @@ from model.init import init_weights
 from model.layers import chunked_loss
 from model.layers.chunked_loss import chunked_sums
 from model.layers.linear import deferred_weight_gradients
-from model.loss import IGNORE
+from model.layers.loss import IGNORE
 from model.parallel.collectives import LOCAL
 from model.transformer import Transformer
-from ray_pipeline.config import DistillationConfig
-from ray_pipeline.data.batch import Batch
+from ray_pipeline.data.rows.batch import Batch
 from ray_pipeline.objectives.cross_entropy import CrossEntropy
 from ray_pipeline.objectives.distillation import Distillation, distillation_objective
 from ray_pipeline.objectives.divergence import Divergence, TopKTeacher, WholeTeacher
+from ray_pipeline.settings.schema import DistillationConfig
 from tests.engine.test_parity import CONFIG
 from tests.model.layers.test_chunked_loss import LargestTensor
 from tests.objectives import batches

@@ -11,14 +11,14 @@ import pytest
 import torch
 
 from model.parallel.mesh import Mesh, MeshSizes
-from ray_pipeline.config import OptimizerConfig
-from ray_pipeline.data.batch import Batch
+from ray_pipeline.data.rows.batch import Batch
 from ray_pipeline.engine.engine import Engine
 from ray_pipeline.objectives.base import Objective
 from ray_pipeline.objectives.distillation import Distillation
 from ray_pipeline.objectives.divergence import Divergence
 from ray_pipeline.objectives.grpo import Grpo
 from ray_pipeline.objectives.preference import Dpo
+from ray_pipeline.settings.schema import OptimizerConfig
 from tests.distributed import run_ranks
 from tests.engine.test_parity import CONFIG
 from tests.objectives import batches

@@ -8,14 +8,14 @@ import pytest
 import torch
 from trl import GRPOConfig
 
-from model.loss import IGNORE, label_logprobs
+from model.layers.loss import IGNORE, label_logprobs
 from model.parallel.mesh import Mesh, MeshSizes
 from model.transformer import Transformer
-from ray_pipeline.config import GrpoConfig
-from ray_pipeline.data.batch import Batch
+from ray_pipeline.data.rows.batch import Batch
 from ray_pipeline.objectives.grpo import Grpo
 from ray_pipeline.objectives.sampler_gap import Correction, SamplerGap
-from ray_pipeline.training.rollout_setup import objective_of
+from ray_pipeline.settings.schema import GrpoConfig
+from ray_pipeline.training.grpo.setup import objective_of
 from tests.engine.test_parity import CONFIG
 from tests.objectives import batches, trl_oracles
 

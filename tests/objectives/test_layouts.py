@@ -10,8 +10,7 @@ import torch
 
 from model.layers.vocab import Head
 from model.parallel.mesh import Mesh, MeshSizes
-from ray_pipeline.config import OptimizerConfig
-from ray_pipeline.data.batch import Batch
+from ray_pipeline.data.rows.batch import Batch
 from ray_pipeline.engine.engine import Engine
 from ray_pipeline.objectives.base import Objective
 from ray_pipeline.objectives.distillation import Distillation
@@ -19,6 +18,7 @@ from ray_pipeline.objectives.divergence import Divergence
 from ray_pipeline.objectives.grpo import Grpo
 from ray_pipeline.objectives.preference import Dpo
 from ray_pipeline.objectives.sampler_gap import Correction
+from ray_pipeline.settings.schema import OptimizerConfig
 from tests.distributed import run_ranks
 from tests.engine.test_parity import CONFIG
 from tests.objectives import batches

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model.loss import IGNORE, label_logprobs
+from model.layers.loss import IGNORE, label_logprobs
 from model.transformer import Transformer
 from ray_pipeline.objectives.preference import Dpo
 from tests.engine.test_parity import CONFIG

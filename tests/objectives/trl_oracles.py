@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from trl import DPOTrainer, GRPOTrainer, RLOOTrainer
 
-from ray_pipeline.data.batch import IGNORE, Batch
+from ray_pipeline.data.rows.batch import IGNORE, Batch
 
 
 class Accelerator(SimpleNamespace):

@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-from ray_pipeline.ledger import read_status
+from ray_pipeline.dag.ledger import read_status
 
 TOY = Path(__file__).with_name("toy.yaml")
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from ray_pipeline.launcher import InlineLauncher, RayLauncher
-from ray_pipeline.local_ray import start_ray
+from ray_pipeline.launch.launchers import InlineLauncher, RayLauncher
+from ray_pipeline.launch.local_ray import start_ray
 from tests.training.grpo_run import arguments, prepare, train
 
 pytestmark = pytest.mark.slow

@@ -10,8 +10,8 @@ import time
 import psutil
 import pytest
 
-from ray_pipeline.config import PipelineFields
-from ray_pipeline.stage_chain import chain
+from ray_pipeline.settings.chain import chain
+from ray_pipeline.settings.schema import PipelineFields
 from tests.pipeline.driving import TOY, digests, finish, kill, start, wait_until_stage_works
 
 RUN = ("run", "--config", str(TOY), "--run-name", "toy", "--gpus", "2", "--pp-size", "2", "--no-wandb")

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from ray_pipeline.config import PipelineFields
-from ray_pipeline.stage_chain import chain
-from ray_pipeline.tracking import read_metrics, read_samples
+from ray_pipeline.records.trackers import read_metrics, read_samples
+from ray_pipeline.settings.chain import chain
+from ray_pipeline.settings.schema import PipelineFields
 from tests.pipeline.driving import TOY, digests, finish, kill, stages, start, wait_until_stage_works
 
 STAGES = chain(PipelineFields())

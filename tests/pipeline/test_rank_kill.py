@@ -17,9 +17,9 @@ from typing import Any
 
 import pytest
 
-from ray_pipeline.engine.checkpoint import find_damage, list_checkpoints
-from ray_pipeline.launcher import _process_rank, prepare_folder
-from ray_pipeline.rank_errors import last_place, place_text
+from ray_pipeline.engine.checkpoints.checkpoint import find_damage, list_checkpoints
+from ray_pipeline.launch.launchers import _process_rank, prepare_folder
+from ray_pipeline.launch.rank_errors import last_place, place_text
 from tests.training.toy_run import arguments, train
 
 KILLS = 20

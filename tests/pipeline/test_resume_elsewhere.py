@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ray_pipeline.launcher import prepare_folder
+from ray_pipeline.launch.launchers import prepare_folder
 from tests.pipeline.driving import TOY, digests, finish, kill, stages, start, wait_until_stage_works
 
 RUN = ("run", "--config", str(TOY), "--run-name", "toy", "--until", "pretrain", "--no-wandb", "--gpus", "2")

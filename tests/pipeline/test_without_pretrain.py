@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ray_pipeline.ledger import RunFile
+from ray_pipeline.dag.ledger import RunFile
 from tests.pipeline.driving import TOY, finish, stages, start
 from tests.stages.test_without_pretrain import published_folder
 

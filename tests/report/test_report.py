@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from ray_pipeline.ledger import Record, RunFile, begin_record, close_record, read_status
+from ray_pipeline.dag.ledger import Record, RunFile, begin_record, close_record, read_status
 from ray_pipeline.report.curves import LARGEST, chart, ticks
-from ray_pipeline.report.html import write_report
+from ray_pipeline.report.run_page import write_report
 from ray_pipeline.report.summary import baseline_text, figure_text, print_summary, summary_rows
 
 FIGURES = {
@@ -46,6 +46,10 @@ def make_run(run_dir: Path) -> Path:
     sample = {"prompt": "2 + 2 = <b>?</b>", "completion": "<think>2 + 2</think>4", "correct": True}
     (run_dir / "sft-a" / "samples.json").write_text(json.dumps([sample]))
     return run_dir
+
+
+def write_page(run_dir: Path) -> Path:
+    return write_report(run_dir, read_status(run_dir))
 
 
 def test_rows_hold_every_figure_against_its_baseline(tmp_path):
@@ -85,7 +89,7 @@ def test_the_loss_of_each_source_stands_beside_that_of_the_whole(tmp_path):
     run_dir = make_run(tmp_path)
     with (run_dir / "pretrain-a" / "metrics.jsonl").open("a") as log:
         log.write(json.dumps({"stage": "pretrain", "step": 40, "time": 0, "eval/validation_loss/sea": 2.25}) + "\n")
-    assert "validation loss/sea" in write_report(run_dir).read_text()
+    assert "validation loss/sea" in write_page(run_dir).read_text()
 
 
 def test_reused_stage_that_learned_nothing_still_says_so(tmp_path):
@@ -128,7 +132,7 @@ class Page(HTMLParser):
 
 
 def test_page_is_whole_and_needs_nothing_from_outside(tmp_path):
-    text = write_report(make_run(tmp_path)).read_text()
+    text = write_page(make_run(tmp_path)).read_text()
     page = Page(text)
     assert page.open == []
     assert page.links == []
@@ -140,7 +144,7 @@ def test_page_is_whole_and_needs_nothing_from_outside(tmp_path):
 
 
 def test_page_shows_figures_curves_and_escaped_samples(tmp_path):
-    text = write_report(make_run(tmp_path)).read_text()
+    text = write_page(make_run(tmp_path)).read_text()
     assert "LEARNED NOTHING" in text
     assert "unigram entropy" in text
     assert "&lt;think&gt;2 + 2&lt;/think&gt;4" in text
@@ -152,7 +156,7 @@ def test_failed_stage_shows_its_error(tmp_path):
     make_run(tmp_path)
     folder = tmp_path / "sft-a"
     close_record(folder, begin_record(folder, Record("sft", "a", "running")), "failed", error="rank 1: a <bug>")
-    assert "rank 1: a &lt;bug&gt;" in write_report(tmp_path).read_text()
+    assert "rank 1: a &lt;bug&gt;" in write_page(tmp_path).read_text()
 
 
 @given(st.floats(-1e6, 1e6), st.floats(1e-6, 1e6))

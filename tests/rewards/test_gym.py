@@ -6,19 +6,19 @@ import json
 
 import pytest
 
-from ray_pipeline.config_post_training import ScoringConfig
 from ray_pipeline.evaluation.marking import are_right, vote
 from ray_pipeline.rewards.answer import as_text, extract
 from ray_pipeline.rewards.gym import oracle
 from ray_pipeline.rewards.registry import get_reward
 from ray_pipeline.rewards.scoring import Scorer
+from ray_pipeline.settings.post_training import ScoringConfig
 
 gym = pytest.importorskip("reasoning_gym")
 TASKS = ("countdown", "chain_sum", "knights_knaves", "basic_arithmetic", "spell_backward", "mini_sudoku", "rearc")
 
 
 def questions(task, size=4):
-    from ray_pipeline.data.reasoning_gym_source import gym_questions
+    from ray_pipeline.data.tasks.reasoning_gym_source import gym_questions
 
     return list(gym_questions(task, size, 1))
 

@@ -6,9 +6,9 @@ import threading
 
 import pytest
 
-from ray_pipeline.config_post_training import ScoringConfig
 from ray_pipeline.rewards.registry import get_reward
 from ray_pipeline.rewards.scoring import Scorer
+from ray_pipeline.settings.post_training import ScoringConfig
 
 pytest.importorskip("math_verify")
 math_answer = get_reward("math")

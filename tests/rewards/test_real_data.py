@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from ray_pipeline.data.question_records import as_question
-from ray_pipeline.data.records import as_conversation
+from ray_pipeline.data.forms.chat_records import as_conversation
+from ray_pipeline.data.forms.question_records import as_question
 from ray_pipeline.data.tasks.question import think
 from ray_pipeline.rewards.answer import answer, parse_number
 from ray_pipeline.rewards.exact import exact
@@ -17,7 +17,7 @@ from ray_pipeline.rewards.think_format import think_format
 from ray_pipeline.rewards.tool_use import expected_calls, tool_calls
 from ray_pipeline.tools.describe import describe, described_tools
 from ray_pipeline.tools.format import render_calls
-from ray_pipeline.tools.schema import argument_error
+from ray_pipeline.tools.tool_schema import argument_error
 
 SHARED = Path(os.environ.get("RAY_PIPELINE_SHARED_DATA") or Path(__file__).parents[3] / "shared" / "data")
 needs_gsm8k = pytest.mark.skipif(not (SHARED / "gsm8k").is_dir(), reason="the shared data is not here")

@@ -100,7 +100,7 @@ def test_a_machine_without_a_sandbox_or_math_verify_is_told_before_anything_star
 def test_checking_names_is_cheap():
     script = (
         "import sys\nfrom ray_pipeline.rewards.registry import check_reward_names\n"
-        "from ray_pipeline.tools.registry import check_tool_names\n"
+        "from ray_pipeline.tools.known_tools import check_tool_names\n"
         "check_reward_names({'answer': 1, 'math': 1, 'code': 1, 'tool_calls': 1})\n"
         "check_tool_names(['calculator', 'python'])\n"
         "print([m for m in ('torch', 'ray', 'math_verify', 'sympy', 'reasoning_gym') if m in sys.modules])"

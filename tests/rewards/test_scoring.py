@@ -6,11 +6,11 @@ import math
 
 import pytest
 
-from ray_pipeline.config_post_training import ScoringConfig
 from ray_pipeline.errors import UserError
 from ray_pipeline.rewards.answer import answer
 from ray_pipeline.rewards.scoring import Scorer, Scores
 from ray_pipeline.rewards.think_format import think_format
+from ray_pipeline.settings.post_training import ScoringConfig
 from tests.rewards import made
 
 SOMETIMES = "tests.rewards.made:sometimes"

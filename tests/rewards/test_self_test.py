@@ -8,9 +8,9 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers.decoders import ByteLevel
 
-from ray_pipeline.data.chat_templates import DEEPSEEK_TEMPLATE, DEEPSEEK_TOOLS_TEMPLATE
+from ray_pipeline.data.chat.chat_templates import DEEPSEEK_TEMPLATE, DEEPSEEK_TOOLS_TEMPLATE
+from ray_pipeline.data.chat.tokenizer import ChatTokenizer
 from ray_pipeline.data.tasks import PROMPT_MIX, draw_unique
-from ray_pipeline.data.tokenizer import ChatTokenizer
 from ray_pipeline.errors import UserError
 from ray_pipeline.rewards.self_test import SAMPLE, as_sampled, check_rewards
 from ray_pipeline.tools.format import render_calls
@@ -63,7 +63,7 @@ def test_mathematics_and_programs_pass():
 
 def test_reasoning_gym_and_tool_calls_pass():
     pytest.importorskip("reasoning_gym")
-    from ray_pipeline.data.reasoning_gym_source import gym_questions
+    from ray_pipeline.data.tasks.reasoning_gym_source import gym_questions
 
     questions = [question.record() for question in gym_questions("countdown", 3, 0)]
     assert check_rewards({"reasoning_gym:countdown": 1.0}, questions, tokenizer()) == {"reasoning_gym:countdown": 3}

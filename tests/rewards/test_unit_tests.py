@@ -7,10 +7,10 @@ import time
 
 import pytest
 
-from ray_pipeline.config_post_training import ScoringConfig
 from ray_pipeline.rewards.registry import get_reward
 from ray_pipeline.rewards.scoring import Scorer
 from ray_pipeline.rewards.unit_tests import code_block, read_tests, unit_tests
+from ray_pipeline.settings.post_training import ScoringConfig
 
 ADD = "def add(a, b):\n    return a + b\n"
 ASSERTS = "assert add(1, 2) == 3\nassert add(-1, 1) == 0"

@@ -12,7 +12,7 @@ import torch
 from model.config import ModelConfig
 from model.init import init_weights
 from model.transformer import Transformer
-from ray_pipeline.data.tokenizer_files import save_trained, train_bpe
+from ray_pipeline.data.chat.tokenizer_files import save_trained, train_bpe
 from ray_pipeline.rollouts.decoder_sampler import DecoderSampler, SamplingRules
 from ray_pipeline.rollouts.rollout import SampleRequest
 

@@ -13,14 +13,14 @@ import torch
 from model.generate.decode import Completion, Decoder, generate
 from model.init import init_weights
 from model.transformer import Transformer
-from ray_pipeline.config import ToolsConfig
-from ray_pipeline.data.batch import IGNORE
-from ray_pipeline.data.tokenizer import load_tokenizer
+from ray_pipeline.data.chat.tokenizer import load_tokenizer
+from ray_pipeline.data.rows.batch import IGNORE
 from ray_pipeline.errors import UserError
 from ray_pipeline.rollouts import agent
 from ray_pipeline.rollouts.agent import ToolTurns, answer_with_tools
-from ray_pipeline.rollouts.packing import pack_rollouts
+from ray_pipeline.rollouts.packed_rows import pack_rollouts
 from ray_pipeline.rollouts.rollout import Rollout, ToolUse
+from ray_pipeline.settings.schema import ToolsConfig
 from ray_pipeline.tools.calls import ToolCall
 from ray_pipeline.tools.format import CALLS_END, render_calls
 from ray_pipeline.tools.toolbox import ToolBox

@@ -10,11 +10,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ray_pipeline.config import GrpoConfig
 from ray_pipeline.rewards.scoring import Scores
 from ray_pipeline.rollouts.collector import Collected, Collector, Question, is_informative
 from ray_pipeline.rollouts.prompt_order import PromptOrder
 from ray_pipeline.rollouts.rollout import Sampled, ToolUse, request_seed
+from ray_pipeline.settings.schema import GrpoConfig
 
 QUESTIONS = [Question(str(i), str(i % 3), [1, 2 + i]) for i in range(10)]
 

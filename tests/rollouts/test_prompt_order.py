@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ray_pipeline.config_base import MOST_SEED
 from ray_pipeline.rollouts.prompt_order import PromptOrder
+from ray_pipeline.settings.section import MOST_SEED
 
 
 @given(st.integers(1, 40), st.integers(0, 5), st.lists(st.integers(1, 50), min_size=1, max_size=8))

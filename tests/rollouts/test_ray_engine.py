@@ -9,13 +9,13 @@ from collections.abc import Iterator
 import pytest
 
 from model.parallel.mesh import Mesh, MeshSizes
-from ray_pipeline.artifacts import weights_digest
 from ray_pipeline.errors import StageFailed
-from ray_pipeline.local_ray import start_ray
-from ray_pipeline.rollouts.engine import InRankEngine, synchronise
+from ray_pipeline.launch.local_ray import start_ray
+from ray_pipeline.records.artifacts import weights_digest
 from ray_pipeline.rollouts.ray_engine import RayEngine, SamplingActor
+from ray_pipeline.rollouts.samplers import InRankEngine, synchronise
 from tests.rollouts.samplers import builder, requests, tokenizer_folder, weights
-from tests.rollouts.test_engine import same
+from tests.rollouts.test_samplers import same
 
 __all__ = ["tokenizer_folder"]
 pytestmark = pytest.mark.slow

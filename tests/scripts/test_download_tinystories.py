@@ -23,7 +23,7 @@ def script():
 
 def test_the_copy_can_be_given_to_data(script, monkeypatch, tmp_path, capsys):
     records = [("row", {"text": f"story {i} é"}) for i in range(5)]
-    monkeypatch.setattr("ray_pipeline.data.hub.stream_records", lambda name, split: iter(records))
+    monkeypatch.setattr("ray_pipeline.data.files.hub.stream_records", lambda name, split: iter(records))
     output = tmp_path / "new" / "stories.jsonl"
     assert script.main(["--output", str(output), "--max-documents", "3"]) == 0
     assert [json.loads(line)["text"] for line in output.read_text().splitlines()] == [
@@ -46,7 +46,7 @@ def test_a_broken_download_leaves_nothing_and_says_why(script, monkeypatch, tmp_
         yield "row", {"text": "a"}
         raise UserError("the hub cannot be reached")
 
-    monkeypatch.setattr("ray_pipeline.data.hub.stream_records", broken)
+    monkeypatch.setattr("ray_pipeline.data.files.hub.stream_records", broken)
     assert script.main(["--output", str(tmp_path / "a.jsonl")]) == 2
     assert list(tmp_path.iterdir()) == []
     assert "the hub cannot be reached" in capsys.readouterr().err

@@ -8,17 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from ray_pipeline.config import DataConfig, PipelineFields, SourceConfig, TokenizerConfig
-from ray_pipeline.data import corpus, text_rows
-from ray_pipeline.data.decontaminate import Decontaminator
-from ray_pipeline.data.loader import PackedRows
-from ray_pipeline.data.tokenizer import load_tokenizer
+from ray_pipeline.data.chat.tokenizer import load_tokenizer
+from ray_pipeline.data.rows.loader import PackedRows
+from ray_pipeline.data.shared.decontaminate import Decontaminator
+from ray_pipeline.data.text import corpus, text_rows
 from ray_pipeline.errors import UserError
-from ray_pipeline.input_files import Digests, InputGuard
-from ray_pipeline.integrity import verify_folder
-from ray_pipeline.local_ray import start_ray
+from ray_pipeline.launch.local_ray import start_ray
+from ray_pipeline.launch.stage_context import StageContext
+from ray_pipeline.records.input_files import Digests, InputGuard
+from ray_pipeline.records.integrity import verify_folder
+from ray_pipeline.settings.schema import DataConfig, PipelineFields, SourceConfig, TokenizerConfig
 from ray_pipeline.stages import data_prep
-from ray_pipeline.stages.base import StageContext
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 SMALL = {"builtin_documents": 400, "builtin_conversations": 300, "builtin_prompts": 80, "heldout_questions": 40}
@@ -91,7 +91,7 @@ def test_metrics_add_up(prepared):
 def test_unigram_entropy_is_that_of_the_stored_targets(prepared):
     import numpy as np
 
-    from ray_pipeline.data.manifest import unigram_entropy
+    from ray_pipeline.data.rows.manifest import unigram_entropy
 
     rows = PackedRows(prepared.folder / "pretrain" / "train")
     labels = rows.slice(0, len(rows)).labels.numpy()

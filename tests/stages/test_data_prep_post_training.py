@@ -7,14 +7,14 @@ import json
 
 import pytest
 
-from ray_pipeline.config import DataConfig, PipelineFields, SourceConfig, TokenizerConfig
-from ray_pipeline.data.loader import PackedRows
-from ray_pipeline.data.manifest import notices_of
-from ray_pipeline.data.preferences import PairRows
-from ray_pipeline.data.tokenizer import load_tokenizer
-from ray_pipeline.integrity import unsealed, verify_folder
+from ray_pipeline.data.chat.tokenizer import load_tokenizer
+from ray_pipeline.data.rows.loader import PackedRows
+from ray_pipeline.data.rows.manifest import notices_of
+from ray_pipeline.data.rows.preferences import PairRows
+from ray_pipeline.launch.stage_context import StageContext
+from ray_pipeline.records.integrity import unsealed, verify_folder
+from ray_pipeline.settings.schema import DataConfig, PipelineFields, SourceConfig, TokenizerConfig
 from ray_pipeline.stages import data_prep
-from ray_pipeline.stages.base import StageContext
 from ray_pipeline.tools.format import CALL_BEGIN, OUTPUT_BEGIN, OUTPUTS_END, TOOL_TOKENS
 from tests.stages.test_data_prep import SHARED, SMALL, NoLauncher, prepare, ray
 

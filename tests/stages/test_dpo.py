@@ -11,18 +11,18 @@ import pytest
 import torch
 
 from model.transformer import Transformer
-from ray_pipeline.artifacts import load_model, weights_digest
-from ray_pipeline.config import PipelineFields
-from ray_pipeline.data.preferences import PairRows
-from ray_pipeline.data.tokenizer import load_tokenizer
+from ray_pipeline.data.chat.tokenizer import load_tokenizer
+from ray_pipeline.data.rows.preferences import PairRows
 from ray_pipeline.errors import UserError
-from ray_pipeline.launcher import InlineLauncher, ProcessLauncher
+from ray_pipeline.launch.launchers import InlineLauncher, ProcessLauncher
+from ray_pipeline.launch.stage_context import StageResult
 from ray_pipeline.objectives.preference import answer_lengths
+from ray_pipeline.records.artifacts import load_model, weights_digest
+from ray_pipeline.settings.schema import PipelineFields
 from ray_pipeline.stages import dpo
-from ray_pipeline.stages.base import StageResult
-from ray_pipeline.stages.judge import judge_preferences
-from ray_pipeline.training import preference
-from ray_pipeline.training.preference import REFERENCE, PairSource, with_reference
+from ray_pipeline.stages.verdict import judge_preferences
+from ray_pipeline.training import pairs as preference
+from ray_pipeline.training.pairs import REFERENCE, PairSource, with_reference
 from tests.training.dpo_run import PAIRS, SEQ_LEN, context, folder_of, preference_run
 
 ANSWERS = ("the cat sat on the mat", "the moon sat on the owl")

@@ -18,16 +18,16 @@ from transformers import AutoTokenizer
 from model.config import ModelConfig
 from model.init import init_weights
 from model.transformer import Transformer
-from ray_pipeline.artifacts import load_model, save_model
-from ray_pipeline.config import PipelineFields
-from ray_pipeline.config_checks import warnings
-from ray_pipeline.data.tokenizer import load_tokenizer
-from ray_pipeline.data.tokenizer_files import save_trained, train_bpe
+from ray_pipeline.data.chat.tokenizer import load_tokenizer
+from ray_pipeline.data.chat.tokenizer_files import save_trained, train_bpe
 from ray_pipeline.errors import StageFailed, UserError
 from ray_pipeline.evaluation.export_checks import Check
+from ray_pipeline.launch.stage_context import StageContext, StageResult
+from ray_pipeline.records.artifacts import load_model, save_model
 from ray_pipeline.report.summary import figure_text
+from ray_pipeline.settings.checks import warnings
+from ray_pipeline.settings.schema import PipelineFields
 from ray_pipeline.stages import export
-from ray_pipeline.stages.base import StageContext, StageResult
 
 CONFIG = ModelConfig(
     vocab_size=320,

@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from model.transformer import Transformer
-from ray_pipeline.artifacts import load_model
-from ray_pipeline.config import PipelineFields
-from ray_pipeline.data.loader import PackedRows
-from ray_pipeline.data.packing import pack_documents
-from ray_pipeline.data.shards import write_rows
+from ray_pipeline.data.rows.loader import PackedRows
+from ray_pipeline.data.rows.packing import pack_documents
+from ray_pipeline.data.rows.shards import write_rows
+from ray_pipeline.launch.stage_context import StageContext, StageResult
+from ray_pipeline.records.artifacts import load_model
+from ray_pipeline.settings.schema import PipelineFields
 from ray_pipeline.stages import pretrain
-from ray_pipeline.stages.base import StageContext, StageResult
-from tests.test_config_init_from import CONFIG, load, write
+from tests.settings.test_init_from import CONFIG, load, write
 
 
 class HereLauncher:

@@ -9,16 +9,16 @@ from typing import Any
 import pytest
 import torch
 
-from ray_pipeline.artifacts import load_model, weights_digest
-from ray_pipeline.config import PipelineFields
-from ray_pipeline.data.batch import IGNORE
-from ray_pipeline.data.loader import PackedRows
-from ray_pipeline.launcher import InlineLauncher, ProcessLauncher
-from ray_pipeline.ledger import RunFile
+from ray_pipeline.dag.ledger import RunFile
+from ray_pipeline.data.rows.batch import IGNORE
+from ray_pipeline.data.rows.loader import PackedRows
+from ray_pipeline.launch.launchers import InlineLauncher, ProcessLauncher
+from ray_pipeline.launch.stage_context import StageContext, StageResult
+from ray_pipeline.records.artifacts import load_model, weights_digest
+from ray_pipeline.settings.schema import PipelineFields
 from ray_pipeline.stages import sft
-from ray_pipeline.stages.base import StageContext, StageResult
-from ray_pipeline.stages.judge import judge_conversations
-from ray_pipeline.training.sources import PackedSource
+from ray_pipeline.stages.verdict import judge_conversations
+from ray_pipeline.training.row_source import PackedSource
 from tests.cli.made_run import SEQ_LEN, TOY, make_run
 
 LORA = {"r": 4, "dropout": 0.1, "target_modules": ["q_a_proj", "o_proj"]}

@@ -12,11 +12,11 @@ import pytest
 from model.convert.hf import save_hf
 from model.init import init_weights
 from model.transformer import Transformer
-from ray_pipeline.config import PipelineFields
-from ray_pipeline.config_load import load_config
-from ray_pipeline.data.tokenizer_files import save_trained, train_bpe
+from ray_pipeline.data.chat.tokenizer_files import save_trained, train_bpe
+from ray_pipeline.launch.stage_context import StageContext, StageResult
+from ray_pipeline.settings.loading import load_config
+from ray_pipeline.settings.schema import PipelineFields
 from ray_pipeline.stages import data_prep, distillation, sft
-from ray_pipeline.stages.base import StageContext, StageResult
 from ray_pipeline.training.finish import read_input
 from ray_pipeline.training.rank import rank_arguments, start_rank
 from tests.cli.made_run import TEXT

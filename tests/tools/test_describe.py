@@ -5,9 +5,9 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ray_pipeline.config_post_training import ToolsConfig
-from ray_pipeline.data.chat_templates import TOOLS_SECTION
-from ray_pipeline.data.template_jinja import compile_template
+from ray_pipeline.data.chat.chat_templates import TOOLS_SECTION
+from ray_pipeline.data.chat.template_jinja import compile_template
+from ray_pipeline.settings.post_training import ToolsConfig
 from ray_pipeline.tools.describe import describe, described_tools, tool_spec
 from ray_pipeline.tools.toolbox import ToolBox
 

@@ -7,10 +7,10 @@ import time
 
 import pytest
 
-from ray_pipeline.config_post_training import ToolsConfig
 from ray_pipeline.errors import UserError
+from ray_pipeline.settings.post_training import ToolsConfig
 from ray_pipeline.tools.calls import BadCall, ToolCall
-from ray_pipeline.tools.registry import check_tool_names, get_tool
+from ray_pipeline.tools.known_tools import check_tool_names, get_tool
 from ray_pipeline.tools.toolbox import MAX_OUTPUT_CHARACTERS, UNREADABLE, ToolBox
 
 MADE = [f"tests.tools.made:{name}" for name in ("add", "greet", "hang", "raises", "dies", "talks")]

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from model.config import ModelConfig
-from ray_pipeline.artifacts import load_model
-from ray_pipeline.config import PipelineFields
-from ray_pipeline.launcher import ProcessLauncher
-from ray_pipeline.ledger import RunFile
+from ray_pipeline.dag.ledger import RunFile
+from ray_pipeline.launch.launchers import ProcessLauncher
+from ray_pipeline.records.artifacts import load_model
+from ray_pipeline.settings.schema import PipelineFields
 from ray_pipeline.stages import distillation
 from tests.cli.made_run import SEQ_LEN, TOY, make_run
 

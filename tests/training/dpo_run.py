@@ -6,12 +6,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from ray_pipeline.config import PipelineFields
-from ray_pipeline.data.preference_records import Preference
-from ray_pipeline.data.preferences import write_preferences
-from ray_pipeline.data.tokenizer import load_tokenizer
-from ray_pipeline.ledger import RunFile
-from ray_pipeline.stages.base import StageContext, StageResult
+from ray_pipeline.dag.ledger import RunFile
+from ray_pipeline.data.chat.tokenizer import load_tokenizer
+from ray_pipeline.data.forms.preference_records import Preference
+from ray_pipeline.data.rows.preferences import write_preferences
+from ray_pipeline.launch.stage_context import StageContext, StageResult
+from ray_pipeline.settings.schema import PipelineFields
 from tests.cli.made_run import TOY, make_run
 
 SEQ_LEN = 128

@@ -16,15 +16,15 @@ import torch
 from model.config import ModelConfig
 from model.init import init_weights
 from model.transformer import Transformer
-from ray_pipeline.artifacts import save_model, weights_digest
-from ray_pipeline.config import PipelineFields
-from ray_pipeline.data.tokenizer_files import save_trained, train_bpe
+from ray_pipeline.data.chat.tokenizer_files import save_trained, train_bpe
 from ray_pipeline.objectives.sampler_gap import SamplerGap
+from ray_pipeline.records.artifacts import save_model, weights_digest
+from ray_pipeline.settings.schema import PipelineFields
 from ray_pipeline.training.finish import read_input
+from ray_pipeline.training.grpo.rollout_source import RolloutSource
+from ray_pipeline.training.grpo.setup import objective_of, rollout_source
 from ray_pipeline.training.heldout import WholeModel
 from ray_pipeline.training.rank import Rank, start_rank
-from ray_pipeline.training.rollout_setup import objective_of, rollout_source
-from ray_pipeline.training.rollout_source import RolloutSource
 from ray_pipeline.training.trainer import Trainer
 
 VOCABULARY = 300

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from ray_pipeline.data.loader import PackedRows
+from ray_pipeline.data.rows.loader import PackedRows
 from ray_pipeline.errors import UserError
 from ray_pipeline.stages import distillation
-from ray_pipeline.training import teacher_answers
-from ray_pipeline.training.distillation_batches import MixedRows, StudentAnswers, is_on_policy
+from ray_pipeline.teachers import teacher_answers
+from ray_pipeline.training.distillation.distillation_batches import MixedRows, StudentAnswers, is_on_policy
 from tests.training.distill_run import arguments, distil, largest_difference, stage_dir, teacher_run
 
 SAME = {"student": {"num_hidden_layers": 2}}

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from ray_pipeline.errors import StageFailed
-from ray_pipeline.launcher import ProcessLauncher
-from ray_pipeline.rank_errors import ERRORS
+from ray_pipeline.launch.launchers import ProcessLauncher
+from ray_pipeline.launch.rank_errors import ERRORS
 from tests.training.toy_run import arguments, train
 
 PATIENCE = 15  # seconds; more than ranks differ in when they start

@@ -12,13 +12,13 @@ import pytest
 import torch
 
 from model.parallel.mesh import Mesh, MeshSizes
-from ray_pipeline.config import PipelineFields
-from ray_pipeline.engine.checkpoint import load_checkpoint, step_name
-from ray_pipeline.engine.checkpoint_writer import CheckpointWriter
+from ray_pipeline.engine.checkpoints.checkpoint import load_checkpoint, step_name
+from ray_pipeline.engine.checkpoints.checkpoint_writer import CheckpointWriter
 from ray_pipeline.engine.engine import Engine
 from ray_pipeline.engine.step_stats import StepStats
 from ray_pipeline.errors import UserError
 from ray_pipeline.objectives.cross_entropy import CrossEntropy
+from ray_pipeline.settings.schema import PipelineFields
 from ray_pipeline.training import health
 from ray_pipeline.training.health import LARGEST_WEIGHT, Health, weights_problem
 from tests.distributed import run_ranks

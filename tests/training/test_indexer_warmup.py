@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from ray_pipeline.config import TRAINING_STAGES
-from ray_pipeline.launcher import InlineLauncher
+from ray_pipeline.launch.launchers import InlineLauncher
+from ray_pipeline.settings.schema import TRAINING_STAGES
 from ray_pipeline.training import trainer
 from tests.layouts import recipe
 from tests.training.toy_run import arguments, train

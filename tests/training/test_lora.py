@@ -15,12 +15,12 @@ from model.config import ModelConfig
 from model.convert.hf import save_hf
 from model.parallel.mesh import Mesh, MeshSizes
 from model.transformer import Transformer
-from ray_pipeline.artifacts import weights_digest
-from ray_pipeline.config_post_training import LoraConfig
 from ray_pipeline.engine.engine import Engine
-from ray_pipeline.integrity import damage
-from ray_pipeline.launcher import InlineLauncher
+from ray_pipeline.launch.launchers import InlineLauncher
 from ray_pipeline.objectives.cross_entropy import CrossEntropy
+from ray_pipeline.records.artifacts import weights_digest
+from ray_pipeline.records.integrity import damage
+from ray_pipeline.settings.post_training import LoraConfig
 from ray_pipeline.training.lora import save_adapter, write_adapter
 from ray_pipeline.training.rank import start_rank
 from ray_pipeline.training.seeded_source import SeededSource

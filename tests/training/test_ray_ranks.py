@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from ray_pipeline.errors import StageFailed
-from ray_pipeline.launcher import ProcessLauncher, RayLauncher
-from ray_pipeline.local_ray import start_ray
-from ray_pipeline.progress import progress_text, read_progress
-from ray_pipeline.rank_errors import ERRORS
+from ray_pipeline.launch.launchers import ProcessLauncher, RayLauncher
+from ray_pipeline.launch.local_ray import start_ray
+from ray_pipeline.launch.rank_errors import ERRORS
+from ray_pipeline.records.progress import progress_text, read_progress
 from tests.training.toy_run import arguments, train
 
 pytestmark = pytest.mark.slow

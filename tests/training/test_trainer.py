@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ray_pipeline.engine.checkpoint import list_checkpoints
-from ray_pipeline.engine.checkpoint_writer import BEST_FILE
+from ray_pipeline.engine.checkpoints.checkpoint import list_checkpoints
+from ray_pipeline.engine.checkpoints.checkpoint_writer import BEST_FILE
 from ray_pipeline.errors import UserError
-from ray_pipeline.launcher import InlineLauncher
-from ray_pipeline.tracking import read_metrics
+from ray_pipeline.launch.launchers import InlineLauncher
+from ray_pipeline.records.trackers import read_metrics
 from ray_pipeline.training.trainer import Best
 from tests.training.toy_run import arguments, train
 

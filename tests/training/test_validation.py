@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from model.parallel.mesh import Mesh, MeshSizes
-from ray_pipeline.data.loader import PackedRows
-from ray_pipeline.data.packing import Row, pack_documents, pack_placed
-from ray_pipeline.data.shards import RowsManifest, SourceRows, write_rows
+from ray_pipeline.data.rows.loader import PackedRows
+from ray_pipeline.data.rows.packing import Row, pack_documents, pack_placed
+from ray_pipeline.data.rows.shards import RowsManifest, SourceRows, write_rows
 from ray_pipeline.engine.engine import Engine
 from ray_pipeline.objectives.cross_entropy import CrossEntropy
 from ray_pipeline.training import validation

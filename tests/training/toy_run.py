@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from ray_pipeline.artifacts import weights_digest
-from ray_pipeline.config import PipelineFields
-from ray_pipeline.data.batch import Batch
+from ray_pipeline.data.rows.batch import Batch
 from ray_pipeline.objectives.cross_entropy import CrossEntropy
+from ray_pipeline.records.artifacts import weights_digest
+from ray_pipeline.settings.schema import PipelineFields
 from ray_pipeline.training.rank import Rank, start_rank
 from ray_pipeline.training.trainer import Trainer
 from tests.engine.test_parity import CONFIG, make_batch

@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 
 from model.config import ModelConfig
 from model.parallel.placement import num_stages
-from ray_pipeline.config import PipelineFields
 from ray_pipeline.errors import UserError
-from ray_pipeline.layout import Layout
-from ray_pipeline.layout_rules import refusal
+from ray_pipeline.layout.layout import Layout
+from ray_pipeline.layout.rules import refusal
+from ray_pipeline.settings.schema import PipelineFields
 from ray_pipeline.verification.cases import (
     SCHEDULES,
     STAGES,

@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from ray_pipeline.data.loader import PackedRows
-from ray_pipeline.data.preferences import PairRows
-from ray_pipeline.layout import Layout
+from ray_pipeline.data.rows.loader import PackedRows
+from ray_pipeline.data.rows.preferences import PairRows
+from ray_pipeline.layout.layout import Layout
 from ray_pipeline.verification.cases import TOLERANCES, Case, Tolerance, small_subject
 from ray_pipeline.verification.compare import Comparison, Result, compare, difference, judge
 from ray_pipeline.verification.made_data import made_groups, write_data
-from ray_pipeline.verification.stages import stage_config
 from ray_pipeline.verification.steps import Trace
+from ray_pipeline.verification.trainings import stage_config
 
 
 def trace() -> Trace:

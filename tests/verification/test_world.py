@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from model.config import ModelConfig
-from ray_pipeline.layout import Layout
+from ray_pipeline.layout.layout import Layout
 from ray_pipeline.verification.cases import STAGES, TOLERANCES, Case, for_stage, small_subject
 from ray_pipeline.verification.compare import Result
 from ray_pipeline.verification.world import Verifier

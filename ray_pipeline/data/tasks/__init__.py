@@ -20,7 +20,7 @@ from ray_pipeline.data.tasks.mixes import (
     Mix,
 )
 from ray_pipeline.data.tasks.question import Question, Worked, think
-from ray_pipeline.data.tasks.tool_use import TOOL_REGISTRY
+from ray_pipeline.data.tasks.tool_tasks import TOOL_REGISTRY
 from ray_pipeline.data.tasks.words import word_problem
 
 __all__ = [

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ray_pipeline.evaluation.tasks.registry import (
+from ray_pipeline.evaluation.tasks.catalog import (
     Item,
     Request,
     Task,

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from ray_pipeline.evaluation.scoring import TestScoring
+from ray_pipeline.evaluation.graders import TestScoring
+from ray_pipeline.evaluation.tasks.catalog import task
 from ray_pipeline.evaluation.tasks.item import Item, Request, Task
-from ray_pipeline.evaluation.tasks.records import Record, read_items, text_field
-from ray_pipeline.evaluation.tasks.registry import task
-from ray_pipeline.sandbox import check_sandbox
+from ray_pipeline.evaluation.tasks.record_tasks import Record, read_items, text_field
+from ray_pipeline.isolation.sandbox import check_sandbox
 
 HUMANEVAL = "openai/openai_humaneval:test"
 ASK = "Complete this Python function. Put the whole function into a ```python block.\n```python\n{}\n```"

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from ray_pipeline.errors import UserError, did_you_mean
+from ray_pipeline.evaluation.tasks.catalog import task
 from ray_pipeline.evaluation.tasks.item import Request, Task
-from ray_pipeline.evaluation.tasks.registry import task
 
 
 @task("lm_eval", takes="TASK|FILE.yaml")

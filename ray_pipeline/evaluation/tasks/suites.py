@@ -8,11 +8,11 @@ from typing import Any
 
 from ray_pipeline.data.tasks import DIFFICULTIES
 from ray_pipeline.data.tasks import REGISTRY as TRAINING
-from ray_pipeline.evaluation.scoring import AnswerScoring, TestScoring
+from ray_pipeline.evaluation.graders import AnswerScoring, TestScoring
+from ray_pipeline.evaluation.tasks.catalog import task
 from ray_pipeline.evaluation.tasks.generators import algebra, logic, numbers, programs, reasoning, science
 from ray_pipeline.evaluation.tasks.item import Item, Request, Task
-from ray_pipeline.evaluation.tasks.registry import task
-from ray_pipeline.sandbox import check_sandbox
+from ray_pipeline.isolation.sandbox import check_sandbox
 
 QUESTIONS = 200  # of a suite, where no limit is given: an interval of about ±7 points
 MAX_DRAWS = 50  # per question wanted, before a suite counts as exhausted

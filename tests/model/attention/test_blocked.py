@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from model.attention import parts
 from model.attention.blocked import BlockedAttention, FusedBlocks, blocked_attention
-from model.attention.build import meets_documents_alone
+from model.attention.blocks import Part, document_parts, visible_parts
 from model.attention.core import document_mask
-from model.attention.parts import Part, document_parts, visible_parts
+from model.attention.kinds import meets_documents_alone
 from scripts.model_bench.competitors import SHAPES
 
 DIVISIONS = {

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.attention import blocked
-from model.attention.build import visible_tokens
+from model.attention.blocks import visible_parts
 from model.attention.core import document_mask, softmax_attention
-from model.attention.parts import visible_parts
+from model.attention.kinds import visible_tokens
 from model.attention.sliding import sliding_mask
 from tests.attention_kinds import KINDS, built, inputs
 

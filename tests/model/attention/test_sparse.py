@@ -14,9 +14,9 @@ from model.attention.core import document_mask
 from model.attention.index_loss import indexer_kl
 from model.attention.indexer import highest, index_scores, select
 from model.attention.sparse import SparseAttention, set_warm_up
-from model.auxiliary import auxiliary_scale
 from model.config import ModelConfig, RopeScaling
 from model.init import init_weights
+from model.layers.auxiliary import auxiliary_scale
 from model.transformer import Transformer
 from tests.model.probes import assert_causal, assert_packed_equals_alone
 

@@ -10,8 +10,8 @@ from transformers import AutoTokenizer
 
 from model.convert.gguf_tokenizer import read_tokenizer
 from model.convert.tokenizer_start import begins_with_bos, with_bos
-from ray_pipeline.data.tokenizer import load_tokenizer
-from ray_pipeline.data.tokenizer_files import save_trained, train_bpe
+from ray_pipeline.data.chat.tokenizer import load_tokenizer
+from ray_pipeline.data.chat.tokenizer_files import save_trained, train_bpe
 
 TEXTS = ("What is 12?", " a", "<｜begin▁of▁sentence｜>", "naïve 汉")
 

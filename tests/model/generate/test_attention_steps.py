@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.attention.build import build_attention
+from model.attention.kinds import build_attention
 from model.config import ModelConfig
 from model.generate.attention_steps import build_decode_attention
 from model.generate.cache import KVCache

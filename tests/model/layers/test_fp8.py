@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from model.build import use_fp8
 from model.config import ModelConfig
 from model.layers.fp8 import (
     LARGEST,
@@ -23,7 +24,6 @@ from model.layers.fp8 import (
 from model.layers.fp8_kernel import kernel_for, kernel_product
 from model.layers.linear import Linear, deferred_weight_gradients, separable_backward
 from model.moe.experts import RoutedExperts
-from model.precision import use_fp8
 from model.transformer import Transformer
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from model.layers import product as products
+from model.kernels import product as products
 from model.layers.linear import Linear, deferred_weight_gradients, separable_backward
 
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from model.layers.linear import deferred_weight_gradients
-from model.moe.grouped import Parts, grouped_feed_forward
+from model.moe.grouped_feed_forward import Parts, grouped_feed_forward
 from model.moe.rows import plan_rows
 
 TOKENS, HIDDEN, INNER, EXPERTS = 6, 16, 8, 4
@@ -105,7 +105,8 @@ def test_the_grouped_kernel_and_the_loop_agree(idle, monkeypatch):
     found = []
     for grouped in (True, False):
         monkeypatch.setattr(
-            "model.moe.grouped.Parts", lambda counts, grouped, wanted=grouped: Parts(counts, grouped=wanted)
+            "model.moe.grouped_feed_forward.Parts",
+            lambda counts, grouped, wanted=grouped: Parts(counts, grouped=wanted),
         )
         leaves, chosen = tensors(torch.bfloat16, idle)
         out = ours(leaves, chosen)

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model.auxiliary import auxiliary_scale
 from model.config import ModelConfig
+from model.layers.auxiliary import auxiliary_scale
 from model.moe.router import Router
 
 HIDDEN = 24

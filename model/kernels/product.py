@@ -1,0 +1,75 @@
+"""Matrix products, where fp32 on the CPU goes to the quicker of the two libraries that torch brings.
+
+`torch.mm` calls MKL, from whose kernels oneDNN's differ by what they make of a processor (`model.kernels.limits`).
+oneDNN compiles a kernel for each new shape: sizes that change at every step are best rounded up (`model.moe.experts`).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from model.kernels.limits import LEAST, onednn_is_quicker
+
+LEAST_ORDERED = 2**19  # multiplications of a product with a matrix that lies as oneDNN wants it (measured)
+FEWEST = 4  # rows, of fewer MKL takes as long as reading the matrix does (measured)
+
+
+def by_onednn(x: Tensor) -> bool:
+    """Whether large products of x are oneDNN's where `torch.mm`'s would not be."""
+    fp32 = x.dtype == torch.float32 and x.device.type == "cpu"
+    return fp32 and onednn_is_quicker() and torch.backends.mkldnn.is_available()
+
+
+def _is_large(a: Tensor, b: Tensor) -> bool:
+    return a.shape[0] >= FEWEST and a.shape[0] * b.numel() >= LEAST
+
+
+def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """[m, k] x [k, n] -> [m, n], as `torch.mm`, without a gradient."""
+    if a.dtype == torch.bfloat16 or not (_is_large(a, b) and by_onednn(a)):
+        return torch.mm(a, b) if out is None else torch.mm(a, b, out=out)
+    if not (b.is_contiguous() or b.t().is_contiguous()):
+        b = b.contiguous()  # else it would take a thousand times longer
+    made = torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], "")
+    return made if out is None else out.copy_(made)
+
+
+def transposed_product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """a^T b: [k, m], [k, n] -> [m, n], without a gradient."""
+    (k, m), n = a.shape, b.shape[1]
+    if k * n + m * n < k * m and a.is_contiguous() and by_onednn(a):
+        # oneDNN copies a first factor that is transposed, and would copy a second one that is a part of each row: b and
+        # the result are less to turn.
+        return product(b.t(), a, None if out is None else out.t()).t()
+    return product(a.t(), b, out)
+
+
+class Factor:
+    """A matrix [k, n] that many products share, each without a gradient: a weight while tokens are generated.
+
+    oneDNN turns a matrix into an order of its own at every product. Here it does so once, when the first product comes
+    that is worth it; the copy stays.
+    """
+
+    def __init__(self, matrix: Tensor):
+        self.matrix = matrix
+        self._size = matrix.numel()
+        self._ordered: Tensor | None = None
+
+    def product(self, a: Tensor) -> Tensor:
+        """[m, k] -> [m, n]."""
+        if not self._is_worth_it(a):
+            return torch.mm(a, self.matrix)
+        if self._ordered is None:
+            self._ordered = torch.ops.mkldnn._reorder_linear_weight(self.matrix.t().contiguous(), None)
+        return torch.ops.mkldnn._linear_pointwise(a, self._ordered, None, "none", [], "")
+
+    def added_product(self, x: Tensor, a: Tensor) -> Tensor:
+        """x [m, n] plus the product of a [m, k]."""
+        return self.product(a).add_(x) if self._is_worth_it(a) else torch.addmm(x, a, self.matrix)
+
+    def _is_worth_it(self, a: Tensor) -> bool:
+        if a.dtype == torch.bfloat16:  # oneDNN's in any case
+            return a.device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        return a.shape[0] * self._size >= LEAST_ORDERED and by_onednn(a)

@@ -1,0 +1,132 @@
+"""Everything that `plan` says about a layout, as data."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from ray_pipeline.costs.advice import advise
+from ray_pipeline.costs.fit import device_bytes, host_bytes
+from ray_pipeline.costs.hardware_table import Hardware, for_ranks
+from ray_pipeline.costs.held import Memory
+from ray_pipeline.costs.memory import stage_memory
+from ray_pipeline.costs.picture import RankMap, placement, pp_layout_text, rank_map
+from ray_pipeline.costs.timing import Timing, flops_per_token, message_seconds, step_timing
+from ray_pipeline.costs.traffic import Traffic, groups, rank_traffic
+from ray_pipeline.costs.weights import counts, main_model
+from ray_pipeline.costs.workload import Workload, workload
+from ray_pipeline.layout.layout import Layout
+from ray_pipeline.settings.schema import PipelineFields
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One training stage in one layout on one kind of device.
+
+    Attributes:
+        hardware: what one rank has. parameters: "total" and "active" numbers by kind.
+        memory: the fullest moment of each pipeline rank. usable: bytes that tensors can take on a rank.
+        needs: what its device has to hold of each pipeline rank; on CPUs what lies in CPU memory belongs to it.
+        host, host_usable: bytes of a node's CPU memory beside GPUs; 0 on CPUs.
+        traffic: of each pipeline rank. advice: flags that would make it fit, where it does not.
+    """
+
+    work: Workload
+    hardware: Hardware
+    parameters: dict[str, dict[str, int]]
+    memory: list[Memory]
+    usable: int
+    needs: list[int]
+    host: int
+    host_usable: int
+    traffic: list[list[Traffic]]
+    timing: Timing
+    ranks: RankMap
+    advice: list[str]
+
+    @property
+    def fullest(self) -> int:
+        """The pipeline rank that needs most memory."""
+        return max(range(len(self.needs)), key=lambda rank: self.needs[rank])
+
+    @property
+    def fits(self) -> bool:
+        return self.fits_device and self.host <= self.host_usable
+
+    @property
+    def fits_device(self) -> bool:
+        return max(self.needs) <= self.usable
+
+    def messages(self) -> list[tuple[Traffic, float]]:
+        """Per axis and operation what the rank that sends most of it sends, with the seconds it takes."""
+        most: dict[tuple[str, str], Traffic] = {}
+        for message in (message for rank in self.traffic for message in rank):
+            key = (message.axis, message.operation)
+            if key not in most or most[key].bytes < message.bytes:
+                most[key] = message
+        sizes = groups(self.work)
+        return [(message, message_seconds(message, sizes, self.hardware)) for message in most.values()]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The whole plan, as JSON takes it. Bytes, seconds and plain numbers."""
+        work, timing = self.work, self.timing
+        total, active = (main_model(self.parameters[kind]) for kind in ("total", "active"))
+        return {
+            "stage": work.stage,
+            "layout": asdict(work.layout),
+            "hardware": asdict(self.hardware) | {"usable_memory": self.usable},
+            "parameters": self.parameters | {"total_without_mtp": total, "active_without_mtp": active},
+            "step": {
+                "rows": work.rows,
+                "tokens": work.tokens_per_step,
+                "micro_batches_per_rank": work.micro_batches,
+                "flops_per_token": flops_per_token(work),
+                "flops": flops_per_token(work) * work.tokens_per_step,
+            },
+            "placement": placement(work),
+            "pp_layout": pp_layout_text(work),
+            "memory": [
+                {
+                    "moment": m.moment,
+                    "total": m.total,
+                    **m.kinds(),
+                    "buffers_by_name": m.buffers,
+                    "host": m.host,
+                    "needs": needed,
+                }
+                for m, needed in zip(self.memory, self.needs, strict=True)
+            ],
+            "host_memory_of_a_node": {"needs": self.host, "usable": self.host_usable},
+            "fullest_pp_rank": self.fullest,
+            "fits": self.fits,
+            "advice": self.advice,
+            "communication": [
+                {"axis": message.axis, "operation": message.operation, "bytes": message.bytes, "seconds": seconds}
+                for message, seconds in self.messages()
+            ],
+            "timing": asdict(timing) | {"stage_seconds": timing.seconds * work.steps, "steps": work.steps},
+        }
+
+
+def make_plan(
+    config: PipelineFields, layout: Layout, stage: str, hardware: Hardware, *, judged: PipelineFields | None = None
+) -> Plan:
+    """What training stage `stage` costs in a layout that is known to be legal.
+
+    Args:
+        judged: the settings that advised layouts must be legal for; default: those of the whole run.
+    """
+    layout = replace(layout, device="cpu" if hardware.device == "cpu" else "cuda")
+    work, each = workload(config, layout, stage), for_ranks(hardware, layout.gpus)
+    usable = each.memory - each.reserved
+    memory = stage_memory(work, each.device)
+    needs = [device_bytes(work, m, each) for m in memory]
+    host, host_usable = host_bytes(work, memory, each)
+    fits = max(needs) <= usable
+    return Plan(
+        work, each, counts(work.model), memory, usable, needs, host, host_usable,
+        traffic=[rank_traffic(work, rank) for rank in range(layout.pp)],
+        timing=step_timing(work, each),
+        ranks=rank_map(work),
+        advice=[] if fits else advise(judged or config, work, usable, each),
+    )  # fmt: skip

@@ -1,0 +1,275 @@
+"""Which stages will run, which are reused, and why: decided from settings and ledger. Starts nothing; no Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from ray_pipeline.costs.memory import stage_memory
+from ray_pipeline.costs.workload import workload
+from ray_pipeline.dag.identity import Identity, identities, source_digests
+from ray_pipeline.dag.ledger import Record, RunFile, again_folder, read_record, stage_folder
+from ray_pipeline.errors import UserError, did_you_mean
+from ray_pipeline.hardware import has_nvidia_driver
+from ray_pipeline.layout.layout import Layout
+from ray_pipeline.records.progress import seconds_text
+from ray_pipeline.settings.chain import chain, upstream
+from ray_pipeline.settings.schema import STAGES, TRAINING_STAGES, PipelineFields
+
+Action = Literal["run", "resume", "reuse", "skip"]
+FP32, PROCESS = 4, 600 << 20  # bytes: one number; a process that imported torch and Ray
+
+
+@dataclass(frozen=True)
+class StageSelection:
+    """`--stage` (one again), or `--from` and `--until` (a range)."""
+
+    only: str | None = None
+    from_: str | None = None
+    until: str | None = None
+
+    def check(self) -> None:
+        """Refuse names that do not exist and combinations that say nothing.
+
+        Raises:
+            UserError: with a suggestion.
+        """
+        for flag, name in (("--stage", self.only), ("--from", self.from_), ("--until", self.until)):
+            if name is not None and name not in STAGES:
+                known = ", ".join(STAGES)
+                raise UserError(f"{flag} {name}: no such stage{did_you_mean(name, STAGES)}. The stages are {known}.")
+        if self.only and (self.from_ or self.until):
+            raise UserError(f"--stage {self.only} runs one stage and --from/--until a range: give one or the other.")
+        if self.from_ and self.until and STAGES.index(self.from_) > STAGES.index(self.until):
+            raise UserError(f"--from {self.from_} --until {self.until}: {self.from_} comes after {self.until}.")
+
+    def check_chain(self, stages: tuple[str, ...]) -> None:
+        """Refuse a stage that this run does not have.
+
+        Raises:
+            UserError: naming the key that adds it.
+        """
+        for flag, name in (("--stage", self.only), ("--from", self.from_), ("--until", self.until)):
+            if name is not None and name not in stages:
+                raise UserError(
+                    f"{flag} {name}: this run has the stages {', '.join(stages)}. Add {name} to `stages` to have it."
+                )
+
+    def selects(self, stage: str) -> bool:
+        """Whether the stage may run."""
+        if self.only:
+            return stage == self.only
+        index = STAGES.index(stage)
+        first = STAGES.index(self.from_) if self.from_ else 0
+        last = STAGES.index(self.until) if self.until else len(STAGES) - 1
+        return first <= index <= last
+
+    def forces(self, stage: str) -> str | None:
+        """The flag by which the stage runs again though it is finished."""
+        if not self.selects(stage):
+            return None
+        return "--stage" if self.only else "--from" if self.from_ else None
+
+
+@dataclass(frozen=True)
+class PlannedStage:
+    """One row of the plan.
+
+    Attributes:
+        fresh: the attempt starts from nothing. again: it is to replace a finished one, which stays until it is whole.
+        estimated_memory_bytes: per rank.
+    """
+
+    stage: str
+    action: Action
+    reason: str
+    ranks: int
+    estimated_memory_bytes: int
+    identity: str
+    folder: Path
+    fresh: bool = False
+    again: bool = False
+
+    @property
+    def work(self) -> Path:
+        """Where the attempt is made."""
+        return again_folder(self.folder) if self.again else self.folder
+
+
+def run_identities(config: PipelineFields, run: RunFile) -> dict[str, Identity]:
+    """Every stage's identity; for local files that are gone, the digests the run was accepted with speak."""
+    return identities(config, source_digests(config, run.sources))
+
+
+def plan(config: PipelineFields, run_dir: Path, selection: StageSelection) -> list[PlannedStage]:
+    """What a run of `config` in `run_dir` would do, stage by stage.
+
+    Raises:
+        UserError: unknown stage names, or a selected stage whose inputs are not finished.
+    """
+    selection.check()
+    selection.check_chain(chain(config))
+    run = RunFile(run_dir)
+    rows: dict[str, PlannedStage] = {}
+    for stage, identity in run_identities(config, run).items():
+        folder = stage_folder(run_dir, stage, identity.key)
+        row = _decide(stage, upstream(config, stage), identity, folder, run, selection, rows)
+        row = replace(row, ranks=num_ranks(config, stage), estimated_memory_bytes=estimate_memory(config, stage))
+        rows[stage] = row
+    return list(rows.values())
+
+
+def _decide(
+    stage: str,
+    inputs: tuple[str, ...],
+    identity: Identity,
+    folder: Path,
+    run: RunFile,
+    selection: StageSelection,
+    rows: dict[str, PlannedStage],
+) -> PlannedStage:
+    record = _whole_record(folder)
+    finished = record is not None and record.is_finished
+    again = read_record(again_folder(folder)) if finished else None
+    row = PlannedStage(stage, "run", "", 1, 0, identity.key, folder)
+    if not selection.selects(stage):
+        state = f"finished, {seconds_text(record.seconds)}" if record is not None and finished else "not finished"
+        return replace(row, action="reuse" if finished else "skip", reason=f"not asked for; {state}")
+    _need_inputs(stage, inputs, selection, rows)
+    flag = selection.forces(stage)
+    rerun = [name for name in inputs if rows[name].action in ("run", "resume")]
+    if record is not None and finished:
+        if again is not None and not again.is_finished:
+            return _unfinished(replace(row, again=True), again, identity.decides.get(f"{stage}.steps"))
+        if flag is not None:
+            return replace(row, reason=f"asked for by {flag}", fresh=True, again=True)
+        learned = "" if record.status == "done" else " (learned nothing)"
+        return replace(row, action="reuse", reason=f"finished, {seconds_text(record.seconds)}, unchanged{learned}")
+    if record is not None:
+        return _unfinished(row, record, identity.decides.get(f"{stage}.steps"))
+    return replace(row, reason=_why_new(stage, identity, run, rerun))
+
+
+def _need_inputs(stage: str, inputs: tuple[str, ...], selection: StageSelection, rows: dict[str, PlannedStage]) -> None:
+    """A stage left out by the selection must be finished before one that reads it."""
+    for name in inputs:
+        if rows[name].action == "skip":
+            flag = f"--stage {stage}" if selection.only else f"--from {selection.from_}"
+            raise UserError(
+                f"{flag}: {stage} reads the outputs of {name}, which is not finished with these settings. "
+                f"Use --from {name}, or --until {stage} to run all that it needs."
+            )
+
+
+def _whole_record(folder: Path) -> Record | None:
+    """The stage's record, unless it names a model that is no longer there."""
+    record = read_record(folder)
+    if record is not None and record.weights_digest and not (folder / "model").is_dir():
+        return None
+    return record
+
+
+def _unfinished(row: PlannedStage, record: Record, all_steps: int | None) -> PlannedStage:
+    """Go on from the newest checkpoint where there is one."""
+    what = "failed" if record.status == "failed" else "unfinished"
+    if record.status == "failed" and record.error:
+        what = f"failed ({record.error.splitlines()[0][:60]})"
+    if row.again:
+        what = f"new attempt {what}"
+    steps = newest_checkpoint(row.work)
+    if steps is None:
+        return replace(row, action="run", reason=f"{what}: no checkpoint yet")
+    return replace(row, action="resume", reason=f"{what}: checkpoint at step {steps} of {all_steps}")
+
+
+def newest_checkpoint(folder: Path) -> int | None:
+    """Optimizer steps of the newest whole checkpoint."""
+    found = sorted((folder / "checkpoints").glob("step_*"))
+    return int(found[-1].name.removeprefix("step_")) if found else None
+
+
+def _why_new(stage: str, identity: Identity, run: RunFile, rerun: list[str]) -> str:
+    before = run.stages.get(stage)
+    if before is None:
+        return "not run yet"
+    if before["identity"] == identity.key:
+        return "not run yet" if not rerun else f"upstream {', '.join(rerun)} runs"
+    changes = changed_settings(before["decides"], identity.decides)
+    if changes:
+        return "config changed: " + _shortened(changes, 2)
+    return f"upstream {', '.join(rerun)} reruns" if rerun else "upstream changed"
+
+
+def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """`grpo.beta 0.01 → 0.02` for every key that differs."""
+    absent = "(absent)"
+    keys = [key for key in {**before, **now} if before.get(key, absent) != now.get(key, absent)]
+    return [f"{key} {_value(before.get(key, absent))} → {_value(now.get(key, absent))}" for key in keys]
+
+
+def _value(value: Any) -> str:
+    text = str(value)
+    return f"contents {text[7:15]}" if text.startswith("sha256:") else text
+
+
+def _shortened(changes: list[str], most: int) -> str:
+    more = f" and {len(changes) - most} more" if len(changes) > most else ""
+    return ", ".join(changes[:most]) + more
+
+
+def refuse_other_config(config: PipelineFields, run_dir: Path) -> None:
+    """`run` on a name that is in use goes on only with the settings that decided its results.
+
+    Raises:
+        UserError: listing what differs, and the ways out.
+    """
+    run = RunFile(run_dir)
+    if not run.exists:
+        return
+    changes: list[str] = []
+    for stage, identity in run_identities(config, run).items():
+        if stage in run.stages:
+            changes += changed_settings(run.stages[stage]["decides"], identity.decides)
+    changes = list(dict.fromkeys(changes))  # the seed and the evaluation belong to several stages
+    if changes:
+        listing = "\n".join(f"  {change}" for change in changes[:12])
+        more = f"\n  and {len(changes) - 12} more" if len(changes) > 12 else ""
+        raise UserError(
+            f"run {run_dir.name} is in use with another config:\n{listing}{more}\n"
+            f"Use `resume {run_dir.name} --output-dir {run_dir.parent} --set KEY=VALUE` to apply a change there and "
+            "rerun what depends on it, or another --run-name."
+        )
+
+
+def num_ranks(config: PipelineFields, stage: str) -> int:
+    """Processes that train the stage; one for stages without training."""
+    layout = config.layout
+    given = layout.gpus or layout.pp_size * (layout.dp_size or 1) * layout.tp_size * layout.sp_size
+    return given if stage in TRAINING_STAGES else 1
+
+
+def planned_layout(config: PipelineFields) -> Layout:
+    """The layout in the settings, taken as it is: the workflow has filled it in and found it legal."""
+    asked, ranks = config.layout, num_ranks(config, TRAINING_STAGES[0])
+    others = asked.pp_size * asked.tp_size * asked.sp_size
+    on_gpu = config.backend == "modal" or (config.backend != "cpu" and has_nvidia_driver())
+    return Layout(
+        gpus=ranks, pp=asked.pp_size, dp=asked.dp_size or max(1, ranks // others), tp=asked.tp_size, ep=asked.ep_size,
+        sp=asked.sp_size, zero_stage=asked.zero_stage, device="cuda" if on_gpu else "cpu", schedule=asked.schedule,
+        pp_layout=asked.pp_layout, activation_checkpointing=asked.activation_checkpointing,
+        offload_optimizer=asked.offload_optimizer,
+    )  # fmt: skip
+
+
+def estimate_memory(config: PipelineFields, stage: str) -> int:
+    """Bytes that the fullest rank needs at its peak where it computes, as `plan` knows them, and its process."""
+    if stage not in TRAINING_STAGES:
+        return PROCESS + FP32 * config.model.num_params()
+    layout = planned_layout(config)
+    work = workload(config, layout, stage)
+    on_cpu = layout.device == "cpu"
+    once = sum(work.copies.once.values()) // layout.gpus
+    found = [m.total + (sum(m.host.values()) + once if on_cpu else 0) for m in stage_memory(work, layout.device)]
+    return PROCESS + max(found)

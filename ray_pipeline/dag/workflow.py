@@ -1,0 +1,292 @@
+"""The durable DAG: one Ray task per stage, ObjectRefs as edges, atomic records beside the outputs."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from ray_pipeline.dag.identity import (
+    absolute_name,
+    default_run_name,
+    identities,
+    source_digests,
+    source_names,
+    stage_files,
+    with_source_names,
+)
+from ray_pipeline.dag.ledger import (
+    CONFIG_FILE,
+    Record,
+    RunFile,
+    RunLock,
+    close_record,
+    read_record,
+    read_status,
+    refuse_foreign_run,
+    settle,
+)
+from ray_pipeline.dag.plan import (
+    PlannedStage,
+    StageSelection,
+    plan,
+    refuse_other_config,
+)
+from ray_pipeline.dag.progress_view import ProgressView
+from ray_pipeline.dag.stage_task import StageFunction, StageJob, execute_stage
+from ray_pipeline.dag.view import outcome_text, print_failure, print_plan
+from ray_pipeline.data.rows.manifest import notices_of
+from ray_pipeline.errors import StageFailed, UserError
+from ray_pipeline.launch.launchers import RayLauncher
+from ray_pipeline.launch.local_ray import start_local_ray, start_ray
+from ray_pipeline.launch.stage_context import StageResult
+from ray_pipeline.layout.layout import Layout, with_layout
+from ray_pipeline.records.artifacts import write_text
+from ray_pipeline.records.input_files import note_digests
+from ray_pipeline.report.run_page import write_report
+from ray_pipeline.report.summary import print_summary, summary_rows
+from ray_pipeline.settings.chain import upstream
+from ray_pipeline.settings.layers import with_checksum
+from ray_pipeline.settings.loading import config_yaml
+from ray_pipeline.settings.schema import PipelineFields
+
+if TYPE_CHECKING:
+    import ray
+
+ERROR_LOG = "error.log"
+CONNECT_SECONDS = 5.0
+POLL = 0.25  # seconds between looks at progress files
+
+
+def run_pipeline(
+    config: PipelineFields,
+    *,
+    layout: Layout,
+    stages: StageSelection | None = None,
+    dry_run: bool = False,
+    stage_functions: Mapping[str, StageFunction] | None = None,
+) -> int:
+    """Run what is not done yet. A run name in use is gone on with only under the settings it was started with.
+
+    Returns:
+        0, or 1 when a stage failed or learned nothing.
+    Raises:
+        UserError: another config in use under this name, the run is locked, or a stage found a mistake in its input.
+    """
+    name = config.run_name or default_run_name(config)
+    run_dir = (config.output_dir / name).absolute()
+    refuse_other_config(config, run_dir)
+    return _go(config, run_dir, layout, stages, dry_run, stage_functions)
+
+
+def resume_pipeline(
+    run_dir: Path,
+    config: PipelineFields,
+    *,
+    layout: Layout,
+    stages: StageSelection | None = None,
+    dry_run: bool = False,
+    stage_functions: Mapping[str, StageFunction] | None = None,
+) -> int:
+    """Go on with a run; what depends on settings that changed since is run again. Otherwise as `run_pipeline`."""
+    return _go(config, run_dir.absolute(), layout, stages, dry_run, stage_functions)
+
+
+def _go(
+    config: PipelineFields,
+    run_dir: Path,
+    layout: Layout,
+    stages: StageSelection | None,
+    dry_run: bool,
+    functions: Mapping[str, StageFunction] | None,
+) -> int:
+    console = Console(width=None if Console().is_terminal else 150)
+    selection = stages or StageSelection()
+    config = _with_absolute_paths(with_layout(config, layout)).model_copy(update={"run_name": run_dir.name})
+    refuse_foreign_run(run_dir)
+    if dry_run:
+        print_plan(console, plan(config, run_dir, selection), run_dir, layout)
+        return 0
+    selection.check()
+    with RunLock(run_dir):
+        for entry in RunFile(run_dir).stages.values():
+            settle(run_dir / entry["folder"])
+        rows = plan(config, run_dir, selection)
+        print_plan(console, rows, run_dir, layout)
+        files = {row.stage: stage_files(config, row.stage) for row in rows}
+        run = _accept(config, run_dir, rows)
+        note_digests(config.output_dir, {path for read in files.values() for path in read})
+        failed = False
+        if any(row.action in ("run", "resume") for row in rows):
+            failed = not _execute(config, run_dir, rows, run, files, layout, functions, console)
+        return _finish(run_dir, [row for row in rows if selection.selects(row.stage)], failed, console)
+
+
+def _with_absolute_paths(config: PipelineFields) -> PipelineFields:
+    """Local sources by absolute path: stages and later resumes may start in another folder."""
+    return with_source_names(config, {name: absolute_name(name) for name in source_names(config).values()})
+
+
+def _accept(config: PipelineFields, run_dir: Path, rows: Sequence[PlannedStage]) -> RunFile:
+    """Store the settings as the run's own, with the identities they give.
+
+    Raises:
+        UserError: an input file changed since the stages were planned.
+    """
+    run = RunFile(run_dir)
+    run.sources |= source_digests(config, run.sources)
+    found = identities(config, run.sources)
+    if any(found[row.stage].key != row.identity for row in rows):
+        raise UserError("An input file changed while the plan was made. Run the same command again.")
+    run.stages = {
+        row.stage: {"identity": row.identity, "folder": row.folder.name, "decides": dict(found[row.stage].decides)}
+        for row in rows
+    }
+    run.chain = list(run.stages)
+    for row in rows:
+        if row.fresh:
+            run.reruns[row.identity] = run.reruns.get(row.identity, 0) + 1
+    run.save()
+    write_text(run_dir / CONFIG_FILE, with_checksum(config_yaml(config)))
+    return run
+
+
+def _finish(run_dir: Path, rows: Sequence[PlannedStage], failed: bool, console: Console) -> int:
+    status = read_status(run_dir)
+    reused = frozenset(row.stage for row in rows if row.action == "reuse")
+    write_report(run_dir, status)
+    print_summary(console, summary_rows(status["stages"], reused), run_dir)
+    for text in (text for entry in status["stages"] for text in entry.get("damaged", [])):
+        console.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
+    ours = {row.stage for row in rows}
+    nothing = [e["stage"] for e in status["stages"] if e["status"] == "learned_nothing" and e["stage"] in ours]
+    if nothing:
+        console.print(f"LEARNED NOTHING: {', '.join(nothing)} did not beat the input.", style="yellow", markup=False)
+    return 1 if failed or nothing else 0
+
+
+@contextmanager
+def connected_ray(layout: Layout) -> Iterator[None]:
+    """A quiet local Ray, or the cluster that RAY_ADDRESS names; one this process already has is used and left alone.
+
+    Raises:
+        UserError: the cluster cannot be reached, or can never hold the ranks.
+        StageFailed: a local Ray does not start.
+    """
+    os.environ.update({"RAY_USAGE_STATS_ENABLED": "0", "GLOG_minloglevel": "2"})
+    import ray
+
+    ours = not ray.is_initialized()
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        if ours:
+            _start_ray()
+            if threading.current_thread() is threading.main_thread():
+                for number, handler in handlers.items():
+                    # Ray puts handlers in their place that end the process with a dump of C++ frames.
+                    signal.signal(number, handler)
+        RayLauncher(layout.gpus, layout.device, elastic=[layout.min_gpus or layout.gpus]).scaling()
+        yield
+    finally:
+        if ours:
+            ray.shutdown()
+
+
+def _start_ray() -> None:
+    address = os.environ.get("RAY_ADDRESS")
+    if not address:
+        start_local_ray()
+        return
+    try:
+        if ":" in address.rpartition("/")[2]:  # Ray itself waits for two minutes
+            host, _, port = address.rpartition("/")[2].rpartition(":")
+            socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
+        start_ray(address=address)
+    except (OSError, ValueError) as error:  # a port that is no number; ConnectionError is an OSError
+        raise UserError(
+            f"RAY_ADDRESS={address}: no Ray cluster answers there ({error}). Start one with `ray start --head`, or "
+            "unset RAY_ADDRESS to use a local one."
+        ) from None
+
+
+def _execute(
+    config: PipelineFields,
+    run_dir: Path,
+    rows: Sequence[PlannedStage],
+    run: RunFile,
+    files: Mapping[str, Mapping[Path, str]],
+    layout: Layout,
+    functions: Mapping[str, StageFunction] | None,
+    console: Console,
+) -> bool:
+    """Run the planned stages on Ray; False when one failed."""
+    with connected_ray(layout):
+        import ray
+
+        # num_cpus=0: the task only waits for its workers; holding a CPU would starve them.
+        task: Any = ray.remote(num_cpus=0, max_retries=0)(execute_stage)
+        done: dict[str, StageResult | ray.ObjectRef] = {}
+        pending: dict[str, ray.ObjectRef] = {}
+        for row in rows:
+            if row.action in ("run", "resume"):
+                inputs = upstream(config, row.stage)
+                job = StageJob(
+                    row, config, run_dir.name, run_dir, inputs, run.wandb_id(row.stage, row.identity),
+                    layout.device, (functions or {}).get(row.stage), files[row.stage],
+                )  # fmt: skip
+                ref = task.options(name=row.stage).remote(job, *(done[name] for name in inputs))
+                done[row.stage] = pending[row.stage] = ref
+            elif row.action == "reuse":
+                record = read_record(row.folder)
+                assert record is not None
+                done[row.stage] = record.result(row.folder)
+        return _watch({row.stage: row for row in rows}, pending, console)
+
+
+def _watch(rows: Mapping[str, PlannedStage], pending: Mapping[str, Any], console: Console) -> bool:
+    """Show progress until every task has ended; False when a stage failed, after telling which and why."""
+    import ray
+    from ray.exceptions import RayError
+
+    with ProgressView(console, {stage: rows[stage].work for stage in pending}) as view:
+        for stage, ref in pending.items():  # a chain: a stage starts when the one before it has ended
+            view.start(stage)
+            while not ray.wait([ref], timeout=POLL)[0]:
+                view.refresh()
+            try:
+                ray.get(ref)
+            except RayError as error:
+                failure = _record_failure(rows[stage], error)
+                view.finish(stage, "FAILED")
+                break
+            record = read_record(rows[stage].folder)
+            assert record is not None
+            view.finish(stage, outcome_text(record))
+            for text in notices_of(rows[stage].folder):
+                console.print(text, markup=False, highlight=False, soft_wrap=True)
+        else:
+            return True
+    if isinstance(failure, UserError):
+        raise failure
+    print_failure(console, rows[stage], failure)
+    return False
+
+
+def _record_failure(row: PlannedStage, error: Exception) -> UserError | StageFailed:
+    """Enter the failure in the ledger, with the traceback in a file beside it."""
+    cause = getattr(error, "cause", None) or error
+    record = read_record(row.work) or Record(row.stage, row.identity, "running")
+    if isinstance(cause, UserError):
+        close_record(row.work, record, "failed", error=str(cause), error_log=None)
+        return cause
+    failure = cause if isinstance(cause, StageFailed) else StageFailed(f"{type(cause).__name__}: {cause}")
+    write_text(row.work / ERROR_LOG, f"{failure}\n\n{failure.details}\n\n{error}\n")
+    close_record(row.work, record, "failed", error=str(failure), error_log=str(row.work / ERROR_LOG))
+    return failure

@@ -1,0 +1,64 @@
+"""Questions with a written answer: a run's own held-out ones, GSM8K, MATH-500, and any file of the same form."""
+
+from __future__ import annotations
+
+from ray_pipeline.data.forms.question_records import as_question
+from ray_pipeline.errors import UserError
+from ray_pipeline.evaluation.graders import AnswerScoring, RewardScoring
+from ray_pipeline.evaluation.tasks.catalog import task
+from ray_pipeline.evaluation.tasks.item import Item, Request, Task
+from ray_pipeline.evaluation.tasks.record_tasks import Record, level, read_items, text_field
+from ray_pipeline.records.integrity import verify_files
+
+GSM8K, MATH500 = "openai/gsm8k:test", "HuggingFaceH4/MATH-500:test"
+BOXED = "\nPut the final answer within \\boxed{}."
+
+
+def _questions(name: str, given: str) -> list[Item]:
+    def convert(record: Record, index: int) -> Item:
+        found = as_question(record, name)
+        return Item(str(index), found.prompt, found.answer, found.category, found.difficulty)
+
+    return read_items(name, given, convert)
+
+
+@task("heldout", takes="PATH")
+def heldout(request: Request) -> Task:
+    """The run's own held-out questions, or another file like them."""
+    given = request.argument
+    if given is None:
+        if request.heldout is None:
+            raise UserError(
+                "--tasks heldout: the model is not of a run, so it has no questions of its own. Name a run, or give "
+                "a file: heldout:runs/NAME/data_prep-ID/prompts/heldout.jsonl."
+            )
+        verify_files(request.heldout.parent, [request.heldout.name])
+        given = str(request.heldout)
+    return Task("heldout", _questions("heldout", given), AnswerScoring())
+
+
+@task("questions", takes="PATH")
+def questions(request: Request) -> Task:
+    """Any file or hub dataset with question and answer; the final answer counts."""
+    if request.argument is None:
+        raise UserError("--tasks questions: name the file, for example questions:my/questions.jsonl.")
+    return Task("questions", _questions("questions", request.argument), AnswerScoring())
+
+
+@task("gsm8k", takes="PATH")
+def gsm8k(request: Request) -> Task:
+    """GSM8K (arXiv:2110.14168): school mathematics in words. Difficulty counts the steps of the solution."""
+    return Task("gsm8k", _questions("gsm8k", request.argument or GSM8K), AnswerScoring())
+
+
+@task("math500", takes="PATH")
+def math500(request: Request) -> Task:
+    """MATH-500 (arXiv:2305.20050): competition mathematics, marked by math-verify."""
+
+    def convert(record: Record, index: int) -> Item:
+        problem, answer = text_field(record, "problem", "question"), text_field(record, "answer")
+        subject = record.get("subject")
+        category = subject if isinstance(subject, str) else "math500"
+        return Item(str(record.get("unique_id", index)), problem + BOXED, answer, category, level(record.get("level")))
+
+    return Task("math500", read_items("math500", request.argument or MATH500, convert), RewardScoring("math"))

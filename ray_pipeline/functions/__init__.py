@@ -1,1 +1,0 @@
-"""Functions a user names in the config: found by name, and called in processes that can be killed."""

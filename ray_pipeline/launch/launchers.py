@@ -1,0 +1,295 @@
+"""Starts the ranks of a stage: as a Ray Train job, as local processes, or inside this process. Knows nothing of stages.
+
+What ranks end in is told through `rank_errors`.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import pickle
+import shutil
+import socket
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, cast
+
+from ray_pipeline.errors import UserError
+from ray_pipeline.launch.frozen_ranks import SECONDS, FrozenWatch
+from ray_pipeline.launch.rank_errors import (
+    ERRORS,
+    WORKERS_LOCK,
+    RankScope,
+    explain_failure,
+    raise_user_error,
+    rank_errors,
+)
+from ray_pipeline.launch.stage_context import RankFunction
+from ray_pipeline.records.artifacts import writing
+from ray_pipeline.records.rank_output import output_file, output_to
+
+LOCK_WAIT = 60.0  # seconds a new attempt waits for the workers of a killed one to go
+FAREWELL = 3.0  # seconds ranks have to record their errors after one of them ended
+# glibc returns large buffers to the kernel at once; keeping them saves 2-3x on big fresh outputs (page faults).
+MALLOC = {
+    "MALLOC_MMAP_THRESHOLD_": "4294967296",
+    "MALLOC_TRIM_THRESHOLD_": "17179869184",
+    "MALLOC_TOP_PAD_": "67108864",
+}
+
+
+def worker_environment(ranks: int, cores: int, device: str) -> dict[str, str]:
+    """Environment variables of every rank; they must be set before torch and DeepSpeed are imported."""
+    threads = {"OMP_NUM_THREADS": str(max(1, cores // ranks)), "TOKENIZERS_PARALLELISM": "false"}
+    cpu = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
+    ray = {"GLOG_minloglevel": "2", "RAY_TRAIN_ENABLE_PRINT_PATCH": "0"}  # print means print, not a log of Ray's
+    return MALLOC | threads | cpu | ray
+
+
+def cpus_per_rank(node_cpus: Sequence[float], ranks: int) -> float:
+    """The largest share of a CPU, at most one, at which `ranks` ranks fit on the nodes. Zero when there is no CPU."""
+    for parts in range(1, ranks + 1):
+        # Ray counts resources in steps of 1/10000; rounding down keeps the last share from missing by one step.
+        share = int(10000 / parts) / 10000
+        if sum(int(cpus / share + 1e-9) for cpus in node_cpus) >= ranks:
+            return share
+    return 0.0
+
+
+def prepare_folder(folder: Path, *, wait: float = LOCK_WAIT) -> None:
+    """Wait until the workers of an earlier, killed attempt are gone; forget the errors they recorded.
+
+    Raises:
+        UserError: they still live after `wait` seconds.
+    """
+    with writing(folder), ExitStack() as stack:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = stack.enter_context((folder / WORKERS_LOCK).open("a"))
+        deadline = time.monotonic() + wait
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise UserError(
+                        f"{folder / WORKERS_LOCK}: held for {wait:.0f} s by workers of an earlier run, which still "
+                        f"write to this folder. Find them with `fuser {folder / WORKERS_LOCK}`, end them, then resume."
+                    ) from None
+                time.sleep(0.1)
+        shutil.rmtree(folder / ERRORS, ignore_errors=True)
+
+
+class InlineLauncher:
+    """One rank in this process, for debuggers and tests. Leaves a process group that was there alone."""
+
+    def run(self, name: str, function: RankFunction, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Call `function` with torch.distributed set up for one rank."""
+        import torch.distributed as dist
+
+        folder = Path(arguments["folder"])
+        prepare_folder(folder)
+        ours = not dist.is_initialized()
+        if ours:
+            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        try:
+            with RankScope(folder, 0):
+                return function(arguments)
+        finally:
+            if ours:
+                dist.destroy_process_group()
+
+
+def _process_rank(
+    rank: int, world: int, store: str, timeout: float, function: RankFunction, arguments: dict[str, Any]
+) -> None:
+    """Body of one spawned process."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
+    os.environ.update(worker_environment(world, os.cpu_count() or 1, "cpu"))
+    folder = Path(arguments["folder"])
+    with output_to(output_file(folder, f"rank-{rank}")), RankScope(folder, rank):
+        import torch.distributed as dist
+
+        dist.init_process_group(
+            "gloo", init_method=f"file://{store}/rendezvous", rank=rank, world_size=world,
+            timeout=timedelta(seconds=timeout),
+        )  # fmt: skip
+        value = function(arguments)
+        if rank == 0:
+            Path(store, "value").write_bytes(pickle.dumps(value))
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+class ProcessLauncher:
+    """CPU ranks as processes of this machine over gloo, without Ray: for tests and debugging.
+
+    Args:
+        timeout_seconds: limit of every collective. frozen_seconds: as `FrozenWatch` takes them.
+    """
+
+    def __init__(self, ranks: int, *, timeout_seconds: float = 600.0, frozen_seconds: float = SECONDS):
+        self.ranks, self.timeout_seconds, self.frozen_seconds = ranks, timeout_seconds, frozen_seconds
+
+    def run(self, name: str, function: RankFunction, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Spawn the ranks, wait, and return rank 0's value; no restarts."""
+        import torch.multiprocessing as mp
+
+        folder = Path(arguments["folder"])
+        prepare_folder(folder)
+        with tempfile.TemporaryDirectory() as store:
+            job = (self.ranks, store, self.timeout_seconds, function, arguments)
+            try:
+                processes = mp.spawn(_process_rank, job, nprocs=self.ranks, join=False)
+                with FrozenWatch(folder, self.frozen_seconds):
+                    while not processes.join(grace_period=FAREWELL):
+                        pass
+            except (mp.ProcessRaisedException, mp.ProcessExitedException) as error:
+                raise explain_failure(folder, f"{name}: a rank's process ended: {error}", str(error)) from None
+            return pickle.loads(Path(store, "value").read_bytes())
+
+
+def _ray_rank(job: dict[str, Any]) -> dict[str, Any] | None:
+    """What every Ray Train worker runs."""
+    import ray.train
+
+    folder = Path(job["arguments"]["folder"])
+    if any(entry["user_error"] for entry in rank_errors(folder)):
+        # Ray Train restarts after any error, but a user's mistake stays one: end at once, the launcher tells it.
+        return None
+    context = ray.train.get_context()
+    rank = context.get_world_rank()
+    with output_to(output_file(folder, f"rank-{rank}")), RankScope(folder, rank):
+        usable = max((size for size in job["sizes"] if size <= context.get_world_size()), default=0)
+        if usable < context.get_world_size() and not _go_on_with(usable, job["timeout"]):
+            return None  # a spare rank: it waits for nothing, and is used again when a lost one comes back
+        return job["function"](job["arguments"])
+
+
+def _go_on_with(ranks: int, timeout: float) -> bool:
+    """Make a torch.distributed world of the first `ranks` ranks; False on the others, which have none any more."""
+    import torch.distributed as dist
+
+    backend, rank = dist.get_backend_config(), dist.get_rank()
+    address: list[Any] = [None]
+    if rank == 0:
+        with socket.socket() as free:
+            free.bind(("", 0))
+            address = [f"tcp://{os.environ['MASTER_ADDR']}:{free.getsockname()[1]}"]
+    dist.broadcast_object_list(address, 0)
+    dist.destroy_process_group()
+    if rank >= ranks:
+        return False
+    dist.init_process_group(
+        backend, init_method=address[0], rank=rank, world_size=ranks, timeout=timedelta(seconds=timeout)
+    )
+    os.environ["WORLD_SIZE"] = str(ranks)
+    return True
+
+
+class RayLauncher:
+    """Ranks as a Ray Train job, restarted after a worker died; the function itself goes on from its newest checkpoint.
+
+    Args:
+        ranks: number of workers. device: "cpu" (gloo) or "cuda" (one GPU per worker, nccl with gloo for CPU tensors).
+        max_restarts: deaths that are survived. timeout_seconds: limit of every collective.
+        frozen_seconds: a rank without a sign of life is named, and ended as if it had died; 0: never.
+        elastic: numbers of ranks to go on with while the cluster has not enough for all; none: wait for all.
+    """
+
+    def __init__(
+        self,
+        ranks: int,
+        device: str,
+        *,
+        max_restarts: int = 2,
+        timeout_seconds: float = 600.0,
+        frozen_seconds: float = SECONDS,
+        elastic: Sequence[int] = (),
+    ):
+        self.ranks, self.device = ranks, device
+        self.max_restarts, self.timeout_seconds = max_restarts, timeout_seconds
+        self.frozen_seconds = frozen_seconds
+        self.sizes = sorted({ranks, *elastic})
+
+    def run(self, name: str, function: RankFunction, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Run `function` on every rank and return rank 0's value."""
+        # Read by Ray Train's controller: it looks at its workers ten times a second, not once in two.
+        os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.1"
+        if len(self.sizes) > 1:
+            # Right after a node is gone Ray still counts on it once; how long it waits for the workers to fit there.
+            os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = "30"
+        from ray.train import FailureConfig, RunConfig
+        from ray.train.torch import TorchConfig, TorchTrainer
+        from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
+
+        folder = Path(arguments["folder"])
+        prepare_folder(folder)
+        scaling, cores = self.scaling()
+        run_options: dict[str, Any] = {
+            # A fresh name each time: our own checkpoints decide where to go on, not Ray's.
+            "name": f"{name}-{time.time_ns()}",
+            "storage_path": str(folder / "ray"),
+            "failure_config": FailureConfig(max_failures=self.max_restarts),
+            "worker_runtime_env": {"env_vars": worker_environment(self.ranks, cores, self.device)},
+        }
+        trainer: Any = TorchTrainer(
+            cast(Any, _ray_rank),
+            train_loop_config={
+                "function": function,
+                "arguments": arguments,
+                "sizes": self.sizes,
+                "timeout": self.timeout_seconds,
+            },
+            torch_config=TorchConfig(
+                backend="gloo" if self.device == "cpu" else "cpu:gloo,cuda:nccl", timeout_s=int(self.timeout_seconds)
+            ),
+            scaling_config=scaling,
+            run_config=RunConfig(**run_options),
+        )
+        try:
+            with FrozenWatch(folder, self.frozen_seconds):
+                value = trainer.fit().return_value
+        except TrainingFailedError as error:
+            fallback = f"{name}: its workers died more often than layout.max_restarts={self.max_restarts} times"
+            if not isinstance(error, WorkerGroupError):  # the job did not even start; the last line is the cause
+                fallback = f"{name}: its workers could not start: {str(error).strip().splitlines()[-1].strip()}"
+            raise explain_failure(folder, fallback, str(error)) from None
+        finally:
+            shutil.rmtree(folder / "ray", ignore_errors=True)
+        raise_user_error(folder)
+        assert value is not None, "every rank gave up without telling why"
+        return value
+
+    def scaling(self) -> tuple[Any, int]:
+        """Ray's ScalingConfig, and CPU cores per node.
+
+        Raises:
+            UserError: the cluster can never hold the ranks.
+        """
+        import ray
+        from ray.train import ScalingConfig
+
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        cpus, gpus = ([node.get(kind, 0.0) for node in nodes] for kind in ("CPU", "GPU"))
+        there = f"the Ray cluster has {sum(gpus):g} GPUs and {sum(cpus):g} CPUs on {len(nodes)} node(s)"
+        if self.device == "cuda" and sum(int(count) for count in gpus) < self.sizes[0]:
+            raise UserError(
+                f"{self.sizes[0]} ranks with a GPU each: {there}. Use fewer --gpus, --backend cpu, or a larger cluster."
+            )
+        share = cpus_per_rank(cpus, self.ranks)
+        if share == 0.0:
+            raise UserError(f"{self.ranks} ranks: {there}. Start Ray with CPUs (`ray start --num-cpus`).")
+        # With GPUs the CPU share may not decide the placement: a rank goes where its GPU is.
+        resources = {"CPU": min(share, 0.01)} | {"GPU": 1.0} if self.device == "cuda" else {"CPU": share}
+        workers: Any = self.ranks
+        if len(self.sizes) > 1:
+            workers = (self.sizes[0], self.ranks)
+            # Ray floors the quotient of floats, in which 1.0 holds 0.2 four times: ask for one step less.
+            resources["CPU"] = round(resources["CPU"] - 0.0001, 4)
+        scaling = ScalingConfig(num_workers=workers, use_gpu=self.device == "cuda", resources_per_worker=resources)
+        return scaling, os.cpu_count() or 1

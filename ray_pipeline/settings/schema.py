@@ -1,0 +1,286 @@
+"""Every setting of a run, with its meaning. No torch, no Ray: a dry run must be cheap.
+
+This file is the schema alone; `config_load` reads YAML, environment and flags into it and explains what is wrong.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator
+
+from model.config import ModelConfig
+from ray_pipeline.settings.post_training import (
+    DistillationConfig,
+    DpoConfig,
+    EvaluationConfig,
+    GrpoConfig,
+    LoraConfig,
+    RolloutConfig,
+    ScoringConfig,
+    SftConfig,
+    StudentConfig,
+    ToolsConfig,
+)
+from ray_pipeline.settings.section import (
+    MOST_SEED,
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    OptimizerConfig,
+    PositiveFloat,
+    PositiveInt,
+    Ranks,
+    Rows,
+    Seconds,
+    Section,
+    Tokens,
+    TrainingConfig,
+)
+
+__all__ = [
+    "STAGES",
+    "TRAINING_STAGES",
+    "DataConfig",
+    "DistillationConfig",
+    "DpoConfig",
+    "EvaluationConfig",
+    "ExportConfig",
+    "GrpoConfig",
+    "InitFromConfig",
+    "LayoutConfig",
+    "LoraConfig",
+    "ModalConfig",
+    "OptimizerConfig",
+    "PipelineFields",
+    "PretrainConfig",
+    "RolloutConfig",
+    "ScoringConfig",
+    "Section",
+    "SftConfig",
+    "SourceConfig",
+    "StudentConfig",
+    "TokenizerConfig",
+    "ToolsConfig",
+    "TrackingConfig",
+    "TrainingConfig",
+]
+
+STAGES = ("data_prep", "pretrain", "sft", "dpo", "grpo", "distillation", "export")
+TRAINING_STAGES = ("pretrain", "sft", "dpo", "grpo", "distillation")
+StageName = Literal["data_prep", "pretrain", "sft", "dpo", "grpo", "distillation", "export"]
+
+
+class LayoutConfig(Section):
+    """How ranks are arranged. Never changes a result, so it is not part of a stage's identity."""
+
+    gpus: Ranks | None = Field(None, description="ranks; default: every GPU there is, or one CPU rank")
+    pp_size: Ranks = 1
+    dp_size: Ranks | None = Field(None, description="default: what is left of gpus")
+    tp_size: Ranks = 1
+    ep_size: Ranks = 1
+    sp_size: Ranks = 1
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    schedule: Literal["1f1b", "interleaved_1f1b", "zbv", "dualpipev"] = Field(
+        "1f1b", description="order of work in the pipeline; all but 1f1b give each rank two parts of the model"
+    )
+    pp_layout: str | None = Field(None, description='layers of each part, "E+4|4|4+H"; default: balanced by cost')
+    activation_checkpointing: Literal["none", "selective", "full"] = Field(
+        "none", description="what backward computes again instead of keeping it"
+    )
+    offload_optimizer: bool = Field(False, description="optimizer state in CPU memory, with zero_stage 2 or 3")
+    min_gpus: Ranks | None = Field(
+        None, description="elastic: go on with this many ranks when workers are lost; default: wait for all of them"
+    )
+    micro_batch: Rows = Field(8, description="rows per rank and forward pass")
+    check_memory: bool = Field(True, description="false: start a stage though `plan` says that it does not fit")
+    timeout_seconds: Seconds = Field(600.0, description="a collective that waits longer is an error")
+    frozen_seconds: float = Field(
+        40.0, ge=0, le=86400, description="a rank that gives no sign of life so long is named and ended; 0: never"
+    )
+    max_restarts: NonNegativeInt = Field(2, description="times Ray Train restarts a stage's workers after one died")
+
+    @field_validator("frozen_seconds")
+    @classmethod
+    def _longer_than_a_few_beats(cls, value: float) -> float:
+        """Ranks give a sign of life every second, and a busy machine may be late with it."""
+        if 0 < value < 10:
+            raise ValueError("must be 0 (never) or at least 10, as a busy machine may keep a rank waiting for seconds")
+        return value
+
+    @field_validator("activation_checkpointing", mode="before")
+    @classmethod
+    def _none_is_a_name_here(cls, value: object) -> object:
+        """Written as a flag or in the environment, `none` reads as null."""
+        return "none" if value is None else value
+
+
+class SourceConfig(Section):
+    """One source of documents in a mixture."""
+
+    name: str = Field(
+        description="builtin, a path (.txt, .json, .jsonl, .csv, .parquet, .arrow; .gz and .zst as well), a folder or "
+        'glob of shards, or a datasets name "org/name[:split[:column]]"; ":text=story" at the end names the column'
+    )
+    weight: PositiveFloat | None = Field(
+        None, description="share of the bytes, in any unit; without weights every source is used whole, once"
+    )
+    licence: str = Field("unknown", description="recorded in the shard manifest")
+
+
+class DataConfig(Section):
+    """What the model reads. `pretrain` may mix sources; SFT and prompts take one each."""
+
+    pretrain: list[SourceConfig] = Field(default_factory=lambda: [SourceConfig(name="builtin", licence="Apache-2.0")])
+    sft: str = Field(
+        "builtin",
+        description="conversations: builtin, builtin_tools (a calculator), builtin_no_tools (the same without), "
+        'path or datasets name; ":prompt=question,response=answer" at its end names the columns',
+    )
+    prompts: str = Field(
+        "builtin",
+        description="questions with answers for GRPO and evaluation: builtin, builtin_tools, path, datasets name, or "
+        '"reasoning_gym:task[:size]"',
+    )
+    preferences: str = Field("builtin", description="pairs of a chosen and a rejected answer for DPO, same forms")
+    seq_len: Tokens = Field(256, description="tokens per packed row")
+    builtin_documents: PositiveInt = Field(20000, description="documents the built-in text generator writes")
+    builtin_conversations: PositiveInt = 20000
+    builtin_prompts: PositiveInt = 4000
+    validation_fraction: Fraction = Field(0.02, description="share of documents held out, chosen by document hash")
+    heldout_questions: PositiveInt = Field(400, description="questions kept for evaluation alone")
+    decontaminate_ngram: PositiveInt = Field(
+        12, description="a document sharing this many words in a row with an evaluation question is dropped"
+    )
+    max_documents: PositiveInt | None = Field(None, description="read at most this many documents of each source")
+    on_bad_record: Literal["fail", "skip"] = Field(
+        "fail", description="skip: records that cannot be used are left out, counted and listed"
+    )
+    max_bad_records: Fraction = Field(0.05, description="share of a source's records that may be left out so")
+    max_epochs: float = Field(
+        4.0,
+        ge=1.0,
+        le=1000.0,
+        description="times a source scarce for its weight is used at most; beyond it others are left out in part",
+    )
+    text_documents: Literal["auto", "file", "paragraphs", "lines"] = Field(
+        "auto",
+        description="what is a document of a .txt file: all of it, paragraphs merged up to text_characters, or a line; "
+        "auto: what stands between separators where there are any, else paragraphs",
+    )
+    text_separator: str | None = Field(
+        "<|endoftext|>", min_length=1, description="ends a document of a .txt file; null: nothing does"
+    )
+    text_characters: PositiveInt | None = Field(
+        None, description="characters that paragraphs are merged up to; default: those of a row, 2000 at least"
+    )
+    tokens_per_shard: PositiveInt = 16_000_000
+
+
+class TokenizerConfig(Section):
+    """`train` makes a byte-level BPE of `vocab_size` from the pretraining text; else a folder or hub name is loaded."""
+
+    name: str = "train"
+    vocab_size: PositiveInt = 512
+    tools: bool = Field(False, description="train: with the tokens and the chat template of tool calls")
+    chat_template: str | None = Field(
+        None, min_length=1, description="a .jinja file, or one of the tokenizer's templates by name; default: its own"
+    )
+
+
+class InitFromConfig(Section):
+    """Weights that PRETRAIN starts from: a published DeepSeek-V2, V3 or V3.2 folder, or one that EXPORT wrote."""
+
+    path: str | None = Field(None, description="folder with config.json, safetensors, tokenizer; it decides `model`")
+    include: list[str] = Field(default_factory=list, description="tensors to take, globs or beginnings; empty: all")
+    exclude: list[str] = Field(default_factory=list, description="tensors to leave; they start fresh")
+    allow_missing: list[str] = Field(default_factory=list, description="tensors that may be absent; they start fresh")
+    max_vocab_size: PositiveInt = Field(1_000_000, description="a larger vocabulary is refused")
+    max_file_bytes: PositiveInt = Field(100_000_000_000, description="a larger weight file is refused")
+
+
+class PretrainConfig(TrainingConfig):
+    """Next-token cross-entropy plus multi-token prediction."""
+
+    mtp_loss_weight: NonNegativeFloat = 0.3
+    indexer_warmup_steps: NonNegativeInt | None = Field(
+        None,
+        description="model.attention=dsa: steps of dense attention that the indexer learns from; default: a fifth, or "
+        "none with init_from",
+    )
+
+
+class ExportConfig(Section):
+    """What is written at the end and how it is checked."""
+
+    source: Literal["pretrain", "sft", "dpo", "grpo", "distillation"] | None = Field(
+        None, description="whose weights are exported; default: the last before distillation, the student beside it"
+    )
+    gguf: list[Literal["f32", "f16", "q8_0"]] = Field(["f32", "f16", "q8_0"], description="kinds of GGUF file")
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    licence: str = Field("apache-2.0", description="of the exported weights, written into the model card and GGUF")
+
+
+class TrackingConfig(Section):
+    """Weights & Biases. Offline where there is no API key; the JSONL file in the run folder is always written."""
+
+    wandb: bool = True
+    project: str = "deepseek-from-scratch"
+    entity: str | None = None
+
+
+class ModalConfig(Section):
+    """Where `--backend modal` runs."""
+
+    gpu_type: str = "H100"
+    timeout_seconds: Annotated[int, Field(gt=0, le=7 * 86400)] = 86400
+    volume: str = "deepseek-runs"
+    hf_cache_volume: str = "huggingface-cache"
+    wandb_secret: str = "wandb"
+
+
+class PipelineFields(Section):
+    """One run, whole. `PipelineConfig` in `config_load` adds the sources it is read from."""
+
+    recipe: str = "tiny"
+    run_name: str | None = Field(None, description="default: the recipe's name and a hash of what decides the result")
+    output_dir: Path = Path("runs")
+    seed: Annotated[int, Field(ge=0, le=MOST_SEED)] = 0
+    backend: Literal["auto", "cpu", "cuda", "modal"] = "auto"
+    model_size: Literal["tiny", "small", "medium", "large"] | None = Field(
+        None, description="a preset for `model`; keys given there win"
+    )
+    stages: list[StageName] = Field(
+        ["data_prep", "pretrain", "sft", "grpo", "distillation", "export"],
+        description="those of the run; dpo is optional, and pretrain can be left out with init_from",
+    )
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    layout: LayoutConfig = Field(default_factory=LayoutConfig)
+    data: DataConfig = Field(default_factory=DataConfig)
+    tokenizer: TokenizerConfig = Field(default_factory=TokenizerConfig)
+    init_from: InitFromConfig = Field(default_factory=InitFromConfig)
+    pretrain: PretrainConfig = Field(default_factory=PretrainConfig)
+    sft: SftConfig = Field(default_factory=SftConfig)
+    dpo: DpoConfig = Field(default_factory=DpoConfig)
+    grpo: GrpoConfig = Field(default_factory=GrpoConfig)
+    distillation: DistillationConfig = Field(default_factory=DistillationConfig)
+    tools: ToolsConfig = Field(default_factory=ToolsConfig)
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+    export: ExportConfig = Field(default_factory=ExportConfig)
+    tracking: TrackingConfig = Field(default_factory=TrackingConfig)
+    modal: ModalConfig = Field(default_factory=ModalConfig)
+
+    def dense_steps(self, stage: str) -> int:
+        """Steps at a stage's beginning in which sparse attention reads everything, for its indexer to learn from.
+
+        A fifth of PRETRAIN by default: before attention has settled on what it reads, there is nothing to learn. V3.2
+        took 0.2% of its tokens (arXiv:2512.02556, §2.1.1), but of a model that was trained already. Weights that are
+        given come with a trained indexer.
+        """
+        given = self.pretrain.indexer_warmup_steps
+        if stage != "pretrain":
+            return 0
+        if given is not None:
+            return given
+        return 0 if self.init_from.path is not None else self.pretrain.steps // 5

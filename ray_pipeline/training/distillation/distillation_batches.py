@@ -1,0 +1,118 @@
+"""What the student learns on: conversations, the teacher's answers, its own. Functions of (seed, step, weights)."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from model.layers.vocab import Head
+from ray_pipeline.data.rows.batch import Batch, join_rows
+from ray_pipeline.data.rows.loader import PackedRows, row_order
+from ray_pipeline.engine.engine import Engine
+from ray_pipeline.rollouts.rollout import request_seed
+from ray_pipeline.training.distillation.student_answers import pack_answers, write_answers
+from ray_pipeline.training.heldout import WholeModel
+from ray_pipeline.training.rank import Rank
+
+
+class Rows(Protocol):
+    """Rows drawn by step."""
+
+    def batch(self, seed: int, step: int, batch_size: int) -> Batch:
+        """Rows of one step; a pure function of its arguments."""
+        ...
+
+
+class Scorer(Protocol):
+    """The teacher's view of a batch.
+
+    Attributes:
+        head: the teacher's, on the ranks that hold the student's.
+    """
+
+    head: Head | None
+
+    def score(self, batch: Batch) -> Batch:
+        """The batch with what the objective reads of the teacher among its extras."""
+        ...
+
+
+class MixedRows:
+    """Packed rows from disk, if any, followed by rows in memory, drawn in one seeded order per epoch."""
+
+    def __init__(self, stored: PackedRows | None, extra: Batch | None):
+        self.stored, self.extra = stored, extra
+        self.on_disk = 0 if stored is None else len(stored)
+
+    def __len__(self) -> int:
+        return self.on_disk + (0 if self.extra is None else len(self.extra))
+
+    def batch(self, seed: int, step: int, batch_size: int) -> Batch:
+        """Rows of one step; a pure function of its arguments."""
+        return join_rows([self._row(index) for index in row_order(len(self), seed, step, batch_size)])
+
+    def _row(self, index: int) -> Batch:
+        if index < self.on_disk:
+            assert self.stored is not None
+            return self.stored.slice(index, index + 1)
+        assert self.extra is not None
+        return self.extra.rows(index - self.on_disk, index - self.on_disk + 1)
+
+
+class StudentAnswers:
+    """The student's own answers to training questions, written with its weights of this very step (GKD,
+    arXiv:2306.13649): a resumed run has the same weights, and so writes the same."""
+
+    def __init__(self, rank: Rank, engine: Engine, whole: WholeModel, questions: list[dict[str, Any]]):
+        self.rank, self.engine, self.whole, self.questions = rank, engine, whole, questions
+        self.figures: dict[str, float] = {}
+
+    def batch(self, step: int) -> Batch:
+        """As many rows as the answers fill, padded to what a training step needs."""
+        rank, settings = self.rank, self.rank.config.distillation
+        rank.phase("the student answers")
+        self.whole.sync(self.engine)
+        seed, tokenizer = rank.config.seed, self.whole.tokenizer
+        chosen = row_order(len(self.questions), seed, step, settings.prompts_per_step)
+        prompts = [tokenizer.encode_prompt(self.questions[i]["prompt"]) for i in chosen]
+        seeds = [request_seed(seed, step, place, 0) for place in range(len(prompts))]
+        written = write_answers(rank, self.whole, prompts, seeds, temperature=settings.sampling_temperature)
+        rank.phase("training")
+        lengths = [len(completion.tokens) for completion in written]
+        self.figures = {
+            "answer_tokens": sum(lengths) / len(lengths),
+            "unfinished": sum(not completion.finished for completion in written) / len(written),
+        }
+        answers = [(prompt, completion.tokens) for prompt, completion in zip(prompts, written, strict=True)]
+        batch = pack_answers(answers, rank.config.data.seq_len, tokenizer.pad_id)
+        return self.engine.fitted(batch)
+
+
+class DistillationSource:
+    """Batches of the rows, and for a share of the steps of the student's answers, with the teacher's view of them."""
+
+    def __init__(self, rank: Rank, rows: Rows | None, answers: StudentAnswers | None, teacher: Scorer | None):
+        self.rank, self.rows, self.answers, self.teacher = rank, rows, answers, teacher
+        self._on_policy = False
+
+    def batch(self, step: int) -> Batch:
+        """The batch of a step, the same on every rank but for the teacher's view, which the head's ranks alone have."""
+        settings, seed = self.rank.config.distillation, self.rank.config.seed
+        self._on_policy = is_on_policy(seed, step, settings.on_policy)
+        if self._on_policy:
+            assert self.answers is not None
+            batch = self.answers.batch(step)
+        else:
+            assert self.rows is not None
+            batch = self.rows.batch(seed, step, settings.batch_size)
+        return batch if self.teacher is None else self.teacher.score(batch)
+
+    def metrics(self) -> dict[str, float]:
+        """Of the latest batch."""
+        if self.answers is None:
+            return {}
+        return {"on_policy": float(self._on_policy)} | (self.answers.figures if self._on_policy else {})
+
+
+def is_on_policy(seed: int, step: int, share: float) -> bool:
+    """Whether the student answers at this step: a draw of its own for every step."""
+    return request_seed(seed, step, -1, 0) < share * 2**63

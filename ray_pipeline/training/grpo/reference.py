@@ -1,0 +1,116 @@
+"""The frozen model that GRPO's KL is measured against."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from model.config import ModelConfig
+from model.layers.loss import label_logprobs
+from model.parallel.gather import all_ranks_gather
+from model.transformer import Transformer
+from ray_pipeline.data.rows.batch import Batch
+from ray_pipeline.engine.checkpoints.checkpoint import list_checkpoints, step_of
+from ray_pipeline.engine.engine import Engine
+from ray_pipeline.engine.pipeline.pipeline import Finish
+from ray_pipeline.records.artifacts import load_model, save_model
+from ray_pipeline.training.rank import Rank
+
+
+def logprobs_at(temperature: float) -> Finish:
+    """What `Engine.per_token` is given for log p of the labels at a sampling temperature: [rows, seq / sp]."""
+
+    def finish(model: Transformer, hidden: Tensor, _: Tensor | None, rows: Batch) -> Tensor:
+        return label_logprobs(hidden, model.lm_head, rows.local(rows.labels), temperature)
+
+    return finish
+
+
+def refreshed_at(step: int, every: int, updates: int) -> int:
+    """The optimizer step before which the reference of `step` was taken from the policy; 0: it is the input model.
+
+    It is taken every `every` steps, at the next step that begins with new rollouts, which live for `updates` steps.
+    """
+    if every == 0:
+        return 0
+    for mark in range(step // every * every, 0, -every):
+        begins = -(-mark // updates) * updates
+        if begins <= step:
+            return begins
+    return 0
+
+
+class Reference:
+    """An engine of its own with the stage's input weights, and later with the policy's.
+
+    The weights it was refreshed with lie whole in the stage's folder, so that a resumed run has the same ones.
+
+    Args:
+        initial: the stage's input weights. every: optimizer steps between refreshes; 0 for none.
+        updates: optimizer steps on the same rollouts.
+    """
+
+    def __init__(
+        self,
+        rank: Rank,
+        config: ModelConfig,
+        initial: dict[str, Tensor],
+        *,
+        every: int,
+        updates: int,
+        temperature: float,
+    ):
+        self.rank, self.config, self.every, self.updates = rank, config, every, updates
+        self._finish = logprobs_at(temperature)
+        self._since = 0
+        self._engine: Engine = rank.engine(config, initial=initial)
+
+    def bring_to(self, step: int, policy: Engine) -> None:
+        """Be what the reference is at `step`, which begins with new rollouts.
+
+        Raises:
+            UserError: the file of it is missing or damaged.
+        """
+        wanted = refreshed_at(step, self.every, self.updates)
+        if wanted == self._since:
+            return
+        if wanted == step:
+            state = policy.full_state()
+            self._save(step, state)
+        else:
+            state = load_model(self._folder(wanted)).state_dict()
+        self._engine = self.rank.engine(self.config, initial=state)
+        self._since = wanted
+
+    def logprobs(self, batch: Batch) -> Tensor:
+        """Of the labels: [rows, seq_len], filled where this rank's replica and window are.
+
+        It routes freely: a replayed choice of experts is the policy's.
+        """
+        extras = {name: values for name, values in batch.extras.items() if name != "routing"}
+        found = self._engine.per_token(replace(batch, extras=extras), self._finish)
+        return torch.zeros(batch.labels.shape) if found is None else found
+
+    def _folder(self, step: int) -> Path:
+        return self.rank.folder / f"reference-{step:08d}"
+
+    def _save(self, step: int, state: dict[str, Tensor]) -> None:
+        if self.rank.is_main:
+            save_model(self._folder(step), self.config, state)
+            self._forget(step)
+        all_ranks_gather(self.rank.mesh, None)  # nobody goes on before the files are there
+
+    def _forget(self, step: int) -> None:
+        """Drop those that no checkpoint needs; one may still be on its way, so the last two stay."""
+        needed = {step, self._since}
+        for checkpoint in list_checkpoints(self.rank.folder / "checkpoints"):
+            needed.add(refreshed_at(step_of(checkpoint), self.every, self.updates))
+        for folder in self.rank.folder.glob("reference-*"):
+            found = re.fullmatch(r"reference-(\d{8})", folder.name)
+            if found and int(found[1]) not in needed:
+                shutil.rmtree(folder)

@@ -1,0 +1,105 @@
+"""Conversations that cannot be trained are refused by name, before training and where possible before anything."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from ray_pipeline.data.chat.chat import Chat
+from ray_pipeline.data.chat.chat_templates import DEEPSEEK_TEMPLATE
+from ray_pipeline.data.chat.tokenizer import load_tokenizer
+from ray_pipeline.data.chat.tokenizer_files import save_trained, train_bpe
+from ray_pipeline.data.files.reading import Tally
+from ray_pipeline.data.rows import conversations
+from ray_pipeline.data.rows.conversations import encode_all
+from ray_pipeline.data.sources.source_checks import check_sources
+from ray_pipeline.data.text.builtin_text import document_at
+from ray_pipeline.errors import UserError
+from ray_pipeline.settings.schema import DataConfig, PipelineFields, TokenizerConfig
+
+PLAIN = {"prompt": "2+2?", "response": "4"}
+THOUGHT = {"prompt": "2+3?", "response": "<think>2+3=5</think>5"}
+CALLED = {
+    "conversations": [
+        {"from": "human", "value": "2+4?"},
+        {"from": "function_call", "value": '{"name": "add", "arguments": {"a": 2, "b": 4}}'},
+        {"from": "observation", "value": "6"},
+        {"from": "gpt", "value": "6"},
+    ],
+    "tools": '[{"name": "add"}]',
+}
+# As DeepSeek-R1's: what was thought is cut from answers.
+DROPS_THINKING = DEEPSEEK_TEMPLATE.replace("message['content'] + eos", "message['content'].split('</think>')[-1] + eos")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tokenizer")
+    save_trained(train_bpe([document_at(0, index) for index in range(100)], 320), path)
+    config = json.loads((path / "tokenizer_config.json").read_text())
+    (path / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": DROPS_THINKING}))
+    return path
+
+
+def chat(question, answer):
+    return Chat(({"role": "user", "content": question}, {"role": "assistant", "content": answer}))
+
+
+def silent(*_):
+    """No progress."""
+
+
+def test_the_first_conversation_that_cannot_be_trained_is_named(folder, monkeypatch):
+    tokenizer = load_tokenizer(folder)
+    chats = [chat(f"question {i}?", "yes") for i in range(5)]
+    chats[3] = chat("a question that goes on for more than forty letters?", "<think>a</think>b")
+    monkeypatch.setattr(conversations, "CHUNK", 2)
+    with pytest.raises(UserError, match=r'^here: conversation 4 \("a question that [^?]*"\): the chat'):
+        encode_all(tokenizer, chats, silent, "phase", "here")
+    assert len(encode_all(tokenizer, chats[:3], silent, "phase", "here")) == 3
+
+
+def test_conversations_a_template_refuses_are_left_out_where_that_is_asked_for(folder, monkeypatch):
+    tokenizer, tally = load_tokenizer(folder), Tally(skip=True, most=0.5, records=5)
+    chats = [chat(f"question {i}?", "yes") for i in range(5)]
+    chats[3] = chat("why?", "<think>a</think>b")
+    monkeypatch.setattr(conversations, "CHUNK", 2)
+    encoded = encode_all(tokenizer, chats, silent, "phase", "here", tally)
+    assert [bool(ids) for ids, _ in encoded] == [True, True, True, False, True]
+    [kind] = tally.bad.values()
+    assert (kind.count, kind.places) == (1, ["conversation 4"]) and "drops <think>" in kind.example
+
+
+def test_a_conversation_with_nothing_to_train_is_refused(folder):
+    chats = [chat("a?", "b"), chat("a?", "b")._replace(trained_from=2)]
+    with pytest.raises(UserError, match=r"^here: no token of conversation 2 would be trained"):
+        encode_all(load_tokenizer(folder), chats, silent, "phase", "here")
+
+
+@pytest.mark.parametrize(
+    ("records", "tokenizer", "message"),
+    [
+        ([PLAIN, THOUGHT], "folder", r"^--sft-data .*sft\.jsonl: conversation 2: the chat template drops <think>"),
+        ([PLAIN, PLAIN, CALLED], "folder", r"^--sft-data .*sft\.jsonl: conversation 3: the chat template .*tool calls"),
+        ([PLAIN, CALLED], "train", r"^--sft-data .*conversation 2: the chat template .*--set tokenizer\.tools=true"),
+        ([PLAIN, PLAIN], "folder", None),
+        ([PLAIN, THOUGHT], "train", None),
+    ],
+)
+def test_a_template_is_held_against_the_data_before_anything_starts(folder, tmp_path, records, tokenizer, message):
+    path = tmp_path / "sft.jsonl"
+    path.write_text("\n".join(map(json.dumps, records)))
+    name = str(folder) if tokenizer == "folder" else tokenizer
+    config = PipelineFields(data=DataConfig(sft=str(path)), tokenizer=TokenizerConfig(name=name))
+    if message is None:
+        check_sources(config)
+    else:
+        with pytest.raises(UserError, match=message):
+            check_sources(config)
+
+
+def test_tools_of_a_trained_tokenizer_carry_tool_conversations(tmp_path):
+    path = tmp_path / "sft.json"
+    path.write_text(json.dumps([PLAIN, THOUGHT, CALLED]))
+    check_sources(PipelineFields(data=DataConfig(sft=str(path)), tokenizer=TokenizerConfig(tools=True)))

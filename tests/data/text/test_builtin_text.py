@@ -1,0 +1,41 @@
+"""Built-in documents: true, varied, of the right size."""
+
+from __future__ import annotations
+
+import re
+from random import Random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ray_pipeline.data.text.builtin_text import KINDS, document_at
+
+FACT = re.compile(r"(?<![\d+\-*/x])(\d+)([+\-*/])(\d+)=(\d+)(?![\d+\-*/x])")
+OPERATIONS = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b: a * b, "/": lambda a, b: a / b}
+
+
+@given(st.integers(0, 10**6), st.integers(0, 10**6))
+def test_every_stated_fact_is_true(seed, index):
+    for a, op, b, c in FACT.findall(document_at(seed, index)):
+        assert OPERATIONS[op](int(a), int(b)) == int(c)
+
+
+@pytest.mark.parametrize("kind", [kind for kind, _ in KINDS])
+def test_each_kind_is_clean_text_of_a_few_lines(kind):
+    for seed in range(50):
+        text = kind(Random(seed))
+        assert 50 < len(text) < 900
+        assert text == text.strip() and text.isascii() and "{" not in text
+
+
+def test_documents_are_deterministic_and_hardly_ever_repeat():
+    documents = [document_at(0, index) for index in range(2000)]
+    assert documents[1234] == document_at(0, 1234)
+    assert len(set(documents)) > 1990
+    assert document_at(1, 0) != documents[0]
+
+
+def test_the_vocabulary_is_small():
+    vocabulary = {word for i in range(2000) for word in re.findall(r"[A-Za-z]+", document_at(0, i))}
+    assert 100 < len(vocabulary) < 400
