@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from model.attention import blocked, core, parts
+from model.attention import blocked, blocks, core
 from model.attention.blocked import LONGEST
 from model.attention.kinds import visible_tokens
 from model.build import build_part
 from model.config import ModelConfig
+from model.kernels import product as products
 from model.kernels.limits import row_step
-from model.layers import product as products
 from model.layers.auxiliary import auxiliary_scale
 from model.layers.rope import rotary_table
 from model.moe import experts
@@ -158,8 +158,8 @@ def test_fused_attention_keeps_what_the_formula_says(
 
 def test_the_sizes_of_blocks_are_the_models() -> None:
     on = kernels("cpu")
-    assert (on.blocked_attention, BLOCK, on.shares_heads) == (LONGEST, parts.BLOCK, core.shares_heads("cpu"))
-    assert (WORTH_CHOOSING, WIDE) == (parts.WORTH_CHOOSING, blocked.WIDE)
+    assert (on.blocked_attention, BLOCK, on.shares_heads) == (LONGEST, blocks.BLOCK, core.shares_heads("cpu"))
+    assert (WORTH_CHOOSING, WIDE) == (blocks.WORTH_CHOOSING, blocked.WIDE)
     assert kernels("cuda").shares_heads == core.shares_heads("cuda")
 
 

@@ -9,7 +9,7 @@ from ray_pipeline.cli.group import guarded
 from ray_pipeline.cli.run import can_resume
 from ray_pipeline.dag.plan import StageSelection
 from ray_pipeline.dag.workflow import resume_pipeline, run_pipeline
-from tests.workflow import toy_stages as toy
+from tests.dag import toy_stages as toy
 
 
 def main(folder: Path, ranks: int, verb: str) -> int:

@@ -13,7 +13,7 @@ import pytest
 
 from ray_pipeline.dag.ledger import read_status
 from ray_pipeline.launch.launchers import prepare_folder
-from tests.workflow import toy_stages as toy
+from tests.dag import toy_stages as toy
 
 ROOT = Path(__file__).parents[2]
 PATIENCE = 300  # seconds: starting Ray and its ranks takes half a minute on an idle machine of two cores

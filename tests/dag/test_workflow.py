@@ -15,7 +15,7 @@ from ray_pipeline.dag.workflow import resume_pipeline, run_pipeline
 from ray_pipeline.errors import UserError
 from ray_pipeline.launch.local_ray import start_ray
 from ray_pipeline.records.rank_output import output_file
-from tests.workflow import toy_stages as toy
+from tests.dag import toy_stages as toy
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from ray_pipeline import progress as progress_module
 from ray_pipeline.dag.progress_view import ProgressView
+from ray_pipeline.records import progress as progress_module
 from ray_pipeline.records.progress import Progress, progress_text, read_progress, seconds_text, size_text
 
 

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ray_pipeline.data import corpus as corpus_file
 from ray_pipeline.data.shared.cleaning import clean_text, content_hash, hash_fraction, validation_members
 from ray_pipeline.data.shared.decontaminate import Decontaminator
+from ray_pipeline.data.text import corpus as corpus_file
 from ray_pipeline.data.text import mixture
 from ray_pipeline.data.text.builtin_text import document_at
 from ray_pipeline.data.text.corpus import (

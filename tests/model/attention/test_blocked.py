@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.attention import parts
+from model.attention import blocks
 from model.attention.blocked import BlockedAttention, FusedBlocks, blocked_attention
 from model.attention.blocks import Part, document_parts, visible_parts
 from model.attention.core import document_mask
@@ -19,7 +19,7 @@ from scripts.model_bench.competitors import SHAPES
 DIVISIONS = {
     "blocks of what is visible": lambda mask, seq: visible_parts(mask, 2, None),
     "blocks from the first document": lambda mask, seq: document_parts(mask, 2, seq, alone=False),
-    "documents alone": lambda mask, seq: parts._apart(parts.document_starts(mask), 2),
+    "documents alone": lambda mask, seq: blocks._apart(blocks.document_starts(mask), 2),
     "no mask": lambda mask, seq: document_parts(None, 2, seq, alone=True),
 }
 
