@@ -15,7 +15,7 @@ __all__ = ["Item", "Request", "Task", "TaskEntry", "known_tasks", "make_task", "
 
 ENTRY_POINTS = "ray_pipeline.tasks"
 # Modules whose import registers the built-in tasks.
-_BUILTIN = ("suites", "questions", "choices", "code", "gym", "harness")
+_BUILTIN = ("suites", "question_tasks", "choices", "code", "gym_tasks", "harness")
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from ray_pipeline.isolation.function_name import entry_points
 ENTRY_POINTS = "ray_pipeline.reporters"
 Reporter = Callable[[Report, Path], None]
 _REPORTERS: dict[str, Reporter] = {}
-_BUILTIN = ("files", "page")
+_BUILTIN = ("report_files", "page")
 
 
 def reporter(name: str) -> Callable[[Reporter], Reporter]:
