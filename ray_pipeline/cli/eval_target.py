@@ -20,11 +20,16 @@ EXPORTED = ("hf", "native")
 
 
 def find_model(given: str, stage: str | None, runs_dir: Path) -> ModelSource:
-    """What `given` names: a run (by name or folder), a stage's folder, or a model's.
+    """What `given` names: a run (by name or folder, `RUN:STAGE` for one of its stages), a stage's folder, or a model's.
 
     Raises:
         UserError: nothing of the kind, a stage that is not finished, or a damaged folder.
     """
+    run, colon, named = given.rpartition(":")
+    if colon and not Path(given).exists() and named in (*POLICIES, *BY_NAME):
+        if stage not in (None, named):
+            raise UserError(f"{given} with --stage {stage}: two stages. Give one of them.")
+        given, stage = run, named
     path = Path(given)
     if (runs_dir / given / CONFIG_FILE).is_file() or (path / CONFIG_FILE).is_file():
         return _of_run(find_run(given, runs_dir), stage)

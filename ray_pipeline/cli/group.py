@@ -24,6 +24,7 @@ VERBS = {
     "plan": ("plan", "plan"),
     "status": ("status", "status"),
     "generate": ("generate", "generate"),
+    "chat": ("chat", "chat"),
     "eval": ("eval", "evaluate"),
     "teacher-topk": ("teacher_topk", "teacher_topk"),
     "inspect-batch": ("inspect_batch", "inspect_batch"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -46,6 +46,13 @@ class Backend(Protocol):
         """Continue every prompt; none is as long as the context."""
         ...
 
+    def stream(
+        self, prompt: list[int], on_token: Callable[[int], None], *, max_new_tokens: int, temperature: float, seed: int,
+        eos_ids: frozenset[int],
+    ) -> Written:  # fmt: skip
+        """Continue one prompt; `on_token` is given each token as it is made."""
+        ...
+
     def logits(self, tokens: Tensor) -> Tensor:
         """[rows, seq] ids, padded on the right -> [rows, seq, vocab_size] of the next token."""
         ...
@@ -73,6 +80,17 @@ class NativeBackend:
             seeds=seeds, max_batch=max(1, len(prompts)),
         )  # fmt: skip
         return [Written(c.tokens, c.finished) for c in completions]
+
+    def stream(
+        self, prompt: list[int], on_token: Callable[[int], None], *, max_new_tokens: int, temperature: float, seed: int,
+        eos_ids: frozenset[int],
+    ) -> Written:  # fmt: skip
+        """As `Backend.stream`."""
+        [completion] = generate(
+            self.decoder, [prompt], max_new_tokens=max_new_tokens, eos_ids=set(eos_ids), temperature=temperature,
+            seeds=[seed], on_token=lambda _, token: on_token(token),
+        )  # fmt: skip
+        return Written(completion.tokens, completion.finished)
 
     @torch.inference_mode()
     def logits(self, tokens: Tensor) -> Tensor:
@@ -115,6 +133,19 @@ class TransformersBackend:
             out |= zip(group, self._write([prompts[i] for i in group], limit, eos_ids, drawing), strict=True)
         return [out[i] for i in range(len(prompts))]
 
+    @torch.inference_mode()
+    def stream(
+        self, prompt: list[int], on_token: Callable[[int], None], *, max_new_tokens: int, temperature: float, seed: int,
+        eos_ids: frozenset[int],
+    ) -> Written:  # fmt: skip
+        """As `Backend.stream`."""
+        drawing: dict[str, Any] = {"do_sample": False, "streamer": _Streamer(on_token)}
+        if temperature:
+            torch.manual_seed(seed)
+            drawing |= {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+        [written] = self._write([prompt], min(max_new_tokens, self.context - len(prompt)), eos_ids, drawing)
+        return written
+
     def _write(
         self, prompts: list[list[int]], limit: int, eos_ids: frozenset[int], drawing: dict[str, Any]
     ) -> list[Written]:
@@ -131,6 +162,23 @@ class TransformersBackend:
     def logits(self, tokens: Tensor) -> Tensor:
         """As `Backend.logits`."""
         return self.model(tokens).logits
+
+
+class _Streamer:
+    """What transformers hands tokens to as they are made: first the prompt, then one token at a time."""
+
+    def __init__(self, on_token: Callable[[int], None]):
+        self.on_token, self._prompt = on_token, True
+
+    def put(self, value: Tensor) -> None:
+        """Tokens of one row."""
+        if not self._prompt:
+            for token in value.flatten().tolist():
+                self.on_token(token)
+        self._prompt = False
+
+    def end(self) -> None:
+        """Nothing is held back."""
 
 
 def _cut(tokens: list[int], eos_ids: frozenset[int]) -> Written:
