@@ -16,7 +16,7 @@ from ray_pipeline.data.chat.tokenizer import ChatTokenizer
 from ray_pipeline.data.rows.batch import IGNORE, Batch
 from ray_pipeline.engine.engine import Engine
 from ray_pipeline.errors import UserError
-from ray_pipeline.evaluation.models import load_causal_lm
+from ray_pipeline.evaluation.transformers_backend import load_causal_lm
 from ray_pipeline.rollouts.rollout import request_seed
 from ray_pipeline.teachers.engine_teacher import whole_head
 from ray_pipeline.teachers.teacher_folder import KEY

@@ -17,8 +17,9 @@ from ray_pipeline.evaluation.asking import AskSettings
 from ray_pipeline.evaluation.evaluate import answers_wanted, choose_options, evaluate
 from ray_pipeline.evaluation.graders import AnswerScoring
 from ray_pipeline.evaluation.model_source import ModelSource
-from ray_pipeline.evaluation.models import LanguageModel, Written
+from ray_pipeline.evaluation.models import LanguageModel
 from ray_pipeline.evaluation.tasks import Item, Task
+from ray_pipeline.evaluation.transformers_backend import Written
 from tests.evaluation.made_models import save_tokenizer
 
 
