@@ -1,0 +1,125 @@
+"""Any causal language model that transformers has a class for, asked through the interface of `models.Backend`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a model wrote: its tokens (the end token included), and whether it ended by itself."""
+
+    tokens: list[int]
+    finished: bool
+
+
+class TransformersBackend:
+    """Any causal language model that transformers has a class for."""
+
+    def __init__(self, model: Any, pad_id: int):
+        from transformers import GenerationConfig
+
+        # The folder's own generation settings (a top_p, a repetition penalty) must not change what is measured.
+        model.generation_config = GenerationConfig()
+        self.model, self.pad_id = model.eval(), pad_id
+        config = model.config
+        self.context = int(getattr(config, "max_position_embeddings", 0) or getattr(config, "n_positions", 1024))
+        self.vocab_size = int(config.vocab_size)
+        self.parameters = sum(p.numel() for p in model.parameters())
+        self.device = next(model.parameters()).device
+
+    @torch.inference_mode()
+    def generate(
+        self, prompts: list[list[int]], *, max_new_tokens: int, temperature: float, seeds: list[int],
+        eos_ids: frozenset[int],
+    ) -> list[Written]:  # fmt: skip
+        """Padded on the left; drawn by the first seed of those that are written together."""
+        # A prompt that leaves less room than was asked for is written alone, so that it shortens no other answer.
+        room = [self.context - len(p) for p in prompts]
+        groups = [[i] for i in range(len(prompts)) if room[i] < max_new_tokens]
+        roomy = [i for i in range(len(prompts)) if room[i] >= max_new_tokens]
+        out: dict[int, Written] = {}
+        for group in [*groups, roomy] if roomy else groups:
+            limit = min(max_new_tokens, room[group[0]])
+            drawing: dict[str, Any] = {"do_sample": False}
+            if temperature:
+                torch.manual_seed(seeds[group[0]])
+                drawing = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+            out |= zip(group, self._write([prompts[i] for i in group], limit, eos_ids, drawing), strict=True)
+        return [out[i] for i in range(len(prompts))]
+
+    @torch.inference_mode()
+    def stream(
+        self, prompt: list[int], on_token: Callable[[int], None], *, max_new_tokens: int, temperature: float, seed: int,
+        eos_ids: frozenset[int],
+    ) -> Written:  # fmt: skip
+        """As `Backend.stream`."""
+        drawing: dict[str, Any] = {"do_sample": False, "streamer": _Streamer(on_token)}
+        if temperature:
+            torch.manual_seed(seed)
+            drawing |= {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+        [written] = self._write([prompt], min(max_new_tokens, self.context - len(prompt)), eos_ids, drawing)
+        return written
+
+    def _write(
+        self, prompts: list[list[int]], limit: int, eos_ids: frozenset[int], drawing: dict[str, Any]
+    ) -> list[Written]:
+        longest = max(len(p) for p in prompts)
+        ids = torch.tensor([[self.pad_id] * (longest - len(p)) + p for p in prompts], device=self.device)
+        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=self.device)
+        out = self.model.generate(
+            ids, attention_mask=mask, max_new_tokens=limit, eos_token_id=sorted(eos_ids), pad_token_id=self.pad_id,
+            **drawing,
+        )  # fmt: skip
+        return [_cut(row, eos_ids) for row in out[:, longest:].tolist()]
+
+    @torch.inference_mode()
+    def logits(self, tokens: Tensor) -> Tensor:
+        """As `Backend.logits`."""
+        return self.model(tokens).logits
+
+
+class _Streamer:
+    """What transformers hands tokens to as they are made: first the prompt, then one token at a time."""
+
+    def __init__(self, on_token: Callable[[int], None]):
+        self.on_token, self._prompt = on_token, True
+
+    def put(self, value: Tensor) -> None:
+        """Tokens of one row."""
+        if not self._prompt:
+            for token in value.flatten().tolist():
+                self.on_token(token)
+        self._prompt = False
+
+    def end(self) -> None:
+        """Nothing is held back."""
+
+
+def _cut(tokens: list[int], eos_ids: frozenset[int]) -> Written:
+    """A row of a finished batch up to its end token; behind that there is padding."""
+    for i, token in enumerate(tokens):
+        if token in eos_ids:
+            return Written(tokens[: i + 1], True)
+    return Written(tokens, False)
+
+
+def load_causal_lm(folder: Path, dtype: torch.dtype | str) -> Any:
+    """A causal language model that transformers runs, from safetensors alone: a pickle can run any program.
+
+    Raises:
+        ValueError: transformers has no class for it, or cannot read it.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, local_files_only=True)
+    except Exception as error:  # noqa: BLE001  a stranger's config.json makes transformers raise anything
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{folder}: transformers cannot load it ({reason:.200})") from None
