@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hypothesis import strategies as st
 
-from ray_pipeline.layout.layout import Layout
+from ray_pipeline.layout.layout import Layout, layout_of
 from ray_pipeline.settings.schema import PipelineFields
 
 # The student is as deep as the model, for layouts with more than three parts.
@@ -44,10 +44,4 @@ def nested(settings: dict) -> dict:
 
 def asked_for(settings: PipelineFields) -> Layout:
     """What the settings say, legal or not, with the open sizes filled in as the resolver does."""
-    asked = settings.layout
-    others = asked.pp_size * asked.tp_size * asked.sp_size
-    dp = asked.dp_size or max(1, (asked.gpus or others) // others)
-    return Layout(
-        asked.gpus or dp * others, asked.pp_size, dp, asked.tp_size, asked.ep_size, asked.sp_size, asked.zero_stage,
-        "cpu", asked.schedule, asked.pp_layout, asked.activation_checkpointing, asked.offload_optimizer, asked.min_gpus,
-    )  # fmt: skip
+    return layout_of(settings.layout)

@@ -26,11 +26,10 @@ def check_inputs(config: PipelineFields, layout: Layout, stages: StageSelection)
     """
     from ray_pipeline.dag.plan import plan
     from ray_pipeline.data.sources.source_checks import check_sources
-    from ray_pipeline.layout.layout import with_layout
     from ray_pipeline.settings.chain import reads_folder, trained
 
     run_dir = (config.output_dir / str(config.run_name)).absolute()
-    rows = plan(with_layout(config, layout), run_dir, stages)
+    rows = plan(config, layout, run_dir, stages)
     working = [row.stage for row in rows if row.action in ("run", "resume")]
     _check_memory(config, layout, working)
     if "data_prep" in working:

@@ -112,6 +112,7 @@ def select(config: PipelineFields, options: dict[str, Any], every: bool, steps: 
     from functools import partial
 
     from ray_pipeline.layout.choice import resolve_layout
+    from ray_pipeline.layout.layout import layout_of
     from ray_pipeline.verification.cases import Selection, every_layout, own_subject, settings, small_subject
 
     asked = config.layout
@@ -130,7 +131,7 @@ def select(config: PipelineFields, options: dict[str, Any], every: bool, steps: 
         own = own_subject(config, gpus, steps=steps)
         subject_for = lambda layout: own  # noqa: E731
     if not every:
-        wanted = _asked(config, gpus)
+        wanted = layout_of(asked.model_copy(update={"gpus": gpus}))
         probe = settings(subject_for(wanted), wanted)
         chosen = asked.model_copy(update={"gpus": gpus, "micro_batch": probe.layout.micro_batch})
         layout = resolve_layout(probe.model_copy(update={"layout": chosen, "backend": "cpu"}), 0)
@@ -146,15 +147,6 @@ def select(config: PipelineFields, options: dict[str, Any], every: bool, steps: 
         for rule, found in selection.refused.items()
     }
     return subject_for, Selection(kept, {rule: found for rule, found in refused.items() if found})
-
-
-def _asked(config: PipelineFields, gpus: int) -> Layout:
-    """Sizes as far as they decide the micro-batches."""
-    from ray_pipeline.layout.layout import Layout
-
-    asked = config.layout
-    dp = asked.dp_size or max(1, gpus // (asked.pp_size * asked.tp_size * asked.sp_size))
-    return Layout(gpus, asked.pp_size, dp, schedule=asked.schedule)
 
 
 def _matches(layout: Layout, wanted: dict[str, Any]) -> bool:

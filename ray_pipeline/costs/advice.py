@@ -102,7 +102,7 @@ def _fullest(work: Workload, hardware: Hardware, usable: int) -> int | None:
     """Memory of the fullest rank, or None as soon as one does not fit."""
     most = 0
     for pp_rank in range(work.layout.pp):
-        most = max(most, device_bytes(work, rank_memory(work, pp_rank, hardware.device), hardware))
+        most = max(most, device_bytes(work, rank_memory(work, pp_rank, hardware.device), hardware.device))
         if most > usable:
             return None
     return most

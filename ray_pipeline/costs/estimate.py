@@ -6,10 +6,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ray_pipeline.costs.advice import advise
-from ray_pipeline.costs.fit import device_bytes, host_bytes
+from ray_pipeline.costs.fit import Fit, judge
 from ray_pipeline.costs.hardware_table import Hardware, for_ranks
-from ray_pipeline.costs.held import Memory
-from ray_pipeline.costs.memory import stage_memory
 from ray_pipeline.costs.picture import RankMap, placement, pp_layout_text, rank_map
 from ray_pipeline.costs.timing import Timing, flops_per_token, message_seconds, step_timing
 from ray_pipeline.costs.traffic import Traffic, groups, rank_traffic
@@ -20,42 +18,21 @@ from ray_pipeline.settings.schema import PipelineFields
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(Fit):
     """One training stage in one layout on one kind of device.
 
     Attributes:
         hardware: what one rank has. parameters: "total" and "active" numbers by kind.
-        memory: the fullest moment of each pipeline rank. usable: bytes that tensors can take on a rank.
-        needs: what its device has to hold of each pipeline rank; on CPUs what lies in CPU memory belongs to it.
-        host, host_usable: bytes of a node's CPU memory beside GPUs; 0 on CPUs.
         traffic: of each pipeline rank. advice: flags that would make it fit, where it does not.
     """
 
     work: Workload
     hardware: Hardware
     parameters: dict[str, dict[str, int]]
-    memory: list[Memory]
-    usable: int
-    needs: list[int]
-    host: int
-    host_usable: int
     traffic: list[list[Traffic]]
     timing: Timing
     ranks: RankMap
     advice: list[str]
-
-    @property
-    def fullest(self) -> int:
-        """The pipeline rank that needs most memory."""
-        return max(range(len(self.needs)), key=lambda rank: self.needs[rank])
-
-    @property
-    def fits(self) -> bool:
-        return self.fits_device and self.host <= self.host_usable
-
-    @property
-    def fits_device(self) -> bool:
-        return max(self.needs) <= self.usable
 
     def messages(self) -> list[tuple[Traffic, float]]:
         """Per axis and operation what the rank that sends most of it sends, with the seconds it takes."""
@@ -118,15 +95,11 @@ def make_plan(
     """
     layout = replace(layout, device="cpu" if hardware.device == "cpu" else "cuda")
     work, each = workload(config, layout, stage), for_ranks(hardware, layout.gpus)
-    usable = each.memory - each.reserved
-    memory = stage_memory(work, each.device)
-    needs = [device_bytes(work, m, each) for m in memory]
-    host, host_usable = host_bytes(work, memory, each)
-    fits = max(needs) <= usable
+    fit = judge(work, each)
     return Plan(
-        work, each, counts(work.model), memory, usable, needs, host, host_usable,
+        **vars(fit), work=work, hardware=each, parameters=counts(work.model),
         traffic=[rank_traffic(work, rank) for rank in range(layout.pp)],
         timing=step_timing(work, each),
         ranks=rank_map(work),
-        advice=[] if fits else advise(judged or config, work, usable, each),
+        advice=[] if fit.fits_device else advise(judged or config, work, fit.usable, each),
     )  # fmt: skip

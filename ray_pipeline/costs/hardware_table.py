@@ -8,6 +8,7 @@ from ray_pipeline.errors import UserError, did_you_mean
 from ray_pipeline.settings.schema import PipelineFields
 
 TERA, GIGA = 10**12, 10**9
+PROCESS = 600 << 20  # bytes of a process that imported torch and Ray
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ def this_cpu() -> Hardware:
     cores, memory = num_cpus(), int(memory_gib()[0] * 2**30)
     return Hardware(
         _CPU, f"this machine's CPU ({cores} cores)", cores * 60 * GIGA, cores * 60 * GIGA, memory, GIGA // 2, GIGA // 2,
-        reserved=600 << 20, achieved=0.4, node=1 << 20, device="cpu",
+        reserved=PROCESS, achieved=0.4, node=1 << 20, device="cpu",
     )  # fmt: skip
 
 

@@ -7,19 +7,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from ray_pipeline.costs.memory import stage_memory
-from ray_pipeline.costs.workload import workload
+from ray_pipeline.costs.fit import rank_bytes
 from ray_pipeline.dag.identity import Identity, identities, source_digests
 from ray_pipeline.dag.ledger import Record, RunFile, again_folder, read_record, stage_folder
 from ray_pipeline.errors import UserError, did_you_mean
-from ray_pipeline.hardware import has_nvidia_driver
 from ray_pipeline.layout.layout import Layout
 from ray_pipeline.records.progress import seconds_text
 from ray_pipeline.settings.chain import chain, upstream
 from ray_pipeline.settings.schema import STAGES, TRAINING_STAGES, PipelineFields
 
 Action = Literal["run", "resume", "reuse", "skip"]
-FP32, PROCESS = 4, 600 << 20  # bytes: one number; a process that imported torch and Ray
 
 
 @dataclass(frozen=True)
@@ -103,8 +100,8 @@ def run_identities(config: PipelineFields, run: RunFile) -> dict[str, Identity]:
     return identities(config, source_digests(config, run.sources))
 
 
-def plan(config: PipelineFields, run_dir: Path, selection: StageSelection) -> list[PlannedStage]:
-    """What a run of `config` in `run_dir` would do, stage by stage.
+def plan(config: PipelineFields, layout: Layout, run_dir: Path, selection: StageSelection) -> list[PlannedStage]:
+    """What a run of `config` on ranks in `layout` would do in `run_dir`, stage by stage.
 
     Raises:
         UserError: unknown stage names, or a selected stage whose inputs are not finished.
@@ -116,8 +113,8 @@ def plan(config: PipelineFields, run_dir: Path, selection: StageSelection) -> li
     for stage, identity in run_identities(config, run).items():
         folder = stage_folder(run_dir, stage, identity.key)
         row = _decide(stage, upstream(config, stage), identity, folder, run, selection, rows)
-        row = replace(row, ranks=num_ranks(config, stage), estimated_memory_bytes=estimate_memory(config, stage))
-        rows[stage] = row
+        ranks = layout.gpus if stage in TRAINING_STAGES else 1
+        rows[stage] = replace(row, ranks=ranks, estimated_memory_bytes=rank_bytes(config, layout, stage))
     return list(rows.values())
 
 
@@ -241,35 +238,3 @@ def refuse_other_config(config: PipelineFields, run_dir: Path) -> None:
             f"Use `resume {run_dir.name} --output-dir {run_dir.parent} --set KEY=VALUE` to apply a change there and "
             "rerun what depends on it, or another --run-name."
         )
-
-
-def num_ranks(config: PipelineFields, stage: str) -> int:
-    """Processes that train the stage; one for stages without training."""
-    layout = config.layout
-    given = layout.gpus or layout.pp_size * (layout.dp_size or 1) * layout.tp_size * layout.sp_size
-    return given if stage in TRAINING_STAGES else 1
-
-
-def planned_layout(config: PipelineFields) -> Layout:
-    """The layout in the settings, taken as it is: the workflow has filled it in and found it legal."""
-    asked, ranks = config.layout, num_ranks(config, TRAINING_STAGES[0])
-    others = asked.pp_size * asked.tp_size * asked.sp_size
-    on_gpu = config.backend == "modal" or (config.backend != "cpu" and has_nvidia_driver())
-    return Layout(
-        gpus=ranks, pp=asked.pp_size, dp=asked.dp_size or max(1, ranks // others), tp=asked.tp_size, ep=asked.ep_size,
-        sp=asked.sp_size, zero_stage=asked.zero_stage, device="cuda" if on_gpu else "cpu", schedule=asked.schedule,
-        pp_layout=asked.pp_layout, activation_checkpointing=asked.activation_checkpointing,
-        offload_optimizer=asked.offload_optimizer,
-    )  # fmt: skip
-
-
-def estimate_memory(config: PipelineFields, stage: str) -> int:
-    """Bytes that the fullest rank needs at its peak where it computes, as `plan` knows them, and its process."""
-    if stage not in TRAINING_STAGES:
-        return PROCESS + FP32 * config.model.num_params()
-    layout = planned_layout(config)
-    work = workload(config, layout, stage)
-    on_cpu = layout.device == "cpu"
-    once = sum(work.copies.once.values()) // layout.gpus
-    found = [m.total + (sum(m.host.values()) + once if on_cpu else 0) for m in stage_memory(work, layout.device)]
-    return PROCESS + max(found)

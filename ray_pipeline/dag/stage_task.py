@@ -14,7 +14,7 @@ from ray_pipeline.dag.ledger import Record, begin_record, close_record, read_rec
 from ray_pipeline.dag.plan import PlannedStage
 from ray_pipeline.launch.launchers import RayLauncher, prepare_folder, worker_environment
 from ray_pipeline.launch.stage_context import StageContext, StageResult
-from ray_pipeline.layout.layout import stored_layout
+from ray_pipeline.layout.layout import layout_of
 from ray_pipeline.layout.rules import elastic_layouts
 from ray_pipeline.records.artifacts import weights_digest
 from ray_pipeline.records.input_files import Digests, InputGuard
@@ -65,7 +65,7 @@ def execute_stage(job: StageJob, *upstream: StageResult) -> StageResult:
         ),
     )  # fmt: skip
     layout = job.config.layout
-    elastic = [smaller.gpus for smaller in elastic_layouts(job.config, stored_layout(job.config, job.device))]
+    elastic = [smaller.gpus for smaller in elastic_layouts(job.config, layout_of(job.config.layout, job.device))]
     launcher = RayLauncher(
         row.ranks, job.device, max_restarts=layout.max_restarts, timeout_seconds=layout.timeout_seconds,
         frozen_seconds=layout.frozen_seconds,

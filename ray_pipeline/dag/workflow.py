@@ -112,13 +112,13 @@ def _go(
     config = _with_absolute_paths(with_layout(config, layout)).model_copy(update={"run_name": run_dir.name})
     refuse_foreign_run(run_dir)
     if dry_run:
-        print_plan(console, plan(config, run_dir, selection), run_dir, layout)
+        print_plan(console, plan(config, layout, run_dir, selection), run_dir, layout)
         return 0
     selection.check()
     with RunLock(run_dir):
         for entry in RunFile(run_dir).stages.values():
             settle(run_dir / entry["folder"])
-        rows = plan(config, run_dir, selection)
+        rows = plan(config, layout, run_dir, selection)
         print_plan(console, rows, run_dir, layout)
         files = {row.stage: stage_files(config, row.stage) for row in rows}
         run = _accept(config, run_dir, rows)

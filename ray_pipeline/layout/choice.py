@@ -9,9 +9,10 @@ from math import gcd, log2
 from typing import Any, Literal
 
 from ray_pipeline.errors import UserError
-from ray_pipeline.layout.layout import Layout
+from ray_pipeline.layout.layout import Layout, layout_of
 from ray_pipeline.layout.model_rules import models
 from ray_pipeline.layout.rules import batches, broken_rule, refusal, shared
+from ray_pipeline.settings.layout_config import LayoutOptions
 from ray_pipeline.settings.schema import PipelineFields
 
 # From the one that asks most of a layout to the one that asks nothing: a refused schedule gives way to a neighbour.
@@ -50,13 +51,13 @@ def _sizes(config: PipelineFields, wanted: Layout, most_gpus: int) -> Iterator[d
 
 def _options(wanted: Layout) -> Iterator[dict[str, Any]]:
     """What is not a size: as wanted, or given up."""
-    choices = {
+    choices: dict[str, Iterable[Any]] = {
         "zero_stage": range(4) if wanted.offload_optimizer else range(wanted.zero_stage + 1),
         "schedule": _SCHEDULES,
-        "pp_layout": {wanted.pp_layout, None},
-        "offload_optimizer": {wanted.offload_optimizer, False},
-        "min_gpus": {wanted.min_gpus, None},
+        "activation_checkpointing": [wanted.activation_checkpointing],  # no rule refuses it
     }
+    for option in fields(LayoutOptions):
+        choices.setdefault(option.name, dict.fromkeys([getattr(wanted, option.name), option.default]))
     return (dict(zip(choices, values, strict=True)) for values in product(*choices.values()))
 
 
@@ -123,30 +124,11 @@ def choose_device(config: PipelineFields, gpus_available: int, cpu_only: bool) -
 
 def _fill_in(config: PipelineFields, available: int, device: Literal["cpu", "cuda"]) -> Layout:
     """The layout asked for, with what was left open: gpus from the axes, dp from gpus, both from what there is."""
-    asked = config.layout
-    others = asked.pp_size * asked.tp_size * asked.sp_size
-    axes = {"pp": asked.pp_size, "tp": asked.tp_size, "ep": asked.ep_size, "sp": asked.sp_size}
-
-    def with_dp(dp: int) -> Layout:
-        return Layout(
-            gpus=asked.gpus or others * dp,
-            dp=dp,
-            **axes,
-            zero_stage=asked.zero_stage,
-            device=device,
-            schedule=asked.schedule,
-            pp_layout=asked.pp_layout,
-            activation_checkpointing=asked.activation_checkpointing,
-            offload_optimizer=asked.offload_optimizer,
-            min_gpus=asked.min_gpus,
-        )
-
-    if asked.dp_size is not None:
-        return with_dp(asked.dp_size)
-    if asked.gpus is not None:
-        return with_dp(max(1, asked.gpus // others))
+    found = layout_of(config.layout, device)
+    if config.layout.dp_size is not None or config.layout.gpus is not None:
+        return found
     # Nobody asked for a number of GPUs: rather leave one idle than refuse because a batch does not divide.
-    usable = [with_dp(dp) for dp in range(max(1, available // others), 0, -1)]
+    usable = [replace(found, gpus=found.gpus * dp, dp=dp) for dp in range(max(1, available // found.gpus), 0, -1)]
     return next((layout for layout in usable if broken_rule(config, layout) is None), usable[0])
 
 

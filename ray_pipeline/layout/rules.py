@@ -281,8 +281,7 @@ def elastic_layouts(config: PipelineFields, layout: Layout) -> list[Layout]:
     for dp in range(layout.dp - 1, 0, -1):
         if dp * others < (layout.min_gpus or layout.gpus):
             break
-        ep = gcd(layout.ep, dp * layout.sp)
-        smaller = replace(layout, gpus=dp * others, dp=dp, ep=ep, min_gpus=None)
+        smaller = replace(layout.on_ranks(dp * others), min_gpus=None)
         if refusal(config, smaller) is None:
             out.append(replace(smaller, min_gpus=layout.min_gpus))
     return out

@@ -8,13 +8,13 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator
 
 from model.config import ModelConfig
+from ray_pipeline.settings.layout_config import TeacherLayoutConfig
 from ray_pipeline.settings.section import (
     Fraction,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
-    Ranks,
     Seconds,
     Section,
     Temperature,
@@ -188,16 +188,6 @@ class StudentConfig(Section):
     def applied_to(self, teacher: ModelConfig) -> ModelConfig:
         """The student's architecture: the teacher's with the keys given here."""
         return replace(teacher, **{key: value for key, value in self.model_dump().items() if value is not None})
-
-
-class TeacherLayoutConfig(Section):
-    """The teacher's own arrangement of the run's ranks. Never changes a result."""
-
-    pp_size: Ranks = 1
-    dp_size: Ranks | None = Field(None, description="default: what is left of the ranks")
-    tp_size: Ranks = 1
-    ep_size: Ranks = 1
-    sp_size: Ranks = 1
 
 
 class DistillationConfig(TrainingConfig):

@@ -8,9 +8,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from model.config import ModelConfig
+from ray_pipeline.settings.layout_config import LayoutConfig
 from ray_pipeline.settings.post_training import (
     DistillationConfig,
     DpoConfig,
@@ -31,9 +32,6 @@ from ray_pipeline.settings.section import (
     OptimizerConfig,
     PositiveFloat,
     PositiveInt,
-    Ranks,
-    Rows,
-    Seconds,
     Section,
     Tokens,
     TrainingConfig,
@@ -70,50 +68,6 @@ __all__ = [
 STAGES = ("data_prep", "pretrain", "sft", "dpo", "grpo", "distillation", "export")
 TRAINING_STAGES = ("pretrain", "sft", "dpo", "grpo", "distillation")
 StageName = Literal["data_prep", "pretrain", "sft", "dpo", "grpo", "distillation", "export"]
-
-
-class LayoutConfig(Section):
-    """How ranks are arranged. Never changes a result, so it is not part of a stage's identity."""
-
-    gpus: Ranks | None = Field(None, description="ranks; default: every GPU there is, or one CPU rank")
-    pp_size: Ranks = 1
-    dp_size: Ranks | None = Field(None, description="default: what is left of gpus")
-    tp_size: Ranks = 1
-    ep_size: Ranks = 1
-    sp_size: Ranks = 1
-    zero_stage: Literal[0, 1, 2, 3] = 0
-    schedule: Literal["1f1b", "interleaved_1f1b", "zbv", "dualpipev"] = Field(
-        "1f1b", description="order of work in the pipeline; all but 1f1b give each rank two parts of the model"
-    )
-    pp_layout: str | None = Field(None, description='layers of each part, "E+4|4|4+H"; default: balanced by cost')
-    activation_checkpointing: Literal["none", "selective", "full"] = Field(
-        "none", description="what backward computes again instead of keeping it"
-    )
-    offload_optimizer: bool = Field(False, description="optimizer state in CPU memory, with zero_stage 2 or 3")
-    min_gpus: Ranks | None = Field(
-        None, description="elastic: go on with this many ranks when workers are lost; default: wait for all of them"
-    )
-    micro_batch: Rows = Field(8, description="rows per rank and forward pass")
-    check_memory: bool = Field(True, description="false: start a stage though `plan` says that it does not fit")
-    timeout_seconds: Seconds = Field(600.0, description="a collective that waits longer is an error")
-    frozen_seconds: float = Field(
-        40.0, ge=0, le=86400, description="a rank that gives no sign of life so long is named and ended; 0: never"
-    )
-    max_restarts: NonNegativeInt = Field(2, description="times Ray Train restarts a stage's workers after one died")
-
-    @field_validator("frozen_seconds")
-    @classmethod
-    def _longer_than_a_few_beats(cls, value: float) -> float:
-        """Ranks give a sign of life every second, and a busy machine may be late with it."""
-        if 0 < value < 10:
-            raise ValueError("must be 0 (never) or at least 10, as a busy machine may keep a rank waiting for seconds")
-        return value
-
-    @field_validator("activation_checkpointing", mode="before")
-    @classmethod
-    def _none_is_a_name_here(cls, value: object) -> object:
-        """Written as a flag or in the environment, `none` reads as null."""
-        return "none" if value is None else value
 
 
 class SourceConfig(Section):

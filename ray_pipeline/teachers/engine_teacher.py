@@ -18,11 +18,12 @@ from model.transformer import Transformer
 from ray_pipeline.data.rows.batch import Batch
 from ray_pipeline.engine.engine import Engine
 from ray_pipeline.errors import UserError
+from ray_pipeline.layout.layout import layout_of
 from ray_pipeline.settings.chain import reads_teacher
 from ray_pipeline.settings.teacher_name import is_top_k
 from ray_pipeline.teachers.teacher_folder import KEY, TeacherFolder, compare_tokenizers, open_teacher, student_base
 from ray_pipeline.training.finish import read_input
-from ray_pipeline.training.rank import Rank, mesh_sizes
+from ray_pipeline.training.rank import Rank
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ class EngineTeacher:
             return
         axes = {**given.model_dump(), "gpus": rank.mesh.world, "schedule": "1f1b", "pp_layout": None}
         layout = rank.config.layout.model_copy(update=axes)
-        mesh = Mesh(mesh_sizes(layout, rank.mesh.world), timeout=timedelta(seconds=layout.timeout_seconds))
+        mesh = Mesh(layout_of(layout).on_ranks(rank.mesh.world), timeout=timedelta(seconds=layout.timeout_seconds))
         there = replace(rank, mesh=mesh, config=rank.config.model_copy(update={"layout": layout}))
         self.engine = there.engine(config, initial=state)
         self.head = whole_head(state["lm_head.weight"], student)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from datetime import timedelta
-from math import gcd
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +12,15 @@ import torch
 import torch.distributed as dist
 
 from model.config import ModelConfig
-from model.parallel.mesh import Mesh, MeshSizes
+from model.parallel.mesh import Mesh
 from model.parallel.placement import layers_by_hand
 from ray_pipeline.engine.engine import Engine
 from ray_pipeline.launch.rank_errors import Place
 from ray_pipeline.launch.stage_context import StageContext
+from ray_pipeline.layout.layout import Layout, layout_of
 from ray_pipeline.records.progress import Progress
 from ray_pipeline.settings.post_training import LoraConfig
-from ray_pipeline.settings.schema import LayoutConfig, OptimizerConfig, PipelineFields, TrainingConfig
+from ray_pipeline.settings.schema import OptimizerConfig, PipelineFields, TrainingConfig
 
 
 @dataclass
@@ -95,7 +95,6 @@ def rank_arguments(context: StageContext, stage: str) -> dict[str, Any]:
 def start_rank(arguments: dict[str, Any]) -> Rank:
     """This process's Rank; torch.distributed is already initialised by the launcher when there are several ranks."""
     config = PipelineFields.model_validate(arguments["config"])
-    layout = config.layout
     world = dist.get_world_size() if dist.is_initialized() else 1
     use_cuda = torch.cuda.is_available() and config.backend != "cpu"
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if use_cuda else torch.device("cpu")
@@ -103,33 +102,22 @@ def start_rank(arguments: dict[str, Any]) -> Rank:
         torch.cuda.set_device(device)
     elif world > 1:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // world))
-    sizes = mesh_sizes(layout, world)
+    wanted = layout_of(config.layout, "cuda" if use_cuda else "cpu")
+    layout = wanted.on_ranks(world)
     folder, stage = Path(arguments["folder"]), arguments["stage"]
     rank = dist.get_rank() if dist.is_initialized() else 0
-    place = Place(folder, rank, sizes.coordinate(rank), stage)
-    mesh = Mesh(sizes, timeout=timedelta(seconds=layout.timeout_seconds))
+    place = Place(folder, rank, layout.coordinate(rank), stage)
+    mesh = Mesh(layout, timeout=timedelta(seconds=config.layout.timeout_seconds))
     upstream = {name: Path(path) for name, path in arguments["upstream"].items()}
     progress = None
     if mesh.rank == 0:
-        progress = Progress(folder, stage, getattr(config, stage).steps, note=lost_ranks(layout, sizes))
+        progress = Progress(folder, stage, getattr(config, stage).steps, note=lost_ranks(wanted, layout))
     return Rank(
         config, stage, folder, upstream["data_prep"], upstream, mesh, device, place, progress,
         arguments["wandb_id"], arguments["run_name"],
     )  # fmt: skip
 
 
-def mesh_sizes(layout: LayoutConfig, world: int) -> MeshSizes:
-    """The layout on `world` ranks: what the other axes leave is data parallel, however many ranks are there."""
-    others = layout.pp_size * layout.tp_size * layout.sp_size
-    if world % others:
-        raise ValueError(f"{world} ranks cannot hold pp x tp x sp = {others}")
-    dp, ep = world // others, layout.ep_size
-    if layout.gpus is not None and world < layout.gpus:
-        ep = gcd(ep, dp * layout.sp_size)  # fewer replicas hold more experts each
-    return MeshSizes(pp=layout.pp_size, dp=dp, sp=layout.sp_size, tp=layout.tp_size, ep=ep)
-
-
-def lost_ranks(layout: LayoutConfig, sizes: MeshSizes) -> str | None:
+def lost_ranks(wanted: Layout, here: Layout) -> str | None:
     """`2 of 4 ranks left: dp=1`, where an elastic run goes on with fewer than it was asked for."""
-    wanted = layout.gpus or sizes.world
-    return f"{sizes.world} of {wanted} ranks left: dp={sizes.dp}" if sizes.world < wanted else None
+    return f"{here.gpus} of {wanted.gpus} ranks left: dp={here.dp}" if here.gpus < wanted.gpus else None

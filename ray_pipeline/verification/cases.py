@@ -183,7 +183,9 @@ def every_layout(gpus: int, subject_for: SubjectFor = small_subject) -> Selectio
         for ep in _divisors(gpus):
             for schedule in SCHEDULES:
                 for zero_stage in range(4):
-                    layout = Layout(gpus, pp, dp, tp, ep, sp, zero_stage=zero_stage, schedule=schedule)
+                    layout = Layout(
+                        gpus=gpus, pp=pp, dp=dp, tp=tp, ep=ep, sp=sp, zero_stage=zero_stage, schedule=schedule
+                    )
                     out.add(layout, subject_for(layout))
     for zero_stage in range(4):
         plain = (layout for layout in out.legal if layout.schedule == "1f1b" and layout.zero_stage == zero_stage)

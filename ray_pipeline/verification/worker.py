@@ -87,7 +87,7 @@ def _verify(rank: int, job: Job) -> Iterator[dict[str, Any]]:
     import torch
     import torch.distributed as dist
 
-    from model.parallel.mesh import Mesh, MeshSizes
+    from model.parallel.mesh import Mesh
 
     torch.set_num_threads(1)
     device = torch.device("cpu")
@@ -100,7 +100,7 @@ def _verify(rank: int, job: Job) -> Iterator[dict[str, Any]]:
         "gloo" if layout.device == "cpu" else "cpu:gloo,cuda:nccl", init_method=f"file://{job.folder}/store",
         rank=rank, world_size=layout.gpus, timeout=timedelta(seconds=job.timeout),
     )  # fmt: skip
-    mesh = Mesh(MeshSizes(**layout.sizes()), timeout=timedelta(seconds=job.timeout))
+    mesh = Mesh(layout, timeout=timedelta(seconds=job.timeout))
     for index in range(len(job.cases)):
         yield _verify_case(rank, job, index, mesh, device)
 

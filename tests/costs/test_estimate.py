@@ -10,13 +10,13 @@ import pytest
 
 from ray_pipeline.cli.options import Request
 from ray_pipeline.costs.estimate import Plan, make_plan
-from ray_pipeline.costs.hardware_table import find_hardware
+from ray_pipeline.costs.fit import rank_bytes
+from ray_pipeline.costs.hardware_table import PROCESS, find_hardware
 from ray_pipeline.costs.memory import stage_memory
 from ray_pipeline.costs.table import needs_text
 from ray_pipeline.costs.units import bytes_text, time_text
 from ray_pipeline.costs.whole_copies import WholeCopies
 from ray_pipeline.costs.workload import workload
-from ray_pipeline.dag.plan import PROCESS, estimate_memory
 from ray_pipeline.layout.choice import resolve_layout
 from ray_pipeline.layout.layout import Layout, with_layout
 from ray_pipeline.settings.chain import trained
@@ -78,7 +78,7 @@ def test_plan_and_run_count_whole_models_alike(stage: str) -> None:
     whole = 4 * V3.model.num_params()
     assert not found.fits and not found.advice
     assert found.host > (8 if stage == "pretrain" else 16) * whole > found.host_usable
-    assert estimate_memory(config, stage) == PROCESS + found.needs[found.fullest]
+    assert rank_bytes(config, PUBLISHED, stage) == PROCESS + found.needs[found.fullest]
     assert ("whole model" in found.work.copies.device) == (stage != "pretrain")
     step = replace(found.work, copies=WholeCopies())
     full = replace(step, layout=replace(step.layout, activation_checkpointing="full"))
@@ -147,8 +147,10 @@ def test_a_runs_own_plan_shows_the_same_memory() -> None:
     config = load_config(None, {"backend": "cpu"})
     for stage in ("pretrain", "grpo"):
         found = make_plan(config, Layout(), stage, find_hardware("cpu"))
-        assert estimate_memory(config, stage) == PROCESS + found.needs[0]
-    assert estimate_memory(config, "sft") > estimate_memory(config, "pretrain")  # whole models to evaluate with
+        assert rank_bytes(config, Layout(), stage) == PROCESS + found.needs[0]
+    assert rank_bytes(config, Layout(), "sft") > rank_bytes(
+        config, Layout(), "pretrain"
+    )  # whole models to evaluate with
 
 
 def test_a_reference_model_and_a_teacher_take_memory_too() -> None:

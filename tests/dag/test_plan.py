@@ -10,10 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.config import ModelConfig
+from ray_pipeline.costs.fit import rank_bytes
 from ray_pipeline.dag.identity import identities
 from ray_pipeline.dag.ledger import Record, RunFile, begin_record, close_record, stage_folder
-from ray_pipeline.dag.plan import StageSelection, changed_settings, estimate_memory, plan, refuse_other_config
+from ray_pipeline.dag.plan import StageSelection, changed_settings, plan, refuse_other_config
 from ray_pipeline.errors import UserError
+from ray_pipeline.layout.layout import Layout
 from ray_pipeline.settings.chain import upstream
 from ray_pipeline.settings.schema import STAGES, PipelineFields
 
@@ -37,7 +39,7 @@ def actions(rows) -> dict[str, str]:
 
 
 def test_new_run_runs_everything(tmp_path):
-    rows = plan(CONFIG, tmp_path, StageSelection())
+    rows = plan(CONFIG, Layout(), tmp_path, StageSelection())
     assert set(actions(rows).values()) == {"run"}
     assert rows[0].reason == "not run yet"
     assert list(tmp_path.iterdir()) == []
@@ -45,7 +47,7 @@ def test_new_run_runs_everything(tmp_path):
 
 def test_changed_beta_reruns_grpo_and_what_reads_it(tmp_path):
     make_run(tmp_path, CONFIG, STAGES)
-    rows = {row.stage: row for row in plan(BETA, tmp_path, StageSelection())}
+    rows = {row.stage: row for row in plan(BETA, Layout(), tmp_path, StageSelection())}
     assert [rows[stage].action for stage in STAGES] == ["reuse", "reuse", "reuse", "reuse", "run", "run", "run"]
     assert rows["sft"].reason == "finished, 0 s, unchanged"
     assert rows["grpo"].reason == "config changed: grpo.beta 0.01 → 0.02"
@@ -58,7 +60,7 @@ def test_unfinished_stage_goes_on_from_its_newest_checkpoint(tmp_path):
     begin_record(folder, Record("pretrain", "x", "running"))
     for step in (50, 150):
         (folder / "checkpoints" / f"step_{step:08d}").mkdir(parents=True)
-    row = plan(CONFIG, tmp_path, StageSelection())[1]
+    row = plan(CONFIG, Layout(), tmp_path, StageSelection())[1]
     assert (row.action, row.reason) == ("resume", "unfinished: checkpoint at step 150 of 100")
 
 
@@ -66,14 +68,14 @@ def test_finished_stage_whose_model_was_deleted_runs_again(tmp_path):
     make_run(tmp_path, CONFIG, ("data_prep",))
     folder = stage_folder(tmp_path, "pretrain", identities(CONFIG, {})["pretrain"].key)
     close_record(folder, begin_record(folder, Record("pretrain", "x", "running")), "done", weights_digest="d")
-    assert plan(CONFIG, tmp_path, StageSelection())[1].action == "run"
+    assert plan(CONFIG, Layout(), tmp_path, StageSelection())[1].action == "run"
     (folder / "model").mkdir()
-    assert plan(CONFIG, tmp_path, StageSelection())[1].action == "reuse"
+    assert plan(CONFIG, Layout(), tmp_path, StageSelection())[1].action == "reuse"
 
 
 def test_stage_flag_runs_that_stage_alone_and_afresh(tmp_path):
     make_run(tmp_path, CONFIG, STAGES)
-    rows = plan(CONFIG, tmp_path, StageSelection(only="sft"))
+    rows = plan(CONFIG, Layout(), tmp_path, StageSelection(only="sft"))
     assert [row.stage for row in rows if row.action == "run"] == ["sft"]
     assert rows[2].fresh
     assert rows[2].reason == "asked for by --stage"
@@ -101,7 +103,7 @@ def test_selected_stage_always_has_its_inputs(finished, stage, only):
     with tempfile.TemporaryDirectory() as folder:
         make_run(Path(folder), CONFIG, tuple(finished))
         try:
-            rows = {row.stage: row for row in plan(CONFIG, Path(folder), selection)}
+            rows = {row.stage: row for row in plan(CONFIG, Layout(), Path(folder), selection)}
         except UserError as error:
             assert "which is not finished" in str(error)
             assert any(name not in finished for s in STAGES if selection.selects(s) for name in upstream(CONFIG, s))
@@ -124,7 +126,7 @@ def test_selected_stage_always_has_its_inputs(finished, stage, only):
 )
 def test_selection_that_makes_no_sense_is_refused(tmp_path, selection, message):
     with pytest.raises(UserError, match=message):
-        plan(CONFIG, tmp_path, selection)
+        plan(CONFIG, Layout(), tmp_path, selection)
 
 
 def test_name_in_use_lists_what_differs(tmp_path):
@@ -151,16 +153,14 @@ def test_settings_that_came_or_went_are_named():
 
 def test_more_pipeline_ranks_need_less_memory_each():
     def memory(pp: int) -> int:
-        layout = CONFIG.layout.model_copy(update={"gpus": pp, "pp_size": pp})
         big = ModelConfig(hidden_size=2048, num_hidden_layers=16, n_routed_experts=32)
-        return estimate_memory(CONFIG.model_copy(update={"layout": layout, "model": big}), "pretrain")
+        return rank_bytes(CONFIG.model_copy(update={"model": big}), Layout(gpus=pp, pp=pp), "pretrain")
 
     assert memory(4) < memory(2) < memory(1)
 
 
 def test_ray_address_where_nothing_answers_is_told_at_once(tmp_path, monkeypatch):
     from ray_pipeline.dag.workflow import connected_ray
-    from ray_pipeline.layout.layout import Layout
 
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
     with (

@@ -85,7 +85,10 @@ def test_the_layout_is_not_part_of_a_stages_identity() -> None:
 
 
 def test_flags_ask_for_the_layout_they_come_from() -> None:
-    layout = Layout(8, 2, 2, 1, 2, 2, 2, "cpu", "interleaved_1f1b", "E+1|1|1|3", "selective", True, 4)
+    layout = Layout(
+        gpus=8, pp=2, dp=2, tp=1, ep=2, sp=2, zero_stage=2, device="cpu", schedule="interleaved_1f1b",
+        pp_layout="E+1|1|1|3", activation_checkpointing="selective", offload_optimizer=True, min_gpus=4,
+    )  # fmt: skip
     assert layout.flags() == (
         "--gpus 8 --pp-size 2 --dp-size 2 --sp-size 2 --ep-size 2 --zero-stage 2 --schedule interleaved_1f1b "
         '--pp-layout "E+1|1|1|3" --activation-checkpointing selective --offload-optimizer --min-gpus 4'
