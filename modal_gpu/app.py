@@ -7,7 +7,7 @@ from pathlib import PurePosixPath
 
 import modal
 
-from modal_gpu.body import RemoteResult, execute
+from modal_gpu.body import RemoteResult, execute_here
 from modal_gpu.image import build_image
 from ray_pipeline.settings.schema import ModalConfig
 
@@ -28,10 +28,15 @@ app = modal.App(APP_NAME)
     retries=modal.Retries(max_retries=3, initial_delay=1.0, backoff_coefficient=2.0),
 )
 def pipeline(
-    config_yaml: str, stages: dict[str, str | None], volume: str, runs_dir: str = RUNS, dry_run: bool = False
+    config_yaml: str,
+    stages: dict[str, str | None],
+    volume: str,
+    runs_dir: str = RUNS,
+    dry_run: bool = False,
+    resume: bool = False,
 ) -> RemoteResult:
     """Run the pipeline in the container; `volume` holds the runs."""
-    return execute(config_yaml, stages, runs_dir, dry_run=dry_run, save=_committer(volume))
+    return execute_here(config_yaml, stages, runs_dir, dry_run=dry_run, resume=resume, save=_committer(volume))
 
 
 def _committer(volume: str) -> Callable[[], None]:

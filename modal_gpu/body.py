@@ -26,17 +26,23 @@ class RemoteResult:
     error: str | None = None
 
 
-def execute(
-    config_yaml: str, stages: dict[str, str | None], runs_dir: str, *, dry_run: bool = False, save: Callable[[], None]
+def execute_here(
+    config_yaml: str,
+    stages: dict[str, str | None],
+    runs_dir: str,
+    *,
+    dry_run: bool = False,
+    resume: bool = False,
+    save: Callable[[], None],
 ) -> RemoteResult:
-    """Load the settings and run the stages, exactly as `run` does.
+    """Load the settings and run the stages, exactly as `run` and `resume` do.
 
     Args:
         config_yaml: a complete recipe with `run_name`. stages: fields of `StageSelection`.
         runs_dir: where the volume is mounted. save: makes what is written there last beyond this container.
     """
-    from ray_pipeline.dag.plan import StageSelection
-    from ray_pipeline.dag.workflow import run_pipeline
+    from ray_pipeline.dag.request import RunRequest, StageSelection
+    from ray_pipeline.dag.workflow import execute
     from ray_pipeline.hardware import count_gpus
     from ray_pipeline.layout.choice import resolve_layout
     from ray_pipeline.settings.loading import load_config
@@ -50,7 +56,7 @@ def execute(
         config = load_config(recipe, {"output_dir": runs_dir})
         layout = resolve_layout(config, 0 if config.backend == "cpu" else count_gpus())
         with _saving(save):
-            code = run_pipeline(config, layout=layout, stages=StageSelection(**_selection(stages)), dry_run=dry_run)
+            code = execute(RunRequest(config, layout, StageSelection(**_selection(stages)), resume, dry_run))
         return RemoteResult(code)
     except UserError as error:
         return RemoteResult(2, str(error))

@@ -9,15 +9,16 @@ from pathlib import Path
 from typing import IO, Protocol
 
 from ray_pipeline.dag.identity import local_path, source_names
-from ray_pipeline.dag.ledger import RUN_FILE, RunFile, refuse_foreign_run
+from ray_pipeline.dag.ledger import RunFile, refuse_foreign_run
 from ray_pipeline.errors import UserError
 from ray_pipeline.records.artifacts import atomic_path
 from ray_pipeline.records.input_files import Digests
+from ray_pipeline.settings.run_folder import CHECKPOINTS, RUN_FILE
 from ray_pipeline.settings.schema import PipelineFields
 
 INPUTS = "inputs"
 # Only a resume on Modal needs checkpoints, and it finds them on the volume.
-SKIPPED = ("checkpoints",)
+SKIPPED = (CHECKPOINTS,)
 
 
 class VolumeFiles(Protocol):

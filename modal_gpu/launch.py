@@ -10,14 +10,13 @@ from modal.config import config as modal_settings
 
 from modal_gpu.app import RUNS, app, configured
 from modal_gpu.files import fetch, local_inputs, remote_name
-from ray_pipeline.dag.identity import default_run_name, moved_name, with_source_names
+from ray_pipeline.dag.identity import moved_name, with_source_names
 from ray_pipeline.errors import UserError, did_you_mean
-from ray_pipeline.layout.choice import resolve_layout
 from ray_pipeline.layout.layout import Layout, with_layout
 from ray_pipeline.settings.loading import config_yaml
 
 if TYPE_CHECKING:
-    from ray_pipeline.dag.plan import StageSelection
+    from ray_pipeline.dag.request import RunRequest
     from ray_pipeline.settings.schema import PipelineFields
 
 GPU_TYPES = ("T4", "L4", "A10", "L40S", "A100", "A100-40GB", "A100-80GB", "RTX-PRO-6000", "H100", "H200", "B200")
@@ -69,14 +68,14 @@ def check_credentials() -> None:
         )
 
 
-def run_on_modal(config: PipelineFields, *, stages: StageSelection, dry_run: bool) -> int:
+def execute_on_modal(request: RunRequest) -> int:
     """Run the pipeline on Modal and bring its outputs into the local run folder. Returns the run's exit code."""
-    layout = resolve_layout(config, 0)
-    check(config, layout)
-    if dry_run:
-        return plan(config, layout, stages)
+    layout = request.layout
+    check(request.config, layout)
+    if request.dry_run:
+        return plan(request)
     check_credentials()
-    config = with_layout(named(config), layout)
+    config = with_layout(request.config, layout)
     assert config.run_name is not None
     function = configured(config.modal, layout.gpus, wandb=config.tracking.wandb)
     print(f"Modal: {config.modal.gpu_type} x {layout.gpus}, run {config.run_name}, volume {config.modal.volume}")
@@ -85,7 +84,9 @@ def run_on_modal(config: PipelineFields, *, stages: StageSelection, dry_run: boo
             volume = modal.Volume.from_name(config.modal.volume, create_if_missing=True)
             remote = upload(config, volume)
             with app.run():
-                result = function.remote(config_yaml(remote), asdict(stages), config.modal.volume)
+                result = function.remote(
+                    config_yaml(remote), asdict(request.stages), config.modal.volume, resume=request.resume
+                )
             files, size = fetch(_Files(volume), config.run_name, config.output_dir)
     except modal.exception.AuthError as error:
         raise UserError(f"Modal refused the credentials ({error}). Run `modal token new` again.") from None
@@ -100,11 +101,6 @@ def run_on_modal(config: PipelineFields, *, stages: StageSelection, dry_run: boo
         raise UserError(result.error)
     print(f"Fetched {files} files ({size / 2**20:.1f} MiB) into {config.output_dir / config.run_name}")
     return result.exit_code
-
-
-def named(config: PipelineFields) -> PipelineFields:
-    """The settings with the run's name filled in, so that both machines use the same folder."""
-    return config.model_copy(update={"run_name": config.run_name or default_run_name(config)})
 
 
 def upload(config: PipelineFields, volume: modal.Volume) -> PipelineFields:
@@ -122,9 +118,10 @@ def upload(config: PipelineFields, volume: modal.Volume) -> PipelineFields:
     return config.model_copy(update={"backend": "cuda"})
 
 
-def plan(config: PipelineFields, layout: Layout, stages: StageSelection) -> int:
+def plan(request: RunRequest) -> int:
     """Print what would run, and where, without an account."""
-    from ray_pipeline.dag.workflow import run_pipeline
+    from ray_pipeline.dag.workflow import execute
 
-    print(f"Modal: would rent {config.modal.gpu_type} x {layout.gpus} for at most {config.modal.timeout_seconds} s")
-    return run_pipeline(config, layout=layout, stages=stages, dry_run=True)
+    settings = request.config.modal
+    print(f"Modal: would rent {settings.gpu_type} x {request.layout.gpus} for at most {settings.timeout_seconds} s")
+    return execute(request)

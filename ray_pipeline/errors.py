@@ -1,13 +1,18 @@
-"""What a user can get wrong. Raised before workers start; the CLI prints the message alone and exits with code 2."""
+"""What a user can get wrong, and what to type then. Raised before workers start; the CLI prints the message alone and
+exits with code 2."""
 
 from __future__ import annotations
 
 import difflib
+import os
+import shlex
+import sys
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class UserError(Exception):
-    """A mistake the user can mend. The message gives the value, the reason and the way out."""
+    """A mistake the user can fix. The message gives the value, the reason and the way out."""
 
 
 def did_you_mean(given: str, known: Iterable[str]) -> str:
@@ -29,3 +34,18 @@ class StageFailed(Exception):
 
     def __str__(self) -> str:
         return self.cause
+
+
+def program() -> str:
+    """How this program is called, for messages that say what to type; in workers the form that works everywhere."""
+    return "ray-pipeline" if os.path.basename(sys.argv[0]) == "ray-pipeline" else "python -m ray_pipeline.cli"
+
+
+def command(*words: str | Path) -> str:
+    """`python -m ray_pipeline.cli resume mine`: this program with arguments, as a shell takes them."""
+    return " ".join([program(), *(shlex.quote(str(word)) for word in words)])
+
+
+def resume_command(run_dir: Path, *options: str) -> str:
+    """What goes on with the run in `run_dir`, from whichever folder it is typed."""
+    return command("resume", run_dir.name, "--output-dir", run_dir.parent, *options)

@@ -27,6 +27,8 @@ PACKAGES = (
     "gguf",
     "xllamacpp",
 )
+# The releases that the tests run with, of libraries whose private interfaces are used; pyproject.toml bounds them.
+TESTED = {"torch": "2.13", "deepspeed": "0.19", "ray": "2.60"}
 HOSTS = {"Hugging Face": "huggingface.co", "Weights & Biases": "api.wandb.ai", "Modal": "api.modal.com"}
 _GIB = 1024**3
 
@@ -127,6 +129,20 @@ def versions() -> dict[str, str | None]:
         except importlib.metadata.PackageNotFoundError:
             out[name] = None
     return out
+
+
+def untested(installed: Mapping[str, str | None]) -> str | None:
+    """One line on installed releases that are other ones than `TESTED`; None where all are these."""
+    others = {
+        name: version
+        for name, tested in TESTED.items()
+        if (version := installed.get(name)) is not None and not f"{version}.".startswith(f"{tested}.")
+    }
+    if not others:
+        return None
+    there = ", ".join(f"{name} {version}" for name, version in others.items())
+    tested = " ".join(f'"{name}=={TESTED[name]}.*"' for name in others)
+    return f"{there}: not tested with this program; if something fails, pip install {tested}"
 
 
 def torch_facts() -> dict[str, Any]:

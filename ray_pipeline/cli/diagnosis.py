@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from ray_pipeline import hardware
 from ray_pipeline.hardware import Gpu
 
 OPTIONAL_PACKAGES = ("modal", "wandb", "xllamacpp")
@@ -34,7 +35,7 @@ class Facts:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """works: what can be done here. advice: what to do for more. missing: what must be mended before any run."""
+    """works: what can be done here. advice: what to do for more. missing: what must be fixed before any run."""
 
     works: list[str] = field(default_factory=list)
     advice: list[str] = field(default_factory=list)
@@ -46,7 +47,6 @@ def gather(output_dir: str) -> Facts:
     import os
     from pathlib import Path
 
-    from ray_pipeline import hardware
     from ray_pipeline.isolation.sandbox import sandbox_problem
 
     packages = hardware.versions()
@@ -84,6 +84,8 @@ def _essentials(facts: Facts, result: Diagnosis) -> None:
     absent = [name for name, version in facts.packages.items() if version is None and name not in OPTIONAL_PACKAGES]
     if absent:
         result.missing.append(f"packages {', '.join(absent)}: run ./scripts/setup, or pip install -e .")
+    if other := hardware.untested(facts.packages):
+        result.advice.append(other)
     if facts.write_error is not None:
         result.missing.append(f"{facts.output_dir}: cannot be written ({facts.write_error}); give another --output-dir")
     if facts.disk_free_gib < MIN_DISK_GIB:

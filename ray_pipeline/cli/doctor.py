@@ -34,7 +34,7 @@ def doctor(folder: str | None, as_json: bool) -> int:
     for title, lines, style in (
         ("Works here", diagnosis.works, "green"),
         ("To get more", diagnosis.advice, "yellow"),
-        ("Must be mended", diagnosis.missing, "red"),
+        ("Must be fixed", diagnosis.missing, "red"),
     ):
         if lines:
             console.print(f"[bold {style}]{title}[/]")

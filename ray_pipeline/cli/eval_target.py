@@ -6,9 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ray_pipeline.cli.runs import CONFIG_FILE, find_run, list_runs
-from ray_pipeline.cli.stage_folders import choose_stage, finished_stages
-from ray_pipeline.errors import UserError, did_you_mean
+from ray_pipeline.cli.runs import choose_stage, find_run, finished_stages, list_runs
+from ray_pipeline.errors import UserError, did_you_mean, resume_command
+from ray_pipeline.settings.run_folder import CONFIG_FILE, MODEL, RECORD, TOKENIZER
 
 if TYPE_CHECKING:
     from ray_pipeline.evaluation.model_source import ModelSource
@@ -60,8 +60,9 @@ def _trained(folder: Path, name: str, run_dir: Path, data: Path | None) -> Model
     from ray_pipeline.evaluation.model_source import ModelSource
 
     if data is None or not data.is_dir():
-        raise UserError(f"run {run_dir.name}: its data_prep stage is gone, and the tokenizer with it. Use `resume`.")
-    source = ModelSource(name, folder / "model", data / "tokenizer", "stage")
+        way_out = f"Use `{resume_command(run_dir)}`"
+        raise UserError(f"run {run_dir.name}: its data_prep stage is gone, and the tokenizer with it. {way_out}.")
+    source = ModelSource(name, folder / MODEL, data / TOKENIZER, "stage")
     return _with_run(source, run_dir, data)
 
 
@@ -105,11 +106,11 @@ def _settings(run_dir: Path) -> dict[str, Any]:
 def _of_folder(path: Path) -> ModelSource:
     from ray_pipeline.evaluation.model_source import describe_folder
 
-    stage = path.parent if path.name == "model" and (path.parent / "record.json").is_file() else path
-    if (stage / "record.json").is_file() and (stage.parent / CONFIG_FILE).is_file():
+    stage = path.parent if path.name == MODEL and (path.parent / RECORD).is_file() else path
+    if (stage / RECORD).is_file() and (stage.parent / CONFIG_FILE).is_file():
         return _of_stage_folder(stage.absolute())
     source = describe_folder(path.absolute())
-    return _of_export(source, path.absolute()) if (path.parent / "record.json").is_file() else source
+    return _of_export(source, path.absolute()) if (path.parent / RECORD).is_file() else source
 
 
 def _of_export(source: ModelSource, folder: Path) -> ModelSource:
@@ -129,11 +130,13 @@ def _of_stage_folder(folder: Path) -> ModelSource:
     record, run_dir = read_record(folder), folder.parent
     if record is None or not record.is_finished:
         status = "missing" if record is None else record.status
-        raise UserError(f"{folder}: the stage is not finished (its record is {status}). Go on with `resume`.")
+        raise UserError(
+            f"{folder}: the stage is not finished (its record is {status}). Go on with `{resume_command(run_dir)}`."
+        )
     name = record.upstream.get("data_prep")
     data = run_dir / name if name else finished_stages(run_dir).get("data_prep")
     if record.stage == "export":
         return _exported(folder, run_dir, {} if data is None else {"data_prep": data})
-    if not (folder / "model").is_dir():
+    if not (folder / MODEL).is_dir():
         raise UserError(f"{folder}: the stage {record.stage} makes no model. Give the folder of a stage that trains.")
     return _trained(folder, f"{run_dir.name} ({record.stage})", run_dir, data)

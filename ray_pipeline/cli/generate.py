@@ -13,6 +13,7 @@ import click
 from ray_pipeline.cli.options import check_temperature
 from ray_pipeline.cli.runs import find_run, output_dir
 from ray_pipeline.errors import UserError
+from ray_pipeline.settings.run_folder import MODEL, TOKENIZER
 from ray_pipeline.settings.section import MOST_SEED
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ def generate(
     **wishes: Any,
 ) -> int:
     """Continue PROMPT with the pretrained model of RUN, or answer it (--chat) with the post-trained one."""
-    from ray_pipeline.cli.stage_folders import choose_stage, finished_stages
+    from ray_pipeline.cli.runs import choose_stage, finished_stages
     from ray_pipeline.dag.ledger import RunFile
 
     if not prompt.strip():
@@ -97,7 +98,7 @@ def generate(
         temperature = 0.8 if raw and wishes["num_beams"] == 1 else 0.0
     check_cuts(temperature, wishes)
     settings = Wishes(raw=raw, temperature=temperature, **wishes)
-    write(folder / "model", data / "tokenizer", prompt, settings, pretrained="pretrain" in RunFile(run_dir).chain)
+    write(folder / MODEL, data / TOKENIZER, prompt, settings, pretrained="pretrain" in RunFile(run_dir).chain)
     return 0
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import click
 
-from ray_pipeline.errors import StageFailed, UserError, did_you_mean
+from ray_pipeline.errors import StageFailed, UserError, did_you_mean, program
 
 # verb -> (module, command). The order is the order of `--help`.
 VERBS = {
@@ -33,10 +33,13 @@ VERBS = {
     "doctor": ("doctor", "doctor"),
     "verify-cuda": ("doctor", "doctor"),
     "version": ("version", "version"),
-    "run-rust": ("retired", "run_rust"),
-    "run-mlx": ("retired", "run_mlx"),
 }
-HIDDEN = ("verify-cuda", "run-rust", "run-mlx")
+HIDDEN = ("verify-cuda",)
+# Verbs that older pipelines of this kind have, and what to use here.
+RETIRED = {
+    "run-rust": "there is one engine, on PyTorch; use `run` (with `--backend cpu` or `--backend cuda`).",
+    "run-mlx": "there is one engine, on PyTorch; on a Mac use `run --backend cpu`.",
+}
 # What may be wrong with a path that somebody gave, or with the disk; anything else is a fault of ours.
 PATH_ERRORS = frozenset(
     (errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO)
@@ -95,6 +98,8 @@ class VerbGroup(click.Group):
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         """As click does, with a suggestion for an unknown verb."""
+        if args and args[0] in RETIRED:
+            raise UserError(f"{args[0]}: {RETIRED[args[0]]}")
         if args and not args[0].startswith("-") and args[0] not in VERBS:
             hint = did_you_mean(args[0], VERBS)
             verbs = ", ".join(self.list_commands(ctx))
@@ -108,11 +113,6 @@ def cli() -> None:
 
     Without options, `run` trains the tiny recipe on this machine.
     """
-
-
-def program() -> str:
-    """How this program was called, for messages that say what to type."""
-    return "python -m ray_pipeline.cli" if os.path.basename(sys.argv[0]) == "__main__.py" else "ray-pipeline"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -155,7 +155,7 @@ def guarded(call: Callable[[], Any]) -> int:
             raise
         path = str(error.filename)
         shown = path if len(path) <= 200 else f"{path[:100]}...{path[-60:]}"
-        return _fail(f"{shown}: {error.strerror}. Give another path, or mend this one.")
+        return _fail(f"{shown}: {error.strerror}. Give another path, or fix this one.")
     return _exit_code(code)
 
 

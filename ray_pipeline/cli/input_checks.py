@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ray_pipeline.errors import UserError
+from ray_pipeline.errors import UserError, command
 
 if TYPE_CHECKING:
-    from ray_pipeline.dag.plan import StageSelection
+    from ray_pipeline.dag.request import RunRequest
     from ray_pipeline.layout.layout import Layout
     from ray_pipeline.settings.schema import PipelineFields
 
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 EVALUATED = ("sft", "dpo", "grpo", "distillation")  # whose models answer questions, with tools if there are any
 
 
-def check_inputs(config: PipelineFields, layout: Layout, stages: StageSelection) -> None:
-    """Look at the input files and names now, if a stage is going to read them in a run with this legal layout.
+def check_inputs(request: RunRequest) -> None:
+    """Look at the input files and names now, if a stage is going to read them.
 
     Raises:
         UserError: naming the file, and the line where there is one.
@@ -28,8 +28,8 @@ def check_inputs(config: PipelineFields, layout: Layout, stages: StageSelection)
     from ray_pipeline.data.sources.source_checks import check_sources
     from ray_pipeline.settings.chain import reads_folder, trained
 
-    run_dir = (config.output_dir / str(config.run_name)).absolute()
-    rows = plan(config, layout, run_dir, stages)
+    config, layout = request.config, request.layout
+    rows = plan(config, layout, request.run_dir, request.stages)
     working = [row.stage for row in rows if row.action in ("run", "resume")]
     _check_memory(config, layout, working)
     if "data_prep" in working:
@@ -83,8 +83,9 @@ def _check_memory(config: PipelineFields, layout: Layout, working: list[str]) ->
             continue
         advice = f"What would: {found.advice[0]}." if found.advice else f"Use {way_out(found)}."
         raise UserError(
-            f"{stage} does not fit: on {hardware.title} {needs_text(found)}. {advice} `plan --stage {stage}` shows "
-            "what takes it; --set layout.check_memory=false starts all the same."
+            f"{stage} does not fit: on {hardware.title} {needs_text(found)}. {advice} "
+            f"`{command('plan', '--stage', stage)}` shows what takes it; "
+            "--set layout.check_memory=false starts all the same."
         )
 
 

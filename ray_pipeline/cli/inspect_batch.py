@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ray_pipeline.cli.runs import CONFIG_FILE, find_run, output_dir
+from ray_pipeline.cli.runs import find_run, output_dir
 from ray_pipeline.errors import UserError
+from ray_pipeline.settings.run_folder import CONFIG_FILE, TOKENIZER
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -30,7 +31,7 @@ ANSWER_CHARACTERS = 100
 @click.option("--output-dir", help="Folder of all runs. Default: runs.")
 def inspect_batch(run: str, stage: str, step: int, rows: int, validation: bool, **options: str | None) -> int:
     """Print the rows that a step of RUN reads: supervised tokens in colour, document boundaries marked."""
-    from ray_pipeline.cli.stage_folders import choose_stage
+    from ray_pipeline.cli.runs import choose_stage
     from ray_pipeline.errors import did_you_mean
 
     if stage not in FOLDERS:
@@ -82,7 +83,7 @@ def show_rows(run_dir: Path, data: Path, stage: str, step: int, rows: int, valid
     indices = list(range(size)) if validation else row_order(len(stored), config.seed, step, size)
     render = render_pairs if stage == "dpo" else render_rows
     console = Console(soft_wrap=True)
-    for text in render(stored.take(indices[:rows]), load_tokenizer(data / "tokenizer")):
+    for text in render(stored.take(indices[:rows]), load_tokenizer(data / TOKENIZER)):
         console.print(text if console.is_terminal else with_marks(text))
     console.print(LEGEND, highlight=False, markup=True)
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ray_pipeline.errors import UserError
+from ray_pipeline.settings.run_folder import CONFIG_FILE
 
 if TYPE_CHECKING:
     from ray_pipeline.settings.schema import PipelineFields
@@ -85,7 +86,7 @@ class Request:
         if any(key in overrides for key in _SIZE_DEFAULTS):
             overrides = _SIZE_DEFAULTS | _FOLLOWS_SIZES | overrides
         overrides |= {"run_name": run_dir.name, "output_dir": str(run_dir.parent)}
-        return self._load(run_dir / "config.yaml", overrides)
+        return self._load(run_dir / CONFIG_FILE, overrides)
 
     def _load(self, path: Path | None, overrides: dict[str, Any]) -> PipelineFields:
         from ray_pipeline.settings.loading import load_config

@@ -6,9 +6,8 @@ from typing import Any
 
 import click
 
-from ray_pipeline.cli.input_checks import check_inputs
 from ray_pipeline.cli.options import chain_options, layout_options, stage_options, take_request
-from ray_pipeline.cli.run import can_resume, layout_here, notices
+from ray_pipeline.cli.run import can_resume, checked, executor
 from ray_pipeline.cli.runs import find_run, output_dir
 
 
@@ -25,20 +24,6 @@ def resume(run: str, **options: Any) -> int:
     request = take_request(options)
     run_dir = find_run(run, output_dir(options["output_dir"]))
     config = request.load_stored(run_dir)
-    from ray_pipeline.dag.plan import StageSelection
-
-    stages = StageSelection(only=options["stage"], from_=options["from_"], until=options["until"])
-    stages.check()
-    notices(config)
-    layout = layout_here(config)
-    check_inputs(config, layout, stages)
-    with can_resume(config):
-        if config.backend == "modal":
-            from modal_gpu.launch import run_on_modal
-
-            return run_on_modal(config, stages=stages, dry_run=options["dry_run"])
-        from ray_pipeline.dag.workflow import (
-            resume_pipeline,  # after the layout is known to be legal: Ray takes seconds
-        )
-
-        return resume_pipeline(run_dir, config, layout=layout, stages=stages, dry_run=options["dry_run"])
+    request = checked(config, options, resume=True)
+    with can_resume(request.config):
+        return executor(config)(request)

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from ray_pipeline.cli.group import Interrupted, program
+from ray_pipeline.cli.group import Interrupted
 from ray_pipeline.cli.input_checks import check_inputs
 from ray_pipeline.cli.options import layout_options, place_options, recipe_options, stage_options, take_request
-from ray_pipeline.cli.runs import CONFIG_FILE, output_dir
+from ray_pipeline.cli.runs import output_dir
+from ray_pipeline.errors import command
+from ray_pipeline.settings.run_folder import CONFIG_FILE
 
 if TYPE_CHECKING:
+    from ray_pipeline.dag.request import RunRequest
     from ray_pipeline.layout.layout import Layout
     from ray_pipeline.settings.schema import PipelineFields
 
@@ -33,28 +35,38 @@ def run(**options: Any) -> int:
         config = request.load_stored(stored.parent.absolute())
     else:
         config = request.load()
-    return launch(config, options)
+    request = checked(config, options)
+    with can_resume(request.config):
+        return executor(config)(request)
 
 
-def launch(config: PipelineFields, options: dict[str, Any]) -> int:
-    """Run the stages that the options select, here or on Modal. Returns the exit code."""
+def checked(config: PipelineFields, options: dict[str, Any], *, resume: bool = False) -> RunRequest:
+    """What the options ask for, after all that can be wrong with it was looked at; prints what is odd but allowed.
+
+    Raises:
+        UserError: stages that do not exist, a layout that cannot run, inputs that cannot be read, too little memory.
+    """
     from ray_pipeline.dag.identity import default_run_name
-    from ray_pipeline.dag.plan import StageSelection
+    from ray_pipeline.dag.request import RunRequest, StageSelection
 
     stages = StageSelection(only=options["stage"], from_=options["from_"], until=options["until"])
     stages.check()
     notices(config)
     config = config.model_copy(update={"run_name": config.run_name or default_run_name(config)})
-    layout = layout_here(config)
-    check_inputs(config, layout, stages)
-    with can_resume(config):
-        if config.backend == "modal":
-            from modal_gpu.launch import run_on_modal
+    request = RunRequest(config, layout_here(config), stages, resume, options["dry_run"])
+    check_inputs(request)
+    return request
 
-            return run_on_modal(config, stages=stages, dry_run=options["dry_run"])
-        from ray_pipeline.dag.workflow import run_pipeline  # after the layout is known to be legal: Ray takes seconds
 
-        return run_pipeline(config, layout=layout, stages=stages, dry_run=options["dry_run"])
+def executor(config: PipelineFields) -> Callable[[RunRequest], int]:
+    """What runs the stages and returns the exit code: Ray here, or Modal."""
+    if config.backend == "modal":
+        from modal_gpu.launch import execute_on_modal
+
+        return execute_on_modal
+    from ray_pipeline.dag import workflow  # after the layout is known to be legal: Ray takes seconds
+
+    return workflow.execute
 
 
 @contextmanager
@@ -63,9 +75,8 @@ def can_resume(config: PipelineFields) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        place = "" if config.output_dir == output_dir(None) else f" --output-dir {shlex.quote(str(config.output_dir))}"
-        command = f"{program()} resume {shlex.quote(str(config.run_name))}{place}"
-        raise Interrupted(f"Stopped. Go on with: {command}") from None
+        place = () if config.output_dir == output_dir(None) else ("--output-dir", config.output_dir)
+        raise Interrupted(f"Stopped. Go on with: {command('resume', str(config.run_name), *place)}") from None
 
 
 def layout_here(config: PipelineFields) -> Layout:
@@ -81,7 +92,9 @@ def layout_here(config: PipelineFields) -> Layout:
 
 def notices(config: PipelineFields) -> None:
     """Print what is odd but allowed."""
+    from ray_pipeline.hardware import untested, versions
     from ray_pipeline.settings.checks import warnings
 
-    for text in warnings(config):
+    other = untested(versions())
+    for text in [*warnings(config), *([other] if other else [])]:
         click.echo(f"Warning: {text}", err=True)

@@ -9,6 +9,7 @@ import click
 
 from ray_pipeline.cli.runs import find_run, output_dir
 from ray_pipeline.errors import UserError
+from ray_pipeline.settings.run_folder import TOKENIZER
 
 if TYPE_CHECKING:
     from model.transformer import Transformer
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 @click.option("--output-dir", "runs_dir", help="Folder of all runs. Default: runs.")
 def teacher_topk(run: str, folder: Path, teacher: str | None, k: int, temperature: float, runs_dir: str | None) -> int:
     """Write log-probabilities over RUN's conversations to FOLDER, for `--set distillation.teacher=topk:FOLDER`."""
-    from ray_pipeline.cli.stage_folders import choose_stage
+    from ray_pipeline.cli.runs import choose_stage
     from ray_pipeline.data.rows.loader import PackedRows
     from ray_pipeline.settings.chain import POLICY_STAGES
     from ray_pipeline.teachers.top_k import refuse_other_folder, write_top_k
@@ -35,10 +36,10 @@ def teacher_topk(run: str, folder: Path, teacher: str | None, k: int, temperatur
     _, data = choose_stage(run_dir, "data_prep", ("data_prep",))
     if teacher is None:
         teacher = str(choose_stage(run_dir, None, POLICY_STAGES)[1])
-    model = open_model(teacher, data / "tokenizer")
+    model = open_model(teacher, data / TOKENIZER)
     rows = PackedRows(data / "sft" / "train")
     try:
-        made = write_top_k(model, rows, data / "tokenizer", folder, k=k, temperature=temperature)
+        made = write_top_k(model, rows, data / TOKENIZER, folder, k=k, temperature=temperature)
     except ValueError as error:
         raise UserError(f"--{error}.") from None
     click.echo(f"{made.rows} rows of {made.seq_len} tokens, {made.k} log-probabilities each, in {folder}")

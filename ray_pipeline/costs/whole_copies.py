@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from model.config import ModelConfig
-from ray_pipeline.settings.chain import reads_folder, reads_teacher
+from ray_pipeline.settings.chain import is_top_k, reads_folder, reads_teacher
 from ray_pipeline.settings.schema import PipelineFields
-from ray_pipeline.settings.teacher_name import is_top_k
 
 FP32 = 4  # bytes
 FEWEST_ROWS, MOST_ROWS = 64, 256  # answers that one sampler decodes together (`rollouts.engine`)

@@ -9,9 +9,9 @@ from model.config import ModelConfig
 from model.parallel.placement import layers_by_hand, num_stages, parts_of, stage_layers
 from ray_pipeline.costs.whole_copies import WholeCopies, whole_copies
 from ray_pipeline.layout.layout import Layout
+from ray_pipeline.settings.chain import is_top_k
 from ray_pipeline.settings.post_training import LoraConfig
 from ray_pipeline.settings.schema import PipelineFields, TrainingConfig
-from ray_pipeline.settings.teacher_name import is_top_k
 
 FP32, BF16 = 4, 2  # bytes
 

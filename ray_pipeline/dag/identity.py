@@ -15,9 +15,17 @@ from typing import Any
 
 from ray_pipeline.errors import UserError
 from ray_pipeline.records.input_files import Digests, data_files, is_pattern, matches, pattern_folder, split_columns
-from ray_pipeline.settings.chain import chain, input_stage, reads_folder, reads_teacher, reads_text, upstream
+from ray_pipeline.settings.chain import (
+    TOP_K,
+    chain,
+    input_stage,
+    reads_folder,
+    reads_teacher,
+    reads_text,
+    teacher_path,
+    upstream,
+)
 from ray_pipeline.settings.schema import STAGES, TRAINING_STAGES, PipelineFields
-from ray_pipeline.settings.teacher_name import TOP_K, teacher_path
 
 # Raised when a stage's code writes something else for the same settings, so that old outputs are not taken for new.
 FORMATS = dict.fromkeys(STAGES, 1) | {

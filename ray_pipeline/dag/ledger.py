@@ -33,13 +33,12 @@ from typing_extensions import TypedDict  # what pydantic reads before Python 3.1
 from ray_pipeline.errors import UserError
 from ray_pipeline.launch.stage_context import StageResult
 from ray_pipeline.records.artifacts import write_sealed, writing
-from ray_pipeline.records.integrity import RECORD, read_sealed
+from ray_pipeline.records.integrity import read_sealed
 from ray_pipeline.records.progress import read_progress
 from ray_pipeline.records.trackers import damaged_files
-from ray_pipeline.report.run_page import REPORT_FILE
+from ray_pipeline.settings.run_folder import CONFIG_FILE, LOCK, RECORD, REPORT_FILE, RUN_FILE
 from ray_pipeline.settings.schema import STAGES, PipelineFields
 
-RUN_FILE, CONFIG_FILE, LOCK = "run.json", "config.yaml", ".lock"
 Status = Literal["running", "done", "failed", "learned_nothing"]
 
 

@@ -10,64 +10,15 @@ from typing import Any, Literal
 from ray_pipeline.costs.fit import rank_bytes
 from ray_pipeline.dag.identity import Identity, identities, source_digests
 from ray_pipeline.dag.ledger import Record, RunFile, again_folder, read_record, stage_folder
-from ray_pipeline.errors import UserError, did_you_mean
+from ray_pipeline.dag.request import StageSelection
+from ray_pipeline.errors import UserError, resume_command
 from ray_pipeline.layout.layout import Layout
 from ray_pipeline.records.progress import seconds_text
 from ray_pipeline.settings.chain import chain, upstream
-from ray_pipeline.settings.schema import STAGES, TRAINING_STAGES, PipelineFields
+from ray_pipeline.settings.run_folder import CHECKPOINTS, MODEL
+from ray_pipeline.settings.schema import TRAINING_STAGES, PipelineFields
 
 Action = Literal["run", "resume", "reuse", "skip"]
-
-
-@dataclass(frozen=True)
-class StageSelection:
-    """`--stage` (one again), or `--from` and `--until` (a range)."""
-
-    only: str | None = None
-    from_: str | None = None
-    until: str | None = None
-
-    def check(self) -> None:
-        """Refuse names that do not exist and combinations that say nothing.
-
-        Raises:
-            UserError: with a suggestion.
-        """
-        for flag, name in (("--stage", self.only), ("--from", self.from_), ("--until", self.until)):
-            if name is not None and name not in STAGES:
-                known = ", ".join(STAGES)
-                raise UserError(f"{flag} {name}: no such stage{did_you_mean(name, STAGES)}. The stages are {known}.")
-        if self.only and (self.from_ or self.until):
-            raise UserError(f"--stage {self.only} runs one stage and --from/--until a range: give one or the other.")
-        if self.from_ and self.until and STAGES.index(self.from_) > STAGES.index(self.until):
-            raise UserError(f"--from {self.from_} --until {self.until}: {self.from_} comes after {self.until}.")
-
-    def check_chain(self, stages: tuple[str, ...]) -> None:
-        """Refuse a stage that this run does not have.
-
-        Raises:
-            UserError: naming the key that adds it.
-        """
-        for flag, name in (("--stage", self.only), ("--from", self.from_), ("--until", self.until)):
-            if name is not None and name not in stages:
-                raise UserError(
-                    f"{flag} {name}: this run has the stages {', '.join(stages)}. Add {name} to `stages` to have it."
-                )
-
-    def selects(self, stage: str) -> bool:
-        """Whether the stage may run."""
-        if self.only:
-            return stage == self.only
-        index = STAGES.index(stage)
-        first = STAGES.index(self.from_) if self.from_ else 0
-        last = STAGES.index(self.until) if self.until else len(STAGES) - 1
-        return first <= index <= last
-
-    def forces(self, stage: str) -> str | None:
-        """The flag by which the stage runs again though it is finished."""
-        if not self.selects(stage):
-            return None
-        return "--stage" if self.only else "--from" if self.from_ else None
 
 
 @dataclass(frozen=True)
@@ -163,7 +114,7 @@ def _need_inputs(stage: str, inputs: tuple[str, ...], selection: StageSelection,
 def _whole_record(folder: Path) -> Record | None:
     """The stage's record, unless it names a model that is no longer there."""
     record = read_record(folder)
-    if record is not None and record.weights_digest and not (folder / "model").is_dir():
+    if record is not None and record.weights_digest and not (folder / MODEL).is_dir():
         return None
     return record
 
@@ -183,7 +134,7 @@ def _unfinished(row: PlannedStage, record: Record, all_steps: int | None) -> Pla
 
 def newest_checkpoint(folder: Path) -> int | None:
     """Optimizer steps of the newest whole checkpoint."""
-    found = sorted((folder / "checkpoints").glob("step_*"))
+    found = sorted((folder / CHECKPOINTS).glob("step_*"))
     return int(found[-1].name.removeprefix("step_")) if found else None
 
 
@@ -235,6 +186,6 @@ def refuse_other_config(config: PipelineFields, run_dir: Path) -> None:
         more = f"\n  and {len(changes) - 12} more" if len(changes) > 12 else ""
         raise UserError(
             f"run {run_dir.name} is in use with another config:\n{listing}{more}\n"
-            f"Use `resume {run_dir.name} --output-dir {run_dir.parent} --set KEY=VALUE` to apply a change there and "
+            f"Use `{resume_command(run_dir, '--set', 'KEY=VALUE')}` to apply a change there and "
             "rerun what depends on it, or another --run-name."
         )

@@ -5,23 +5,21 @@ from __future__ import annotations
 import importlib
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 from ray_pipeline.dag.ledger import Record, begin_record, close_record, read_record, settle
 from ray_pipeline.dag.plan import PlannedStage
 from ray_pipeline.launch.launchers import RayLauncher, prepare_folder, worker_environment
-from ray_pipeline.launch.stage_context import StageContext, StageResult
-from ray_pipeline.layout.layout import layout_of
+from ray_pipeline.launch.stage_context import StageContext, StageFunction, StageResult
+from ray_pipeline.layout.layout import Layout
 from ray_pipeline.layout.rules import elastic_layouts
 from ray_pipeline.records.artifacts import weights_digest
 from ray_pipeline.records.input_files import Digests, InputGuard
 from ray_pipeline.records.rank_output import LOGS, output_file, output_to
+from ray_pipeline.settings.run_folder import MODEL
 from ray_pipeline.settings.schema import TRAINING_STAGES, PipelineFields
-
-StageFunction = Callable[[StageContext], StageResult]
 
 
 @dataclass(frozen=True)
@@ -34,16 +32,26 @@ class StageJob:
 
     row: PlannedStage
     config: PipelineFields
-    run_name: str
+    layout: Layout
     run_dir: Path
     inputs: tuple[str, ...]
     wandb_id: str
-    device: Literal["cpu", "cuda"]
     function: StageFunction | None
     files: Mapping[Path, str] = field(default_factory=dict)
 
+    @property
+    def runs(self) -> bool:
+        """Whether there is something to do."""
+        return self.row.action in ("run", "resume")
 
-def execute_stage(job: StageJob, *upstream: StageResult) -> StageResult:
+    def earlier_result(self) -> StageResult:
+        """What the stage left behind when it was finished."""
+        record = read_record(self.row.folder)
+        assert record is not None
+        return record.result(self.row.folder)
+
+
+def run_stage(job: StageJob, *upstream: StageResult) -> StageResult:
     """Body of a stage's task: look in the ledger again, run the stage, enter what came of it."""
     row = job.row
     settle(row.folder)
@@ -55,7 +63,7 @@ def execute_stage(job: StageJob, *upstream: StageResult) -> StageResult:
         shutil.rmtree(row.work)
         row.work.mkdir()
     shutil.rmtree(row.work / LOGS, ignore_errors=True)  # of an earlier attempt
-    os.environ.update(worker_environment(1, os.cpu_count() or 1, job.device))
+    os.environ.update(worker_environment(1, os.cpu_count() or 1, job.layout.device))
     inputs = dict(zip(job.inputs, upstream, strict=True))
     record = begin_record(
         row.work,
@@ -64,23 +72,23 @@ def execute_stage(job: StageJob, *upstream: StageResult) -> StageResult:
             upstream={name: result.folder.name for name, result in inputs.items()},
         ),
     )  # fmt: skip
-    layout = job.config.layout
-    elastic = [smaller.gpus for smaller in elastic_layouts(job.config, layout_of(job.config.layout, job.device))]
+    asked = job.config.layout
+    elastic = [smaller.gpus for smaller in elastic_layouts(job.config, job.layout)]
     launcher = RayLauncher(
-        row.ranks, job.device, max_restarts=layout.max_restarts, timeout_seconds=layout.timeout_seconds,
-        frozen_seconds=layout.frozen_seconds,
+        row.ranks, job.layout.device, max_restarts=asked.max_restarts, timeout_seconds=asked.timeout_seconds,
+        frozen_seconds=asked.frozen_seconds,
         elastic=elastic if row.stage in TRAINING_STAGES else (),
     )  # fmt: skip
     function = job.function or importlib.import_module(f"ray_pipeline.stages.{row.stage}").run
     guard = InputGuard(job.files, Digests(job.config.output_dir))
     guard.check()
     context = StageContext(
-        job.config, job.run_name, job.run_dir, row.work, inputs, launcher, wandb_id=job.wandb_id, guard=guard
+        job.config, job.run_dir.name, job.run_dir, row.work, inputs, launcher, wandb_id=job.wandb_id, guard=guard
     )
     with output_to(output_file(row.work, "stage")):
         result = function(context)
     guard.check()  # what was read is what the identity names, or the stage did not happen
-    model = row.work / "model"
+    model = row.work / MODEL
     digest = weights_digest(model) if row.stage in TRAINING_STAGES and model.is_dir() else None
     close_record(
         row.work, record, "learned_nothing" if result.learned is False else "done",

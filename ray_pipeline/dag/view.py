@@ -11,11 +11,12 @@ from rich.text import Text
 
 from ray_pipeline.dag.ledger import Record
 from ray_pipeline.dag.plan import PlannedStage
-from ray_pipeline.errors import StageFailed
+from ray_pipeline.errors import StageFailed, command
 from ray_pipeline.layout.layout import Layout
 from ray_pipeline.records.progress import seconds_text
 from ray_pipeline.records.rank_output import printed
 from ray_pipeline.report.summary import STATUS_NAMES, baseline_text, figure_text
+from ray_pipeline.settings.run_folder import ERROR_LOG
 
 _STYLES = {"run": "bold", "resume": "bold yellow", "reuse": "cyan", "skip": "dim"}
 
@@ -50,8 +51,8 @@ def outcome_text(record: Record) -> str:
 def print_failure(console: Console, row: PlannedStage, failure: StageFailed) -> None:
     """The cause in a few lines, where the whole traceback is, and how to go on."""
     cause = "\n".join(str(failure).splitlines()[:4])
-    log = row.work / "error.log"
-    resume = f"python -m ray_pipeline.cli resume {row.folder.parent}"
+    log = row.work / ERROR_LOG
+    resume = command("resume", row.folder.parent)
     text = f"{row.stage} FAILED: {cause}\nWhole traceback: {log}\nGo on with: {resume}"
     if logs := printed(row.work):
         text += f"\nWhat it printed: {', '.join(map(str, logs[:4]))}" + (" ..." if len(logs) > 4 else "")

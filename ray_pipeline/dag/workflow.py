@@ -6,8 +6,9 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,6 @@ from rich.console import Console
 
 from ray_pipeline.dag.identity import (
     absolute_name,
-    default_run_name,
     identities,
     source_digests,
     source_names,
@@ -23,7 +23,6 @@ from ray_pipeline.dag.identity import (
     with_source_names,
 )
 from ray_pipeline.dag.ledger import (
-    CONFIG_FILE,
     Record,
     RunFile,
     RunLock,
@@ -35,12 +34,12 @@ from ray_pipeline.dag.ledger import (
 )
 from ray_pipeline.dag.plan import (
     PlannedStage,
-    StageSelection,
     plan,
     refuse_other_config,
 )
 from ray_pipeline.dag.progress_view import ProgressView
-from ray_pipeline.dag.stage_task import StageFunction, StageJob, execute_stage
+from ray_pipeline.dag.request import RunRequest
+from ray_pipeline.dag.stage_task import StageJob, run_stage
 from ray_pipeline.dag.view import outcome_text, print_failure, print_plan
 from ray_pipeline.data.rows.manifest import notices_of
 from ray_pipeline.errors import StageFailed, UserError
@@ -55,63 +54,31 @@ from ray_pipeline.report.summary import print_summary, summary_rows
 from ray_pipeline.settings.chain import upstream
 from ray_pipeline.settings.layers import with_checksum
 from ray_pipeline.settings.loading import config_yaml
+from ray_pipeline.settings.run_folder import CONFIG_FILE, ERROR_LOG
 from ray_pipeline.settings.schema import PipelineFields
 
 if TYPE_CHECKING:
     import ray
 
-ERROR_LOG = "error.log"
 CONNECT_SECONDS = 5.0
 POLL = 0.25  # seconds between looks at progress files
 
 
-def run_pipeline(
-    config: PipelineFields,
-    *,
-    layout: Layout,
-    stages: StageSelection | None = None,
-    dry_run: bool = False,
-    stage_functions: Mapping[str, StageFunction] | None = None,
-) -> int:
-    """Run what is not done yet. A run name in use is gone on with only under the settings it was started with.
+def execute(request: RunRequest) -> int:
+    """Run what is not done yet, on Ray.
 
     Returns:
         0, or 1 when a stage failed or learned nothing.
     Raises:
         UserError: another config in use under this name, the run is locked, or a stage found a mistake in its input.
     """
-    name = config.run_name or default_run_name(config)
-    run_dir = (config.output_dir / name).absolute()
-    refuse_other_config(config, run_dir)
-    return _go(config, run_dir, layout, stages, dry_run, stage_functions)
-
-
-def resume_pipeline(
-    run_dir: Path,
-    config: PipelineFields,
-    *,
-    layout: Layout,
-    stages: StageSelection | None = None,
-    dry_run: bool = False,
-    stage_functions: Mapping[str, StageFunction] | None = None,
-) -> int:
-    """Go on with a run; what depends on settings that changed since is run again. Otherwise as `run_pipeline`."""
-    return _go(config, run_dir.absolute(), layout, stages, dry_run, stage_functions)
-
-
-def _go(
-    config: PipelineFields,
-    run_dir: Path,
-    layout: Layout,
-    stages: StageSelection | None,
-    dry_run: bool,
-    functions: Mapping[str, StageFunction] | None,
-) -> int:
     console = Console(width=None if Console().is_terminal else 150)
-    selection = stages or StageSelection()
-    config = _with_absolute_paths(with_layout(config, layout)).model_copy(update={"run_name": run_dir.name})
+    run_dir, layout, selection = request.run_dir, request.layout, request.stages
+    if not request.resume:
+        refuse_other_config(request.config, run_dir)
+    config = _with_absolute_paths(with_layout(request.config, layout))
     refuse_foreign_run(run_dir)
-    if dry_run:
+    if request.dry_run:
         print_plan(console, plan(config, layout, run_dir, selection), run_dir, layout)
         return 0
     selection.check()
@@ -120,13 +87,38 @@ def _go(
             settle(run_dir / entry["folder"])
         rows = plan(config, layout, run_dir, selection)
         print_plan(console, rows, run_dir, layout)
-        files = {row.stage: stage_files(config, row.stage) for row in rows}
-        run = _accept(config, run_dir, rows)
-        note_digests(config.output_dir, {path for read in files.values() for path in read})
+        jobs = _jobs(replace(request, config=config), rows)
         failed = False
-        if any(row.action in ("run", "resume") for row in rows):
-            failed = not _execute(config, run_dir, rows, run, files, layout, functions, console)
+        if any(job.runs for job in jobs):
+            with connected_ray(layout):
+                import ray
+
+                # num_cpus=0: the task only waits for its workers; holding a CPU would starve them.
+                task: Any = ray.remote(num_cpus=0, max_retries=0)(run_stage)
+                done: dict[str, StageResult | ray.ObjectRef] = {}
+                for job in jobs:
+                    if job.runs:
+                        inputs = (done[name] for name in job.inputs)
+                        done[job.row.stage] = task.options(name=job.row.stage).remote(job, *inputs)
+                    elif job.row.action == "reuse":
+                        done[job.row.stage] = job.earlier_result()
+                failed = not _watch([(job.row, done[job.row.stage]) for job in jobs if job.runs], console)
         return _finish(run_dir, [row for row in rows if selection.selects(row.stage)], failed, console)
+
+
+def _jobs(request: RunRequest, rows: Sequence[PlannedStage]) -> list[StageJob]:
+    """Store the settings as the run's own; what each stage's task is given."""
+    config, run_dir = request.config, request.run_dir
+    files = {row.stage: stage_files(config, row.stage) for row in rows}
+    run = _accept(config, run_dir, rows)
+    note_digests(config.output_dir, {path for read in files.values() for path in read})
+    return [
+        StageJob(
+            row, config, request.layout, run_dir, upstream(config, row.stage), run.wandb_id(row.stage, row.identity),
+            request.stage_functions.get(row.stage), files[row.stage],
+        )
+        for row in rows
+    ]  # fmt: skip
 
 
 def _with_absolute_paths(config: PipelineFields) -> PipelineFields:
@@ -216,66 +208,32 @@ def _start_ray() -> None:
         ) from None
 
 
-def _execute(
-    config: PipelineFields,
-    run_dir: Path,
-    rows: Sequence[PlannedStage],
-    run: RunFile,
-    files: Mapping[str, Mapping[Path, str]],
-    layout: Layout,
-    functions: Mapping[str, StageFunction] | None,
-    console: Console,
-) -> bool:
-    """Run the planned stages on Ray; False when one failed."""
-    with connected_ray(layout):
-        import ray
-
-        # num_cpus=0: the task only waits for its workers; holding a CPU would starve them.
-        task: Any = ray.remote(num_cpus=0, max_retries=0)(execute_stage)
-        done: dict[str, StageResult | ray.ObjectRef] = {}
-        pending: dict[str, ray.ObjectRef] = {}
-        for row in rows:
-            if row.action in ("run", "resume"):
-                inputs = upstream(config, row.stage)
-                job = StageJob(
-                    row, config, run_dir.name, run_dir, inputs, run.wandb_id(row.stage, row.identity),
-                    layout.device, (functions or {}).get(row.stage), files[row.stage],
-                )  # fmt: skip
-                ref = task.options(name=row.stage).remote(job, *(done[name] for name in inputs))
-                done[row.stage] = pending[row.stage] = ref
-            elif row.action == "reuse":
-                record = read_record(row.folder)
-                assert record is not None
-                done[row.stage] = record.result(row.folder)
-        return _watch({row.stage: row for row in rows}, pending, console)
-
-
-def _watch(rows: Mapping[str, PlannedStage], pending: Mapping[str, Any], console: Console) -> bool:
+def _watch(pending: Sequence[tuple[PlannedStage, Any]], console: Console) -> bool:
     """Show progress until every task has ended; False when a stage failed, after telling which and why."""
     import ray
     from ray.exceptions import RayError
 
-    with ProgressView(console, {stage: rows[stage].work for stage in pending}) as view:
-        for stage, ref in pending.items():  # a chain: a stage starts when the one before it has ended
-            view.start(stage)
+    with ProgressView(console, {row.stage: row.work for row, _ in pending}) as view:
+        for row, ref in pending:  # a chain: a stage starts when the one before it has ended
+            view.start(row.stage)
             while not ray.wait([ref], timeout=POLL)[0]:
                 view.refresh()
             try:
                 ray.get(ref)
             except RayError as error:
-                failure = _record_failure(rows[stage], error)
-                view.finish(stage, "FAILED")
+                failure = _record_failure(row, error)
+                view.finish(row.stage, "FAILED")
                 break
-            record = read_record(rows[stage].folder)
+            record = read_record(row.folder)
             assert record is not None
-            view.finish(stage, outcome_text(record))
-            for text in notices_of(rows[stage].folder):
+            view.finish(row.stage, outcome_text(record))
+            for text in notices_of(row.folder):
                 console.print(text, markup=False, highlight=False, soft_wrap=True)
         else:
             return True
     if isinstance(failure, UserError):
         raise failure
-    print_failure(console, rows[stage], failure)
+    print_failure(console, row, failure)
     return False
 
 

@@ -12,8 +12,9 @@ from model.convert.json_values import short
 from model.convert.weight_files import LoadLimits, read_object, stored_tensors
 from ray_pipeline.data.chat.tokenizer import ChatTokenizer, load_tokenizer
 from ray_pipeline.errors import UserError
-from ray_pipeline.records.integrity import MANIFEST, own_damage
+from ray_pipeline.records.integrity import own_damage
 from ray_pipeline.settings.post_training import ToolsConfig
+from ray_pipeline.settings.run_folder import MANIFEST
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 NO_PICKLE = "transformers reads safetensors only here, because a pickle can run any program"

@@ -64,3 +64,6 @@ class StageResult:
     metrics: dict[str, float] = field(default_factory=dict)
     baselines: dict[str, float] = field(default_factory=dict)
     learned: bool | None = None
+
+
+StageFunction = Callable[[StageContext], StageResult]

@@ -8,7 +8,7 @@ from itertools import product
 from math import gcd, log2
 from typing import Any, Literal
 
-from ray_pipeline.errors import UserError
+from ray_pipeline.errors import UserError, command
 from ray_pipeline.layout.layout import Layout, layout_of
 from ray_pipeline.layout.model_rules import models
 from ray_pipeline.layout.rules import batches, broken_rule, refusal, shared
@@ -117,7 +117,7 @@ def choose_device(config: PipelineFields, gpus_available: int, cpu_only: bool) -
     if config.backend == "cuda" and (gpus_available == 0 or cpu_only):
         raise UserError(
             "backend=cuda: this machine has no GPU that PyTorch can use. Use --backend cpu, --backend modal, or see "
-            "`ray-pipeline doctor`."
+            f"`{command('doctor')}`."
         )
     return "cpu" if config.backend == "cpu" or cpu_only or gpus_available == 0 else "cuda"
 

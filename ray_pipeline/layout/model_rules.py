@@ -1,4 +1,4 @@
-"""Rules of layouts that come with a mechanism of the model or the optimizer, for the table in `layout_rules`."""
+"""Rules of layouts that come with a mechanism of the model, the optimizer or adapters, for the table in `rules`."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterator
 from math import gcd
 
 from model.config import ModelConfig
+from model.parallel.placement import num_stages, parts_of, stage_layers
 from ray_pipeline.layout.layout import Layout, Refusal
-from ray_pipeline.layout.lora_rules import LORA_RULES
 from ray_pipeline.settings.chain import trained
+from ray_pipeline.settings.lora_targets import adapter_params
 from ray_pipeline.settings.schema import PipelineFields
 
 Check = Callable[[PipelineFields, Layout], Refusal | None]
@@ -62,9 +63,51 @@ def _muon_has_whole_matrices(config: PipelineFields, layout: Layout) -> Refusal 
     )
 
 
+def _has_adapters(config: PipelineFields) -> bool:
+    return "sft" in trained(config) and config.sft.lora.r > 0
+
+
+def _adapters_are_whole(config: PipelineFields, layout: Layout) -> Refusal | None:
+    if not _has_adapters(config) or layout.tp == 1:
+        return None
+    return Refusal(
+        f"tp_size={layout.tp} with sft.lora.r={config.sft.lora.r}",
+        "tensor parallelism cuts the matrices that adapters are put on, and adapters are not cut",
+        "Use --tp-size 1 (--sp-size, --pp-size and --dp-size work), or --set sft.lora.r=0",
+    )
+
+
+def _frozen_experts_are_nobodys_copies(config: PipelineFields, layout: Layout) -> Refusal | None:
+    if not _has_adapters(config) or layout.ep == 1 or layout.zero_stage == 0:
+        return None
+    return Refusal(
+        f"zero_stage={layout.zero_stage} with ep_size={layout.ep} and sft.lora.r={config.sft.lora.r}",
+        "DeepSpeed takes frozen experts, which differ from rank to rank, for copies of each other",
+        "Use --zero-stage 0 (the optimizer holds adapters alone), or --ep-size 1",
+    )
+
+
+def _every_rank_has_an_adapter(config: PipelineFields, layout: Layout) -> Refusal | None:
+    lora, model = config.sft.lora, config.model
+    if not _has_adapters(config):
+        return None
+    parts = stage_layers(model, num_stages(layout.schedule, layout.pp), layout.pp_layout)
+    for rank in range(layout.pp):
+        held = [parts[stage] for stage in parts_of(layout.schedule, layout.pp, rank)]
+        if not any(adapter_params(model, layers, lora.r, lora.target_modules) for layers in held):
+            return Refusal(
+                f"pp_size={layout.pp} with sft.lora.target_modules={lora.target_modules}",
+                f"pipeline rank {rank} has no layer of these names, and so nothing to train",
+                "Use --pp-size 1, or leave sft.lora.target_modules empty for those of attention",
+            )
+    return None
+
+
 MODEL_RULES: dict[str, Check] = {
     "key and value heads are shared evenly by tp": _key_heads_are_shared,
     "a stack that is applied several times is on one pipeline rank": _recursion_has_one_stage,
     "Muon needs whole matrices": _muon_has_whole_matrices,
-    **LORA_RULES,
+    "adapters are not cut by tp": _adapters_are_whole,
+    "ZeRO does not know frozen experts": _frozen_experts_are_nobodys_copies,
+    "every pipeline rank has an adapter": _every_rank_has_an_adapter,
 }

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from model.config import ModelConfig, RopeScaling
 from ray_pipeline.errors import UserError
-from ray_pipeline.records.integrity import MANIFEST, file_sha256, refuse_foreign_folder, sealed, verify_folder
+from ray_pipeline.records.integrity import file_sha256, refuse_foreign_folder, sealed, verify_folder
+from ray_pipeline.settings.run_folder import MANIFEST
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -19,10 +19,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ray_pipeline.errors import UserError
+from ray_pipeline.errors import UserError, resume_command
+from ray_pipeline.settings.run_folder import MANIFEST, RECORD
 
-MANIFEST = "manifest.json"
-RECORD = "record.json"  # of a stage, beside its outputs
 SEAL = "seal"  # key of a record's own SHA-256
 _CHUNK = 1 << 22
 _THREADS = 4  # files hashed side by side; hashing leaves Python's lock alone
@@ -258,7 +257,7 @@ def make_again(folder: Path) -> str:
     """What to do about a damaged file of `folder`."""
     if (folder / RECORD).is_file():
         stage, run = folder.name.rpartition("-")[0] or folder.name, folder.parent
-        return f"Make it again with `resume {run.name} --output-dir {run.parent} --stage {stage}`."
+        return f"Make it again with `{resume_command(run, '--stage', stage)}`."
     return f"Make {folder} again, or put back a copy of the file."
 
 

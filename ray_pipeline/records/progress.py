@@ -9,8 +9,8 @@ from typing import Any, Protocol
 
 from ray_pipeline.records.artifacts import write_sealed
 from ray_pipeline.records.integrity import unsealed
+from ray_pipeline.settings.run_folder import PROGRESS_FILE
 
-PROGRESS_FILE = "progress.json"
 WRITE_EVERY = 0.3  # seconds between writes of progress.json
 
 

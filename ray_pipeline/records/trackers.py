@@ -20,10 +20,10 @@ from urllib.parse import urlsplit
 from ray_pipeline.errors import UserError
 from ray_pipeline.records.artifacts import atomic_path
 from ray_pipeline.records.integrity import unsealed
-from ray_pipeline.records.progress import PROGRESS_FILE, read_progress
+from ray_pipeline.records.progress import read_progress
+from ray_pipeline.settings.run_folder import METRICS_FILE, PROGRESS_FILE, SAMPLES_FILE
 from ray_pipeline.settings.schema import PipelineFields
 
-METRICS_FILE, SAMPLES_FILE = "metrics.jsonl", "samples.json"
 CHECK = "crc32"  # key of a line's own checksum
 EVALUATED = "eval/step"  # in W&B alone: the step of the last evaluation
 

@@ -13,8 +13,8 @@ from ray_pipeline.records.progress import seconds_text
 from ray_pipeline.records.trackers import read_metrics, read_samples
 from ray_pipeline.report.curves import chart
 from ray_pipeline.report.summary import summary_rows
+from ray_pipeline.settings.run_folder import REPORT_FILE
 
-REPORT_FILE = "report.html"
 MOST_SAMPLES = 12
 # Charts of a stage: title, logged names of its lines, baselines drawn as levels.
 CHARTS = (

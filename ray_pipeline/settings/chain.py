@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from ray_pipeline.errors import UserError, did_you_mean
+from ray_pipeline.settings.run_folder import MODEL
 from ray_pipeline.settings.schema import STAGES, TRAINING_STAGES, PipelineFields
 
 # Each goes on with the weights of the one before it; DISTILLATION takes the last one's as its teacher.
 POLICY_STAGES = ("pretrain", "sft", "dpo", "grpo")
+TOP_K = "topk:"  # before the folder of stored log-probabilities that `distillation.teacher` may name
 
 
 def chain(config: PipelineFields) -> tuple[str, ...]:
@@ -88,3 +91,14 @@ def exported_stage(config: PipelineFields) -> str | None:
     """The stage whose weights EXPORT writes as the model; None where no stage makes any."""
     last = input_stage(config, "export") or ("distillation" if "distillation" in config.stages else None)
     return config.export.source or last
+
+
+def is_top_k(teacher: str | None) -> bool:
+    """Whether the name is `topk:PATH`."""
+    return teacher is not None and teacher.startswith(TOP_K)
+
+
+def teacher_path(teacher: str) -> Path:
+    """The folder that is read: the model of a stage's folder, else the folder itself."""
+    path = Path(teacher.removeprefix(TOP_K))
+    return path / MODEL if (path / MODEL / "config.json").is_file() else path

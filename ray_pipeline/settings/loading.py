@@ -18,9 +18,8 @@ from ray_pipeline.settings.checks import problems
 from ray_pipeline.settings.init_from import with_init_from
 from ray_pipeline.settings.layers import Layer, env_layer, find_recipe, flag_layer, with_presets, yaml_layer
 from ray_pipeline.settings.messages import explain
+from ray_pipeline.settings.run_folder import RUN_FILE
 from ray_pipeline.settings.schema import TRAINING_STAGES, PipelineFields
-
-RUN_FILE = "run.json"  # beside the settings that a run was accepted with
 
 
 class LayerSource(PydanticBaseSettingsSource):

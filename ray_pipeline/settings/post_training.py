@@ -102,10 +102,10 @@ class GrpoConfig(TrainingConfig):
         1, description="mini-batches that the answers of a batch of rollouts are cut into, one optimizer step each"
     )
     num_iterations: PositiveInt = Field(1, description="times that these mini-batches are gone through")
-    loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo"] = Field(
+    loss_type: Literal["grpo", "dr_grpo", "dapo"] = Field(
         "dapo",
         description="how token losses are averaged: grpo per answer, dr_grpo by max_new_tokens (arXiv:2503.20783), "
-        "dapo over all tokens of the step (arXiv:2503.14476); bnpo is not offered",
+        "dapo over all tokens of the step (arXiv:2503.14476)",
     )
     importance_sampling_level: Literal["token", "sequence"] = Field(
         "token", description="sequence: one ratio per answer (GSPO, arXiv:2507.18071)"
@@ -172,6 +172,17 @@ class GrpoConfig(TrainingConfig):
     def steps_per_rollout(self) -> int:
         """Optimizer steps on one batch of rollouts."""
         return self.updates_per_rollout * self.num_iterations
+
+    @field_validator("loss_type", mode="before")
+    @classmethod
+    def _no_average_of_micro_batches(cls, value: object) -> object:
+        """TRL's fourth kind has a reason against it, which a list of the others would not tell."""
+        if value == "bnpo":
+            raise ValueError(
+                "averages over the tokens of each micro-batch, so that the result would depend on micro_batch and on "
+                "the number of ranks. Use dapo, the average over all tokens of a step"
+            )
+        return value
 
 
 class StudentConfig(Section):

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from ray_pipeline.settings.chain import TOP_K, is_top_k
 from ray_pipeline.settings.lora_targets import target_problem
 from ray_pipeline.settings.schema import GrpoConfig, PipelineFields
 from ray_pipeline.settings.section import Section
-from ray_pipeline.settings.teacher_name import TOP_K, is_top_k
 
 
 def post_training_problems(config: PipelineFields) -> Iterator[str]:
@@ -65,11 +65,6 @@ def _grpo(config: PipelineFields) -> Iterator[str]:
     grpo = config.grpo
     if grpo.clip_low >= 1:
         yield f"grpo.clip_low={grpo.clip_low}: the ratio is clipped below at 1 - clip_low; use a value below 1"
-    if grpo.loss_type == "bnpo":
-        yield (
-            "grpo.loss_type=bnpo: averages over the tokens of each micro-batch, so that the result would depend on "
-            "micro_batch and on the number of ranks. Use dapo, the average over all tokens of a step."
-        )
     if not grpo.rewards or not any(grpo.rewards.values()):
         yield f"grpo.rewards={grpo.rewards}: nothing would be rewarded. Name a reward, for example {{answer: 1.0}}."
     if grpo.beta == 0:

@@ -10,7 +10,7 @@ from typing import Any
 
 from ray_pipeline.data.chat.tokenizer import ChatTokenizer, load_tokenizer
 from ray_pipeline.data.rows.conversations import write_conversations
-from ray_pipeline.data.rows.manifest import MANIFEST, unigram_entropy, write_data_manifest
+from ray_pipeline.data.rows.manifest import unigram_entropy, write_data_manifest
 from ray_pipeline.data.rows.preferences import write_preferences
 from ray_pipeline.data.sets.preference_sets import gather_preferences
 from ray_pipeline.data.sets.question_sets import QuestionSets, gather_questions
@@ -25,6 +25,7 @@ from ray_pipeline.launch.stage_context import StageContext, StageResult
 from ray_pipeline.records.artifacts import read_json, write_json, write_text
 from ray_pipeline.records.progress import Progress, Report
 from ray_pipeline.settings.chain import chain, reads_text
+from ray_pipeline.settings.run_folder import MANIFEST, TOKENIZER
 from ray_pipeline.settings.schema import PipelineFields
 
 STAGE = "data_prep"
@@ -49,7 +50,7 @@ def run(context: StageContext) -> StageResult:
     if reads_text(config):
         tokenizer, text, counted, entropy = prepare_text(context, sets, report)
     else:
-        tokenizer, text, counted, entropy = given_tokenizer(config, folder / "tokenizer"), {}, {}, {}
+        tokenizer, text, counted, entropy = given_tokenizer(config, folder / TOKENIZER), {}, {}, {}
     sft, too_long = write_conversations(
         config, sets.conversations, tokenizer, folder / "sft", report, sets.tallies.get(f"--sft-data {config.data.sft}")
     )
@@ -105,10 +106,10 @@ def prepare_text(
     corpus = clean_corpus(config, finder, work, context.guard, report, sets.tallies)
     choice = Choice(corpus, config.data)
     if (work / TOKENIZER_DONE).exists():
-        tokenizer = load_tokenizer(folder / "tokenizer")
+        tokenizer = load_tokenizer(folder / TOKENIZER)
     else:
         report("tokenizer", 0, None)
-        tokenizer = make_tokenizer(config, choice, sets.conversations, folder / "tokenizer")
+        tokenizer = make_tokenizer(config, choice, sets.conversations, folder / TOKENIZER)
         write_text(work / TOKENIZER_DONE, "")
     packed = TextRows(config, choice, tokenizer, work / "packed.npz").write(folder / "pretrain", report)
     train, validation = packed.datasets["pretrain/train"], packed.datasets["pretrain/validation"]

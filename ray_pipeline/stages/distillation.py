@@ -15,8 +15,8 @@ from ray_pipeline.engine.engine import Engine
 from ray_pipeline.errors import UserError
 from ray_pipeline.launch.stage_context import StageContext, StageResult
 from ray_pipeline.objectives.distillation import distillation_objective
-from ray_pipeline.settings.chain import input_stage
-from ray_pipeline.settings.teacher_name import is_top_k, teacher_path
+from ray_pipeline.settings.chain import input_stage, is_top_k, teacher_path
+from ray_pipeline.settings.run_folder import TOKENIZER
 from ray_pipeline.stages.verdict import judge_accuracy
 from ray_pipeline.teachers.engine_teacher import EngineTeacher, Teacher, load_teacher
 from ray_pipeline.teachers.teacher_answers import teacher_answer_rows
@@ -79,7 +79,7 @@ def make_rows(rank: Rank, teacher: Teacher) -> Rows | None:
     stored = PackedRows(rank.data / "sft" / "train") if settings.conversations else None
     if is_top_k(settings.teacher):
         assert stored is not None and settings.teacher is not None, "the settings were checked"
-        return TopKRows(stored, rank.data / "tokenizer", teacher_path(settings.teacher), settings.temperature)
+        return TopKRows(stored, rank.data / TOKENIZER, teacher_path(settings.teacher), settings.temperature)
     written = teacher_answer_rows(rank, teacher) if settings.teacher_answers else None
     if stored is None and written is None:
         raise UserError(

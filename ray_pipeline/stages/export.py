@@ -37,9 +37,10 @@ from ray_pipeline.records.artifacts import (
     write_json,
     write_sealed,
 )
-from ray_pipeline.records.integrity import MANIFEST, files_damage, manifest_files, verify_folder
+from ray_pipeline.records.integrity import files_damage, manifest_files, verify_folder
 from ray_pipeline.records.progress import Progress
 from ray_pipeline.settings.chain import exported_stage, lineage, reads_folder
+from ray_pipeline.settings.run_folder import MANIFEST, MODEL, TOKENIZER
 from ray_pipeline.training.heldout import read_questions
 
 STAGE = "export"
@@ -76,7 +77,7 @@ def run(context: StageContext) -> StageResult:
 def _tokenizer_of(context: StageContext, stage: str, aside: Path) -> Path:
     """The folder of the tokenizer whose plain text begins as the stage's model has seen it: with bos, as PRETRAIN's
     documents do, or as the tokenizer of given weights has it."""
-    folder = context.inputs["data_prep"].folder / "tokenizer"
+    folder = context.inputs["data_prep"].folder / TOKENIZER
     load_tokenizer(folder)  # refuses a damaged one by its own name
     return with_bos(folder, aside) if "pretrain" in lineage(context.config, stage) else folder
 
@@ -89,7 +90,7 @@ def _write_and_check(context: StageContext, models: dict[str, str], tokenizers: 
     for place, stage in models.items():
         tokenizer_folder = tokenizers[place]
         tokenizer, begins = load_tokenizer(tokenizer_folder), begins_with_bos(tokenizer_folder)
-        model = _finite_model(context.inputs[stage].folder / "model")
+        model = _finite_model(context.inputs[stage].folder / MODEL)
         reason = unpublished_reason(model.config)
         name = place if reason is None else place.replace("hf", "native")
         first = place == "hf"

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from ray_pipeline.data.rows.loader import PackedRows
-from ray_pipeline.data.rows.manifest import MANIFEST
 from ray_pipeline.launch.stage_context import StageContext, StageResult
 from ray_pipeline.objectives.cross_entropy import CrossEntropy
 from ray_pipeline.records.integrity import make_again, read_sealed
+from ray_pipeline.settings.run_folder import MANIFEST
 from ray_pipeline.training.finish import save_trained_model
 from ray_pipeline.training.initial import initial_state
 from ray_pipeline.training.rank import Rank, rank_arguments, start_rank

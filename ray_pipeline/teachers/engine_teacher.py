@@ -19,8 +19,8 @@ from ray_pipeline.data.rows.batch import Batch
 from ray_pipeline.engine.engine import Engine
 from ray_pipeline.errors import UserError
 from ray_pipeline.layout.layout import layout_of
-from ray_pipeline.settings.chain import reads_teacher
-from ray_pipeline.settings.teacher_name import is_top_k
+from ray_pipeline.settings.chain import is_top_k, reads_teacher
+from ray_pipeline.settings.run_folder import TOKENIZER
 from ray_pipeline.teachers.teacher_folder import KEY, TeacherFolder, compare_tokenizers, open_teacher, student_base
 from ray_pipeline.training.finish import read_input
 from ray_pipeline.training.rank import Rank
@@ -55,7 +55,7 @@ def load_teacher(rank: Rank) -> Teacher:
         model, state = read_input(rank)
         return Teacher(model, model, state)
     folder = open_teacher(name)
-    same = compare_tokenizers(config, folder, rank.data / "tokenizer")
+    same = compare_tokenizers(config, folder, rank.data / TOKENIZER)
     base = student_base(config, folder, same_tokenizer=same)
     if folder.config is None:
         return Teacher(base, folder=folder, same_tokenizer=same)

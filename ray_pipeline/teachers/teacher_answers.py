@@ -18,6 +18,7 @@ from ray_pipeline.evaluation.marking import are_right
 from ray_pipeline.records.artifacts import atomic_folder
 from ray_pipeline.records.integrity import damage
 from ray_pipeline.rollouts.rollout import request_seed
+from ray_pipeline.settings.run_folder import TOKENIZER
 from ray_pipeline.teachers.engine_teacher import Teacher
 from ray_pipeline.training.distillation.student_answers import Answer, longest_answer, pack_answers, write_answers
 from ray_pipeline.training.heldout import WholeModel, read_questions
@@ -35,7 +36,7 @@ def teacher_answer_rows(rank: Rank, teacher: Teacher) -> Batch | None:
     """
     folder = rank.folder / "teacher_answers"
     if not all(all_ranks_gather(rank.mesh, folder.is_dir())):
-        own = load_tokenizer(rank.data / "tokenizer")
+        own = load_tokenizer(rank.data / TOKENIZER)
         wanted = rank.config.distillation.teacher_answers
         questions = read_questions(rank.data / "prompts" / "train.jsonl", wanted)
         if teacher.config is not None:

@@ -19,9 +19,10 @@ from ray_pipeline.errors import UserError
 from ray_pipeline.layout.layout import Layout
 from ray_pipeline.layout.rules import refusal
 from ray_pipeline.records.artifacts import read_json
-from ray_pipeline.records.integrity import RECORD, own_damage, verify_files
+from ray_pipeline.records.integrity import own_damage, verify_files
+from ray_pipeline.settings.chain import is_top_k, teacher_path
+from ray_pipeline.settings.run_folder import RECORD, TOKENIZER
 from ray_pipeline.settings.schema import PipelineFields
-from ray_pipeline.settings.teacher_name import is_top_k, teacher_path
 
 KEY = "distillation.teacher"
 
@@ -73,7 +74,7 @@ def _tokenizer(path: Path) -> Path | None:
     record = path.parent / RECORD
     if not record.is_file():
         return None
-    folder = path.parent.parent / str(read_json(record)["upstream"].get("data_prep")) / "tokenizer"
+    folder = path.parent.parent / str(read_json(record)["upstream"].get("data_prep")) / TOKENIZER
     return folder if folder.is_dir() else None
 
 

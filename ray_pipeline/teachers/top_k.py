@@ -28,7 +28,7 @@ from ray_pipeline.data.rows.loader import PackedRows, row_order
 from ray_pipeline.errors import UserError
 from ray_pipeline.records.artifacts import atomic_folder, read_json, write_json
 from ray_pipeline.records.integrity import damage, refuse_foreign_folder
-from ray_pipeline.settings.teacher_name import TOP_K
+from ray_pipeline.settings.chain import TOP_K
 from ray_pipeline.teachers.teacher_folder import vocabulary
 
 DESCRIPTION = "topk.json"

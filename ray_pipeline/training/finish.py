@@ -10,6 +10,7 @@ from model.transformer import Transformer
 from ray_pipeline.engine.engine import Engine
 from ray_pipeline.records.artifacts import load_model, save_model
 from ray_pipeline.settings.chain import input_stage
+from ray_pipeline.settings.run_folder import MODEL
 from ray_pipeline.training.initial import initial_state
 from ray_pipeline.training.rank import Rank
 
@@ -19,7 +20,7 @@ def save_trained_model(rank: Rank, engine: Engine) -> None:
     rank.phase("saving")
     state = engine.full_state()
     if rank.is_main:
-        save_model(rank.folder / "model", engine.config, state)
+        save_model(rank.folder / MODEL, engine.config, state)
     if dist.is_initialized():
         dist.barrier()
 
@@ -35,5 +36,5 @@ def read_input(rank: Rank) -> tuple[ModelConfig, dict[str, torch.Tensor]]:
         state = initial_state(rank.config)
         assert state is not None, "the settings were checked: without an earlier stage there is init_from"
         return rank.config.model, state
-    model: Transformer = load_model(rank.upstream[stage] / "model")
+    model: Transformer = load_model(rank.upstream[stage] / MODEL)
     return model.config, model.state_dict()

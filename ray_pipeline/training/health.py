@@ -20,7 +20,7 @@ from ray_pipeline.engine.checkpoints.checkpoint import (
 )
 from ray_pipeline.engine.engine import Engine
 from ray_pipeline.engine.step_stats import StepStats
-from ray_pipeline.errors import UserError
+from ray_pipeline.errors import UserError, resume_command
 from ray_pipeline.training.rank import Rank
 
 # The largest number of half precision. Weights of models that train are a thousand times smaller, and one beyond it
@@ -174,5 +174,4 @@ class Health:
     @property
     def resume(self) -> str:
         """The command that goes on with this run."""
-        run = self.rank.folder.parent
-        return f"python -m ray_pipeline.cli resume {run.name} --output-dir {run.parent}"
+        return resume_command(self.rank.folder.parent)

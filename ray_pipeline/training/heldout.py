@@ -21,9 +21,9 @@ from ray_pipeline.errors import UserError
 from ray_pipeline.evaluation.accuracy import EvalResult, evaluate_questions
 from ray_pipeline.records.artifacts import write_sealed
 from ray_pipeline.records.integrity import make_again, read_sealed, verify_files
-from ray_pipeline.records.trackers import SAMPLES_FILE
 from ray_pipeline.rollouts.agent import answer_with_tools
 from ray_pipeline.rollouts.rollout import Sampled
+from ray_pipeline.settings.run_folder import SAMPLES_FILE, TOKENIZER
 from ray_pipeline.tools.toolbox import ToolBox, listed_tools
 from ray_pipeline.training.rank import Rank
 
@@ -53,7 +53,7 @@ class WholeModel:
         self.rank = rank
         self.model = Transformer(config).to(rank.device).eval().requires_grad_(False)
         self.decoder = Decoder(self.model)
-        self.tokenizer = load_tokenizer(rank.data / "tokenizer")
+        self.tokenizer = load_tokenizer(rank.data / TOKENIZER)
 
     def load(self, state: dict[str, Tensor]) -> WholeModel:
         """Take these weights."""

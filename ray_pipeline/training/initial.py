@@ -8,8 +8,9 @@ from torch import Tensor
 
 from model.convert.hf_load import ModelFolder, open_folder, read_state
 from ray_pipeline.errors import UserError
-from ray_pipeline.records.integrity import MANIFEST, own_damage
+from ray_pipeline.records.integrity import own_damage
 from ray_pipeline.settings.init_from import limits_of, selection_of
+from ray_pipeline.settings.run_folder import MANIFEST
 from ray_pipeline.settings.schema import PipelineFields
 
 

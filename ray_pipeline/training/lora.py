@@ -16,6 +16,7 @@ from ray_pipeline.engine.adapters import peft_config
 from ray_pipeline.engine.engine import Engine
 from ray_pipeline.records.artifacts import atomic_folder
 from ray_pipeline.settings.post_training import LoraConfig
+from ray_pipeline.settings.run_folder import ADAPTER
 from ray_pipeline.training.rank import Rank
 
 _PREFIX = "base_model.model."  # what peft puts before the names of the model it wraps
@@ -25,7 +26,7 @@ def save_adapter(rank: Rank, engine: Engine, settings: LoraConfig) -> None:
     """Gather the adapters of all pipeline ranks; rank 0 writes `folder/adapter`."""
     state = engine.adapter_state()
     if rank.is_main:
-        write_adapter(rank.folder / "adapter", engine.config, settings, state)
+        write_adapter(rank.folder / ADAPTER, engine.config, settings, state)
     if dist.is_initialized():
         dist.barrier()
 

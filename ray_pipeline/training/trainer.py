@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Protocol, runtime_checkable
 
@@ -27,6 +28,7 @@ from ray_pipeline.engine.step_stats import StepStats
 from ray_pipeline.errors import UserError
 from ray_pipeline.objectives.base import Objective
 from ray_pipeline.records.trackers import Tracker
+from ray_pipeline.settings.run_folder import CHECKPOINTS
 from ray_pipeline.training.health import Health
 from ray_pipeline.training.rank import Rank
 
@@ -93,13 +95,45 @@ class Best:
         return self.loss < other.loss
 
 
+class Interval:
+    """Losses and tokens of the steps since figures were logged last, and the time they took."""
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin with nothing."""
+        self.losses: list[float] = []
+        self.tokens, self.since = 0, time.monotonic()
+
+    def add(self, stats: StepStats, batch: Batch) -> None:
+        """Count a step."""
+        self.losses.append(stats.loss)
+        self.tokens += batch.tokens_ahead(0)
+
+    def loss(self) -> float:
+        """Mean over the steps that learned something; 0 where none did."""
+        return sum(self.losses) / len(self.losses) if self.losses else 0.0
+
+    def speed(self) -> float:
+        """Tokens per second."""
+        return self.tokens / max(time.monotonic() - self.since, 1e-9)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave what is done inside out of the time."""
+        start = time.monotonic()
+        yield
+        self.since += time.monotonic() - start
+
+
 class Trainer:
     """Runs optimizer steps, evaluates, checkpoints, reports; goes on from the newest whole checkpoint by itself."""
 
     def __init__(self, rank: Rank, engine: Engine, objective: Objective):
         self.rank, self.engine, self.objective = rank, engine, objective
         self.settings = rank.settings
-        self.checkpoints = rank.folder / "checkpoints"
+        self.checkpoints = rank.folder / CHECKPOINTS
         self.history: dict[str, float] = {}
         self.best: Best | None = None
         self.health = Health(rank, engine, self.checkpoints)
@@ -120,44 +154,24 @@ class Trainer:
         with CheckpointWriter(self.rank.mesh, self.checkpoints, keep=self.settings.keep_checkpoints) as writer:
             if not self._evaluated and self._is_better(tracker, start, evaluate):
                 self._name_best(writer)
-            self._steps(start, source, evaluate, tracker, writer)
+            interval = Interval()
+            for step in range(start, self.settings.steps):
+                self.rank.place.at("next batch", step + 1)
+                batch, rate = source.batch(step), learning_rate(self.settings.optimizer, step, self.settings.steps)
+                self.rank.place.at("forward/backward")
+                set_warm_up(self.engine.module, step < self.rank.config.dense_steps(self.rank.stage))
+                stats = NOTHING_LEARNED
+                if batch is not None:
+                    stats = self.engine.train_step(batch, self.objective, rate)
+                    self.health.check_step(step + 1, stats, batch)
+                    interval.add(stats, batch)
+                self._log(tracker, step + 1, stats, rate, interval, source)
+                with interval.paused():
+                    self._save_and_evaluate(step + 1, source, evaluate, tracker, writer)
             self.rank.place.at("saving")
         if tracker is not None:
             tracker.finish(self.history)
         return dict(self.history)
-
-    def _steps(
-        self,
-        start: int,
-        source: BatchSource,
-        evaluate: Evaluate,
-        tracker: Tracker | None,
-        writer: CheckpointWriter,
-    ) -> None:
-        settings, place, tokens, since = self.settings, self.rank.place, 0, time.monotonic()
-        losses: list[float] = []
-        for step in range(start, settings.steps):
-            rate, done = learning_rate(settings.optimizer, step, settings.steps), step + 1
-            place.at("next batch", done)
-            batch = source.batch(step)
-            place.at("forward/backward")
-            set_warm_up(self.engine.module, step < self.rank.config.dense_steps(self.rank.stage))
-            stats = NOTHING_LEARNED
-            if batch is not None:
-                stats = self.engine.train_step(batch, self.objective, rate)
-                self.health.check_step(done, stats, batch)
-                losses.append(stats.loss)
-                tokens += batch.tokens_ahead(0)
-            last = done == settings.steps
-            if done % settings.log_every == 0 or last:
-                speed = tokens / max(time.monotonic() - since, 1e-9)
-                self.history["train_loss"] = sum(losses) / len(losses) if losses else 0.0
-                self.history |= {name: value for name, value in stats.figures.items() if "/" not in name}
-                self._log(tracker, done, stats, rate, speed, source.metrics())
-                losses, tokens, since = [], 0, time.monotonic()
-            paused = time.monotonic()
-            self._save_and_evaluate(done, source, evaluate, tracker, writer)
-            since += time.monotonic() - paused
 
     def _save_and_evaluate(
         self, done: int, source: BatchSource, evaluate: Evaluate, tracker: Tracker | None, writer: CheckpointWriter
@@ -229,8 +243,15 @@ class Trainer:
         )  # fmt: skip
 
     def _log(
-        self, tracker: Tracker | None, done: int, stats: StepStats, rate: float, speed: float, more: dict[str, float]
+        self, tracker: Tracker | None, done: int, stats: StepStats, rate: float, interval: Interval, source: BatchSource
     ) -> None:
+        """Report the interval that ends with step `done`, if one does, and begin the next."""
+        if done % self.settings.log_every and done != self.settings.steps:
+            return
+        speed, more = interval.speed(), source.metrics()
+        self.history["train_loss"] = interval.loss()
+        self.history |= {name: value for name, value in stats.figures.items() if "/" not in name}
+        interval.restart()
         if tracker is None:
             return
         figures = {"loss": self.history["train_loss"], "grad_norm": stats.grad_norm, "lr": rate}

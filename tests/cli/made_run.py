@@ -14,12 +14,13 @@ from model.init import init_weights
 from model.transformer import Transformer
 from ray_pipeline.dag.ledger import RunFile, stage_folder
 from ray_pipeline.dag.plan import PlannedStage
-from ray_pipeline.dag.stage_task import StageJob, execute_stage
+from ray_pipeline.dag.stage_task import StageJob, run_stage
 from ray_pipeline.data.chat.tokenizer_files import save_trained, train_bpe
 from ray_pipeline.data.rows.manifest import write_data_manifest
 from ray_pipeline.data.rows.packing import pack_conversations, pack_documents
 from ray_pipeline.data.rows.shards import write_rows
 from ray_pipeline.launch.stage_context import StageContext, StageResult
+from ray_pipeline.layout.layout import Layout
 from ray_pipeline.records.artifacts import save_model, write_text
 from ray_pipeline.settings.chain import upstream
 from ray_pipeline.settings.layers import with_checksum
@@ -69,7 +70,7 @@ def finish(
     row = PlannedStage(stage, "run", "", 1, 0, identity, folder)
     body = Body(fill or (lambda _: None), metrics or {})
     with mock.patch.dict(os.environ):  # a stage's task sets up a process of its own
-        execute_stage(StageJob(row, config, run_dir.name, run_dir, tuple(read), "", "cpu", body), *inputs)
+        run_stage(StageJob(row, config, Layout(), run_dir, tuple(read), "", body), *inputs)
     run.stages[stage] = {"identity": identity, "folder": folder.name, "decides": {}}
     run.save()
     return folder

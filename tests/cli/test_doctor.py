@@ -7,7 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
+from modal_gpu.image import declared_dependencies
 from ray_pipeline import hardware
 from ray_pipeline.cli import main
 from ray_pipeline.cli.diagnosis import Facts, diagnose
@@ -15,7 +17,7 @@ from ray_pipeline.hardware import Gpu
 
 GOOD = Facts(
     system={"system": "Linux", "machine": "x86_64", "python": "3.11.7"},
-    packages=dict.fromkeys(hardware.PACKAGES, "1.0"),
+    packages=dict.fromkeys(hardware.PACKAGES, "1.0") | {name: f"{v}.0" for name, v in hardware.TESTED.items()},
     gpus=[Gpu("NVIDIA H100", 79.6, "9.0")] * 2,
     torch={"cuda_build": "12.8", "cuda_available": True, "nccl": "2.27.3", "gloo": True, "bf16_gpu": True},
     cpus=16,
@@ -65,6 +67,7 @@ def test_something_essential_missing_is_told(change: dict, expected: str) -> Non
         ({"keys": dict.fromkeys(GOOD.keys, False)}, "modal token new"),
         ({"keys": dict.fromkeys(GOOD.keys, False)}, "wandb login"),
         ({"packages": GOOD.packages | {"xllamacpp": None}}, "ray-pipeline[llama]"),
+        ({"packages": GOOD.packages | {"torch": "3.0.1"}}, "torch 3.0.1: not tested"),
         ({"sandbox": "its kernel has no Landlock"}, "its kernel has no Landlock"),
     ],
 )
@@ -72,6 +75,17 @@ def test_what_is_not_essential_is_advice(change: dict, expected: str) -> None:
     found = diagnose(replace(GOOD, **change))
     assert found.missing == []
     assert expected in "\n".join(found.advice)
+
+
+def test_tested_releases_are_those_that_are_pinned_and_allowed() -> None:
+    pins = dict(line.split("==") for line in Path("constraints.txt").read_text().splitlines() if "==" in line)
+    assert hardware.untested(pins) is None
+    allowed = {r.name: r.specifier for r in map(Requirement, declared_dependencies())}
+    for name in hardware.TESTED:
+        assert allowed[name].contains(pins[name]) and any(bound.operator == "<" for bound in allowed[name])
+    line = hardware.untested(pins | {"ray": "2.61.0", "torch": "2.130.0+cpu"})
+    assert line is not None and line.startswith("torch 2.130.0+cpu, ray 2.61.0: not tested with this program")
+    assert line.endswith('pip install "torch==2.13.*" "ray==2.60.*"')
 
 
 def test_doctor_and_verify_cuda_look_at_this_machine(

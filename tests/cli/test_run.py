@@ -7,13 +7,13 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from ray_pipeline.cli import main
 from ray_pipeline.cli.group import STOPPING
 from ray_pipeline.dag import workflow
+from ray_pipeline.dag.request import RunRequest
 from ray_pipeline.errors import StageFailed, UserError
 from ray_pipeline.layout.layout import Layout
 from ray_pipeline.settings.loading import config_yaml, load_config
@@ -21,30 +21,31 @@ from ray_pipeline.settings.schema import PipelineFields
 
 
 class Recorder:
-    """Stands for run_pipeline and resume_pipeline."""
+    """Stands for the workflow's `execute`."""
 
     def __init__(self) -> None:
-        self.config = PipelineFields()
-        self.arguments: dict[str, Any] = {}
-        self.run_dir: Path | None = None
+        self.requests: list[RunRequest] = []
         self.answer: int | BaseException = 0
 
-    def run(self, config: PipelineFields, **arguments: Any) -> int:
-        self.config, self.arguments = config, arguments
+    @property
+    def last(self) -> RunRequest:
+        return self.requests[-1]
+
+    @property
+    def config(self) -> PipelineFields:
+        return self.last.config
+
+    def execute(self, request: RunRequest) -> int:
+        self.requests.append(request)
         if isinstance(self.answer, BaseException):
             raise self.answer
         return self.answer
-
-    def resume(self, run_dir: Path, config: PipelineFields, **arguments: Any) -> int:
-        self.run_dir = run_dir
-        return self.run(config, **arguments)
 
 
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     recorder = Recorder()
-    monkeypatch.setattr(workflow, "run_pipeline", recorder.run)
-    monkeypatch.setattr(workflow, "resume_pipeline", recorder.resume)
+    monkeypatch.setattr(workflow, "execute", recorder.execute)
     monkeypatch.setattr("ray_pipeline.hardware.count_gpus", lambda: 0)
     return recorder
 
@@ -61,26 +62,26 @@ def stored(tmp_path: Path) -> Path:
 
 def test_run_passes_layout_stages_and_name(seen: Recorder, capsys: pytest.CaptureFixture) -> None:
     assert main(["run", "--gpus", "3", "--pp-size", "3", "--from", "data_prep", "--until", "grpo", "--dry-run"]) == 0
-    assert seen.arguments["layout"] == Layout(gpus=3, pp=3)
-    stages = seen.arguments["stages"]
-    assert (stages.only, stages.from_, stages.until, seen.arguments["dry_run"]) == (None, "data_prep", "grpo", True)
+    assert seen.last.layout == Layout(gpus=3, pp=3)
+    stages = seen.last.stages
+    assert (stages.only, stages.from_, stages.until, seen.last.dry_run) == (None, "data_prep", "grpo", True)
     assert str(seen.config.run_name).startswith("tiny-")
     assert "no GPU here: 3 CPU worker processes over gloo" in capsys.readouterr().out
 
 
 def test_a_run_name_in_use_keeps_its_settings(seen: Recorder, stored: Path, tmp_path: Path) -> None:
     assert main(["run", "--run-name", "mine", "--output-dir", str(tmp_path), "--stage", "data_prep"]) == 0
-    assert (seen.config.grpo.beta, seen.arguments["layout"].pp) == (0.5, 3)
+    assert (seen.config.grpo.beta, seen.last.layout.pp) == (0.5, 3)
     assert main(["run", "--run-name", "mine", "--output-dir", str(tmp_path), "--config", "tiny"]) == 0
     assert seen.config.grpo.beta != 0.5, "a recipe that is given is taken; the workflow then compares"
 
 
 def test_resume_takes_the_stored_settings_and_changes(seen: Recorder, stored: Path, tmp_path: Path) -> None:
     assert main(["resume", "mine", "--output-dir", str(tmp_path), "--set", "grpo.beta=0.25"]) == 0
-    assert seen.run_dir == stored
-    assert (seen.config.grpo.beta, seen.arguments["layout"]) == (0.25, Layout(gpus=3, pp=3))
+    assert seen.last.run_dir == stored and seen.last.resume
+    assert (seen.config.grpo.beta, seen.last.layout) == (0.25, Layout(gpus=3, pp=3))
     assert main(["resume", str(stored), "--gpus", "1"]) == 0
-    assert seen.arguments["layout"] == Layout()
+    assert seen.last.layout == Layout()
 
 
 def test_the_exit_code_is_the_workflows(seen: Recorder) -> None:
@@ -110,12 +111,12 @@ def fresh_signals() -> Iterator[None]:
 def test_a_signal_that_ends_the_program_says_how_to_go_on(
     seen: Recorder, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
-    def run(config: PipelineFields, **_: Any) -> int:
+    def run(_: RunRequest) -> int:
         os.kill(os.getpid(), number)
         time.sleep(30)
         raise AssertionError("the signal was not noticed")
 
-    monkeypatch.setattr(workflow, "run_pipeline", run)
+    monkeypatch.setattr(workflow, "execute", run)
     assert main(["run", "--run-name", "cats", "--output-dir", str(tmp_path / "a b")]) == 128 + number
     assert capsys.readouterr().err.strip().endswith(f"resume cats --output-dir '{tmp_path / 'a b'}'")
     assert signal.getsignal(number) is signal.SIG_DFL
@@ -152,7 +153,7 @@ def test_an_odd_student_is_a_warning(seen: Recorder, capsys: pytest.CaptureFixtu
 
 def test_three_ranks_of_a_stored_run_need_no_flag_again(seen: Recorder, stored: Path, tmp_path: Path) -> None:
     assert main(["run", "--run-name", "mine", "--output-dir", str(tmp_path), "--zero-stage", "1"]) == 0
-    assert seen.arguments["layout"] == Layout(gpus=3, pp=3, zero_stage=1)
+    assert seen.last.layout == Layout(gpus=3, pp=3, zero_stage=1)
 
 
 @pytest.mark.parametrize(
@@ -173,4 +174,4 @@ def test_bad_data_is_refused_before_anything_starts(
     assert main(["run", "--data", str(path), "--output-dir", str(tmp_path / "runs")]) == 2
     text = capsys.readouterr().err
     assert expected in text and "Traceback" not in text
-    assert seen.arguments == {} and not (tmp_path / "runs").exists()
+    assert not seen.requests and not (tmp_path / "runs").exists()

@@ -7,17 +7,15 @@ from pathlib import Path
 
 from ray_pipeline.cli.group import guarded
 from ray_pipeline.cli.run import can_resume
-from ray_pipeline.dag.plan import StageSelection
-from ray_pipeline.dag.workflow import resume_pipeline, run_pipeline
+from ray_pipeline.dag.request import RunRequest, StageSelection
+from ray_pipeline.dag.workflow import execute
 from tests.dag import toy_stages as toy
 
 
 def main(folder: Path, ranks: int, verb: str) -> int:
     """Run or resume the toy run up to the stage with ranks."""
     settings, until = toy.config(folder), StageSelection(until="pretrain")
-    if verb == "run":
-        return run_pipeline(settings, layout=toy.layout(ranks), stages=until, stage_functions=toy.RANKED)
-    return resume_pipeline(folder / "toy", settings, layout=toy.layout(ranks), stages=until, stage_functions=toy.RANKED)
+    return execute(RunRequest(settings, toy.layout(ranks), until, resume=verb == "resume", stage_functions=toy.RANKED))
 
 
 def command_line(folder: Path, ranks: int, verb: str) -> int:

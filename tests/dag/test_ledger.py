@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from ray_pipeline.dag.ledger import (
-    LOCK,
     Record,
     RunFile,
     RunLock,
@@ -23,6 +22,7 @@ from ray_pipeline.dag.ledger import (
     write_record,
 )
 from ray_pipeline.errors import UserError
+from ray_pipeline.settings.run_folder import LOCK
 
 ROOT = Path(__file__).parents[2]
 

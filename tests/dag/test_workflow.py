@@ -10,8 +10,8 @@ import pytest
 
 from ray_pipeline.dag import workflow
 from ray_pipeline.dag.ledger import RunLock, again_folder, read_record, read_status
-from ray_pipeline.dag.plan import StageSelection
-from ray_pipeline.dag.workflow import resume_pipeline, run_pipeline
+from ray_pipeline.dag.request import RunRequest, StageSelection
+from ray_pipeline.dag.workflow import execute
 from ray_pipeline.errors import UserError
 from ray_pipeline.launch.local_ray import start_ray
 from ray_pipeline.records.rank_output import output_file
@@ -28,18 +28,13 @@ def one_ray():
 
 
 def run(folder: Path, *, functions=toy.FUNCTIONS, stages=None, ranks: int = 1, dry_run: bool = False, **values) -> int:
-    return run_pipeline(
-        toy.config(folder, **values),
-        layout=toy.layout(ranks),
-        stages=stages,
-        dry_run=dry_run,
-        stage_functions=functions,
-    )
+    stages = stages or StageSelection()
+    return execute(RunRequest(toy.config(folder, **values), toy.layout(ranks), stages, False, dry_run, functions))
 
 
 def resume(folder: Path, *, functions=toy.FUNCTIONS, stages=None, ranks: int = 1, **values) -> int:
-    settings = toy.config(folder, **values)
-    return resume_pipeline(folder / "toy", settings, layout=toy.layout(ranks), stages=stages, stage_functions=functions)
+    stages = stages or StageSelection()
+    return execute(RunRequest(toy.config(folder, **values), toy.layout(ranks), stages, True, False, functions))
 
 
 def statuses(folder: Path) -> dict[str, str]:
@@ -260,7 +255,7 @@ def test_ranks_the_cluster_can_never_hold_are_refused_before_anything_starts(tmp
     from ray_pipeline.layout.layout import Layout
 
     with pytest.raises(UserError, match=r"4 ranks with a GPU each: the Ray cluster has 0 GPUs and 2 CPUs on 1 node"):
-        run_pipeline(toy.config(tmp_path), layout=Layout(gpus=4, dp=4, device="cuda"), stage_functions=toy.FUNCTIONS)
+        execute(RunRequest(toy.config(tmp_path), Layout(gpus=4, dp=4, device="cuda"), stage_functions=toy.FUNCTIONS))
     assert toy.calls(tmp_path / "toy") == []
 
 

@@ -14,11 +14,12 @@ from modal.config import config as modal_settings
 from modal_gpu.app import HF_CACHE, RUNS, configured, pipeline
 from modal_gpu.files import fetch, local_inputs, remote_name
 from modal_gpu.image import build_image, declared_dependencies, pinned
-from modal_gpu.launch import run_on_modal, upload
+from modal_gpu.launch import execute_on_modal, upload
 from ray_pipeline.cli import main
 from ray_pipeline.dag.ledger import RunFile
-from ray_pipeline.dag.plan import StageSelection
+from ray_pipeline.dag.request import RunRequest
 from ray_pipeline.errors import UserError
+from ray_pipeline.layout.choice import resolve_layout
 from ray_pipeline.settings.loading import config_yaml, load_config
 from ray_pipeline.settings.schema import ModalConfig
 
@@ -85,8 +86,9 @@ def test_what_modal_cannot_place_is_refused(capsys: pytest.CaptureFixture, tmp_p
 
 
 def test_a_dry_run_needs_no_account(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
-    config = load_config(None, {"backend": "modal", "layout.gpus": 3, "layout.pp_size": 3, "output_dir": str(tmp_path)})
-    assert run_on_modal(config, stages=StageSelection(), dry_run=True) == 0
+    settings = {"backend": "modal", "layout.gpus": 3, "layout.pp_size": 3, "output_dir": str(tmp_path), "run_name": "a"}
+    config = load_config(None, settings)
+    assert execute_on_modal(RunRequest(config, resolve_layout(config, 0), dry_run=True)) == 0
     assert "would rent H100 x 3" in capsys.readouterr().out
 
 

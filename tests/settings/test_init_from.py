@@ -199,7 +199,7 @@ def test_the_weights_are_the_folders_and_what_is_left_out_is_the_seeds(folder):
 
 def test_run_says_what_starts_fresh_and_refuses_before_it_starts(folder, tmp_path, monkeypatch, capsys):
     started = []
-    monkeypatch.setattr(workflow, "run_pipeline", lambda config, **options: started.append(config) or 0)
+    monkeypatch.setattr(workflow, "execute", lambda request: started.append(request.config) or 0)
     monkeypatch.setattr("ray_pipeline.data.sources.source_checks.check_sources", lambda config: [])
     small = ["--set", "distillation.student.num_hidden_layers=1", "--seq-len", "128", "--backend", "cpu"]
     command = ["run", "--init-from", str(folder), "--output-dir", str(tmp_path / "runs"), *small]

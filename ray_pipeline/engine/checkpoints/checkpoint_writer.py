@@ -33,7 +33,7 @@ from ray_pipeline.engine.engine import Engine
 from ray_pipeline.errors import UserError
 from ray_pipeline.launch.rank_errors import lost_message
 from ray_pipeline.records.artifacts import explain_write_error, manifest_entries, sync_to_disk, write_sealed, writing
-from ray_pipeline.records.integrity import MANIFEST
+from ray_pipeline.settings.run_folder import MANIFEST
 
 BEST_FILE = "best.json"
 TIMEOUT = timedelta(minutes=30)  # ranks wait for the slowest disk

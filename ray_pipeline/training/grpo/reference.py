@@ -19,6 +19,7 @@ from ray_pipeline.engine.checkpoints.checkpoint import list_checkpoints, step_of
 from ray_pipeline.engine.engine import Engine
 from ray_pipeline.engine.pipeline.pipeline import Finish
 from ray_pipeline.records.artifacts import load_model, save_model
+from ray_pipeline.settings.run_folder import CHECKPOINTS
 from ray_pipeline.training.rank import Rank
 
 
@@ -108,7 +109,7 @@ class Reference:
     def _forget(self, step: int) -> None:
         """Drop those that no checkpoint needs; one may still be on its way, so the last two stay."""
         needed = {step, self._since}
-        for checkpoint in list_checkpoints(self.rank.folder / "checkpoints"):
+        for checkpoint in list_checkpoints(self.rank.folder / CHECKPOINTS):
             needed.add(refreshed_at(step_of(checkpoint), self.every, self.updates))
         for folder in self.rank.folder.glob("reference-*"):
             found = re.fullmatch(r"reference-(\d{8})", folder.name)

@@ -23,6 +23,7 @@ from ray_pipeline.rollouts.collector import Collector, Question, Score
 from ray_pipeline.rollouts.decoder_sampler import DecoderSampler, SamplingRules
 from ray_pipeline.rollouts.ray_engine import RayEngine
 from ray_pipeline.rollouts.samplers import InRankEngine, RolloutEngine, Sampler, from_main, share_rows
+from ray_pipeline.settings.run_folder import TOKENIZER
 from ray_pipeline.settings.schema import GrpoConfig, ToolsConfig
 from ray_pipeline.tools.toolbox import listed_tools
 from ray_pipeline.training.grpo.reference import Reference
@@ -123,7 +124,7 @@ def rollout_engine(rank: Rank, whole: WholeModel, config: ModelConfig) -> Rollou
     settings, mesh, device = rank.config.grpo, rank.mesh, rank.device
     assert settings.rollout.engine == "native", "config_checks refuses the others"
     rules = sampling_rules(settings, rank.config.tools)
-    tokenizer, rollout = rank.data / "tokenizer", settings.rollout
+    tokenizer, rollout = rank.data / TOKENIZER, settings.rollout
     if rollout.max_staleness and not rollout.workers:
         raise UserError(
             "grpo.rollout.max_staleness=1: the training ranks cannot sample while they train. Use --set "
@@ -150,7 +151,7 @@ def objective_of(settings: GrpoConfig, gap: SamplerGap) -> Grpo:
         clip_low=settings.clip_low,
         clip_high=settings.clip_high,
         temperature=settings.temperature,
-        loss_type=settings.loss_type,  # type: ignore[arg-type]  # config_checks refuses bnpo
+        loss_type=settings.loss_type,
         importance_sampling_level=settings.importance_sampling_level,
         max_new_tokens=settings.max_new_tokens,
         correction=Correction(settings.sampler_correction, settings.correction_min, settings.correction_max),

@@ -1,0 +1,87 @@
+"""What is asked of a run: its settings, its layout, and which of its stages. Plain data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ray_pipeline.errors import UserError, did_you_mean
+from ray_pipeline.launch.stage_context import StageFunction
+from ray_pipeline.layout.layout import Layout
+from ray_pipeline.settings.schema import STAGES, PipelineFields
+
+
+@dataclass(frozen=True)
+class StageSelection:
+    """`--stage` (one again), or `--from` and `--until` (a range)."""
+
+    only: str | None = None
+    from_: str | None = None
+    until: str | None = None
+
+    def check(self) -> None:
+        """Refuse names that do not exist and combinations that say nothing.
+
+        Raises:
+            UserError: with a suggestion.
+        """
+        for flag, name in (("--stage", self.only), ("--from", self.from_), ("--until", self.until)):
+            if name is not None and name not in STAGES:
+                known = ", ".join(STAGES)
+                raise UserError(f"{flag} {name}: no such stage{did_you_mean(name, STAGES)}. The stages are {known}.")
+        if self.only and (self.from_ or self.until):
+            raise UserError(f"--stage {self.only} runs one stage and --from/--until a range: give one or the other.")
+        if self.from_ and self.until and STAGES.index(self.from_) > STAGES.index(self.until):
+            raise UserError(f"--from {self.from_} --until {self.until}: {self.from_} comes after {self.until}.")
+
+    def check_chain(self, stages: tuple[str, ...]) -> None:
+        """Refuse a stage that this run does not have.
+
+        Raises:
+            UserError: naming the key that adds it.
+        """
+        for flag, name in (("--stage", self.only), ("--from", self.from_), ("--until", self.until)):
+            if name is not None and name not in stages:
+                raise UserError(
+                    f"{flag} {name}: this run has the stages {', '.join(stages)}. Add {name} to `stages` to have it."
+                )
+
+    def selects(self, stage: str) -> bool:
+        """Whether the stage may run."""
+        if self.only:
+            return stage == self.only
+        index = STAGES.index(stage)
+        first = STAGES.index(self.from_) if self.from_ else 0
+        last = STAGES.index(self.until) if self.until else len(STAGES) - 1
+        return first <= index <= last
+
+    def forces(self, stage: str) -> str | None:
+        """The flag by which the stage runs again though it is finished."""
+        if not self.selects(stage):
+            return None
+        return "--stage" if self.only else "--from" if self.from_ else None
+
+
+@dataclass(frozen=True)
+class RunRequest:
+    """One call of `run` or `resume`, checked and ready to be executed, here or on Modal.
+
+    Attributes:
+        config: with `run_name`. layout: legal for it.
+        resume: apply settings that changed since the run was started; else they are refused.
+        dry_run: print the plan alone. stage_functions: in place of the stages' own `run`, by name, for tests.
+    """
+
+    config: PipelineFields
+    layout: Layout
+    stages: StageSelection = field(default_factory=StageSelection)
+    resume: bool = False
+    dry_run: bool = False
+    stage_functions: Mapping[str, StageFunction] = field(default_factory=dict)
+
+    @property
+    def run_dir(self) -> Path:
+        """The run's folder, absolute."""
+        assert self.config.run_name is not None
+        return (self.config.output_dir / self.config.run_name).absolute()
