@@ -37,20 +37,20 @@ def report_writers(wishes: dict[str, Any]) -> list[tuple[Any, Path]]:
     """
     from ray_pipeline.report.evaluation import get_reporter
 
-    asked = [(name, wishes[f"{name}_file"], f"--{name}") for name in ("json", "html") if wishes[f"{name}_file"]]
+    wanted = [(name, wishes[f"{name}_file"], f"--{name}") for name in ("json", "html") if wishes[f"{name}_file"]]
     for given in wishes["reports"]:
         name, equals, file = given.partition("=")
         if not equals or not file:
             raise UserError(f"--report {given}: write it as NAME=FILE, for example --report jsonl=answers.jsonl.")
-        asked.append((name, Path(file), "--report"))
-    paths = [path.absolute() for _, path, _ in asked]
-    for _, path, option in asked:
+        wanted.append((name, Path(file), "--report"))
+    paths = [path.absolute() for _, path, _ in wanted]
+    for _, path, option in wanted:
         if path.is_dir() or any(parent.is_file() for parent in path.absolute().parents):
             raise UserError(f"{option} {path}: is a folder, or lies in a file. Give the path of a file to write.")
         if paths.count(path.absolute()) > 1:
             raise UserError(f"{option} {path}: two reports would be written to this file. Give different ones.")
-    writers = [(get_reporter(name), path) for name, path, _ in asked]
-    for name, path, option in asked:
+    writers = [(get_reporter(name), path) for name, path, _ in wanted]
+    for name, path, option in wanted:
         refuse_to_replace(option, path, partial(_is_own_report, name))
     return writers
 

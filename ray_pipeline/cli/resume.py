@@ -21,9 +21,9 @@ from ray_pipeline.cli.runs import find_run, output_dir
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change it; what depends on it reruns.")
 def resume(run: str, **options: Any) -> int:
     """Go on with RUN from its last checkpoint, with the settings it was started with."""
-    request = take_request(options)
+    given = take_request(options)
     run_dir = find_run(run, output_dir(options["output_dir"]))
-    config = request.load_stored(run_dir)
+    config = given.load_stored(run_dir)
     request = checked(config, options, resume=True)
     with can_resume(request.config):
         return executor(config)(request)

@@ -28,13 +28,13 @@ if TYPE_CHECKING:
 @stage_options
 def run(**options: Any) -> int:
     """Train: every stage, or those asked for. What is already done with the same settings is not done again."""
-    request = take_request(options)
+    given = take_request(options)
     folder = output_dir(options["output_dir"])
     stored = folder / (options["run_name"] or "") / CONFIG_FILE
     if options["run_name"] and options["config"] is None and stored.is_file():
-        config = request.load_stored(stored.parent.absolute())
+        config = given.load_stored(stored.parent.absolute())
     else:
-        config = request.load()
+        config = given.load()
     request = checked(config, options)
     with can_resume(request.config):
         return executor(config)(request)

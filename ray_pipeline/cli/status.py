@@ -74,7 +74,7 @@ def table(stages: list[dict[str, Any]]) -> Table:
         finished = state in ("done", "learned_nothing")
         shown = "" if finished or not progress else progress_text(progress)
         if "again" in stage:
-            shown = again_text(stage["again"])
+            shown = rerun_text(stage["again"])
         out.add_row(
             stage["stage"],
             f"[{STYLES.get(state, '')}]{state.replace('_', ' ')}[/]",
@@ -87,7 +87,7 @@ def table(stages: list[dict[str, Any]]) -> Table:
     return out
 
 
-def again_text(again: dict[str, Any]) -> str:
+def rerun_text(again: dict[str, Any]) -> str:
     """`new attempt interrupted: step 3/10`: of a finished stage that is run again."""
     from ray_pipeline.records.progress import progress_text
 

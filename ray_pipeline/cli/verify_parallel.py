@@ -141,9 +141,9 @@ def select(config: PipelineFields, options: dict[str, Any], every: bool, steps: 
     narrow |= {key: options[key] for key in ("zero_stage", "schedule", "activation_checkpointing", "offload_optimizer")}
     kept = [layout for layout in selection.legal if _matches(layout, narrow)]
     if not kept:
-        raise UserError(f"{flag}: no legal layout has the sizes given. Leave some of them away.")
+        raise UserError(f"{flag}: no legal layout has the sizes given. Omit some of them.")
     refused = {
-        rule: [(layout, told) for layout, told in found if _matches(layout, narrow)]
+        rule: [(layout, reason) for layout, reason in found if _matches(layout, narrow)]
         for rule, found in selection.refused.items()
     }
     return subject_for, Selection(kept, {rule: found for rule, found in refused.items() if found})
@@ -162,7 +162,7 @@ def choose_device(config: PipelineFields, ranks: int) -> str:
     from ray_pipeline.hardware import count_gpus
 
     if config.backend == "modal":
-        raise UserError("--backend modal: layouts are verified on this machine. Use --backend cpu, or leave it away.")
+        raise UserError("--backend modal: layouts are verified on this machine. Use --backend cpu, or omit it.")
     there = 0 if config.backend == "cpu" else count_gpus()
     if config.backend == "cuda" and there < ranks:
         raise UserError(f"backend=cuda: {ranks} ranks need as many GPUs; this machine has {there}. Use --backend cpu.")

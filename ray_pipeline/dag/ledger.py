@@ -42,7 +42,7 @@ from ray_pipeline.settings.schema import STAGES, PipelineFields
 Status = Literal["running", "done", "failed", "learned_nothing"]
 
 
-AGAIN = ".again"  # behind the name of a stage's folder: an attempt that is to replace a finished one
+RERUN = ".again"  # behind the name of a stage's folder: an attempt that is to replace a finished one
 
 
 def stage_folder(run_dir: Path, stage: str, identity: str) -> Path:
@@ -50,9 +50,9 @@ def stage_folder(run_dir: Path, stage: str, identity: str) -> Path:
     return run_dir / f"{stage}-{identity[:10]}"
 
 
-def again_folder(folder: Path) -> Path:
+def rerun_folder(folder: Path) -> Path:
     """Where a finished stage is run again (`--stage`, `--from`): beside its outputs, until the new ones are whole."""
-    return folder.with_name(folder.name + AGAIN)
+    return folder.with_name(folder.name + RERUN)
 
 
 @dataclass
@@ -134,14 +134,14 @@ def close_record(folder: Path, record: Record, status: Status, **values: Any) ->
 
 def settle(folder: Path) -> None:
     """Put a finished new attempt in the place of the finished one before it; also after a kill halfway through."""
-    again, old = again_folder(folder), folder.with_name(f".{folder.name}.old")
-    record = read_record(again)
+    rerun, old = rerun_folder(folder), folder.with_name(f".{folder.name}.old")
+    record = read_record(rerun)
     with writing(folder):
         if record is not None and record.is_finished:
             if folder.exists():
                 shutil.rmtree(old, ignore_errors=True)
                 folder.rename(old)
-            again.rename(folder)
+            rerun.rename(folder)
         if folder.exists():
             shutil.rmtree(old, ignore_errors=True)
 
@@ -275,7 +275,7 @@ def read_status(run_dir: Path) -> dict[str, Any]:
             if record.status == "running" and holder is None:
                 entry["status"] = "interrupted"
         entry |= {"folder": str(folder), "progress": read_progress(folder), "damaged": damaged_files(folder)}
-        stages.append(entry | _again(folder, holder))
+        stages.append(entry | _rerun(folder, holder))
     return {
         "run": run_dir.name,
         "run_dir": str(run_dir),
@@ -285,11 +285,11 @@ def read_status(run_dir: Path) -> dict[str, Any]:
     }
 
 
-def _again(folder: Path, holder: dict[str, Any] | None) -> dict[str, Any]:
+def _rerun(folder: Path, holder: dict[str, Any] | None) -> dict[str, Any]:
     """How far the attempt is that will replace a finished stage; nothing where there is none."""
-    record = read_record(again_folder(folder))
+    record = read_record(rerun_folder(folder))
     if record is None:
         return {}
     status = "interrupted" if record.status == "running" and holder is None else record.status
-    place = again_folder(folder)
+    place = rerun_folder(folder)
     return {"again": {"status": status, "error": record.error, "folder": str(place), "progress": read_progress(place)}}

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from ray_pipeline.costs.fit import rank_bytes
 from ray_pipeline.dag.identity import Identity, identities, source_digests
-from ray_pipeline.dag.ledger import Record, RunFile, again_folder, read_record, stage_folder
+from ray_pipeline.dag.ledger import Record, RunFile, read_record, rerun_folder, stage_folder
 from ray_pipeline.dag.request import StageSelection
 from ray_pipeline.errors import UserError, resume_command
 from ray_pipeline.layout.layout import Layout
@@ -26,7 +26,8 @@ class PlannedStage:
     """One row of the plan.
 
     Attributes:
-        fresh: the attempt starts from nothing. again: it is to replace a finished one, which stays until it is whole.
+        fresh: the attempt starts from nothing.
+        replaces: it is made beside a finished one, which stays until this one is whole.
         estimated_memory_bytes: per rank.
     """
 
@@ -38,12 +39,12 @@ class PlannedStage:
     identity: str
     folder: Path
     fresh: bool = False
-    again: bool = False
+    replaces: bool = False
 
     @property
     def work(self) -> Path:
         """Where the attempt is made."""
-        return again_folder(self.folder) if self.again else self.folder
+        return rerun_folder(self.folder) if self.replaces else self.folder
 
 
 def run_identities(config: PipelineFields, run: RunFile) -> dict[str, Identity]:
@@ -80,7 +81,7 @@ def _decide(
 ) -> PlannedStage:
     record = _whole_record(folder)
     finished = record is not None and record.is_finished
-    again = read_record(again_folder(folder)) if finished else None
+    rerun = read_record(rerun_folder(folder)) if finished else None
     row = PlannedStage(stage, "run", "", 1, 0, identity.key, folder)
     if not selection.selects(stage):
         state = f"finished, {seconds_text(record.seconds)}" if record is not None and finished else "not finished"
@@ -89,10 +90,10 @@ def _decide(
     flag = selection.forces(stage)
     rerun = [name for name in inputs if rows[name].action in ("run", "resume")]
     if record is not None and finished:
-        if again is not None and not again.is_finished:
-            return _unfinished(replace(row, again=True), again, identity.decides.get(f"{stage}.steps"))
+        if rerun is not None and not rerun.is_finished:
+            return _unfinished(replace(row, replaces=True), rerun, identity.decides.get(f"{stage}.steps"))
         if flag is not None:
-            return replace(row, reason=f"asked for by {flag}", fresh=True, again=True)
+            return replace(row, reason=f"asked for by {flag}", fresh=True, replaces=True)
         learned = "" if record.status == "done" else " (learned nothing)"
         return replace(row, action="reuse", reason=f"finished, {seconds_text(record.seconds)}, unchanged{learned}")
     if record is not None:
@@ -124,7 +125,7 @@ def _unfinished(row: PlannedStage, record: Record, all_steps: int | None) -> Pla
     what = "failed" if record.status == "failed" else "unfinished"
     if record.status == "failed" and record.error:
         what = f"failed ({record.error.splitlines()[0][:60]})"
-    if row.again:
+    if row.replaces:
         what = f"new attempt {what}"
     steps = newest_checkpoint(row.work)
     if steps is None:

@@ -56,7 +56,7 @@ def run_stage(job: StageJob, *upstream: StageResult) -> StageResult:
     row = job.row
     settle(row.folder)
     before = read_record(row.folder)
-    if before is not None and before.is_finished and not row.again:
+    if before is not None and before.is_finished and not row.replaces:
         return before.result(row.folder)
     prepare_folder(row.work)
     if row.fresh:  # what an earlier new attempt left
@@ -72,11 +72,11 @@ def run_stage(job: StageJob, *upstream: StageResult) -> StageResult:
             upstream={name: result.folder.name for name, result in inputs.items()},
         ),
     )  # fmt: skip
-    asked = job.config.layout
+    limits = job.config.layout
     elastic = [smaller.gpus for smaller in elastic_layouts(job.config, job.layout)]
     launcher = RayLauncher(
-        row.ranks, job.layout.device, max_restarts=asked.max_restarts, timeout_seconds=asked.timeout_seconds,
-        frozen_seconds=asked.frozen_seconds,
+        row.ranks, job.layout.device, max_restarts=limits.max_restarts, timeout_seconds=limits.timeout_seconds,
+        frozen_seconds=limits.frozen_seconds,
         elastic=elastic if row.stage in TRAINING_STAGES else (),
     )  # fmt: skip
     function = job.function or importlib.import_module(f"ray_pipeline.stages.{row.stage}").run

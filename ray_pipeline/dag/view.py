@@ -56,6 +56,6 @@ def print_failure(console: Console, row: PlannedStage, failure: StageFailed) -> 
     text = f"{row.stage} FAILED: {cause}\nWhole traceback: {log}\nGo on with: {resume}"
     if logs := printed(row.work):
         text += f"\nWhat it printed: {', '.join(map(str, logs[:4]))}" + (" ..." if len(logs) > 4 else "")
-    if row.again:
+    if row.replaces:
         text += f"\nThe finished {row.stage} of before is still there. To stay with it: rm -r {row.work}"
     console.print(text, style="red", markup=False, highlight=False, soft_wrap=True)

@@ -95,7 +95,7 @@ def execute(request: RunRequest) -> int:
 
                 # num_cpus=0: the task only waits for its workers; holding a CPU would starve them.
                 task: Any = ray.remote(num_cpus=0, max_retries=0)(run_stage)
-                done: dict[str, StageResult | ray.ObjectRef] = {}
+                done: dict[str, StageResult | ray.ObjectRef[StageResult]] = {}
                 for job in jobs:
                     if job.runs:
                         inputs = (done[name] for name in job.inputs)

@@ -1,4 +1,4 @@
-"""One arrangement of ranks, as plain data: how it is asked for, how it is told, and what a refusal of it says."""
+"""The arrangement of ranks as plain data, with its flags for the command line, its line for the plan, and refusals."""
 
 from __future__ import annotations
 

@@ -232,11 +232,11 @@ def _elastic_range_is_legal(config: PipelineFields, layout: Layout) -> Refusal |
         f"min_gpus={least}",
         f"lost ranks are made up for by fewer data-parallel replicas of {layout.gpus // layout.dp} "
         f"rank(s) each, and no dp_size below {layout.dp} works with {least} to {layout.gpus - 1} ranks",
-        f"Use --min-gpus {fewer[0].gpus}" if fewer else "Leave --min-gpus away, or use a larger --dp-size",
+        f"Use --min-gpus {fewer[0].gpus}" if fewer else "Omit --min-gpus, or use a larger --dp-size",
     )
 
 
-# Order matters: the first rule that a layout breaks is the one that is told.
+# Order matters: the first rule that a layout breaks is the one in the message.
 RULES: dict[str, Check] = {
     "pp x dp x tp x sp is the number of ranks": _sizes_multiply,
     "schedules with two parts per rank need pp > 1": _schedule_has_a_pipeline,

@@ -37,7 +37,7 @@ def edited(stages: Sequence[str], skip: Sequence[str], *, dpo: bool) -> list[str
                 f"--skip {name}: no such stage{did_you_mean(name, STAGES)}. The stages are {', '.join(STAGES)}."
             )
         if name not in stages:
-            raise UserError(f"--skip {name}: this run has the stages {', '.join(stages)} anyway. Leave the flag out.")
+            raise UserError(f"--skip {name}: this run has the stages {', '.join(stages)} anyway. Omit the flag.")
     return [stage for stage in wanted if stage not in skip]
 
 

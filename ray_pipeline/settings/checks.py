@@ -194,8 +194,8 @@ def _indexer(config: PipelineFields) -> Iterator[str]:
         return
     if config.model.attention != "dsa":
         yield (
-            f"pretrain.indexer_warmup_steps={steps}: model.attention={config.model.attention} has no indexer. Leave it "
-            "away, or set model.attention=dsa."
+            f"pretrain.indexer_warmup_steps={steps}: model.attention={config.model.attention} has no indexer. Omit it, "
+            "or set model.attention=dsa."
         )
     elif steps > total:
         yield f"pretrain.indexer_warmup_steps={steps}: more than pretrain.steps={total}. Use at most {total}."

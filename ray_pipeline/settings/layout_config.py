@@ -9,15 +9,18 @@ from pydantic import Field, field_validator
 
 from ray_pipeline.settings.section import NonNegativeInt, Ranks, Rows, Seconds, Section
 
+ZeroStage = Literal[0, 1, 2, 3]
+Schedule = Literal["1f1b", "interleaved_1f1b", "zbv", "dualpipev"]
+
 
 @dataclass(frozen=True)
 class LayoutOptions:
     """What a layout has besides the sizes of its axes. `LayoutConfig` and `layout.layout.Layout` inherit it, so that an
     option is declared here and nowhere else."""
 
-    zero_stage: Literal[0, 1, 2, 3] = 0
+    zero_stage: ZeroStage = 0
     schedule: Annotated[
-        Literal["1f1b", "interleaved_1f1b", "zbv", "dualpipev"],
+        Schedule,
         Field(description="order of work in the pipeline; all but 1f1b give each rank two parts of the model"),
     ] = "1f1b"
     pp_layout: Annotated[

@@ -15,9 +15,11 @@ from ray_pipeline.engine.pipeline.schedule import least_micro_batches, rows_need
 from ray_pipeline.errors import UserError
 from ray_pipeline.layout.layout import Layout, Refusal
 from ray_pipeline.layout.rules import refusal
+from ray_pipeline.settings.layout_config import Schedule, ZeroStage
 from ray_pipeline.settings.schema import LayoutConfig, OptimizerConfig, PipelineFields
 
-SCHEDULES = ("1f1b", "interleaved_1f1b", "zbv", "dualpipev")
+SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
+ZERO_STAGES: tuple[ZeroStage, ...] = get_args(ZeroStage)
 MOST_PARAMETERS = 50_000_000  # of a user's own model: every rank draws all weights, and one process has to train it
 # Adam divides by the gradient's size; its epsilon must stand above fp32 rounding, or a gradient that is zero but for
 # rounding moves a weight by a whole step. Rounding also grows with the rate: over forty steps at 3e-3 two correct
@@ -124,7 +126,7 @@ def own_subject(config: PipelineFields, gpus: int, *, steps: int = 4) -> Subject
     if size > MOST_PARAMETERS:
         raise UserError(
             f"--config {config.recipe}: its model has {size / 1e6:,.0f}M parameters; verifying trains it in one "
-            f"process as well, so at most {MOST_PARAMETERS // 1_000_000}M are taken. Leave --config away: a small "
+            f"process as well, so at most {MOST_PARAMETERS // 1_000_000}M are taken. Omit --config: a small "
             "model of the same kind is trained then."
         )
     return Subject(config.model, max(ROWS, gpus + 1), min(config.data.seq_len, 64), steps, config.seed)
@@ -182,12 +184,12 @@ def every_layout(gpus: int, subject_for: SubjectFor = small_subject) -> Selectio
     for pp, dp, tp, sp in _factorisations(gpus):
         for ep in _divisors(gpus):
             for schedule in SCHEDULES:
-                for zero_stage in range(4):
+                for zero_stage in ZERO_STAGES:
                     layout = Layout(
                         gpus=gpus, pp=pp, dp=dp, tp=tp, ep=ep, sp=sp, zero_stage=zero_stage, schedule=schedule
                     )
                     out.add(layout, subject_for(layout))
-    for zero_stage in range(4):
+    for zero_stage in ZERO_STAGES:
         plain = (layout for layout in out.legal if layout.schedule == "1f1b" and layout.zero_stage == zero_stage)
         mixed = max(plain, key=_axes_used)
         for kind in ("selective", "full"):

@@ -78,10 +78,10 @@ def print_verdict(console: Console, result: Result) -> None:
     for line in [result.error, *result.wrong]:
         if line:
             say(console, f"  {line}", "red")
-    say(console, f"  again: {again(result)}")
+    say(console, f"  again: {rerun_command(result)}")
 
 
-def again(result: Result) -> str:
+def rerun_command(result: Result) -> str:
     """The command that verifies this one layout."""
     case = result.case
     extra = [f"--precision {case.precision}"] if case.precision != "fp32" else []
@@ -130,8 +130,8 @@ def print_refused(console: Console, refused: Mapping[str, Sequence[tuple[Layout,
     for rule, found in refused.items():
         say(console, f"  {rule}: {len(found)}")
         reasons: dict[str, Layout] = {}
-        for layout, told in found:
-            reasons.setdefault(str(told), layout)
+        for layout, refusal in found:
+            reasons.setdefault(str(refusal), layout)
         for reason, layout in list(reasons.items())[:EXAMPLES]:
             say(console, f"    {layout.axes()}: {reason}", "dim")
         if len(reasons) > EXAMPLES:
@@ -172,7 +172,7 @@ class Tally:
             self._live.stop()
 
     def add(self, result: Result) -> None:
-        """One more layout is done; a FAIL is told at once."""
+        """One more layout is done; a FAIL is shown at once."""
         self.done += 1
         if not result.passed:
             self.failed += 1
@@ -205,8 +205,8 @@ def as_dict(
         "machine": dict(machine),
         "layouts": [result.as_dict() for result in results],
         "refused": [
-            {"rule": rule, "flags": layout.flags(), "reason": str(told)}
+            {"rule": rule, "flags": layout.flags(), "reason": str(refusal)}
             for rule, found in refused.items()
-            for layout, told in found
+            for layout, refusal in found
         ],
     }  # fmt: skip

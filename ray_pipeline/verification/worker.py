@@ -26,7 +26,7 @@ WHERE = signal.SIGUSR1
 
 @dataclass(frozen=True)
 class Job:
-    """What every rank of a layout is told.
+    """What every rank of a layout is given.
 
     Attributes:
         cases: of one layout, one after another in the same processes.

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from ray_pipeline.dag import workflow
-from ray_pipeline.dag.ledger import RunLock, again_folder, read_record, read_status
+from ray_pipeline.dag.ledger import RunLock, read_record, read_status, rerun_folder
 from ray_pipeline.dag.request import RunRequest, StageSelection
 from ray_pipeline.dag.workflow import execute
 from ray_pipeline.errors import UserError
@@ -102,8 +102,8 @@ def test_a_kill_while_a_new_attempt_takes_its_place_loses_neither(tmp_path):
     until = StageSelection(until="sft")
     assert run(tmp_path, stages=until) == 0
     [folder] = (tmp_path / "toy").glob("sft-*")
-    shutil.copytree(folder, again_folder(folder))
-    (again_folder(folder) / "new").touch()
+    shutil.copytree(folder, rerun_folder(folder))
+    (rerun_folder(folder) / "new").touch()
     folder.rename(folder.with_name(f".{folder.name}.old"))
     toy.calls(tmp_path / "toy")
     assert resume(tmp_path, stages=until) == 0

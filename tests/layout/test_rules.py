@@ -153,7 +153,7 @@ BROKEN = {
     "fewer ranks than --gpus can go on": [
         ({"gpus": 4, "min_gpus": 5}, "min_gpus=5: more than gpus=4", "Use --min-gpus 4 or less"),
         ({"gpus": 4, "min_gpus": 3}, "no dp_size below 4 works with 3 to 3 ranks", "Use --min-gpus 2"),
-        ({"gpus": 2, "pp_size": 2, "min_gpus": 1}, "no dp_size below 1 works", "Leave --min-gpus away"),
+        ({"gpus": 2, "pp_size": 2, "min_gpus": 1}, "no dp_size below 1 works", "Omit --min-gpus"),
     ],
 }
 

@@ -149,7 +149,7 @@ def test_all_mistakes_are_listed_with_value_origin_and_suggestion(tmp_path: Path
         ),
         ({"grpo.think_budget": "-1"}, "grpo.think_budget=-1: must be greater than or equal to 0"),
         ({"grpo.updates_per_rollout": "7"}, "must be a multiple of updates_per_rollout=7"),
-        ({"pretrain.indexer_warmup_steps": "7"}, "model.attention=mla has no indexer. Leave it away"),
+        ({"pretrain.indexer_warmup_steps": "7"}, "model.attention=mla has no indexer. Omit it"),
         (
             {"pretrain.steps": "100", "pretrain.indexer_warmup_steps": "101", "model.attention": "dsa"},
             "more than pretrain.steps=100. Use at most 100",

@@ -94,5 +94,5 @@ def test_a_small_model_of_ones_own_is_taken_and_a_large_one_refused() -> None:
     assert subject.model is config.model
     assert subject.seq_len <= config.data.seq_len
     large = config.model_copy(update={"model": ModelConfig(vocab_size=100_000, hidden_size=512)})
-    with pytest.raises(UserError, match=r"has 112M parameters; .* at most 50M are taken. Leave --config away"):
+    with pytest.raises(UserError, match=r"has 112M parameters; .* at most 50M are taken. Omit --config"):
         own_subject(large, 4)

@@ -12,12 +12,12 @@ from ray_pipeline.verification.cases import TOLERANCES, Case, every_layout, smal
 from ray_pipeline.verification.compare import Comparison, Result
 from ray_pipeline.verification.tally import (
     Tally,
-    again,
     heading,
     print_refused,
     print_steps,
     print_summary,
     print_table,
+    rerun_command,
 )
 
 LAYOUT = Layout(gpus=2, pp=2, zero_stage=1)
@@ -51,8 +51,8 @@ def test_a_layout_that_did_not_run_has_its_error_and_no_figures() -> None:
 
 
 def test_the_command_to_repeat_names_what_is_not_the_default() -> None:
-    assert again(result()) == "verify-parallel --gpus 2 --pp-size 2 --zero-stage 1"
-    assert again(result(optimizer="sgd")).endswith("--zero-stage 1 --optimizer sgd")
+    assert rerun_command(result()) == "verify-parallel --gpus 2 --pp-size 2 --zero-stage 1"
+    assert rerun_command(result(optimizer="sgd")).endswith("--zero-stage 1 --optimizer sgd")
 
 
 def test_the_table_has_one_line_per_layout_and_a_title_per_precision() -> None:
