@@ -1,6 +1,6 @@
 """Which layouts of ranks can run: one table of rules. A refusal gives the value, the reason and the way out.
 
-Knows settings and numbers of ranks. Starts nothing, does not import torch. `layout_choice` finds what does work.
+Knows settings and numbers of ranks. Starts nothing, does not import torch. `choice` finds what does work.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from ray_pipeline.settings.schema import TRAINING_STAGES, PipelineFields
 
 
 class LayerSource(PydanticBaseSettingsSource):
-    """One layer as a settings source. The environment and YAML are read by `config_sources`, because pydantic-settings'
+    """One layer as a settings source. The environment and YAML are read by `layers`, because pydantic-settings'
     own sources drop unknown names silently and cannot say where a refused value was written."""
 
     def __init__(self, settings_cls: type[BaseSettings], layer: Layer):

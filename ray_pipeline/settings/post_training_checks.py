@@ -1,4 +1,4 @@
-"""What several settings of SFT, DPO, GRPO and DISTILLATION together can get wrong. Part of `config_checks`.
+"""What several settings of SFT, DPO, GRPO and DISTILLATION together can get wrong. Part of `checks`.
 
 A setting without effect under the others that were chosen is a mistake too: whoever wrote it believes that it counts.
 Settings of stages that the run does not have are not looked at: a recipe may be run without some of its stages.

@@ -1,6 +1,6 @@
 """Every setting of a run, with its meaning. No torch, no Ray: a dry run must be cheap.
 
-This file is the schema alone; `config_load` reads YAML, environment and flags into it and explains what is wrong.
+This file is the schema alone; `loading` reads YAML, environment and flags into it and explains what is wrong.
 """
 
 from __future__ import annotations
@@ -195,7 +195,7 @@ class ModalConfig(Section):
 
 
 class PipelineFields(Section):
-    """One run, whole. `PipelineConfig` in `config_load` adds the sources it is read from."""
+    """One run, whole. `PipelineConfig` in `loading` adds the sources it is read from."""
 
     recipe: str = "tiny"
     run_name: str | None = Field(None, description="default: the recipe's name and a hash of what decides the result")

@@ -52,7 +52,7 @@ class OptimizerConfig(Section):
     def warm_up(self, steps: int) -> int:
         """Steps of warm-up in a run of `steps`: as set, or where that is longer than the run, a tenth of it.
 
-        A rate that is still rising at the end was never reached; `config_checks.warnings` tells of it.
+        A rate that is still rising at the end was never reached; `checks.warnings` says so.
         """
         return self.warmup_steps if self.warmup_steps <= steps else max(1, steps // 10)
 

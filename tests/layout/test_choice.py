@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from model.parallel.grid import MeshSizes
+from ray_pipeline.cli.options import FLAG_KEYS
 from ray_pipeline.dag.identity import identities
 from ray_pipeline.errors import UserError
 from ray_pipeline.layout.choice import device_notice, nearest_legal, resolve_layout
 from ray_pipeline.layout.layout import Layout, with_layout
 from ray_pipeline.layout.rules import broken_rule
+from ray_pipeline.settings.layout_config import AxesConfig, LayoutConfig, LayoutOptions
 from ray_pipeline.settings.loading import load_config
 from ray_pipeline.settings.schema import PipelineFields
 from tests.layouts import SIX_LAYERS, WANTED, asked_for, recipe
@@ -82,6 +86,15 @@ def test_the_layout_is_not_part_of_a_stages_identity() -> None:
         "pp_layout": "E+3|3+H", "activation_checkpointing": "full", "offload_optimizer": True, "min_gpus": 4,
     }  # fmt: skip
     assert identities(recipe(**everything), {}) == plain
+
+
+def test_every_option_is_declared_once_and_has_a_flag() -> None:
+    options = {option.name for option in fields(LayoutOptions)}
+    assert options <= {field.name for field in fields(Layout)} and options <= LayoutConfig.model_fields.keys()
+    assert not options & (LayoutConfig.__annotations__.keys() | Layout.__annotations__.keys())
+    assert all(FLAG_KEYS[option] == (f"layout.{option}",) for option in options)
+    sizes = {f"{axis.name}_size" for axis in fields(MeshSizes)}
+    assert sizes == AxesConfig.__annotations__.keys() and sizes <= FLAG_KEYS.keys()
 
 
 def test_flags_ask_for_the_layout_they_come_from() -> None:
