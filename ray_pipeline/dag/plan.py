@@ -81,7 +81,7 @@ def _decide(
 ) -> PlannedStage:
     record = _whole_record(folder)
     finished = record is not None and record.is_finished
-    rerun = read_record(rerun_folder(folder)) if finished else None
+    attempt = read_record(rerun_folder(folder)) if finished else None
     row = PlannedStage(stage, "run", "", 1, 0, identity.key, folder)
     if not selection.selects(stage):
         state = f"finished, {seconds_text(record.seconds)}" if record is not None and finished else "not finished"
@@ -90,8 +90,8 @@ def _decide(
     flag = selection.forces(stage)
     rerun = [name for name in inputs if rows[name].action in ("run", "resume")]
     if record is not None and finished:
-        if rerun is not None and not rerun.is_finished:
-            return _unfinished(replace(row, replaces=True), rerun, identity.decides.get(f"{stage}.steps"))
+        if attempt is not None and not attempt.is_finished:
+            return _unfinished(replace(row, replaces=True), attempt, identity.decides.get(f"{stage}.steps"))
         if flag is not None:
             return replace(row, reason=f"asked for by {flag}", fresh=True, replaces=True)
         learned = "" if record.status == "done" else " (learned nothing)"

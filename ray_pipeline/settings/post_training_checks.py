@@ -212,8 +212,8 @@ def _top_k(config: PipelineFields) -> Iterator[str]:
         f"distillation.conversations={settings.conversations}": (not settings.conversations, "conversations=true"),
         "distillation.teacher_layout": (settings.teacher_layout is not None, "teacher_layout=null"),
     }
-    for key, (given, way_out) in cannot.items():
-        if given:
+    for key, (chosen, way_out) in cannot.items():
+        if chosen:
             yield (
                 f"{key} with {given}: stored log-probabilities are no model, and stand for the conversations' rows "
                 f"alone. Use --set distillation.{way_out}, or give the teacher itself instead of {TOP_K}."
