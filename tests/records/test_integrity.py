@@ -200,7 +200,8 @@ def test_what_to_do_about_damaged_data_does_it(run_dir, tmp_path):
     shutil.copytree(run_dir.parent, place)
     [path] = (place / "toy").glob("data_prep-*/tokenizer/tokenizer.json")
     flip(path)
-    with pytest.raises(UserError, match=rf"Make it again with `python -m ray_pipeline\.cli resume toy --output-dir {place} --stage data_prep`\."):
+    command = rf"python -m ray_pipeline\.cli resume toy --output-dir {place} --stage data_prep"
+    with pytest.raises(UserError, match=f"Make it again with `{command}`"):
         verify_files(path.parent, [path.name])
 
 
