@@ -134,7 +134,7 @@ def test_name_in_use_lists_what_differs(tmp_path):
     make_run(tmp_path / "toy", CONFIG, ())
     refuse_other_config(CONFIG, tmp_path / "toy")
     with pytest.raises(
-        UserError, match=r"run toy is in use with another config:\n  grpo\.beta 0\.01 → 0\.02\nUse `python .* resume toy"
+        UserError, match=r"run toy is in use with another config:\n  grpo\.beta 0\.01 → 0\.02\nUse `python.* resume toy"
     ):
         refuse_other_config(BETA, tmp_path / "toy")
 
