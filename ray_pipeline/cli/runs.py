@@ -36,9 +36,7 @@ def find_run(name: str, folder: Path) -> Path:
             return candidate.absolute()
     known = [run.name for run in list_runs(folder)]
     if not known:
-        raise UserError(
-            f'run "{name}": there are no runs in {folder}. Start one with `{command("run")}`, or give --output-dir.'
-        )
+        raise UserError(f'run "{name}": {_no_runs(folder)}')
     shown = ", ".join(known[:10]) + (f" and {len(known) - 10} more" if len(known) > 10 else "")
     raise UserError(f'run "{name}": not found in {folder}{did_you_mean(name, known)}. The runs there are {shown}.')
 

@@ -36,23 +36,10 @@ from ray_pipeline.records.artifacts import write_sealed, writing
 from ray_pipeline.records.integrity import read_sealed
 from ray_pipeline.records.progress import read_progress
 from ray_pipeline.records.trackers import damaged_files
-from ray_pipeline.settings.run_folder import CONFIG_FILE, LOCK, RECORD, REPORT_FILE, RUN_FILE
+from ray_pipeline.settings.run_folder import CONFIG_FILE, LOCK, RECORD, REPORT_FILE, RUN_FILE, rerun_folder
 from ray_pipeline.settings.schema import STAGES, PipelineFields
 
 Status = Literal["running", "done", "failed", "learned_nothing"]
-
-
-RERUN = ".again"  # behind the name of a stage's folder: an attempt that is to replace a finished one
-
-
-def stage_folder(run_dir: Path, stage: str, identity: str) -> Path:
-    """Where a stage with this identity keeps its outputs."""
-    return run_dir / f"{stage}-{identity[:10]}"
-
-
-def rerun_folder(folder: Path) -> Path:
-    """Where a finished stage is run again (`--stage`, `--from`): beside its outputs, until the new ones are whole."""
-    return folder.with_name(folder.name + RERUN)
 
 
 @dataclass

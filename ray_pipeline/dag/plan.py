@@ -9,13 +9,13 @@ from typing import Any, Literal
 
 from ray_pipeline.costs.fit import rank_bytes
 from ray_pipeline.dag.identity import Identity, identities, source_digests
-from ray_pipeline.dag.ledger import Record, RunFile, read_record, rerun_folder, stage_folder
+from ray_pipeline.dag.ledger import Record, RunFile, read_record
 from ray_pipeline.dag.request import StageSelection
 from ray_pipeline.errors import UserError, resume_command
 from ray_pipeline.layout.layout import Layout
 from ray_pipeline.records.progress import seconds_text
 from ray_pipeline.settings.chain import chain, upstream
-from ray_pipeline.settings.run_folder import CHECKPOINTS, MODEL
+from ray_pipeline.settings.run_folder import MODEL, newest_checkpoint, rerun_folder, stage_folder
 from ray_pipeline.settings.schema import TRAINING_STAGES, PipelineFields
 
 Action = Literal["run", "resume", "reuse", "skip"]
@@ -131,12 +131,6 @@ def _unfinished(row: PlannedStage, record: Record, all_steps: int | None) -> Pla
     if steps is None:
         return replace(row, action="run", reason=f"{what}: no checkpoint yet")
     return replace(row, action="resume", reason=f"{what}: checkpoint at step {steps} of {all_steps}")
-
-
-def newest_checkpoint(folder: Path) -> int | None:
-    """Optimizer steps of the newest whole checkpoint."""
-    found = sorted((folder / CHECKPOINTS).glob("step_*"))
-    return int(found[-1].name.removeprefix("step_")) if found else None
 
 
 def _why_new(stage: str, identity: Identity, run: RunFile, rerun: list[str]) -> str:

@@ -9,6 +9,8 @@ In this room because a run's settings are among them.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 RUN_FILE = "run.json"  # the run's uid, and per stage its present identity and the settings behind it
 CONFIG_FILE = "config.yaml"  # the settings that the run was accepted with
 LOCK = ".lock"  # held by the one process that works on the run
@@ -26,3 +28,20 @@ MODEL = "model"
 ADAPTER = "adapter"  # peft's own files of low-rank adapters
 
 NOT_OUTPUTS = (PROGRESS_FILE, METRICS_FILE, RECORD, ERROR_LOG)  # written while a stage works, and by the workflow
+RERUN = ".again"  # behind the name of a stage's folder: an attempt that is to replace a finished one
+
+
+def stage_folder(run_dir: Path, stage: str, identity: str) -> Path:
+    """Where a stage with this identity keeps its outputs."""
+    return run_dir / f"{stage}-{identity[:10]}"
+
+
+def rerun_folder(folder: Path) -> Path:
+    """Where a finished stage is run again (`--stage`, `--from`): beside its outputs, until the new ones are whole."""
+    return folder.with_name(folder.name + RERUN)
+
+
+def newest_checkpoint(folder: Path) -> int | None:
+    """Optimizer steps of the newest whole checkpoint."""
+    found = sorted((folder / CHECKPOINTS).glob("step_*"))
+    return int(found[-1].name.removeprefix("step_")) if found else None

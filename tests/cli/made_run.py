@@ -12,7 +12,7 @@ from unittest import mock
 from model.config import ModelConfig
 from model.init import init_weights
 from model.transformer import Transformer
-from ray_pipeline.dag.ledger import RunFile, stage_folder
+from ray_pipeline.dag.ledger import RunFile
 from ray_pipeline.dag.plan import PlannedStage
 from ray_pipeline.dag.stage_task import StageJob, run_stage
 from ray_pipeline.data.chat.tokenizer_files import save_trained, train_bpe
@@ -25,6 +25,7 @@ from ray_pipeline.records.artifacts import save_model, write_text
 from ray_pipeline.settings.chain import upstream
 from ray_pipeline.settings.layers import with_checksum
 from ray_pipeline.settings.loading import config_yaml, load_config
+from ray_pipeline.settings.run_folder import stage_folder
 
 SEQ_LEN = 64
 TEXT = ["the cat sat on the mat and looked at the moon", "two and two make four, said the owl, naïve as ever"]

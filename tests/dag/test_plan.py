@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 from model.config import ModelConfig
 from ray_pipeline.costs.fit import rank_bytes
 from ray_pipeline.dag.identity import identities
-from ray_pipeline.dag.ledger import Record, RunFile, begin_record, close_record, stage_folder
+from ray_pipeline.dag.ledger import Record, RunFile, begin_record, close_record
 from ray_pipeline.dag.plan import changed_settings, plan, refuse_other_config
 from ray_pipeline.dag.request import StageSelection
 from ray_pipeline.errors import UserError
 from ray_pipeline.layout.layout import Layout
 from ray_pipeline.settings.chain import upstream
+from ray_pipeline.settings.run_folder import stage_folder
 from ray_pipeline.settings.schema import STAGES, PipelineFields
 
 CONFIG = PipelineFields(stages=list(STAGES))

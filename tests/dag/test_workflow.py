@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 
 from ray_pipeline.dag import workflow
-from ray_pipeline.dag.ledger import RunLock, read_record, read_status, rerun_folder
+from ray_pipeline.dag.ledger import RunLock, read_record, read_status
 from ray_pipeline.dag.request import RunRequest, StageSelection
 from ray_pipeline.dag.workflow import execute
 from ray_pipeline.errors import UserError
 from ray_pipeline.launch.local_ray import start_ray
 from ray_pipeline.records.rank_output import output_file
+from ray_pipeline.settings.run_folder import rerun_folder
 from tests.dag import toy_stages as toy
 
 
