@@ -22,14 +22,13 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from model.config import ModelConfig  # noqa: E402
-from model.generate.decode import Completion, Decoder, generate  # noqa: E402
+from model.generate.decode import Decoder, generate  # noqa: E402
 from model.parallel.mesh import Mesh, MeshSizes  # noqa: E402
 from model.transformer import Transformer  # noqa: E402
 from ray_pipeline.engine.engine import Engine  # noqa: E402
 from ray_pipeline.objectives.grpo import Grpo  # noqa: E402
 from ray_pipeline.rollouts.advantages import group_advantages  # noqa: E402
-from ray_pipeline.rollouts.packed_rows import pack_rollouts  # noqa: E402
-from ray_pipeline.rollouts.rollout import Rollout  # noqa: E402
+from ray_pipeline.rollouts.packed_rows import pack_completions  # noqa: E402
 from ray_pipeline.settings.schema import OptimizerConfig  # noqa: E402
 
 ASK, END, PAD = 10, 11, 12  # tokens behind the ten digits
@@ -51,11 +50,6 @@ def reward(question: list[int], answer: list[int]) -> float:
     if len(answer) != 2 or answer[1] != END or answer[0] >= ASK:
         return 0.0
     return 1.0 if answer[0] == max(question[:DIGITS]) else 0.1
-
-
-def rollout(question: list[int], answer: Completion, marks: float, number: int) -> Rollout:
-    """One sampled answer with its marks, as the pipeline has it."""
-    return Rollout(question, answer.tokens, answer.logprobs, marks, {"largest": marks}, number, answer.finished)
 
 
 def accuracy(decoder: Decoder, questions: list[list[int]]) -> float:
@@ -87,8 +81,7 @@ def main() -> None:
         history.append(float(rewards.mean()))
         kept = [i for i in range(len(prompts)) if advantages[i] != 0]  # a group of equals teaches nothing
         if kept:
-            rollouts = [rollout(prompts[i], answers[i], float(rewards[i]), i // GROUP) for i in kept]
-            rows = pack_rollouts(rollouts, advantages[kept], seq_len=32, pad_id=PAD)
+            rows = pack_completions([answers[i] for i in kept], advantages[kept], seq_len=32, pad_id=PAD)
             engine.train_step(rows, objective, optimizer.lr)
             decoder.refresh()
         if (step + 1) % (steps // 10 or 1) == 0:

@@ -19,11 +19,11 @@ sys.path.insert(0, str(ROOT))
 
 from ray_pipeline.cli.eval_target import find_model  # noqa: E402
 from ray_pipeline.cli.runs import latest_run, output_dir  # noqa: E402
+from ray_pipeline.data.tasks.question import prepared_questions  # noqa: E402
 from ray_pipeline.errors import UserError  # noqa: E402
 from ray_pipeline.evaluation.models import LanguageModel, load  # noqa: E402
 from ray_pipeline.reasoning.parsed import parse  # noqa: E402
 from ray_pipeline.rewards.answer import answer as mark  # noqa: E402
-from ray_pipeline.training.heldout import read_questions  # noqa: E402
 
 
 def show(console: Console, model: LanguageModel, question: str, expected: str, tokens: int) -> bool:
@@ -62,7 +62,7 @@ def main() -> int:
         return 2
     console = Console()
     console.print(f"{source.name}: {model.backend.parameters:,} weights")
-    questions = read_questions(source.heldout, arguments.questions)
+    questions = prepared_questions(source.heldout, arguments.questions)
     tokens = source.max_new_tokens or 128
     right = sum(show(console, model, q["prompt"], q["answer"], tokens) for q in questions)
     console.print(f"\n{right} of {len(questions)} right")

@@ -112,7 +112,7 @@ class _Search:
         scale = tokens.shape[1] ** self.length_penalty
         for i in stops[: self.num_beams].nonzero().squeeze(1).tolist():
             if sums[i] > -torch.inf:
-                done = Completion(tokens[i].tolist(), logprobs[i].tolist(), bool(ended[i]))
+                done = Completion(self.prompt, tokens[i].tolist(), logprobs[i].tolist(), bool(ended[i]))
                 self.found.append(Hypothesis(done, float(sums[i]) / scale))
         self.found = sorted(self.found, key=lambda h: -h.score)[: self.num_beams]
 

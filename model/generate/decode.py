@@ -16,9 +16,9 @@ from model.generate.routing_record import RoutingRecord, recording
 from model.generate.sampler import Sampling, draw, draw_uniforms
 from model.generate.speculative import SpeculativeWave
 from model.generate.stopping import StopStrings, ThinkBudget
-from model.generate.transcript import Completion, Request, Rules, Transcript, distinct_prompts
+from model.generate.transcript import Completion, Request, Rules, ToolUse, Transcript, distinct_prompts
 
-__all__ = ["Completion", "Decoder", "check_prompts", "generate"]
+__all__ = ["Completion", "Decoder", "ToolUse", "check_prompts", "generate"]
 
 
 def generate(

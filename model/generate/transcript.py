@@ -13,21 +13,32 @@ from model.generate.stopping import StopStrings, StopWatch, ThinkBudget, ThinkWa
 
 
 @dataclass
+class ToolUse:
+    """What a completion did with tools: calls, those that a tool could take, and those that an error answered."""
+
+    calls: int = 0
+    valid: int = 0
+    errors: int = 0
+
+
+@dataclass
 class Completion:
-    """What the model wrote.
+    """What was sampled after a prompt, as the tokens that were sampled: they are never tokenised again.
 
     Attributes:
-        tokens: the end token included, where there is one.
+        prompt: token ids. tokens: those behind it, the end token included, where there is one.
         logprobs: of each token at the sampling temperature, nats; of the model itself, before any penalty or cut.
         finished: whether it ended with an end token or a stop string rather than at a limit.
-        forced: for each token, whether it was written for the model (a think budget that was spent). Nothing can be
-            learned from such a choice.
+        forced: for each token, whether it was written for the model (a think budget that was spent, what a tool said).
+            Nothing can be learned from such a choice. Empty for none.
         text: where stop strings were asked for, the text without the one that was met and what follows it.
         drafted, accepted: tokens that speculative decoding proposed, and how many of them were kept.
         routing: where it was asked for and the model routes, int16 [prompt + answer - 1, columns] (`model.moe.replay`):
             the experts of every token that was fed to the model, which is all but the last.
+        tools: None where none were offered.
     """
 
+    prompt: list[int]
     tokens: list[int]
     logprobs: list[float]
     finished: bool
@@ -35,7 +46,8 @@ class Completion:
     text: str | None = None
     drafted: int = 0
     accepted: int = 0
-    routing: Tensor | None = None
+    routing: Tensor | None = field(default=None, compare=False)
+    tools: ToolUse | None = None
 
 
 @dataclass(frozen=True)
@@ -153,5 +165,6 @@ class Transcript:
             watch = None if self.stops is None else self.stops[i]
             finished = (n > 0 and tokens[i][n - 1] in eos_ids) or (watch is not None and watch.stopped is not None)
             text = None if watch is None else watch.finish()
-            out[request.index] = Completion(tokens[i][:n], logprobs[i][:n], finished, forced[i][:n], text)
+            written = tokens[i][:n], logprobs[i][:n], finished, forced[i][:n], text
+            out[request.index] = Completion(request.prompt, *written)
         return out

@@ -166,7 +166,7 @@ def make_plan(target: str, wishes: dict[str, Any]) -> Plan:
     if not landlock:
         tools = tools.model_copy(update={"without_landlock": True})
     if tools.names:
-        from ray_pipeline.evaluation.tool_rounds import check_tools
+        from ray_pipeline.evaluation.asking import check_tools
 
         check_tools(tuple(tools.names), models, without_landlock=tools.without_landlock)
     limit = wishes["max_new_tokens"] or source.max_new_tokens or DEFAULT_NEW_TOKENS

@@ -50,10 +50,10 @@ def show_prompts(path: Path, count: int) -> None:
     """Print questions with their answers."""
     from rich.console import Console
 
-    from ray_pipeline.training.heldout import read_questions
+    from ray_pipeline.data.tasks.question import prepared_questions
 
     console = Console(soft_wrap=True)
-    questions = read_questions(path)
+    questions = prepared_questions(path)
     for prompt in questions[:count]:
         console.print(f"{prompt['prompt']}", style="bold", markup=False, highlight=False)
         answer = str(prompt["answer"])

@@ -50,7 +50,7 @@ class Conversation:
         size = self.model.backend.parameters
         count = f"{size / 1e6:,.2f}M" if size < 1e9 else f"{size / 1e9:,.1f}B"
         return (
-            f"{self.model.source.name}: {count} parameters, a context of {self.model.backend.context} tokens, "
+            f"{self.model.name}: {count} parameters, a context of {self.model.backend.context} tokens, "
             f"answers of at most {self.max_new_tokens}, temperature {self.temperature:g}."
         )
 
@@ -131,7 +131,7 @@ class Conversation:
 
         if model.opens_thinking(prompt):  # the template wrote it, so the model does not
             give(THINK_OPEN)
-        with finite_logits(f"the model {model.source.name}", "Take an earlier stage's, or train it again."):
+        with finite_logits(f"the model {model.name}", "Take an earlier stage's, or train it again."):
             written = model.backend.stream(
                 prompt, lambda token: None if token in model.eos_ids else give(stream.add(token)),
                 max_new_tokens=self.max_new_tokens, temperature=self.temperature, seed=self.seed,

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
-from ray_pipeline.evaluation.asking import AskSettings, Reply, Watch, ask
-from ray_pipeline.evaluation.marking import RIGHT, is_well_formed
+from ray_pipeline.evaluation.asking import AskSettings, Watch, ask
 from ray_pipeline.evaluation.models import LanguageModel
-from ray_pipeline.evaluation.results import ItemResult, MarkedAnswer, TaskResult
-from ray_pipeline.evaluation.self_check import self_check
+from ray_pipeline.evaluation.results import ItemResult, Sample, TaskResult
 from ray_pipeline.evaluation.tasks.item import Item, Task
+from ray_pipeline.rollouts.rollout import RIGHT
 
 OPTION_BATCH = 64  # questions whose options are scored between two reports of progress
 
@@ -38,50 +38,32 @@ def evaluate(
     if task.way == "options":
         answers = [[answer] for answer in choose_options(model, task, watch)]
         return TaskResult(task.name, task.way, _results(task.items, answers), time.perf_counter() - started)
-    replies = ask(model, task.items, settings, watch)
+    samples = ask(model, task.items, settings, watch)
     seconds = time.perf_counter() - started
-    return TaskResult(task.name, task.way, _results(task.items, mark(task, replies)), seconds, ks, task.votes)
+    return TaskResult(task.name, task.way, _results(task.items, mark(task, samples)), seconds, ks, task.votes)
 
 
-def _results(items: Sequence[Item], answers: Sequence[list[MarkedAnswer]]) -> list[ItemResult]:
+def _results(items: Sequence[Item], answers: Sequence[list[Sample]]) -> list[ItemResult]:
     return [
         ItemResult(item.id, item.prompt, item.reference, item.category, item.difficulty, marked)
         for item, marked in zip(items, answers, strict=True)
     ]
 
 
-def mark(task: Task, replies: Sequence[Sequence[Reply]]) -> list[list[MarkedAnswer]]:
-    """Mark the answers to each of the task's questions."""
+def mark(task: Task, samples: Sequence[Sequence[Sample]]) -> list[list[Sample]]:
+    """The answers to each of the task's questions with their marks."""
     assert task.scoring is not None
-    flat = [(item, reply) for item, answers in zip(task.items, replies, strict=True) for reply in answers]
+    flat = [(item, sample) for item, answers in zip(task.items, samples, strict=True) for sample in answers]
     with task.scoring as scoring:
-        scores = scoring.score([item for item, _ in flat], [reply.text for _, reply in flat])
-    marked = iter([_marked(item, reply, score) for (item, reply), score in zip(flat, scores, strict=True)])
-    return [[next(marked) for _ in answers] for answers in replies]
-
-
-def _marked(item: Item, reply: Reply, score: float | None) -> MarkedAnswer:
-    check = self_check(reply.text)
-    return MarkedAnswer(
-        completion=reply.text,
-        correct=reply.fits and score is not None and score >= RIGHT,
-        score=score,
-        well_formed=is_well_formed(item.prompt, reply.text, item.reference),
-        finished=reply.finished,
-        fits=reply.fits,
-        tokens=reply.tokens,
-        thinking_tokens=reply.thinking_tokens,
-        answer_tokens=reply.answer_tokens,
-        steps=check.steps,
-        steps_right=check.right,
-        recomputes=check.recomputes,
-        reflects=check.reflects,
-        tool_calls=reply.tool_calls[0],
-        valid_tool_calls=reply.tool_calls[1],
+        scores = scoring.score([item for item, _ in flat], [sample.completion for _, sample in flat])
+    marked = iter(
+        replace(sample, score=score, correct=sample.fits and score is not None and score >= RIGHT)
+        for (_, sample), score in zip(flat, scores, strict=True)
     )
+    return [[next(marked) for _ in answers] for answers in samples]
 
 
-def choose_options(model: LanguageModel, task: Task, watch: Watch = lambda *_: None) -> list[MarkedAnswer]:
+def choose_options(model: LanguageModel, task: Task, watch: Watch = lambda *_: None) -> list[Sample]:
     """The likeliest option of each question, by log-probability per byte; the first of equally likely ones.
 
     Listed letters are one byte each, so for them it is the plain log-probability.
@@ -94,6 +76,6 @@ def choose_options(model: LanguageModel, task: Task, watch: Watch = lambda *_: N
             values = [next(logprobs)[0] / len(option.encode()) for option in item.options]
             chosen = item.options[max(range(len(values)), key=lambda i: (values[i], -i))]
             right = chosen == item.reference
-            out.append(MarkedAnswer(chosen, right, float(right)))
+            out.append(Sample(chosen, right, float(right)))
         watch(len(items), 0)
     return out

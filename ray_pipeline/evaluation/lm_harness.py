@@ -12,10 +12,11 @@ from typing import Any
 from ray_pipeline.data.chat.chat_layout import lay_out_prompt
 from ray_pipeline.data.chat.control_text import without_marks
 from ray_pipeline.errors import UserError
-from ray_pipeline.evaluation.asking import AskSettings, Watch, sample_seed
+from ray_pipeline.evaluation.asking import AskSettings, Watch
 from ray_pipeline.evaluation.models import LanguageModel
-from ray_pipeline.evaluation.results import ItemResult, MarkedAnswer, TaskResult
+from ray_pipeline.evaluation.results import ItemResult, Sample, TaskResult
 from ray_pipeline.reasoning import parse
+from ray_pipeline.rollouts.rollout import request_seed
 
 
 @functools.cache
@@ -36,7 +37,7 @@ def adapter_class() -> Any:
 
         @property
         def tokenizer_name(self) -> str:
-            return str(self.model.source.tokenizer)
+            return self.model.name
 
         def chat_template(self, chat_template: bool | str = False) -> str:
             return self.model.tokenizer.template.source if chat_template else ""
@@ -82,10 +83,10 @@ def adapter_class() -> Any:
                     out |= self._write(batch, prompts, requests, limit, temperature)
             return [out[i] for i in range(len(requests))]
 
-        def _limits(self, wishes: dict[str, Any]) -> tuple[int, float]:
-            limit = int(wishes.get("max_gen_toks") or wishes.get("max_new_tokens") or self.settings.max_new_tokens)
-            drawn = wishes.get("do_sample", bool(wishes.get("temperature")))
-            return limit, float(wishes.get("temperature") or 1.0) if drawn else 0.0
+        def _limits(self, options: dict[str, Any]) -> tuple[int, float]:
+            limit = int(options.get("max_gen_toks") or options.get("max_new_tokens") or self.settings.max_new_tokens)
+            drawn = options.get("do_sample", bool(options.get("temperature")))
+            return limit, float(options.get("temperature") or 1.0) if drawn else 0.0
 
         def _write(
             self, indices: list[int], prompts: list[list[int]], requests: Sequence[Any], limit: int, temperature: float
@@ -97,7 +98,7 @@ def adapter_class() -> Any:
             cut = [prompts[i][-room:] for i in indices]
             written = self.model.backend.generate(
                 cut, max_new_tokens=limit, temperature=temperature, eos_ids=self.model.eos_ids,
-                seeds=[sample_seed(self.settings.seed, "harness", i) for i in indices],
+                seeds=[request_seed(self.settings.seed, "harness", i) for i in indices],
             )  # fmt: skip
             self.watch(len(indices), sum(len(w.tokens) for w in written))
             texts = [self.model.text(p, w.tokens) for p, w in zip(cut, written, strict=True)]
@@ -106,10 +107,10 @@ def adapter_class() -> Any:
     return HarnessModel
 
 
-def until(text: str, wishes: dict[str, Any]) -> str:
+def until(text: str, options: dict[str, Any]) -> str:
     """The answer up to the first stop string; what was thought is left out and cannot end it."""
     answer = parse(text).answer or ""
-    stops = wishes.get("until") or []
+    stops = options.get("until") or []
     for stop in [stops] if isinstance(stops, str) else stops:
         answer = answer.partition(stop)[0] if stop else answer
     return answer
@@ -167,7 +168,7 @@ def items_of(task: str, samples: Sequence[dict[str, Any]]) -> list[ItemResult]:
 
 def _item(task: str, sample: dict[str, Any], value: float) -> ItemResult:
     prompt = sample["arguments"][0][0]
-    answer = MarkedAnswer(str(sample["filtered_resps"][0]), value == 1, value)
+    answer = Sample(str(sample["filtered_resps"][0]), value == 1, value)
     return ItemResult(
         f"{task}/{sample['doc_id']}", without_marks(str(prompt)), str(sample["target"]), task, 0, [answer]
     )

@@ -8,9 +8,8 @@ from collections.abc import Hashable, Sequence
 from ray_pipeline.rewards import gym
 from ray_pipeline.rewards.answer import answer, as_text, extract, final_text, parse_number, stated_number
 from ray_pipeline.rewards.think_format import think_format
+from ray_pipeline.rollouts.rollout import RIGHT
 from ray_pipeline.settings.post_training import ScoringConfig
-
-RIGHT = 1.0
 
 
 def are_right(answers: Sequence[tuple[str, str, str]]) -> list[bool]:
@@ -41,9 +40,9 @@ def _verified(task: str, answers: Sequence[tuple[str, str, str]]) -> list[bool]:
     return [not failed and part[name] == RIGHT for part, failed in zip(scores.parts, scores.failed, strict=True)]
 
 
-def is_well_formed(prompt: str, text: str, reference: str) -> bool:
+def is_well_formed(text: str) -> bool:
     """Whether the text is one thinking block with an answer behind it."""
-    return think_format(prompt, text, reference) == RIGHT
+    return think_format("", text, "") == RIGHT
 
 
 def vote(text: str, reference: str) -> Hashable | None:

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from model.convert.hf_load import load_hf
-from model.generate.decode import Decoder, generate
+from model.generate.decode import Completion, Decoder, generate
 from model.generate.sampler import NotFiniteLogits
 from model.transformer import Transformer
 from ray_pipeline.data.chat.completion_text import completion_text, opens_thinking
 from ray_pipeline.data.chat.tokenizer import ChatTokenizer
 from ray_pipeline.errors import UserError
 from ray_pipeline.evaluation.model_source import ModelSource
-from ray_pipeline.evaluation.transformers_backend import TransformersBackend, Written, load_causal_lm
+from ray_pipeline.evaluation.transformers_backend import TransformersBackend, load_causal_lm
 from ray_pipeline.records.artifacts import load_model
 
 SCORED_TOKENS = 8192  # tokens of one forward pass when log-probabilities are asked for
@@ -34,14 +34,14 @@ class Backend(Protocol):
     def generate(
         self, prompts: list[list[int]], *, max_new_tokens: int, temperature: float, seeds: list[int],
         eos_ids: frozenset[int],
-    ) -> list[Written]:  # fmt: skip
+    ) -> list[Completion]:  # fmt: skip
         """Continue every prompt; none is as long as the context."""
         ...
 
     def stream(
         self, prompt: list[int], on_token: Callable[[int], None], *, max_new_tokens: int, temperature: float, seed: int,
         eos_ids: frozenset[int],
-    ) -> Written:  # fmt: skip
+    ) -> Completion:  # fmt: skip
         """Continue one prompt; `on_token` is given each token as it is made."""
         ...
 
@@ -53,11 +53,9 @@ class Backend(Protocol):
 class NativeBackend:
     """Our decoder."""
 
-    def __init__(self, model: Transformer):
+    def __init__(self, model: Transformer, decoder: Decoder | None = None):
         self.model = model.eval().requires_grad_(False)
-        if torch.cuda.is_available():
-            self.model.cuda()
-        self.decoder = Decoder(self.model)
+        self.decoder = decoder or Decoder(self.model)
         self.context, self.vocab_size = model.config.max_position_embeddings, model.config.vocab_size
         self.parameters = sum(p.numel() for p in model.parameters())
         self.device = self.decoder.device
@@ -65,24 +63,23 @@ class NativeBackend:
     def generate(
         self, prompts: list[list[int]], *, max_new_tokens: int, temperature: float, seeds: list[int],
         eos_ids: frozenset[int],
-    ) -> list[Written]:  # fmt: skip
+    ) -> list[Completion]:  # fmt: skip
         """Every request draws by its own seed, whatever is beside it in the batch."""
-        completions = generate(
+        return generate(
             self.decoder, prompts, max_new_tokens=max_new_tokens, eos_ids=set(eos_ids), temperature=temperature,
             seeds=seeds, max_batch=max(1, len(prompts)),
         )  # fmt: skip
-        return [Written(c.tokens, c.finished) for c in completions]
 
     def stream(
         self, prompt: list[int], on_token: Callable[[int], None], *, max_new_tokens: int, temperature: float, seed: int,
         eos_ids: frozenset[int],
-    ) -> Written:  # fmt: skip
+    ) -> Completion:  # fmt: skip
         """As `Backend.stream`."""
         [completion] = generate(
             self.decoder, [prompt], max_new_tokens=max_new_tokens, eos_ids=set(eos_ids), temperature=temperature,
             seeds=[seed], on_token=lambda _, token: on_token(token),
         )  # fmt: skip
-        return Written(completion.tokens, completion.finished)
+        return completion
 
     @torch.inference_mode()
     def logits(self, tokens: Tensor) -> Tensor:
@@ -95,17 +92,17 @@ class LanguageModel:
     """A loaded model with its tokenizer.
 
     Attributes:
-        eos_ids: tokens that end an answer.
+        name: what reports call it. eos_ids: tokens that end an answer.
     """
 
-    source: ModelSource
+    name: str
     tokenizer: ChatTokenizer
     eos_ids: frozenset[int]
     backend: Backend
 
-    def prompt(self, question: str) -> list[int]:
-        """Ids of a question up to where the answer begins."""
-        return self.tokenizer.encode_prompt(question)
+    def prompt(self, question: str, tools: Sequence[dict[str, Any]] = ()) -> list[int]:
+        """Ids of a question up to where the answer begins, with `tools` described in it."""
+        return self.tokenizer.encode_prompt(question, tools)
 
     def answered(self, question: str, answer: str) -> tuple[list[int], list[int]]:
         """Ids of a question, and of the whole answer without its end token, as training has them."""
@@ -173,12 +170,14 @@ def load(source: ModelSource) -> LanguageModel:
             f"{source.tokenizer} does not belong to {source.folder}: it has {len(tokenizer)} entries, but the model's "
             f"vocabulary has {backend.vocab_size}."
         )
-    return LanguageModel(source, tokenizer, source.eos_ids(tokenizer), backend)
+    return LanguageModel(source.name, tokenizer, source.eos_ids(tokenizer), backend)
 
 
 def _backend(source: ModelSource, tokenizer: ChatTokenizer) -> Backend:
+    cuda = torch.cuda.is_available()
     if source.form == "stage":
-        return NativeBackend(load_model(source.folder))
+        model = load_model(source.folder)
+        return NativeBackend(model.cuda() if cuda else model)
     if source.form == "folder":
         try:
             config, state = load_hf(source.folder)
@@ -186,8 +185,7 @@ def _backend(source: ModelSource, tokenizer: ChatTokenizer) -> Backend:
             raise UserError(str(error)) from None
         model = Transformer(config)
         model.load_state_dict(state)
-        return NativeBackend(model)
-    cuda = torch.cuda.is_available()
+        return NativeBackend(model.cuda() if cuda else model)
     try:
         theirs = load_causal_lm(source.folder, "auto" if cuda else torch.float32)
     except ValueError as error:

@@ -11,20 +11,22 @@ from ray_pipeline.evaluation.statistics import majority, pass_at_k, wilson_inter
 
 
 @dataclass(frozen=True)
-class MarkedAnswer:
-    """One answer with its mark.
+class Sample:
+    """One completion with its mark, as reports keep it.
 
     Attributes:
+        completion: its text, without the end token.
         score: 0 to 1; None where the marking failed, which counts as wrong. correct: the score is 1.
         well_formed: one block of thinking, then an answer. finished: ended by itself. fits: the prompt left room.
-        tokens: all of them, end token included; thinking_tokens: inside `<think>`; answer_tokens: outside.
+        tokens: all of them, end token included; thinking_tokens: those between `<think>` and `</think>`;
+            answer_tokens: those outside, the marks left out.
         steps, steps_right, recomputes, reflects: see `self_check.SelfCheck`.
         tool_calls, valid_tool_calls: where tools were given.
     """
 
     completion: str
-    correct: bool
-    score: float | None
+    correct: bool = False
+    score: float | None = None
     well_formed: bool = False
     finished: bool = True
     fits: bool = True
@@ -48,7 +50,7 @@ class ItemResult:
     reference: str
     category: str
     difficulty: int
-    answers: list[MarkedAnswer]
+    answers: list[Sample]
 
     @property
     def share(self) -> float:
@@ -128,7 +130,7 @@ class TaskResult:
             KeyError, TypeError: it is not of that form.
         """
         items = [
-            ItemResult(**{**item, "answers": [MarkedAnswer(**answer) for answer in item["answers"]]})
+            ItemResult(**{**item, "answers": [Sample(**answer) for answer in item["answers"]]})
             for item in values["items"]
         ]
         figures = values["figures"]
@@ -153,7 +155,7 @@ def _grouped(items: Sequence[ItemResult], key: str) -> dict[str, Any]:
     return {value: {"questions": len(group), **accuracy_of(group)} for value, group in groups.items()}
 
 
-def writing_figures(answers: Sequence[MarkedAnswer], seconds: float) -> dict[str, Any]:
+def writing_figures(answers: Sequence[Sample], seconds: float) -> dict[str, Any]:
     """How the answers are written.
 
     `thinking_overhead` is thinking tokens per answer token, over all answers; None where none was answered.

@@ -3,20 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class Written:
-    """What a model wrote: its tokens (the end token included), and whether it ended by itself."""
-
-    tokens: list[int]
-    finished: bool
+from model.generate.decode import Completion
 
 
 class TransformersBackend:
@@ -38,13 +31,13 @@ class TransformersBackend:
     def generate(
         self, prompts: list[list[int]], *, max_new_tokens: int, temperature: float, seeds: list[int],
         eos_ids: frozenset[int],
-    ) -> list[Written]:  # fmt: skip
+    ) -> list[Completion]:  # fmt: skip
         """Padded on the left; drawn by the first seed of those that are written together."""
         # A prompt that leaves less room than was asked for is written alone, so that it shortens no other answer.
         room = [self.context - len(p) for p in prompts]
         groups = [[i] for i in range(len(prompts)) if room[i] < max_new_tokens]
         roomy = [i for i in range(len(prompts)) if room[i] >= max_new_tokens]
-        out: dict[int, Written] = {}
+        out: dict[int, Completion] = {}
         for group in [*groups, roomy] if roomy else groups:
             limit = min(max_new_tokens, room[group[0]])
             drawing: dict[str, Any] = {"do_sample": False}
@@ -58,7 +51,7 @@ class TransformersBackend:
     def stream(
         self, prompt: list[int], on_token: Callable[[int], None], *, max_new_tokens: int, temperature: float, seed: int,
         eos_ids: frozenset[int],
-    ) -> Written:  # fmt: skip
+    ) -> Completion:  # fmt: skip
         """As `Backend.stream`."""
         drawing: dict[str, Any] = {"do_sample": False, "streamer": _Streamer(on_token)}
         if temperature:
@@ -69,7 +62,7 @@ class TransformersBackend:
 
     def _write(
         self, prompts: list[list[int]], limit: int, eos_ids: frozenset[int], drawing: dict[str, Any]
-    ) -> list[Written]:
+    ) -> list[Completion]:
         longest = max(len(p) for p in prompts)
         ids = torch.tensor([[self.pad_id] * (longest - len(p)) + p for p in prompts], device=self.device)
         mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=self.device)
@@ -77,7 +70,7 @@ class TransformersBackend:
             ids, attention_mask=mask, max_new_tokens=limit, eos_token_id=sorted(eos_ids), pad_token_id=self.pad_id,
             **drawing,
         )  # fmt: skip
-        return [_cut(row, eos_ids) for row in out[:, longest:].tolist()]
+        return [_cut(p, row, eos_ids) for p, row in zip(prompts, out[:, longest:].tolist(), strict=True)]
 
     @torch.inference_mode()
     def logits(self, tokens: Tensor) -> Tensor:
@@ -102,12 +95,10 @@ class _Streamer:
         """Nothing is held back."""
 
 
-def _cut(tokens: list[int], eos_ids: frozenset[int]) -> Written:
+def _cut(prompt: list[int], tokens: list[int], eos_ids: frozenset[int]) -> Completion:
     """A row of a finished batch up to its end token; behind that there is padding."""
-    for i, token in enumerate(tokens):
-        if token in eos_ids:
-            return Written(tokens[: i + 1], True)
-    return Written(tokens, False)
+    end = next((i for i, token in enumerate(tokens) if token in eos_ids), None)
+    return Completion(prompt, tokens if end is None else tokens[: end + 1], [], finished=end is not None)
 
 
 def load_causal_lm(folder: Path, dtype: torch.dtype | str) -> Any:

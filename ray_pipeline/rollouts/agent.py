@@ -8,16 +8,14 @@ the model's training writes them. Used by rollouts and by evaluation alike.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
 
-from model.generate.decode import Completion, Decoder, generate
+from model.generate.decode import Completion, Decoder, ToolUse, generate
 from ray_pipeline.data.chat.completion_text import think_budget
 from ray_pipeline.data.chat.tokenizer import ChatTokenizer
 from ray_pipeline.errors import UserError
-from ray_pipeline.rollouts.rollout import Sampled, ToolUse, request_seed
+from ray_pipeline.rollouts.rollout import request_seed
 from ray_pipeline.tools.calls import BadCall, ToolCall, parse_calls
 from ray_pipeline.tools.format import CALLS_END, OUTPUTS_BEGIN, OUTPUTS_END, render_output, without_tool_tokens
 from ray_pipeline.tools.tool_schema import argument_error
@@ -40,7 +38,7 @@ def answer_with_tools(
     record_routing: bool = False,
     seeds: Sequence[int] | None = None,
     max_batch: int = 256,
-) -> list[Sampled]:
+) -> list[Completion]:
     """Answer each prompt, with tools as often as the model calls them.
 
     Args:
@@ -48,7 +46,7 @@ def answer_with_tools(
         max_calls: calls of an answer; the one after ends it.
         think_tokens: of thinking in each turn. seeds: one per prompt; default: its index.
     Returns:
-        One answer per prompt, `tools` set; the tokens of outputs are `forced`, with a log-probability of 0.
+        One completion per prompt, `tools` set; the tokens of outputs are `forced`, with a log-probability of 0.
     Raises:
         UserError: the tokenizer or its template does not know tool calls.
     """
@@ -60,7 +58,7 @@ def answer_with_tools(
     while going:
         completions = generate(
             decoder,
-            [answers[i].prompt + answers[i].tokens for i in going],
+            [answers[i].so_far for i in going],
             max_new_tokens=[answers[i].room for i in going],
             eos_ids={tokenizer.eos_id, turns.calls_end},
             temperature=temperature,
@@ -73,54 +71,61 @@ def answer_with_tools(
         for i, completion in zip(going, completions, strict=True):
             answers[i].add(completion)
         going = _use_tools(
-            answers, [i for i in going if answers[i].tokens[-1] == turns.calls_end], turns, toolbox, max_calls
+            answers, [i for i in going if answers[i].turn[-1] == turns.calls_end], turns, toolbox, max_calls
         )
         turn += 1
-    return [answer.sampled(tokenizer.eos_id) for answer in answers]
+    return [answer.completed(tokenizer.eos_id) for answer in answers]
 
 
-@dataclass
 class _Answer:
-    """An answer so far. Its last turn begins at `turn_start`."""
+    """An answer so far, of at most `limit` tokens. Its last turn begins at `turn_start`."""
 
-    prompt: list[int]
-    limit: int
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    forced: list[bool] = field(default_factory=list)
-    routing: Tensor | None = None
-    use: ToolUse = field(default_factory=ToolUse)
-    turn_start: int = 0
+    def __init__(self, prompt: list[int], limit: int):
+        self.whole = Completion(prompt, [], [], finished=False, tools=ToolUse())
+        self.limit, self.turn_start = limit, 0
+
+    @property
+    def so_far(self) -> list[int]:
+        """The prompt and all that follows it."""
+        return self.whole.prompt + self.whole.tokens
 
     @property
     def room(self) -> int:
-        return self.limit - len(self.tokens)
+        """Tokens that it may still get."""
+        return self.limit - len(self.whole.tokens)
 
     @property
     def turn(self) -> list[int]:
         """What the model wrote last."""
-        return self.tokens[self.turn_start :]
+        return self.whole.tokens[self.turn_start :]
+
+    @property
+    def use(self) -> ToolUse:
+        """What it did with tools."""
+        assert self.whole.tools is not None
+        return self.whole.tools
 
     def add(self, turn: Completion) -> None:
         """Take what the model wrote."""
-        self.turn_start = len(self.tokens)
-        self.tokens += turn.tokens
-        self.logprobs += turn.logprobs
-        self.forced += turn.forced or [False] * len(turn.tokens)
+        whole, self.turn_start = self.whole, len(self.whole.tokens)
+        whole.tokens += turn.tokens
+        whole.logprobs += turn.logprobs
+        whole.forced += turn.forced or [False] * len(turn.tokens)
         if turn.routing is not None:
             # What earlier turns were sampled with stays: reading their tokens again may round to another expert.
-            earlier = [] if self.routing is None else [self.routing]
-            self.routing = torch.cat([*earlier, turn.routing[sum(map(len, earlier)) :]])
+            earlier = [] if whole.routing is None else [whole.routing]
+            whole.routing = torch.cat([*earlier, turn.routing[sum(map(len, earlier)) :]])
 
     def force(self, tokens: list[int]) -> None:
         """Take what was written for the model."""
-        self.tokens += tokens
-        self.logprobs += [0.0] * len(tokens)
-        self.forced += [True] * len(tokens)
+        self.whole.tokens += tokens
+        self.whole.logprobs += [0.0] * len(tokens)
+        self.whole.forced += [True] * len(tokens)
 
-    def sampled(self, eos_id: int) -> Sampled:
-        finished = bool(self.tokens) and self.tokens[-1] == eos_id
-        return Sampled(self.tokens, self.logprobs, finished, self.forced, self.routing, self.use)
+    def completed(self, eos_id: int) -> Completion:
+        """All of it, when nothing follows."""
+        self.whole.finished = self.whole.tokens[-1:] == [eos_id]
+        return self.whole
 
 
 def _use_tools(

@@ -6,23 +6,23 @@ iteration, place in the order of prompts).
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from torch import Tensor
+import torch
 
+from model.generate.decode import Completion, ToolUse
 from ray_pipeline.data.chat.completion_text import PromptTokenizer, completion_text
 from ray_pipeline.rewards.scoring import Scores
 from ray_pipeline.rollouts.advantages import overlong_penalty
-from ray_pipeline.rollouts.prompt_order import PromptOrder
-from ray_pipeline.rollouts.rollout import Rollout, Sampled, SampleRequest, ToolUse, request_seed
+from ray_pipeline.rollouts.rollout import Marked, SampleRequest, request_seed
 from ray_pipeline.rollouts.samplers import RolloutEngine
 from ray_pipeline.settings.schema import GrpoConfig
 
-Group = list[Rollout]
-
+Group = list[Marked]
 
 Score = Callable[[Sequence[tuple[str, str, str]]], Scores]
 """[(prompt, completion, reference)] -> their marks; the same on every rank."""
@@ -38,8 +38,13 @@ class Question:
 
 
 @dataclass
-class Asked:
-    """Questions on their way through the engine: their numbers in the iteration, from `first` on, and in the data."""
+class Pending:
+    """Questions on their way through the engine.
+
+    Attributes:
+        place: of the first in the order of prompts. first: its number in the iteration. chosen: their indices in the
+            data. handle: what the engine gives the completions for.
+    """
 
     iteration: int
     place: int
@@ -74,18 +79,20 @@ class Collected:
     @classmethod
     def of(cls, plain: dict[str, Any]) -> Collected:
         """Inverse of `plain`."""
-        groups = [[_rollout(values) for values in group] for group in plain["groups"]]
+        groups = [[_marked(values) for values in group] for group in plain["groups"]]
         return cls(**(plain | {"groups": groups}))
 
 
-def _rollout(values: dict[str, Any]) -> Rollout:
-    tools = values["tools"]
-    return Rollout(**(values | {"tools": None if tools is None else ToolUse(**tools)}))
+def _marked(values: dict[str, Any]) -> Marked:
+    completion = Completion(**values["completion"])
+    if completion.tools is not None:
+        completion.tools = ToolUse(**values["completion"]["tools"])
+    return Marked(**(values | {"completion": completion}))
 
 
 def is_informative(group: Group) -> bool:
     """Whether its answers differ in reward, so that there is something to learn from."""
-    return len({rollout.reward for rollout in group if not rollout.failed}) > 1
+    return len({marked.reward for marked in group if not marked.failed}) > 1
 
 
 class Collector:
@@ -110,76 +117,87 @@ class Collector:
         self.engine, self.score, self.tokenizer = engine, score, tokenizer
         self.order = PromptOrder(len(questions), seed)
 
-    def ask(self, iteration: int, place: int) -> Asked:
+    def ask(self, iteration: int, place: int) -> Pending:
         """Begin an iteration: its first prompt is at `place` of the order."""
         return self._ask(iteration, place, 0, self.settings.prompts_per_step)
 
-    def _ask(self, iteration: int, place: int, first: int, count: int) -> Asked:
+    def _ask(self, iteration: int, place: int, first: int, count: int) -> Pending:
         chosen = self.order.at(place, count)
         requests = [
             SampleRequest(self.questions[question].prompt, request_seed(self.seed, iteration, number, sample))
             for number, question in enumerate(chosen, start=first)
             for sample in range(self.settings.group_size)
         ]
-        return Asked(iteration, place, first, chosen, self.engine.submit(requests))
+        return Pending(iteration, place, first, chosen, self.engine.submit(requests))
 
-    def collect(self, asked: Asked) -> Collected:
+    def collect(self, pending: Pending) -> Collected:
         """Wait for the answers and mark them; ask further questions in the place of groups that teach nothing (dynamic
         sampling, DAPO, arXiv:2503.14476, §3.2), at most `resample_rounds` times.
 
         Raises:
             UserError: more rewards failed than `scoring.max_failures`.
         """
-        out = Collected(asked.iteration, [], asked.place)
+        out = Collected(pending.iteration, [], pending.place)
         for left in range(self.settings.resample_rounds, -1, -1):
-            fresh = self._marked(asked, out)
+            fresh = self._mark(pending, out)
             out.groups = [group for group in out.groups if is_informative(group)] + fresh
-            out.place = asked.place + len(asked.chosen)
+            out.place = pending.place + len(pending.chosen)
             out.drawn += len(fresh)
             useless = sum(not is_informative(group) for group in fresh)
             out.alike += useless
             if not useless or not left:
                 break
-            asked = self._ask(asked.iteration, out.place, asked.first + len(asked.chosen), useless)
+            pending = self._ask(pending.iteration, out.place, pending.first + len(pending.chosen), useless)
         return out
 
-    def _marked(self, asked: Asked, out: Collected) -> list[Group]:
+    def _mark(self, pending: Pending, out: Collected) -> list[Group]:
+        """Wait for the completions; groups of them with their rewards."""
         settings, started = self.settings, time.monotonic()
         self.phase("sampling")
-        answers = self.engine.collect(asked.handle)
+        completions = self.engine.collect(pending.handle)
         sampled = time.monotonic()
         self.phase("scoring")
-        questions = [self.questions[i] for i in asked.chosen for _ in range(settings.group_size)]
-        eos_ids, pairs = (self.tokenizer.eos_id,), zip(questions, answers, strict=True)
-        texts = [completion_text(self.tokenizer, question.prompt, answer.tokens, eos_ids) for question, answer in pairs]
+        questions = [self.questions[i] for i in pending.chosen for _ in range(settings.group_size)]
+        eos_ids = (self.tokenizer.eos_id,)
+        texts = [completion_text(self.tokenizer, c.prompt, c.tokens, eos_ids) for c in completions]
         scores = self.score([(q.text, text, q.answer) for q, text in zip(questions, texts, strict=True)])
         for name, count in scores.failures.items():
             out.failures[name] = out.failures.get(name, 0) + count
         penalties = overlong_penalty(
-            [len(answer.tokens) for answer in answers], settings.max_new_tokens, settings.overlong_buffer,
+            [len(c.tokens) for c in completions], settings.max_new_tokens, settings.overlong_buffer,
             settings.overlong_penalty,
-        )  # fmt: skip
-        rollouts = [
-            self._rollout(asked.first + i // settings.group_size, questions[i], answers[i], scores, i, penalties)
-            for i in range(len(answers))
-        ]
+        ).tolist()  # fmt: skip
+        marked = [
+            Marked(
+                completion, scores.rewards[i] + penalties[i], scores.parts[i], pending.first + i // settings.group_size,
+                scores.failed[i], texts[i],
+            )
+            for i, completion in enumerate(completions)
+        ]  # fmt: skip
         out.seconds["sampling"] += sampled - started
         out.seconds["scoring"] += time.monotonic() - sampled
-        return [rollouts[i : i + settings.group_size] for i in range(0, len(rollouts), settings.group_size)]
+        return [marked[i : i + settings.group_size] for i in range(0, len(marked), settings.group_size)]
 
-    def _rollout(
-        self, number: int, question: Question, answer: Sampled, scores: Scores, i: int, penalties: Tensor
-    ) -> Rollout:
-        return Rollout(
-            prompt_ids=question.prompt,
-            completion_ids=answer.tokens,
-            logprobs=answer.logprobs,
-            reward=scores.rewards[i] + float(penalties[i]),
-            parts=scores.parts[i],
-            question_index=number,
-            finished=answer.finished,
-            forced=answer.forced,
-            routing=answer.routing,
-            tools=answer.tools,
-            failed=scores.failed[i],
-        )
+
+class PromptOrder:
+    """Which questions are asked when: an epoch asks each once, in a seeded order, and places go on over epochs.
+
+    A pure function of its arguments.
+
+    Raises:
+        ValueError: without a question.
+    """
+
+    def __init__(self, questions: int, seed: int):
+        if questions < 1:
+            raise ValueError(f"{questions} questions: there must be one at least")
+        self.questions, self.seed = questions, seed
+        self._epoch = functools.lru_cache(maxsize=2)(self._shuffled)
+
+    def _shuffled(self, epoch: int) -> list[int]:
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**63)  # torch takes no more
+        return torch.randperm(self.questions, generator=generator).tolist()
+
+    def at(self, place: int, count: int) -> list[int]:
+        """Indices of the questions at places `place` to `place + count`."""
+        return [self._epoch(p // self.questions)[p % self.questions] for p in range(place, place + count)]

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from model.config import ModelConfig
-from model.generate.decode import Decoder, generate
+from model.generate.decode import Completion, Decoder, generate
 from model.transformer import Transformer
 from ray_pipeline.data.chat.completion_text import finite_logits, think_budget
 from ray_pipeline.data.chat.tokenizer import ChatTokenizer, load_tokenizer
 from ray_pipeline.records.artifacts import weights_digest
 from ray_pipeline.rollouts.agent import answer_with_tools
-from ray_pipeline.rollouts.rollout import Sampled, SampleRequest
+from ray_pipeline.rollouts.rollout import SampleRequest
 from ray_pipeline.settings.schema import ToolsConfig
 from ray_pipeline.tools.toolbox import ToolBox
 
@@ -62,11 +62,11 @@ class DecoderSampler:
         if self.toolbox is not None:
             self.toolbox.close()
 
-    def sample(self, requests: Sequence[SampleRequest]) -> list[Sampled]:
+    def sample(self, requests: Sequence[SampleRequest]) -> list[Completion]:
         with finite_logits("the policy of stage grpo", "Lower grpo.optimizer.lr, or train the stage before it again."):
             return self._sample(requests)
 
-    def _sample(self, requests: Sequence[SampleRequest]) -> list[Sampled]:
+    def _sample(self, requests: Sequence[SampleRequest]) -> list[Completion]:
         rules, prompts, seeds = self.rules, [r.prompt for r in requests], [r.seed for r in requests]
         options: dict[str, Any] = {
             "max_new_tokens": rules.max_new_tokens,
@@ -82,5 +82,4 @@ class DecoderSampler:
                 think_tokens=rules.think_tokens, **options,
             )  # fmt: skip
         think = think_budget(self.tokenizer, rules.think_tokens)
-        completions = generate(self.decoder, prompts, eos_ids={self.tokenizer.eos_id}, think=think, **options)
-        return [Sampled(c.tokens, c.logprobs, c.finished, c.forced, c.routing) for c in completions]
+        return generate(self.decoder, prompts, eos_ids={self.tokenizer.eos_id}, think=think, **options)

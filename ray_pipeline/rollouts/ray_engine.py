@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from model.generate.decode import Completion
 from model.parallel.mesh import Mesh
 from ray_pipeline.errors import StageFailed, UserError
 from ray_pipeline.launch.local_ray import start_ray
-from ray_pipeline.rollouts.rollout import Sampled, SampleRequest
+from ray_pipeline.rollouts.rollout import SampleRequest
 from ray_pipeline.rollouts.samplers import Sampler, from_main, shares
 
 # Threads of several actors may be more than there are cores; those that wait must not keep the others from working.
@@ -40,7 +41,7 @@ class SamplingActor:
         self.version = version
         return held
 
-    def sample(self, requests: Sequence[SampleRequest], version: int) -> list[Sampled]:
+    def sample(self, requests: Sequence[SampleRequest], version: int) -> list[Completion]:
         """Answers by the weights of that version."""
         assert self.version == version, f"asked to sample with weights {version}, it holds {self.version}"
         return self.sampler.sample(requests)
@@ -127,10 +128,10 @@ class RayEngine:
         share.future = self._actors[share.actor].sample.remote(share.requests, self._version)
         return share
 
-    def collect(self, handle: list[_Share]) -> list[Sampled]:
+    def collect(self, handle: list[_Share]) -> list[Completion]:
         return from_main(self.mesh, lambda: [answer for share in handle for answer in self._answers(share, handle)])
 
-    def _answers(self, share: _Share, handle: list[_Share]) -> list[Sampled]:
+    def _answers(self, share: _Share, handle: list[_Share]) -> list[Completion]:
         while (answers := _result(share.future)) is None:
             self._replace(share.actor)
             # Everything that was sent to the dead one; what it had finished before is kept by the object store.

@@ -13,11 +13,12 @@ from typing import Any, Protocol, TypeVar
 import torch.distributed as dist
 from torch import Tensor
 
+from model.generate.decode import Completion
 from model.parallel.gather import all_ranks_gather
 from model.parallel.mesh import Mesh
 from ray_pipeline.errors import StageFailed, UserError
 from ray_pipeline.records.artifacts import weights_digest
-from ray_pipeline.rollouts.rollout import Sampled, SampleRequest
+from ray_pipeline.rollouts.rollout import SampleRequest
 
 # Answers decoded together. With two cores 128 rows cost a third more than 256 at once; fewer than 64 are not worth
 # sharing out.
@@ -32,7 +33,7 @@ class Sampler(Protocol):
         """Use these whole weights (fp32, by name) from now on; the checksum of what it then holds."""
         ...
 
-    def sample(self, requests: Sequence[SampleRequest]) -> list[Sampled]:
+    def sample(self, requests: Sequence[SampleRequest]) -> list[Completion]:
         """One answer to each request, in order; they are decoded together."""
         ...
 
@@ -58,7 +59,7 @@ class RolloutEngine(Protocol):
         """Begin to sample; what `collect` takes."""
         ...
 
-    def collect(self, handle: Any) -> list[Sampled]:
+    def collect(self, handle: Any) -> list[Completion]:
         """Wait for the answers, in the order of the requests."""
         ...
 
@@ -125,7 +126,7 @@ class InRankEngine:
     def submit(self, requests: Sequence[SampleRequest]) -> list[list[SampleRequest]]:
         return shares(requests, self.share_rows)
 
-    def collect(self, handle: list[list[SampleRequest]]) -> list[Sampled]:
+    def collect(self, handle: list[list[SampleRequest]]) -> list[Completion]:
         rank, world = self.mesh.rank, self.mesh.world
         mine = {i: self.sampler.sample(handle[i]) for i in range(rank, len(handle), world)}
         everyone = {i: answers for part in all_ranks_gather(self.mesh, mine) for i, answers in part.items()}

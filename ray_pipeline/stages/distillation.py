@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ray_pipeline.data.rows.loader import PackedRows
+from ray_pipeline.data.tasks.question import prepared_questions
 from ray_pipeline.engine.engine import Engine
 from ray_pipeline.errors import UserError
 from ray_pipeline.launch.stage_context import StageContext, StageResult
@@ -31,7 +32,7 @@ from ray_pipeline.training.distillation.distillation_batches import (
 )
 from ray_pipeline.training.distillation.student import initial_student
 from ray_pipeline.training.finish import save_trained_model
-from ray_pipeline.training.heldout import HeldOut, WholeModel, read_questions
+from ray_pipeline.training.heldout import HeldOut, WholeModel
 from ray_pipeline.training.rank import Rank, rank_arguments, start_rank
 from ray_pipeline.training.trainer import Trainer
 
@@ -54,7 +55,7 @@ def train(arguments: dict[str, Any]) -> dict[str, Any]:
     scorer = make_scorer(rank, engine, teacher)
     answers = None
     if settings.on_policy:
-        answers = StudentAnswers(rank, engine, whole, read_questions(rank.data / "prompts" / "train.jsonl"))
+        answers = StudentAnswers(rank, engine, whole, prepared_questions(rank.data / "prompts" / "train.jsonl"))
     source = DistillationSource(rank, rows, answers, scorer)
 
     def evaluate() -> dict[str, float]:

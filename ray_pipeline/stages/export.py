@@ -26,6 +26,7 @@ from model.convert.native import save_native
 from model.convert.tokenizer_start import begins_with_bos, with_bos
 from model.transformer import Transformer
 from ray_pipeline.data.chat.tokenizer import load_tokenizer
+from ray_pipeline.data.tasks.question import prepared_questions
 from ray_pipeline.errors import StageFailed, UserError
 from ray_pipeline.evaluation.export_checks import Check, check_gguf, check_hf, check_native
 from ray_pipeline.launch.stage_context import StageContext, StageResult
@@ -41,7 +42,6 @@ from ray_pipeline.records.integrity import files_damage, manifest_files, verify_
 from ray_pipeline.records.progress import Progress
 from ray_pipeline.settings.chain import exported_stage, lineage, reads_folder
 from ray_pipeline.settings.run_folder import MANIFEST, MODEL, TOKENIZER
-from ray_pipeline.training.heldout import read_questions
 
 STAGE = "export"
 CHECKED_QUESTIONS = 8
@@ -127,7 +127,7 @@ def _finite_model(folder: Path) -> Transformer:
 
 def _questions(context: StageContext) -> list[str]:
     path = context.inputs["data_prep"].folder / "prompts" / "heldout.jsonl"
-    return [question["prompt"] for question in read_questions(path, CHECKED_QUESTIONS)]
+    return [question["prompt"] for question in prepared_questions(path, CHECKED_QUESTIONS)]
 
 
 def _check_convertible(model: Transformer, tokenizer_folder: Path) -> None:

@@ -13,6 +13,7 @@ from model.parallel.gather import all_ranks_gather
 from ray_pipeline.data.chat.completion_text import completion_text
 from ray_pipeline.data.chat.tokenizer import ChatTokenizer, load_tokenizer
 from ray_pipeline.data.rows.batch import Batch, real_tokens
+from ray_pipeline.data.tasks.question import prepared_questions
 from ray_pipeline.errors import UserError
 from ray_pipeline.evaluation.marking import are_right
 from ray_pipeline.records.artifacts import atomic_folder
@@ -21,7 +22,7 @@ from ray_pipeline.rollouts.rollout import request_seed
 from ray_pipeline.settings.run_folder import TOKENIZER
 from ray_pipeline.teachers.engine_teacher import Teacher
 from ray_pipeline.training.distillation.student_answers import Answer, longest_answer, pack_answers, write_answers
-from ray_pipeline.training.heldout import WholeModel, read_questions
+from ray_pipeline.training.heldout import WholeModel
 from ray_pipeline.training.rank import Rank
 
 ROWS = ("tokens", "labels", "doc_ids")  # what is kept of a batch
@@ -38,7 +39,7 @@ def teacher_answer_rows(rank: Rank, teacher: Teacher) -> Batch | None:
     if not all(all_ranks_gather(rank.mesh, folder.is_dir())):
         own = load_tokenizer(rank.data / TOKENIZER)
         wanted = rank.config.distillation.teacher_answers
-        questions = read_questions(rank.data / "prompts" / "train.jsonl", wanted)
+        questions = prepared_questions(rank.data / "prompts" / "train.jsonl", wanted)
         if teacher.config is not None:
             right = _from_own_model(rank, teacher, questions, own)
         else:
@@ -83,7 +84,6 @@ def _from_own_model(
         whole.tokenizer = load_tokenizer(teacher.folder.tokenizer)
     room = teacher.config.max_position_embeddings
     asked: list[dict[str, Any]] = []
-    prompt_ids: list[list[int]] = []
     written: list[Completion] = []
     for start in range(0, len(questions), CHUNK * rank.mesh.world):
         rank.phase("teacher answers", start, len(questions))
@@ -93,17 +93,14 @@ def _from_own_model(
         seeds = [request_seed(settings.seed, 0, start + i, 0) for i in fitting]
         temperature = settings.distillation.sampling_temperature
         asked += [part[i] for i in fitting]
-        prompt_ids += [prompts[i] for i in fitting]
         written += write_answers(rank, whole, [prompts[i] for i in fitting], seeds, temperature=temperature)
     eos_ids = (whole.tokenizer.eos_id,)
-    pairs = zip(prompt_ids, written, strict=True)
-    texts = [completion_text(whole.tokenizer, prompt, completion.tokens, eos_ids) for prompt, completion in pairs]
+    texts = [completion_text(whole.tokenizer, c.prompt, c.tokens, eos_ids) for c in written]
     right: list[Answer | None] = []
-    marks = _marks(asked, texts)
-    for question, ids, completion, text, mark in zip(asked, prompt_ids, written, texts, marks, strict=True):
+    for question, completion, text, mark in zip(asked, written, texts, _marks(asked, texts), strict=True):
         if completion.finished and mark:
             # With the same tokenizer what was sampled is what is trained: nothing is tokenised again.
-            same = (ids, completion.tokens)
+            same = (completion.prompt, completion.tokens)
             right.append(same if teacher.same_tokenizer else retokenised(own, question, text, seq_len))
     return [answer for answer in right if answer is not None]
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
-import json
-from dataclasses import asdict
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -17,33 +14,18 @@ from model.transformer import Transformer
 from ray_pipeline.data.chat.completion_text import finite_logits
 from ray_pipeline.data.chat.tokenizer import load_tokenizer
 from ray_pipeline.engine.engine import Engine
-from ray_pipeline.errors import UserError
-from ray_pipeline.evaluation.accuracy import EvalResult, evaluate_questions
+from ray_pipeline.evaluation.asking import AskSettings
+from ray_pipeline.evaluation.evaluate import evaluate
+from ray_pipeline.evaluation.models import LanguageModel, NativeBackend
+from ray_pipeline.evaluation.results import ItemResult, TaskResult
+from ray_pipeline.evaluation.tasks.question_tasks import run_questions
 from ray_pipeline.records.artifacts import write_sealed
-from ray_pipeline.records.integrity import make_again, read_sealed, verify_files
-from ray_pipeline.rollouts.agent import answer_with_tools
-from ray_pipeline.rollouts.rollout import Sampled
+from ray_pipeline.records.integrity import read_sealed
+from ray_pipeline.rewards.gym import oracle
 from ray_pipeline.settings.run_folder import SAMPLES_FILE, TOKENIZER
-from ray_pipeline.tools.toolbox import ToolBox, listed_tools
 from ray_pipeline.training.rank import Rank
 
 SHOWN_SAMPLES = 12
-
-
-def read_questions(path: Path, limit: int | None = None) -> list[dict[str, Any]]:
-    """Questions written by DATA_PREP: prompt, answer, category, difficulty.
-
-    Raises:
-        UserError: the file is missing or damaged.
-    """
-    verify_files(path.parent, [path.name])
-    try:
-        with path.open(encoding="utf-8") as lines:
-            return [json.loads(line) for line in itertools.islice(lines, limit)]
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}). {make_again(path.parent.parent)}") from None
-    except ValueError as error:
-        raise UserError(f"{path}: damaged ({error}). {make_again(path.parent.parent)}") from None
 
 
 class WholeModel:
@@ -67,6 +49,11 @@ class WholeModel:
         advice = f"Lower {stage}.optimizer.lr ({self.rank.settings.optimizer.lr}), or train the stage before it again."
         return f"the model of stage {stage}", advice
 
+    def language_model(self) -> LanguageModel:
+        """It as evaluation asks it."""
+        backend = NativeBackend(self.model, self.decoder)
+        return LanguageModel("the model in training", self.tokenizer, frozenset({self.tokenizer.eos_id}), backend)
+
     def sync(self, engine: Engine) -> WholeModel:
         """Take the engine's current weights."""
         return self.load(engine.full_state())
@@ -78,50 +65,52 @@ class HeldOut:
     def __init__(self, rank: Rank, whole: WholeModel):
         self.rank, self.whole = rank, whole
         settings = rank.config.evaluation
-        self.questions = read_questions(rank.data / "prompts" / "heldout.jsonl", settings.questions)
-        self.max_new_tokens = settings.max_new_tokens
-        self.listed = listed_tools(rank.config.tools)
+        self.task = run_questions(rank.data / "prompts" / "heldout.jsonl", settings.questions)
+        self.settings = AskSettings(max_new_tokens=settings.max_new_tokens, tools=rank.config.tools)
 
-    def evaluate(self) -> EvalResult:
+    def evaluate(self) -> TaskResult:
         """Greedy answers of the whole model as it stands; the same result on every rank."""
-        rank = self.rank
+        rank, world = self.rank, self.rank.mesh.world
         rank.phase("evaluating")
-        mine = self.questions[rank.mesh.rank :: rank.mesh.world]
+        mine = replace(self.task, items=self.task.items[rank.mesh.rank :: world])
         with finite_logits(*self.whole.described()):
-            part = evaluate_questions(
-                self.whole.decoder, self.whole.tokenizer, mine, max_new_tokens=self.max_new_tokens,
-                tools=self.listed, write=self._with_tools if rank.config.tools.names else None,
-            )  # fmt: skip
-        return EvalResult.merge(all_ranks_gather(rank.mesh, part))
-
-    def _with_tools(self, prompts: list[list[int]]) -> list[Sampled]:
-        settings = self.rank.config.tools
-        with ToolBox(settings) as toolbox:
-            return answer_with_tools(
-                self.whole.decoder, self.whole.tokenizer, prompts, toolbox, max_new_tokens=self.max_new_tokens,
-                max_calls=settings.max_calls, temperature=0,
-            )  # fmt: skip
+            part = evaluate(self.whole.language_model(), mine, self.settings)
+        parts: list[list[ItemResult]] = all_ranks_gather(rank.mesh, part.items)
+        return replace(part, items=[parts[i % world][i // world] for i in range(len(self.task.items))])
 
     def figures(self, *, save_samples: bool = True) -> dict[str, float]:
         """Accuracy, format rate and mean answer length; readable samples go to `folder/samples.json`."""
         result = self.evaluate()
         if self.rank.is_main and save_samples:
-            write_sealed(self.rank.folder / SAMPLES_FILE, {"samples": result.samples[:SHOWN_SAMPLES]})
+            samples = [_shown(item) for item in result.items[:SHOWN_SAMPLES]]
+            write_sealed(self.rank.folder / SAMPLES_FILE, {"samples": samples})
+        found = result.figures()
         return {
-            "accuracy": result.accuracy,
-            "format_rate": result.format_rate,
-            "answer_tokens": result.mean_tokens,
-            "questions": float(len(result.correct)),
+            "accuracy": found["accuracy"],
+            "format_rate": found["format_rate"],
+            "answer_tokens": found["mean_tokens"],
+            "questions": float(found["questions"]),
         }
 
     def baseline(self, name: str) -> float:
         """Accuracy of the model as it stands, measured once per stage and kept in `folder/NAME.json` over resumes."""
         path = self.rank.folder / f"{name}.json"
-        known = all_ranks_gather(self.rank.mesh, path.exists())
-        if not all(known):
-            result = self.evaluate()
-            if self.rank.is_main:
-                summary = {k: v for k, v in asdict(result).items() if k not in ("samples", "correct")}
-                write_sealed(path, summary)
-            return result.accuracy
-        return float(read_sealed(path, f"Delete {path} and resume: it is measured again.")["accuracy"])
+        if all(all_ranks_gather(self.rank.mesh, path.exists())):
+            return float(read_sealed(path, f"Delete {path} and resume: it is measured again.")["accuracy"])
+        found = self.evaluate().figures()
+        if self.rank.is_main:
+            write_sealed(path, found)
+        return float(found["accuracy"])
+
+
+def _shown(item: ItemResult) -> dict[str, Any]:
+    """A question with its answer, as reports show it."""
+    [sample] = item.answers
+    return {
+        "prompt": item.prompt,
+        "completion": sample.completion,
+        "answer": oracle(item.reference) or item.reference,
+        **{name: getattr(sample, name) for name in ("correct", "well_formed", "tokens", "finished", "fits")},
+        "category": item.category,
+        "difficulty": item.difficulty,
+    }

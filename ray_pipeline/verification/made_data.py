@@ -12,10 +12,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from model.generate.decode import Completion
 from ray_pipeline.data.rows.packing import Row, RowBuilder, pack_conversations, pack_documents
 from ray_pipeline.data.rows.shards import write_rows
 from ray_pipeline.rollouts.collector import Group
-from ray_pipeline.rollouts.rollout import Rollout
+from ray_pipeline.rollouts.rollout import Marked
 from ray_pipeline.settings.schema import GrpoConfig
 from ray_pipeline.verification.cases import Subject
 
@@ -93,6 +94,6 @@ def made_groups(subject: Subject, settings: GrpoConfig, iteration: int) -> list[
             logprobs = (rng.uniform(-SAMPLER_NOISE, SAMPLER_NOISE, len(answer)) - log(vocab)).tolist()
             finished = sample > 0 and bool(rng.random() < FINISHED)
             reward = finished * (1 + 0.2 * float(rng.random()))
-            group.append(Rollout(prompt, answer, logprobs, reward, {}, question, finished))
+            group.append(Marked(Completion(prompt, answer, logprobs, finished), reward, question=question))
         groups.append(group)
     return groups

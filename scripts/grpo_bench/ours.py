@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
+from model.generate.decode import Completion
 from ray_pipeline.data.chat.tokenizer import load_tokenizer
 from ray_pipeline.engine.engine import Engine
 from ray_pipeline.objectives.grpo import Grpo
 from ray_pipeline.objectives.sampler_gap import SamplerGap
-from ray_pipeline.rollouts.packed_rows import pack_rollouts
-from ray_pipeline.rollouts.rollout import Rollout
+from ray_pipeline.rollouts.packed_rows import pack_completions
 from ray_pipeline.settings.schema import PipelineFields
 from ray_pipeline.training.grpo.reference import logprobs_at
 from ray_pipeline.training.grpo.setup import objective_of, rollout_source
@@ -72,12 +72,12 @@ def compare(task: Task, rank: Rank, objective: Grpo, state: dict[str, Any], fold
     """Loss and gradient norm of a step on TRL's first batch, relative to what TRL had there."""
     first = torch.load(folder / FIRST_STEP)
     tokenizer = load_tokenizer(folder / "tokenizer")
-    rollouts = []
+    completions = []
     for i in range(len(first["answers"])):
         prompt = first["prompt_ids"][i][first["prompt_mask"][i].bool()].tolist()
         answer = first["completion_ids"][i][first["completion_mask"][i].bool()].tolist()
-        rollouts.append(Rollout(prompt, answer, [0.0] * len(answer), 0.0, {}, i, True))
-    batch = pack_rollouts(rollouts, first["advantages"], task.seq_len, tokenizer.pad_id)
+        completions.append(Completion(prompt, answer, [0.0] * len(answer), finished=True))
+    batch = pack_completions(completions, first["advantages"], task.seq_len, tokenizer.pad_id)
     reference: Engine = rank.engine(task.model, initial=state)
     batch.extras["ref_logprobs"] = reference.per_token(batch, logprobs_at(1.0))
     del batch.extras["sampler_logprobs"]

@@ -10,13 +10,15 @@ import pytest
 import torch
 
 from model.convert.hf import save_hf
-from model.generate.decode import Decoder
+from model.generate.decode import Decoder, generate
 from ray_pipeline.cli import main
 from ray_pipeline.dag.ledger import read_record, write_record
+from ray_pipeline.data.chat.completion_text import completion_text
 from ray_pipeline.data.chat.tokenizer import load_tokenizer
-from ray_pipeline.evaluation.accuracy import evaluate_questions
+from ray_pipeline.data.tasks.question import prepared_questions
+from ray_pipeline.evaluation.marking import are_right
+from ray_pipeline.evaluation.statistics import wilson_interval
 from ray_pipeline.records.artifacts import atomic_folder, load_model
-from ray_pipeline.training.heldout import read_questions
 from tests.cli.made_run import TOY, finish, make_run
 from tests.evaluation.made_models import save_ours, save_qwen
 
@@ -53,17 +55,20 @@ def test_a_runs_own_questions_give_the_accuracy_of_training(
     assert "toy (sft)" in text and "heldout" in text
     run = place / "runs" / "toy"
     [data], [sft] = run.glob("data_prep-*"), run.glob("sft-*")
-    expected = evaluate_questions(
-        Decoder(load_model(sft / "model").eval()), load_tokenizer(data / "tokenizer"),
-        read_questions(data / "prompts" / "heldout.jsonl"), max_new_tokens=8,
-    )  # fmt: skip
+    tokenizer, questions = load_tokenizer(data / "tokenizer"), prepared_questions(data / "prompts" / "heldout.jsonl")
+    prompts = [tokenizer.encode_prompt(q["prompt"]) for q in questions]
+    written_by = Decoder(load_model(sft / "model").eval())
+    expected = generate(written_by, prompts, max_new_tokens=8, eos_ids={tokenizer.eos_id}, temperature=0)
+    texts = [completion_text(tokenizer, c.prompt, c.tokens, {tokenizer.eos_id}) for c in expected]
+    right = are_right([(q["prompt"], text, q["answer"]) for q, text in zip(questions, texts, strict=True)])
     [task] = written(tmp_path / "r.json")["tasks"]
     answers = [answer for item in task["items"] for answer in item["answers"]]
-    assert [a["completion"] for a in answers] == [s["completion"] for s in expected.samples]
-    assert [a["correct"] for a in answers] == expected.correct
+    assert [a["completion"] for a in answers] == texts
+    assert [a["correct"] for a in answers] == right
     figures = task["figures"]
-    assert (figures["accuracy"], figures["interval"]) == (expected.accuracy, list(expected.interval))
-    assert figures["format_rate"] == expected.format_rate and figures["mean_tokens"] == expected.mean_tokens
+    assert figures["accuracy"] == sum(right) / len(right)
+    assert figures["interval"] == list(wilson_interval(sum(right), len(right)))
+    assert figures["mean_tokens"] == sum(len(c.tokens) for c in expected) / len(expected)
     assert "<h2>heldout</h2>" in (tmp_path / "r.html").read_text()
 
 

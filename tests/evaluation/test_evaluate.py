@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from random import Random
 
 import pytest
 import torch
 from torch import Tensor
 
+from model.generate.decode import Completion
 from ray_pipeline.data.chat.tokenizer import ChatTokenizer, load_tokenizer
 from ray_pipeline.data.tasks import REGISTRY
 from ray_pipeline.data.tasks.question import think
 from ray_pipeline.evaluation.asking import AskSettings
 from ray_pipeline.evaluation.evaluate import answers_wanted, choose_options, evaluate
 from ray_pipeline.evaluation.graders import AnswerScoring
-from ray_pipeline.evaluation.model_source import ModelSource
 from ray_pipeline.evaluation.models import LanguageModel
 from ray_pipeline.evaluation.tasks import Item, Task
-from ray_pipeline.evaluation.transformers_backend import Written
 from tests.evaluation.made_models import save_tokenizer
 
 
@@ -36,13 +34,14 @@ class Scripted:
     favourite: str = "B"
     asked: dict[str, int] = field(default_factory=dict)
 
-    def generate(self, prompts: list[list[int]], **options: object) -> list[Written]:
+    def generate(self, prompts: list[list[int]], **options: object) -> list[Completion]:
         out = []
         for prompt in prompts:
             question = next(q for q in self.script if self.tokenizer.encode_prompt(q) == prompt)
             turn = self.asked[question] = self.asked.get(question, -1) + 1
             text = self.script[question][turn]
-            out.append(Written([*self.tokenizer.encode(text), self.tokenizer.eos_id], True))
+            tokens = [*self.tokenizer.encode(text), self.tokenizer.eos_id]
+            out.append(Completion(prompt, tokens, [], finished=True))
         return out
 
     def logits(self, tokens: Tensor) -> Tensor:
@@ -58,8 +57,8 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> ChatTokenizer:
 
 
 def model(tokenizer: ChatTokenizer, script: dict[str, list[str]], **options: object) -> LanguageModel:
-    source = ModelSource("scripted", Path(), Path(), "stage")
-    return LanguageModel(source, tokenizer, frozenset({tokenizer.eos_id}), Scripted(tokenizer, script, **options))
+    backend = Scripted(tokenizer, script, **options)
+    return LanguageModel("scripted", tokenizer, frozenset({tokenizer.eos_id}), backend)
 
 
 def word_problems() -> tuple[Task, dict[str, str]]:

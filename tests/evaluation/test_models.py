@@ -43,10 +43,6 @@ def items(*prompts: str) -> list[Item]:
     return [Item(str(i), prompt, "") for i, prompt in enumerate(prompts)]
 
 
-def ignore(answers: int, tokens: int) -> None:
-    return None
-
-
 @pytest.mark.parametrize("name", FORMS)
 def test_a_folder_tells_how_it_is_loaded(name: str, folders: dict[str, Path]) -> None:
     source = describe_folder(folders[name])
@@ -80,18 +76,18 @@ def test_what_greedy_writes_is_greedy_by_its_logprobs(name: str, models: dict[st
 @pytest.mark.parametrize("name", FORMS)
 def test_answers_do_not_depend_on_the_batch(name: str, models: dict[str, LanguageModel]) -> None:
     asked = items("two", "What is 12+34?", "the cat sat on the mat", "no")
-    whole = ask(models[name], asked, AskSettings(max_new_tokens=8), ignore)
-    assert ask(models[name], asked, AskSettings(max_new_tokens=8, max_batch=1), ignore) == whole
-    assert ask(models[name], asked[1:2], AskSettings(max_new_tokens=8), ignore) == whole[1:2]
+    whole = ask(models[name], asked, AskSettings(max_new_tokens=8))
+    assert ask(models[name], asked, AskSettings(max_new_tokens=8, max_batch=1)) == whole
+    assert ask(models[name], asked[1:2], AskSettings(max_new_tokens=8)) == whole[1:2]
 
 
 def test_our_samples_do_not_depend_on_the_batch_and_differ(models: dict[str, LanguageModel]) -> None:
     settings = AskSettings(samples=4, temperature=1.0, max_new_tokens=8, seed=5)
     asked = items("two", "What is 12+34?", "the cat")
-    whole = ask(models["hf"], asked, settings, ignore)
-    assert ask(models["hf"], asked[1:], settings, ignore) == whole[1:]
-    assert len({reply.text for reply in whole[0]}) > 1
-    assert ask(models["hf"], asked, replace(settings, seed=6), ignore) != whole
+    whole = ask(models["hf"], asked, settings)
+    assert ask(models["hf"], asked[1:], settings) == whole[1:]
+    assert len({answer.completion for answer in whole[0]}) > 1
+    assert ask(models["hf"], asked, replace(settings, seed=6)) != whole
 
 
 def test_ours_is_the_decoder_on_the_published_weights(
@@ -130,8 +126,8 @@ def test_end_tokens_come_from_the_files(folders: dict[str, Path], models: dict[s
 
 
 def test_a_prompt_longer_than_the_context_is_answered_with_nothing(models: dict[str, LanguageModel]) -> None:
-    long, short = ask(models["hf"], items("the cat " * 200, "two"), AskSettings(samples=1, max_new_tokens=4), ignore)
-    assert (long[0].text, long[0].fits, short[0].fits) == ("", False, True)
+    long, short = ask(models["hf"], items("the cat " * 200, "two"), AskSettings(samples=1, max_new_tokens=4))
+    assert (long[0].completion, long[0].fits, short[0].fits) == ("", False, True)
 
 
 @pytest.mark.parametrize("name", FORMS)
@@ -142,8 +138,8 @@ def test_rows_that_reach_the_end_of_the_context_do_not_touch_the_others(
     room = model.backend.context
     longest = next(n for n in range(room, 0, -1) if len(model.prompt("two " * n)) < room - 3)
     asked = items("two", "two " * longest, "no")
-    replies = ask(model, asked, AskSettings(max_new_tokens=120), ignore)
-    assert replies == [ask(model, [item], AskSettings(max_new_tokens=120), ignore)[0] for item in asked]
+    replies = ask(model, asked, AskSettings(max_new_tokens=120))
+    assert replies == [ask(model, [item], AskSettings(max_new_tokens=120))[0] for item in asked]
     assert len(model.prompt(asked[1].prompt)) + replies[1][0].tokens <= room
 
 

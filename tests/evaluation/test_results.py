@@ -14,7 +14,7 @@ from rich.console import Console
 
 from ray_pipeline.errors import UserError
 from ray_pipeline.evaluation.outcome import Report, check_comparable, read_report
-from ray_pipeline.evaluation.results import ItemResult, MarkedAnswer, TaskResult
+from ray_pipeline.evaluation.results import ItemResult, Sample, TaskResult
 from ray_pipeline.evaluation.statistics import pass_at_k, wilson_interval
 from ray_pipeline.evaluation.tasks import Item, Task
 from ray_pipeline.report.evaluation import formats as registry
@@ -25,8 +25,8 @@ from ray_pipeline.report.evaluation.terminal import print_report
 UNMARKED = {"finished": False, "score": None}
 
 
-def said(text: str, *, right: bool, **more: object) -> MarkedAnswer:
-    return MarkedAnswer(f"<think>{text}</think>{text}", right, float(right), well_formed=True, tokens=10, **more)
+def said(text: str, *, right: bool, **more: object) -> Sample:
+    return Sample(f"<think>{text}</think>{text}", right, float(right), well_formed=True, tokens=10, **more)
 
 
 def result(name: str = "sums", shift: int = 0) -> TaskResult:

@@ -36,6 +36,26 @@ def test_wilson_of_shares_holds_their_mean():
     assert wilson_interval(2, 10)[0] < low < 0.25 < high < wilson_interval(3, 10)[1]
 
 
+def test_wilson_matches_published_values():
+    # Newcombe (1998), table I: 81 of 263 and 0 of 20.
+    assert wilson_interval(81, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)
+    assert wilson_interval(0, 20) == pytest.approx((0.0, 0.1611), abs=5e-5)
+
+
+@given(st.integers(0, 1000), st.integers(0, 1000))
+def test_wilson_holds_the_proportion_inside_zero_and_one(a, b):
+    correct, total = min(a, b), max(a, b)
+    low, high = wilson_interval(correct, total)
+    assert 0.0 <= low <= high <= 1.0
+    if total:
+        assert low - 1e-12 <= correct / total <= high + 1e-12
+
+
+def test_wilson_refuses_more_right_than_asked():
+    with pytest.raises(ValueError, match="correct=3 of total=2"):
+        wilson_interval(3, 2)
+
+
 @pytest.mark.parametrize("samples", [1, 2, 3, 5, 8])
 def test_pass_at_k_is_the_share_of_subsets_with_a_right_answer(samples):
     for correct, k in itertools.product(range(samples + 1), range(1, samples + 1)):

@@ -14,9 +14,9 @@ import pytest
 
 from ray_pipeline.data.chat.tokenizer import load_tokenizer
 from ray_pipeline.data.rows.loader import PackedRows
+from ray_pipeline.data.tasks.question import prepared_questions
 from ray_pipeline.engine.checkpoints.checkpoint import find_damage, list_checkpoints
 from ray_pipeline.errors import UserError
-from ray_pipeline.training.heldout import read_questions
 from tests.fuzz.driving import SECONDS, Ending, Hung, clock, end_of, report
 from tests.pipeline.driving import TOY, finish, start
 
@@ -88,7 +88,7 @@ def readers(run_dir: Path, path: Path) -> Iterator[tuple[str, Callable[[], Endin
                 yield f"rows {name} {split}", function(lambda f=data / name / split: rows(f))
         yield "inspect grpo", verb(run_dir, "inspect-batch", RUN, "--stage", "grpo")
         for split in ("train", "heldout"):
-            yield f"questions {split}", function(lambda f=data / "prompts" / f"{split}.jsonl": read_questions(f))
+            yield f"questions {split}", function(lambda f=data / "prompts" / f"{split}.jsonl": prepared_questions(f))
         yield "tokenizer", function(lambda: load_tokenizer(data / "tokenizer").to_json())
     if stage in ("pretrain", "sft", "grpo", "distillation", "data_prep") or len(parts) == 1:
         asked = "sft" if stage == "data_prep" or len(parts) == 1 else stage

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from model.generate.decode import Completion, Decoder, generate
+from model.generate.decode import Completion, Decoder, ToolUse, generate
 from model.init import init_weights
 from model.transformer import Transformer
 from ray_pipeline.data.chat.tokenizer import load_tokenizer
@@ -18,8 +18,7 @@ from ray_pipeline.data.rows.batch import IGNORE
 from ray_pipeline.errors import UserError
 from ray_pipeline.rollouts import agent
 from ray_pipeline.rollouts.agent import ToolTurns, answer_with_tools
-from ray_pipeline.rollouts.packed_rows import pack_rollouts
-from ray_pipeline.rollouts.rollout import Rollout, ToolUse
+from ray_pipeline.rollouts.packed_rows import pack_completions
 from ray_pipeline.settings.schema import ToolsConfig
 from ray_pipeline.tools.calls import ToolCall
 from ray_pipeline.tools.format import CALLS_END, render_calls
@@ -63,7 +62,7 @@ class Script:
             tokens, count = tokens[:limit], len(self.asked)
             fed = len(prompt) + len(tokens) - 1
             routing = torch.full((fed, 2), count, dtype=torch.int16)
-            out.append(Completion(tokens, [-1.0 * count] * len(tokens), len(tokens) < limit, routing=routing))
+            out.append(Completion(prompt, tokens, [-1.0 * count] * len(tokens), len(tokens) < limit, routing=routing))
         return out
 
 
@@ -147,10 +146,7 @@ def test_an_output_that_does_not_fit_ends_the_answer(monkeypatch, tokenizer, too
 
 def test_only_the_models_own_tokens_are_trained(monkeypatch, tokenizer, toolbox):
     (answer,), _ = play(monkeypatch, tokenizer, toolbox, {2: [call("2+3"), "5"]})
-    rollout = Rollout(
-        [2, 7], answer.tokens, answer.logprobs, 0.0, {}, 0, True, answer.forced, answer.routing, answer.tools
-    )
-    batch = pack_rollouts([rollout], torch.ones(1), 256, tokenizer.pad_id)
+    batch = pack_completions([answer], torch.ones(1), 256, tokenizer.pad_id)
     labels = batch.labels[0][batch.labels[0] != IGNORE].tolist()
     assert labels == [t for t, forced in zip(answer.tokens, answer.forced, strict=True) if not forced]
 

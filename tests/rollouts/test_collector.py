@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import io
 import math
+from collections import Counter
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from model.generate.decode import Completion, ToolUse
 from ray_pipeline.rewards.scoring import Scores
-from ray_pipeline.rollouts.collector import Collected, Collector, Question, is_informative
-from ray_pipeline.rollouts.prompt_order import PromptOrder
-from ray_pipeline.rollouts.rollout import Sampled, ToolUse, request_seed
+from ray_pipeline.rollouts.collector import Collected, Collector, PromptOrder, Question, is_informative
+from ray_pipeline.rollouts.rollout import request_seed
 from ray_pipeline.settings.schema import GrpoConfig
+from ray_pipeline.settings.section import MOST_SEED
 
 QUESTIONS = [Question(str(i), str(i % 3), [1, 2 + i]) for i in range(10)]
 
@@ -30,7 +33,7 @@ class Echo:
         return requests
 
     def collect(self, handle):
-        return [Sampled([r.prompt[-1], r.seed % 2 + 40, 1], [-0.5] * 3, r.seed % 3 > 0) for r in handle]
+        return [Completion(r.prompt, [r.prompt[-1], r.seed % 2 + 40, 1], [-0.5] * 3, r.seed % 3 > 0) for r in handle]
 
 
 class Words:
@@ -67,7 +70,9 @@ def test_groups_are_of_one_question_and_every_answer_has_its_seed():
     made, engine = collector(score_with(last_word))
     collected = made.collect(made.ask(2, 4))
     chosen = made.order.at(4, 3)
-    assert [[r.prompt_ids for r in group] for group in collected.groups] == [[QUESTIONS[i].prompt] * 4 for i in chosen]
+    assert [[r.completion.prompt for r in group] for group in collected.groups] == [
+        [QUESTIONS[i].prompt] * 4 for i in chosen
+    ]
     assert [r.seed for r in engine.asked] == [request_seed(5, 2, n, s) for n in range(3) for s in range(4)]
     assert collected.place == 7 and collected.drawn == 3
 
@@ -83,8 +88,8 @@ def test_groups_that_score_alike_give_way_to_those_of_the_next_prompts():
 
     resampling, engine = collector(score, resample_rounds=10)
     after = resampling.collect(resampling.ask(0, 0))
-    assert [group[0].question_index for group in after.groups] == [0, 2, 4], "the place of 1 went to 3, that of 3 to 4"
-    assert [group[0].prompt_ids for group in after.groups] == [QUESTIONS[order[n]].prompt for n in (0, 2, 4)]
+    assert [group[0].question for group in after.groups] == [0, 2, 4], "the place of 1 went to 3, that of 3 to 4"
+    assert [group[0].completion.prompt for group in after.groups] == [QUESTIONS[order[n]].prompt for n in (0, 2, 4)]
     assert (after.alike, after.place, after.drawn) == (2, 5, 5)
     assert len({r.seed for r in engine.asked}) == len(engine.asked) == 20, "no draw is used twice"
 
@@ -114,14 +119,14 @@ def test_answers_in_the_buffer_before_the_limit_lose_reward():
 def test_collected_rollouts_survive_a_file(iteration, place):
     made, _ = collector(score_with(last_word, failing=lambda text: text.startswith("4 ")))
     collected = made.collect(made.ask(iteration, place))
-    collected.groups[0][0].routing = torch.arange(6, dtype=torch.int16).view(3, 2)
-    collected.groups[0][1].tools = ToolUse(3, 2, 1)
+    collected.groups[0][0].completion.routing = torch.arange(6, dtype=torch.int16).view(3, 2)
+    collected.groups[0][1].completion.tools = ToolUse(3, 2, 1)
     file = io.BytesIO()
     torch.save(collected.plain(), file)
     file.seek(0)
     back = Collected.of(torch.load(file, weights_only=True))
     assert repr(back) == repr(collected)  # NaN is not equal to itself
-    assert torch.equal(back.groups[0][0].routing, collected.groups[0][0].routing)
+    assert torch.equal(back.groups[0][0].completion.routing, collected.groups[0][0].completion.routing)
 
 
 def test_thinking_that_the_prompt_opened_is_part_of_what_is_marked():
@@ -136,3 +141,39 @@ def test_thinking_that_the_prompt_opened_is_part_of_what_is_marked():
     opened = [text.startswith("<think>") for text in heard]
     assert any(opened) and not all(opened), "only question 0 has such a prompt"
     assert all(text.startswith("<think>2 ") or text == "<think>" for text, o in zip(heard, opened, strict=True) if o)
+
+
+@given(st.integers(1, 40), st.integers(0, 5), st.lists(st.integers(1, 50), min_size=1, max_size=8))
+def test_every_question_is_asked_once_an_epoch_however_many_are_asked_at_a_time(questions, seed, counts):
+    order, asked, place = PromptOrder(questions, seed), [], 0
+    for count in counts:
+        asked += order.at(place, count)
+        place += count
+    for start in range(0, len(asked) - questions + 1, questions):
+        assert Counter(asked[start : start + questions]) == Counter(range(questions))
+
+
+@given(st.integers(2, 40), st.integers(0, 99), st.integers(1, 50))
+def test_a_place_does_not_depend_on_what_was_asked_before(questions, place, count):
+    used = PromptOrder(questions, 3)
+    for earlier in range(0, place, 7):
+        used.at(earlier, 3)
+    assert PromptOrder(questions, 3).at(place, count) == used.at(place, count)
+
+
+def test_seeds_and_epochs_differ():
+    order = PromptOrder(50, 0)
+    assert order.at(0, 50) != order.at(50, 50) and order.at(0, 50) != PromptOrder(50, 1).at(0, 50)
+
+
+@pytest.mark.parametrize("seed", [2 * 10**13, MOST_SEED - 1, MOST_SEED])
+def test_large_seeds_ask_every_question_once_an_epoch_too(seed):
+    order = PromptOrder(7, seed)
+    asked = order.at(0, 21)
+    assert all(Counter(asked[start : start + 7]) == Counter(range(7)) for start in (0, 7, 14))
+    assert asked != PromptOrder(7, seed - 2).at(0, 21)
+
+
+def test_nothing_to_ask_is_refused():
+    with pytest.raises(ValueError, match="0 questions"):
+        PromptOrder(0, 0)

@@ -11,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from model.config import ModelConfig
-from model.generate.decode import Decoder
+from model.generate.decode import Completion, Decoder
 from model.init import init_weights
 from model.transformer import Transformer
 from ray_pipeline.rollouts.decoder_sampler import DecoderSampler, SamplingRules
-from ray_pipeline.rollouts.rollout import Sampled, SampleRequest, request_seed
+from ray_pipeline.rollouts.rollout import SampleRequest, request_seed
 
 CONFIG = ModelConfig(
     vocab_size=32,
@@ -67,14 +67,14 @@ def requests(seed: int = 1, step: int = 2, group: int = 5) -> list[SampleRequest
     ]
 
 
-def sample(model: Transformer, asked: Sequence[SampleRequest], **rules: Any) -> list[Sampled]:
+def sample(model: Transformer, asked: Sequence[SampleRequest], **rules: Any) -> list[Completion]:
     tokenizer: Any = Digits()
     return DecoderSampler(model, Decoder(model), tokenizer, SamplingRules(**{"max_new_tokens": 10} | rules)).sample(
         asked
     )
 
 
-def logprobs(model: Transformer, asked: SampleRequest, answer: Sampled, temperature: float) -> torch.Tensor:
+def logprobs(model: Transformer, asked: SampleRequest, answer: Completion, temperature: float) -> torch.Tensor:
     """Of the answer's tokens, by the whole model at once."""
     ids = torch.tensor([asked.prompt + answer.tokens])
     logits = model(ids)[0, len(asked.prompt) - 1 : -1] / temperature
@@ -90,7 +90,7 @@ def test_same_seeds_give_the_same_answers(model):
 def test_a_slice_draws_what_the_whole_draws(model):
     asked = requests()
     whole = sample(model, asked)
-    parts: list[Sampled] = [*whole]
+    parts: list[Completion] = [*whole]
     parts[1::2], parts[::2] = sample(model, asked[1::2]), sample(model, asked[::2])
     for a, b in zip(whole, parts, strict=True):
         assert (a.tokens, a.finished) == (b.tokens, b.finished)

@@ -104,6 +104,8 @@ def test_made_up_answers_that_are_trained_score_above_their_groups_mean() -> Non
     groups = [group for iteration in range(8) for group in made_groups(subject, settings, iteration)]
     for group in groups:
         mean = sum(rollout.reward for rollout in group) / len(group)
-        assert not all(rollout.finished for rollout in group)
-        assert all(rollout.reward > mean for rollout in group if rollout.finished)
-    assert settings.mask_truncated and len({len(rollout.completion_ids) for group in groups for rollout in group}) > 3
+        assert not all(rollout.completion.finished for rollout in group)
+        assert all(rollout.reward > mean for rollout in group if rollout.completion.finished)
+    assert (
+        settings.mask_truncated and len({len(rollout.completion.tokens) for group in groups for rollout in group}) > 3
+    )

@@ -1,9 +1,15 @@
-"""What a built-in question is. No randomness, no chat format beyond the `<think>` tags of the answer."""
+"""What a question is, and its line of a file. No randomness, no chat format beyond the `<think>` tags of the answer."""
 
 from __future__ import annotations
 
+import itertools
+import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
+
+from ray_pipeline.errors import UserError
+from ray_pipeline.records.integrity import make_again, verify_files
 
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 
@@ -54,3 +60,19 @@ class Question:
 def think(steps: str, answer: str) -> str:
     """`<think>steps</think>answer`."""
     return f"{THINK_OPEN}{steps}{THINK_CLOSE}{answer}"
+
+
+def prepared_questions(path: Path, limit: int | None = None) -> list[dict[str, Any]]:
+    """Questions written by DATA_PREP: prompt, answer, category, difficulty.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    verify_files(path.parent, [path.name])
+    try:
+        with path.open(encoding="utf-8") as lines:
+            return [json.loads(line) for line in itertools.islice(lines, limit)]
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}). {make_again(path.parent.parent)}") from None
+    except ValueError as error:
+        raise UserError(f"{path}: damaged ({error}). {make_again(path.parent.parent)}") from None

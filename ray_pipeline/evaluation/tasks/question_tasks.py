@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from ray_pipeline.data.forms.question_records import as_question
+from ray_pipeline.data.tasks.question import prepared_questions
 from ray_pipeline.errors import UserError
 from ray_pipeline.evaluation.graders import AnswerScoring, RewardScoring
 from ray_pipeline.evaluation.tasks.catalog import task
 from ray_pipeline.evaluation.tasks.item import Item, Request, Task
 from ray_pipeline.evaluation.tasks.record_tasks import Record, level, read_items, text_field
-from ray_pipeline.records.integrity import verify_files
 
 GSM8K, MATH500 = "openai/gsm8k:test", "HuggingFaceH4/MATH-500:test"
 BOXED = "\nPut the final answer within \\boxed{}."
@@ -25,16 +27,27 @@ def _questions(name: str, given: str) -> list[Item]:
 @task("heldout", takes="PATH")
 def heldout(request: Request) -> Task:
     """The run's own held-out questions, or another file like them."""
-    given = request.argument
-    if given is None:
-        if request.heldout is None:
-            raise UserError(
-                "--tasks heldout: the model is not of a run, so it has no questions of its own. Name a run, or give "
-                "a file: heldout:runs/NAME/data_prep-ID/prompts/heldout.jsonl."
-            )
-        verify_files(request.heldout.parent, [request.heldout.name])
-        given = str(request.heldout)
-    return Task("heldout", _questions("heldout", given), AnswerScoring())
+    if request.argument is not None:
+        return Task("heldout", _questions("heldout", request.argument), AnswerScoring())
+    if request.heldout is None:
+        raise UserError(
+            "--tasks heldout: the model is not of a run, so it has no questions of its own. Name a run, or give "
+            "a file: heldout:runs/NAME/data_prep-ID/prompts/heldout.jsonl."
+        )
+    return run_questions(request.heldout)
+
+
+def run_questions(path: Path, limit: int | None = None) -> Task:
+    """The questions that a run's DATA_PREP held out, at most `limit` of them.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    items = [
+        Item(str(i), q["prompt"], str(q["answer"]), str(q.get("category", "")), int(q.get("difficulty", 0)))
+        for i, q in enumerate(prepared_questions(path, limit))
+    ]
+    return Task("heldout", items, AnswerScoring())
 
 
 @task("questions", takes="PATH")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ray_pipeline.evaluation.outcome import Report
-from ray_pipeline.evaluation.results import ItemResult, MarkedAnswer, TaskResult
+from ray_pipeline.evaluation.results import ItemResult, Sample, TaskResult
 from ray_pipeline.records.artifacts import write_text
 from ray_pipeline.report.evaluation.formats import reporter
 from ray_pipeline.report.evaluation.wording import (
@@ -131,7 +131,7 @@ def _samples(task: TaskResult, *, right: bool) -> str:
     return f"<details><summary>{shown}</summary>{cards}</details>"
 
 
-def _card(item: ItemResult, answer: MarkedAnswer) -> str:
+def _card(item: ItemResult, answer: Sample) -> str:
     word = "right" if answer.correct else "wrong"
     facts = f"{item.category} {item.id}, {answer.tokens} tokens, {answer.thinking_tokens} of them thinking".strip()
     said = answer.completion if answer.fits else "(the prompt does not fit the context)"

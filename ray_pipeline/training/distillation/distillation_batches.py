@@ -82,7 +82,7 @@ class StudentAnswers:
             "answer_tokens": sum(lengths) / len(lengths),
             "unfinished": sum(not completion.finished for completion in written) / len(written),
         }
-        answers = [(prompt, completion.tokens) for prompt, completion in zip(prompts, written, strict=True)]
+        answers = [(completion.prompt, completion.tokens) for completion in written]
         batch = pack_answers(answers, rank.config.data.seq_len, tokenizer.pad_id)
         return self.engine.fitted(batch)
 

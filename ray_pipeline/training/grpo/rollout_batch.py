@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from model.attention.kinds import meets_documents_alone
+from model.generate.decode import Completion
 from ray_pipeline.data.rows.batch import Batch
 from ray_pipeline.engine.engine import Engine
 from ray_pipeline.rollouts.advantages import group_advantages
 from ray_pipeline.rollouts.collector import Group, is_informative
-from ray_pipeline.rollouts.packed_rows import pack_rollouts, row_length
-from ray_pipeline.rollouts.rollout import Rollout, request_seed
+from ray_pipeline.rollouts.packed_rows import pack_completions, row_length
+from ray_pipeline.rollouts.rollout import Marked, request_seed
 from ray_pipeline.settings.schema import GrpoConfig
 from ray_pipeline.training.grpo.reference import Reference, logprobs_at
 
@@ -43,7 +44,7 @@ class BatchBuilder:
         times; None in the place of one in which no answer trains anything.
 
         Each answer is in one of them. Their numbers of answers differ by at most one, whatever rows they fill.
-        Extras: see `pack_rollouts`; "ref_logprobs" with a reference; "old_logprobs", the trainer's own before any of
+        Extras: see `pack_completions`; "ref_logprobs" with a reference; "old_logprobs", the trainer's own before any of
         these steps, unless the policy is still the same when the step is taken, which the objective knows itself.
         """
         if self.reference is not None:
@@ -57,7 +58,7 @@ class BatchBuilder:
         once = self.settings.num_iterations == 1
         return [self._batch(part, untouched=once and not index) for index, part in enumerate(parts)]
 
-    def _batch(self, answers: list[tuple[Rollout, float]], *, untouched: bool) -> Batch | None:
+    def _batch(self, answers: list[tuple[Marked, float]], *, untouched: bool) -> Batch | None:
         """One mini-batch. untouched: it is trained on once, by the very policy that is there now."""
         packed = self._packed(answers)
         if packed is None:
@@ -72,41 +73,41 @@ class BatchBuilder:
             batch.extras["old_logprobs"] = torch.zeros(batch.labels.shape) if found is None else found
         return batch
 
-    def _answers(self, groups: list[Group]) -> list[tuple[Rollout, float]]:
+    def _answers(self, groups: list[Group]) -> list[tuple[Marked, float]]:
         """What is worth training on, with its advantage."""
         # Advantages over all groups, so that a deviation over the batch is that of all rewards.
-        advantages = self.advantages([rollout for group in groups for rollout in group])
+        advantages = self.advantages([marked for group in groups for marked in group])
         return [
-            (rollout, advantage)
+            (marked, advantage)
             for group, values in zip(groups, advantages.view(len(groups), -1), strict=True)
             if is_informative(group)
-            for rollout, advantage in zip(group, values.tolist(), strict=True)
-            if not rollout.failed
+            for marked, advantage in zip(group, values.tolist(), strict=True)
+            if not marked.failed
         ]
 
-    def _packed(self, answers: list[tuple[Rollout, float]]) -> Batch | None:
-        rollouts = [rollout for rollout, _ in answers]
-        trained = [rollout.finished or not self.settings.mask_truncated for rollout in rollouts]
+    def _packed(self, answers: list[tuple[Marked, float]]) -> Batch | None:
+        completions = [marked.completion for marked, _ in answers]
+        trained = [one.finished or not self.settings.mask_truncated for one in completions]
         if not any(trained):
             return None
         chosen = torch.tensor([advantage for _, advantage in answers])
         masked = None if all(trained) else trained
-        length, sp = self._row_length(rollouts), self.engine.mesh.sizes.sp
-        return pack_rollouts(rollouts, chosen, length, self.pad_id, trained=masked, multiple=sp)
+        length, sp = self._row_length(completions), self.engine.mesh.sizes.sp
+        return pack_completions(completions, chosen, length, self.pad_id, trained=masked, multiple=sp)
 
-    def _row_length(self, rollouts: list[Rollout]) -> int:
+    def _row_length(self, completions: list[Completion]) -> int:
         model, device = self.engine.config, self.engine.device
         dtype = torch.float32 if self.settings.precision == "fp32" else torch.bfloat16
         alone = meets_documents_alone(model, self.seq_len, device, dtype)
-        return row_length(rollouts, self.seq_len, model, 32, by_documents=alone)  # whatever the layout
+        return row_length(completions, self.seq_len, model, 32, by_documents=alone)  # whatever the layout
 
-    def advantages(self, rollouts: list[Rollout]) -> Tensor:
-        """Of whole groups, one after the other: [len(rollouts)]."""
+    def advantages(self, marked: list[Marked]) -> Tensor:
+        """Of whole groups, one after the other: [len(marked)]."""
         settings = self.settings
         return group_advantages(
-            torch.tensor([r.reward for r in rollouts], dtype=torch.float64),
+            torch.tensor([one.reward for one in marked], dtype=torch.float64),
             settings.group_size,
             baseline=settings.advantages,
             scale_rewards=settings.scale_rewards,
-            excluded=torch.tensor([r.failed for r in rollouts]),
+            excluded=torch.tensor([one.failed for one in marked]),
         )

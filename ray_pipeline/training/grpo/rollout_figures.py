@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Iterable
 
 from ray_pipeline.rollouts.collector import Collected, is_informative
-from ray_pipeline.rollouts.rollout import Rollout
+from ray_pipeline.rollouts.rollout import Marked
 
 # Rewards that say whether an answer is right; the first of them that is used is the accuracy.
 CORRECTNESS = ("answer", "math", "exact")
@@ -21,11 +21,11 @@ def mean(values: Iterable[float]) -> float:
 
 def rollout_figures(collected: Collected) -> dict[str, float]:
     """Rewards and their parts, lengths in tokens, shares of what was cut off or skipped, seconds, use of tools."""
-    rollouts = [rollout for group in collected.groups for rollout in group]
-    rewards = [rollout.reward for rollout in rollouts if not rollout.failed]
-    lengths = [len(rollout.completion_ids) for rollout in rollouts]
-    names = sorted({name for rollout in rollouts for name in rollout.parts})
-    parts = {name: mean(rollout.parts.get(name, math.nan) for rollout in rollouts) for name in names}
+    marked = [one for group in collected.groups for one in group]
+    rewards = [one.reward for one in marked if not one.failed]
+    lengths = [len(one.completion.tokens) for one in marked]
+    names = sorted({name for one in marked for name in one.parts})
+    parts = {name: mean(one.parts.get(name, math.nan) for one in marked) for name in names}
     right = next((parts[name] for name in CORRECTNESS if name in parts), None)
     return {
         "reward": mean(rewards),
@@ -35,20 +35,20 @@ def rollout_figures(collected: Collected) -> dict[str, float]:
         **({"format_rate": parts["format"]} if "format" in parts else {}),
         "completion_tokens": mean(lengths),
         "completion_tokens_max": float(max(lengths, default=0)),
-        "truncated": mean(not rollout.finished for rollout in rollouts),
+        "truncated": mean(not one.completion.finished for one in marked),
         "zero_variance_groups": collected.alike / max(collected.drawn, 1),
         "drawn_groups": float(collected.drawn),
         "skipped_groups": float(sum(not is_informative(group) for group in collected.groups)),
         "failed_rewards": float(sum(collected.failures.values())),
         **{f"failed_{name}_rewards": float(count) for name, count in collected.failures.items()},
-        **tool_figures(rollouts),
+        **tool_figures(marked),
         **{f"{name}_seconds": seconds for name, seconds in collected.seconds.items()},
     }
 
 
-def tool_figures(rollouts: Iterable[Rollout]) -> dict[str, float]:
+def tool_figures(marked: Iterable[Marked]) -> dict[str, float]:
     """Calls per answer, shares of calls that a tool could take and that gave an error; nothing without tools."""
-    used = [rollout.tools for rollout in rollouts if rollout.tools is not None]
+    used = [one.completion.tools for one in marked if one.completion.tools is not None]
     if not used:
         return {}
     calls, valid, errors = (sum(getattr(use, name) for use in used) for name in ("calls", "valid", "errors"))

@@ -11,7 +11,7 @@ import torch
 from ray_pipeline.data.rows.batch import Batch
 from ray_pipeline.engine.engine import Engine
 from ray_pipeline.objectives.sampler_gap import SamplerGap
-from ray_pipeline.rollouts.collector import Asked, Collected, Collector, is_informative
+from ray_pipeline.rollouts.collector import Collected, Collector, Pending, is_informative
 from ray_pipeline.rollouts.samplers import RolloutEngine, synchronise
 from ray_pipeline.training.grpo.rollout_batch import BatchBuilder
 from ray_pipeline.training.grpo.rollout_figures import rollout_figures
@@ -52,7 +52,7 @@ class RolloutSource:
         self.collector, self.builder, self.gap, self.left_out = collector, builder, gap, left_out
         self.settings = rank.config.grpo
         self.iterations = -(-self.settings.steps // self.settings.steps_per_rollout)
-        self._asked: Asked | None = None
+        self._pending: Pending | None = None
         self._ready: Collected | None = None
         self._place: int | None = None
         self._batches: list[Batch | None] = []
@@ -81,8 +81,8 @@ class RolloutSource:
 
     def state(self) -> dict[str, bytes]:
         """Files of a checkpoint that is written between two iterations. Waits for rollouts that are on their way."""
-        if self._asked is not None:
-            self._ready, self._asked = self.collector.collect(self._asked), None
+        if self._pending is not None:
+            self._ready, self._pending = self.collector.collect(self._pending), None
         ahead = None if self._ready is None else self._ready.plain()
         contents = io.BytesIO()
         torch.save({"place": self._place, "ahead": ahead}, contents)
@@ -97,12 +97,12 @@ class RolloutSource:
     def _roll_out(self, iteration: int, step: int) -> None:
         """Make this iteration's mini-batches, and ask for the next answers where they may be older than its weights."""
         self.rank.phase("sampling")
-        collected = self._ready or self.collector.collect(self._asked or self._ask(iteration))
+        collected = self._ready or self.collector.collect(self._pending or self._ask(iteration))
         assert collected.iteration == iteration, f"rollouts of iteration {collected.iteration}, not {iteration}"
-        self._ready = self._asked = None
+        self._ready = self._pending = None
         self._place, self._iteration = collected.place, iteration
         if self.settings.rollout.max_staleness and iteration + 1 < self.iterations:
-            self._asked = self._ask(iteration + 1)
+            self._pending = self._ask(iteration + 1)
         began = time.monotonic()
         self.rank.phase("training" if any(map(is_informative, collected.groups)) else "no group to learn from")
         self._batches = self.builder.build(collected.groups, step)
@@ -111,7 +111,7 @@ class RolloutSource:
             "left_out_prompts": float(self.left_out),
         }
 
-    def _ask(self, iteration: int) -> Asked:
+    def _ask(self, iteration: int) -> Pending:
         place = self._place if self._place is not None else iteration * self.settings.prompts_per_step
         synchronise(self.sampling, self.policy.full_state(), iteration)
         return self.collector.ask(iteration, place)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from model.config import ModelConfig
 from ray_pipeline.data.chat.tokenizer import ChatTokenizer
+from ray_pipeline.data.tasks.question import prepared_questions
 from ray_pipeline.engine.engine import Engine
 from ray_pipeline.errors import UserError
 from ray_pipeline.objectives.grpo import Grpo
@@ -29,7 +30,7 @@ from ray_pipeline.tools.toolbox import listed_tools
 from ray_pipeline.training.grpo.reference import Reference
 from ray_pipeline.training.grpo.rollout_batch import BatchBuilder
 from ray_pipeline.training.grpo.rollout_source import RolloutSource
-from ray_pipeline.training.heldout import WholeModel, read_questions
+from ray_pipeline.training.heldout import WholeModel
 from ray_pipeline.training.rank import Rank
 
 
@@ -45,7 +46,7 @@ def rollout_source(
         UserError: a setting that cannot work, no prompt that fits, or rewards that mark reference answers wrong.
     """
     settings, tokenizer = rank.config.grpo, whole.tokenizer
-    asked = read_questions(rank.data / "prompts" / "train.jsonl")
+    asked = prepared_questions(rank.data / "prompts" / "train.jsonl")
     questions = fitting_questions(asked, tokenizer, settings, rank.config.data.seq_len, listed_tools(rank.config.tools))
     left_out = len(asked) - len(questions)
     with ExitStack() as stack:

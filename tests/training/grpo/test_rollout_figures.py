@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 
+from model.generate.decode import Completion, ToolUse
 from ray_pipeline.rollouts.collector import Collected
-from ray_pipeline.rollouts.rollout import Rollout, ToolUse
+from ray_pipeline.rollouts.rollout import Marked
 from ray_pipeline.training.grpo.rollout_figures import rollout_figures
 
 
-def rollout(reward: float, tokens: int, *, finished: bool = True, failed: bool = False, **more) -> Rollout:
+def rollout(reward: float, tokens: int, *, finished: bool = True, failed: bool = False, **more) -> Marked:
     parts = {"math": math.nan if failed else reward, "format": 1.0}
-    return Rollout([1], [2] * tokens, [-1.0] * tokens, reward, parts, 0, finished, failed=failed, **more)
+    return Marked(Completion([1], [2] * tokens, [-1.0] * tokens, finished, **more), reward, parts, failed=failed)
 
 
 def test_figures_of_two_groups_by_hand():

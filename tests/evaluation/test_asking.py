@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from model.generate.decode import Completion, ToolUse
 from model.init import init_weights
 from model.transformer import Transformer
 from ray_pipeline.data.chat.tokenizer_files import save_trained, train_bpe
-from ray_pipeline.evaluation import tool_rounds as tool_use
+from ray_pipeline.evaluation import asking
 from ray_pipeline.evaluation.asking import AskSettings, ask
 from ray_pipeline.evaluation.evaluate import evaluate
 from ray_pipeline.evaluation.graders import AnswerScoring
@@ -15,8 +16,8 @@ from ray_pipeline.evaluation.model_source import ModelSource
 from ray_pipeline.evaluation.models import LanguageModel, load
 from ray_pipeline.evaluation.tasks import Item, Task
 from ray_pipeline.records.artifacts import save_model
-from ray_pipeline.rollouts.rollout import Sampled, ToolUse
 from ray_pipeline.settings.post_training import ToolsConfig
+from ray_pipeline.tools.toolbox import listed_tools
 from tests.evaluation.made_models import TINY
 
 CALCULATOR = ToolsConfig(names=["calculator"])
@@ -36,27 +37,24 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
     return load(ModelSource("toy", folder / "model", folder / "tokenizer", "stage"))
 
 
-def ignore(answers: int, tokens: int) -> None:
-    return None
-
-
 def test_a_model_that_calls_nothing_answers_as_it_does_to_the_described_prompt(model: LanguageModel) -> None:
-    replies = ask(model, ITEMS, AskSettings(max_new_tokens=8, tools=CALCULATOR), ignore)
-    with tool_use.ToolUser(model, CALCULATOR) as user:
-        prompts = [user.prompt(item.prompt) for item in ITEMS]
+    answers = ask(model, ITEMS, AskSettings(max_new_tokens=8, tools=CALCULATOR))
+    prompts = [model.prompt(item.prompt, listed_tools(CALCULATOR)) for item in ITEMS]
     assert all("calculator" in model.tokenizer.decode(prompt) for prompt in prompts)
     written = model.backend.generate(prompts, max_new_tokens=8, temperature=0, seeds=[0, 0], eos_ids=model.eos_ids)
     texts = [model.text(prompt, answer.tokens) for prompt, answer in zip(prompts, written, strict=True)]
-    assert [reply.text for [reply] in replies] == texts
-    assert [reply.tool_calls for [reply] in replies] == [(0, 0), (0, 0)]
+    assert [answer.completion for [answer] in answers] == texts
+    assert [(answer.tool_calls, answer.valid_tool_calls) for [answer] in answers] == [(0, 0), (0, 0)]
 
 
 def test_calls_are_counted(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    def called(decoder: object, tokenizer: object, prompts: list, *args: object, **options: object) -> list[Sampled]:
+    def called(decoder: object, tokenizer: object, prompts: list, *args: object, **options: object) -> list[Completion]:
         tokens = model.tokenizer.encode("46")
-        return [Sampled(tokens, [0.0] * len(tokens), True, tools=ToolUse(calls=2, valid=1)) for _ in prompts]
+        return [
+            Completion(prompt, tokens, [0.0] * len(tokens), True, tools=ToolUse(calls=2, valid=1)) for prompt in prompts
+        ]
 
-    monkeypatch.setattr(tool_use, "answer_with_tools", called)
+    monkeypatch.setattr(asking, "answer_with_tools", called)
     found = evaluate(model, Task("sums", ITEMS, AnswerScoring()), AskSettings(tools=CALCULATOR))
     figures = found.figures()
     assert (figures["tool_calls"], figures["valid_tool_call_rate"], figures["accuracy"]) == (4, 0.5, 0.5)
