@@ -12,9 +12,9 @@ from typing import Any
 from ray_pipeline.rewards.registry import reward
 from ray_pipeline.tools.calculator import Calculator
 from ray_pipeline.tools.calls import BadCall, ToolCall, parse_calls, read_json
-from ray_pipeline.tools.describe import described_tools
 from ray_pipeline.tools.format import render_calls
 from ray_pipeline.tools.python import Python
+from ray_pipeline.tools.tool import described_tools
 from ray_pipeline.tools.tool_schema import argument_error
 
 _BUILTIN = {tool.name: tool.parameters for tool in (Calculator, Python)}
@@ -54,8 +54,8 @@ def tool_calls(prompt: str, completion: str, reference: str) -> float:
     """Share of calls that are right, 0.0 to 1.0; calls too many, too few or unreadable count as wrong.
 
     Args:
-        prompt: its descriptions of tools (`tools.describe`) tell their schemas; without any, those of calculator and
-            python hold.
+        prompt: its descriptions of tools (`tools.tool.describe`) tell their schemas; without any, those of calculator
+            and python hold.
         reference: the calls to make, or anything else: then a call is right that fits its tool's schema, and a
             completion without a call scores 0.0.
     """

@@ -1,6 +1,6 @@
 """Does the program in the answer pass its tests? It runs in a sandbox; what hangs or crashes there is wrong.
 
-The tests run in another process than the program (`sandbox_judge`), which sees nothing of them but its calls.
+The tests run in another process than the program (`isolation.judge`), which sees nothing of them but its calls.
 
 References, as text or JSON: Python that raises where the program is wrong (`assert add(1, 2) == 3`); {"tests": such
 Python, or a list of it}; what a whole program reads and prints, [{"input": ..., "output": ...}, ...] or

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
-import types
-import typing
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 from ray_pipeline.errors import UserError
 
-_TYPES: dict[Any, str] = {
-    str: "string", int: "integer", float: "number", bool: "boolean", list: "array", dict: "object"
-}  # fmt: skip
-_SECTION = re.compile(r"^\s*(?:Args|Arguments|Parameters):\s*$", re.MULTILINE)
-_ARGUMENT = re.compile(r"^\s*(?P<name>\w+)\s*(?:\([^)]*\))?:\s*(?P<text>.*)$")
+_SECTION = re.compile(r"^[ \t]*(?:Args|Arguments|Parameters):[ \t]*$", re.MULTILINE)
+_TYPED = re.compile(r"^([ \t]*\w+)[ \t]*\([^)\n]*\):", re.MULTILINE)  # "b (float): the second number"
 
 
 def argument_error(schema: Mapping[str, Any], arguments: Any) -> str | None:
@@ -43,57 +39,57 @@ def argument_error(schema: Mapping[str, Any], arguments: Any) -> str | None:
 
 
 def function_schema(function: Callable[..., Any], name: str) -> tuple[str, dict[str, Any]]:
-    """(description, parameters) of a function, from its docstring and its annotated signature.
+    """(description, parameters) of a function, from its docstring and its annotated signature, by transformers.
 
     Raises:
         UserError: no docstring, or a parameter whose type cannot be written as JSON.
     """
-    text = inspect.getdoc(function) or ""
-    if not text.strip():
+    from transformers.utils import chat_template_utils
+
+    if not (inspect.getdoc(function) or "").strip():
         raise UserError(f'tool "{name}": has no docstring, so a model could not know what it is for. Write one.')
-    hints = typing.get_type_hints(function)
-    described = _described_arguments(text)
-    properties: dict[str, Any] = {}
-    required = []
     for parameter in inspect.signature(function).parameters.values():
         if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
             raise UserError(f'tool "{name}": parameter {parameter} cannot be given by name. Use plain parameters.')
-        if parameter.name not in hints:
+        if parameter.annotation is parameter.empty:
             raise UserError(f'tool "{name}": parameter {parameter.name} has no type. Annotate it, for example: str.')
-        schema = _type_schema(hints[parameter.name], f'tool "{name}": parameter {parameter.name}')
-        if parameter.name in described:
-            schema["description"] = described[parameter.name]
-        properties[parameter.name] = schema
-        if parameter.default is parameter.empty:
-            required.append(parameter.name)
-    summary = " ".join(_SECTION.split(text)[0].split("\n\n")[0].split())
-    return summary, {"type": "object", "properties": properties, "required": required}
+    try:
+        found = chat_template_utils.get_json_schema(_documented(function))["function"]
+        parameters: dict[str, Any] = _with_null(found["parameters"])
+        argument_error(parameters, {})  # a schema may name a type that is not JSON's
+    except (chat_template_utils.TypeHintParsingException, ValueError, NameError) as error:
+        reason = " ".join(str(error).partition(", likely")[0].split())
+        raise UserError(
+            f'tool "{name}": {reason:.200}. Use str, int, float, bool, list, dict, Literal, or unions of them.'
+        ) from None
+    return " ".join(found["description"].split("\n\n")[0].split()), parameters
 
 
-def _type_schema(hint: Any, where: str) -> dict[str, Any]:
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if hint in _TYPES:
-        return {"type": _TYPES[hint]}
-    if origin is Literal:
-        return {"enum": list(arguments)}
-    if origin is list and arguments:
-        return {"type": "array", "items": _type_schema(arguments[0], where)}
-    if origin is dict and arguments:
-        return {"type": "object", "additionalProperties": _type_schema(arguments[1], where)}
-    if origin in (typing.Union, types.UnionType):
-        choices = [{"type": "null"} if a is type(None) else _type_schema(a, where) for a in arguments]
-        return {"anyOf": choices}
-    raise UserError(f"{where} is of type {hint}. Use str, int, float, bool, list, dict, Literal, or unions of them.")
+def _documented(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function with a docstring that says something of every parameter, its name at least, as transformers asks."""
+    from transformers.utils import chat_template_utils
+
+    text = _TYPED.sub(r"\1:", _SECTION.sub("Args:", inspect.getdoc(function) or ""))
+    said = chat_template_utils.parse_google_format_docstring(text)[1] or {}
+    undescribed = [name for name in inspect.signature(function).parameters if name not in said]
+    if undescribed:
+        lines = "".join(f"\n    {name}: {name}" for name in undescribed)
+        text = text.replace("\nArgs:", f"\nArgs:{lines}", 1) if "\nArgs:" in text else f"{text}\n\nArgs:{lines}"
+
+    @functools.wraps(function)
+    def documented(*arguments: Any, **named: Any) -> Any:
+        return function(*arguments, **named)
+
+    documented.__doc__ = text
+    return documented
 
 
-def _described_arguments(text: str) -> dict[str, str]:
-    """What a docstring's "Args:" says of each parameter."""
-    parts = _SECTION.split(text, maxsplit=1)
-    found: dict[str, str] = {}
-    for line in parts[1].splitlines() if len(parts) > 1 else []:
-        if line and not line[0].isspace():
-            break  # the next section
-        match = _ARGUMENT.match(line)
-        if match:
-            found[match["name"]] = match["text"].strip()
-    return found
+def _with_null(schema: Any) -> Any:
+    """The schema with `null` among the types of what transformers calls nullable, which JSON Schema does not know."""
+    if isinstance(schema, list):
+        return [_with_null(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    nullable = schema.get("nullable") is True  # else a parameter of that name
+    out = {key: _with_null(value) for key, value in schema.items() if not (nullable and key == "nullable")}
+    return {"anyOf": [out, {"type": "null"}]} if nullable else out

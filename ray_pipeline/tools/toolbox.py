@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from ray_pipeline.hardware import num_cpus
 from ray_pipeline.tools.calls import BadCall, ToolCall
-from ray_pipeline.tools.describe import tool_spec
 from ray_pipeline.tools.known_tools import get_tool
-from ray_pipeline.tools.tool import Tool, ToolError
+from ray_pipeline.tools.tool import Tool, ToolError, tool_spec
 from ray_pipeline.tools.tool_schema import argument_error
 
 if TYPE_CHECKING:

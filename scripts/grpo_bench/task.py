@@ -41,7 +41,7 @@ class Task:
 def prepare(folder: Path, task: Task, steps: int, seed: int = 0) -> None:
     """Write what a GRPO stage reads: `tokenizer` and `prompts/{train,heldout}.jsonl`."""
     from ray_pipeline.data.chat.tokenizer_files import save_trained, train_bpe
-    from ray_pipeline.data.tasks import PROMPT_MIX, draw_unique
+    from ray_pipeline.data.tasks.mixes import PROMPT_MIX, draw_unique
     from ray_pipeline.data.text.builtin_text import document_at
 
     texts = [document_at(seed, index) for index in range(2000)]

@@ -12,7 +12,7 @@ from ray_pipeline.data.chat.tokenizer import load_tokenizer
 from ray_pipeline.data.forms.preference_records import as_preference
 from ray_pipeline.data.rows.manifest import write_data_manifest
 from ray_pipeline.data.rows.preferences import write_preferences
-from ray_pipeline.data.tasks import Question
+from ray_pipeline.data.tasks.question import Question
 from ray_pipeline.records.artifacts import write_text
 from ray_pipeline.settings.loading import load_config
 from tests.cli.made_run import SEQ_LEN, make_run

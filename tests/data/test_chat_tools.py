@@ -18,8 +18,8 @@ from ray_pipeline.data.forms.chat_records import as_conversation
 from ray_pipeline.data.forms.preference_records import as_preference
 from ray_pipeline.data.text.builtin_text import document_at
 from ray_pipeline.errors import UserError
-from ray_pipeline.tools.describe import describe
 from ray_pipeline.tools.format import OUTPUTS_BEGIN, TOOL_TOKENS, render_calls, render_output
+from ray_pipeline.tools.tool import describe
 from tests.data.forms.test_chat_records import fields, json_values, turns
 from tests.data.published_templates import DEEPSEEK_V3_0324, DEEPSEEK_V3_FIRST, HERMES
 

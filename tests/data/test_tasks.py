@@ -9,7 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ray_pipeline.data.tasks import (
+from ray_pipeline.data.tasks.columns import add_columns, subtract_columns
+from ray_pipeline.data.tasks.comparisons import extreme_steps, insertion_steps
+from ray_pipeline.data.tasks.mixes import (
     CATEGORIES,
     DIFFICULTIES,
     PROMPT_MIX,
@@ -20,8 +22,6 @@ from ray_pipeline.data.tasks import (
     make_question,
     question_at,
 )
-from ray_pipeline.data.tasks.columns import add_columns, subtract_columns
-from ray_pipeline.data.tasks.comparisons import extreme_steps, insertion_steps
 
 ARITHMETIC = re.compile(r"^[\d+\-*/()]+$")
 questions = st.builds(

@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ray_pipeline.data.chat.tokenizer_files import EOS, save_trained, train_bpe
-from ray_pipeline.data.forms.tool_conversations import ARGUMENT, CALCULATOR, tool_conversation
+from ray_pipeline.data.forms.question_records import ARGUMENT, CALCULATOR, tool_conversation
 from ray_pipeline.data.sets.question_sets import gather_questions
 from ray_pipeline.data.sources.source_checks import check_sources
-from ray_pipeline.data.tasks import CATEGORIES, DIFFICULTIES, TOOLS_MIX, Mix, draw_unique, question_at
+from ray_pipeline.data.tasks.mixes import CATEGORIES, DIFFICULTIES, TOOLS_MIX, Mix, draw_unique, question_at
 from ray_pipeline.data.tasks.tool_tasks import TOOL_REGISTRY
 from ray_pipeline.data.text.builtin_text import document_at
 from ray_pipeline.errors import UserError

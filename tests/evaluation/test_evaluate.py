@@ -11,7 +11,7 @@ from torch import Tensor
 
 from model.generate.decode import Completion
 from ray_pipeline.data.chat.tokenizer import ChatTokenizer, load_tokenizer
-from ray_pipeline.data.tasks import REGISTRY
+from ray_pipeline.data.tasks.mixes import REGISTRY
 from ray_pipeline.data.tasks.question import think
 from ray_pipeline.evaluation.asking import AskSettings
 from ray_pipeline.evaluation.evaluate import answers_wanted, choose_options, evaluate

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ray_pipeline.data.tasks import DIFFICULTIES, make_question
+from ray_pipeline.data.tasks.mixes import DIFFICULTIES, make_question
 from ray_pipeline.evaluation.self_check import SelfCheck, evaluate, self_check
 
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ray_pipeline.data.tasks import PROMPT_MIX, draw_unique
+from ray_pipeline.data.tasks.mixes import PROMPT_MIX, draw_unique
 from ray_pipeline.reasoning import CLOSE, OPEN, parse
 
 TEXTS = st.lists(st.one_of(st.text(max_size=4), st.sampled_from([OPEN, CLOSE, "<think", "</think"])), max_size=12).map(

@@ -15,8 +15,8 @@ from ray_pipeline.rewards.answer import answer, parse_number
 from ray_pipeline.rewards.exact import exact
 from ray_pipeline.rewards.think_format import think_format
 from ray_pipeline.rewards.tool_use import expected_calls, tool_calls
-from ray_pipeline.tools.describe import describe, described_tools
 from ray_pipeline.tools.format import render_calls
+from ray_pipeline.tools.tool import describe, described_tools
 from ray_pipeline.tools.tool_schema import argument_error
 
 SHARED = Path(os.environ.get("RAY_PIPELINE_SHARED_DATA") or Path(__file__).parents[3] / "shared" / "data")

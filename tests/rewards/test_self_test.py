@@ -10,7 +10,7 @@ from tokenizers.decoders import ByteLevel
 
 from ray_pipeline.data.chat.chat_templates import DEEPSEEK_TEMPLATE, DEEPSEEK_TOOLS_TEMPLATE
 from ray_pipeline.data.chat.tokenizer import ChatTokenizer
-from ray_pipeline.data.tasks import PROMPT_MIX, draw_unique
+from ray_pipeline.data.tasks.mixes import PROMPT_MIX, draw_unique
 from ray_pipeline.errors import UserError
 from ray_pipeline.rewards.self_test import SAMPLE, as_sampled, check_rewards
 from ray_pipeline.tools.format import render_calls

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from ray_pipeline.rewards.tool_use import expected_calls, tool_calls
 from ray_pipeline.tools.calls import ToolCall
-from ray_pipeline.tools.describe import describe
 from ray_pipeline.tools.format import CALLS_BEGIN, CALLS_END, render_calls, render_output
+from ray_pipeline.tools.tool import describe
 
 ADD, GREET = ("add", {"a": 1, "b": 2}), ("greet", {"name": "Ada"})
 EXPECTED = json.dumps({"name": "add", "arguments": {"b": 2, "a": 1.0}})

@@ -6,6 +6,8 @@ import os
 import time
 from typing import Any, Literal
 
+from torch import Tensor
+
 
 def add(a: int, b: float = 1.5, *, unit: Literal["m", "km"] = "m", tags: list[str] | None = None) -> dict[str, Any]:
     """Adds two numbers,
@@ -67,3 +69,8 @@ def strange(a: object) -> str:
 def many(*a: int) -> str:
     """Takes many."""
     return str(a)
+
+
+def pictures(image: Tensor) -> str:
+    """Takes what JSON cannot write."""
+    return str(image)

@@ -14,8 +14,8 @@ ADD = {
     "properties": {
         "a": {"type": "integer", "description": "the first number."},
         "b": {"type": "number", "description": "the second one."},
-        "unit": {"enum": ["m", "km"], "description": "of the sum."},
-        "tags": {"anyOf": [{"type": "array", "items": {"type": "string"}}, {"type": "null"}]},
+        "unit": {"type": "string", "enum": ["m", "km"], "description": "of the sum."},
+        "tags": {"anyOf": [{"type": "array", "items": {"type": "string"}, "description": "tags"}, {"type": "null"}]},
     },
     "required": ["a"],
 }
@@ -69,7 +69,8 @@ def test_a_schema_is_not_fetched_from_the_web():
     [
         (made.undocumented, "has no docstring"),
         (made.unannotated, "parameter a has no type. Annotate it"),
-        (made.strange, "is of type <class 'object'>. Use str, int"),
+        (made.strange, "type hint <class 'object'>.*Use str, int"),
+        (made.pictures, "not a JSON schema: 'audio'.*Use str, int"),
         (made.many, "cannot be given by name"),
     ],
 )

@@ -13,8 +13,8 @@ from ray_pipeline.data.chat.control_text import ControlStrings
 from ray_pipeline.data.chat.template_jinja import TODAY, compile_template, to_json
 from ray_pipeline.data.tasks.question import THINK_CLOSE, THINK_OPEN
 from ray_pipeline.errors import UserError
-from ray_pipeline.tools.describe import describe
 from ray_pipeline.tools.format import without_tool_tokens
+from ray_pipeline.tools.tool import describe
 
 Message = Mapping[str, Any]
 Tool = Mapping[str, Any]

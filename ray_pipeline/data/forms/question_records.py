@@ -1,4 +1,5 @@
-"""Records of questions with one answer: GSM8K, MATH, multiple choice, verl, and DATA_PREP's own. No files here."""
+"""Records of questions with one answer: GSM8K, MATH, multiple choice, verl, and DATA_PREP's own; and
+a question as a conversation with a tool. No files here."""
 
 from __future__ import annotations
 
@@ -7,8 +8,8 @@ from collections.abc import Mapping, Sequence
 
 from ray_pipeline.data.files.fields import BadRecord, Record, filled, glance, names, nearest_field, optional_text, shown
 from ray_pipeline.data.forms.turn_fields import refuse_media
-from ray_pipeline.data.forms.turns import read_turns
-from ray_pipeline.data.tasks.question import Question
+from ray_pipeline.data.forms.turns import Conversation, read_turns
+from ray_pipeline.data.tasks.question import Question, think
 
 _ANNOTATION = re.compile(r"<<[^<>]*>>")
 # GSM8K's last line: "#### 72", thousands with commas (arXiv:2110.14168).
@@ -18,6 +19,8 @@ QUESTION = ("question", "problem", "prompt", "query")
 BEFORE = ("body", "context", "passage")
 CHOICES = ("choices", "options")
 SYSTEM = ("system", "system_prompt")
+# The tool and its argument, as ray_pipeline.tools has them.
+CALCULATOR, ARGUMENT = "calculator", "expression"
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
@@ -156,3 +159,17 @@ def boxed(text: str) -> str | None:
         if depth == 0:
             return text[begin:i]
     return None
+
+
+def tool_conversation(question: Question) -> Conversation:
+    """The question, one call of the calculator, what it gives, and the answer."""
+    expression = question.steps.partition("=")[0]
+    call = {"type": "function", "function": {"name": CALCULATOR, "arguments": {ARGUMENT: expression}}}
+    return Conversation(
+        (
+            {"role": "user", "content": question.prompt},
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+            {"role": "tool", "content": question.answer},
+            {"role": "assistant", "content": think(f"The calculator gives {question.answer}.", question.answer)},
+        )
+    )

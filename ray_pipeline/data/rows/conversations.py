@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,66 +28,58 @@ Encoded = tuple[list[int], list[int]]
 Encode = Callable[[Sequence[Chat]], list[list[Encoded]]]
 
 
-def encode_all(
-    tokenizer: ChatTokenizer,
-    chats: Sequence[Chat],
-    progress: Report,
-    phase: str,
-    source: str,
-    tally: Tally | None = None,
-) -> list[Encoded]:
-    """(ids, mask) of every conversation, in order.
+@dataclass
+class Encoder:
+    """Encodes many conversations, and says which of them cannot be.
 
-    Args:
-        tally: may say to leave out those that cannot be encoded; they get no ids, and are counted.
-    Raises:
-        UserError: the template refuses or spoils one, naming it and `source`, or nothing of it would be trained.
+    Attributes:
+        phase: what is reported to `progress`. source: what messages call the conversations.
+        tally: may say to omit those that cannot be encoded; they get no sample, and are counted.
     """
 
-    def encode(part: Sequence[Chat]) -> list[list[Encoded]]:
-        return [[encoded] for encoded in tokenizer.encode_chats(part)]
+    tokenizer: ChatTokenizer
+    progress: Report
+    phase: str
+    source: str
+    tally: Tally | None = None
 
-    return [parts[0] if parts else ([], []) for parts in _encode(encode, chats, progress, phase, source, tally)]
+    def whole(self, chats: Sequence[Chat]) -> list[Encoded]:
+        """(ids, mask) of every conversation, in order; no ids where it is omitted.
 
+        Raises:
+            UserError: the template refuses or spoils one, naming it and the source, or nothing of it would be trained.
+        """
+        found = self._encode(lambda part: [[encoded] for encoded in self.tokenizer.encode_chats(part)], chats)
+        return [parts[0] if parts else ([], []) for parts in found]
 
-def encode_turns(
-    tokenizer: ChatTokenizer,
-    chats: Sequence[Chat],
-    progress: Report,
-    phase: str,
-    source: str,
-    tally: Tally | None = None,
-) -> list[list[Encoded]]:
-    """The samples of every conversation: one, or one for each answer where the template changes earlier turns; none
-    where it is left out.
+    def turns(self, chats: Sequence[Chat]) -> list[list[Encoded]]:
+        """The samples of every conversation: one, or one for each answer where the template changes earlier turns; none
+        where it is omitted.
 
-    Raises:
-        UserError: as `encode_all`.
-    """
-    return _encode(tokenizer.encode_turns, chats, progress, phase, source, tally)
+        Raises:
+            UserError: as `whole`.
+        """
+        return self._encode(self.tokenizer.encode_turns, chats)
 
-
-def _encode(
-    encode: Encode, chats: Sequence[Chat], progress: Report, phase: str, source: str, tally: Tally | None
-) -> list[list[Encoded]]:
-    out: list[list[Encoded]] = []
-    for start in range(0, len(chats), CHUNK):
-        progress(phase, start, len(chats))
-        chunk = chats[start : start + CHUNK]
-        try:
-            out += encode(chunk)
-        except UserError:
-            if tally is None or not tally.skip:
-                _name_the_first(encode, chunk, start, source)
-                raise
-            out += _one_by_one(encode, chunk, start, tally)
-    for number, parts in enumerate(out, start=1):
-        if not all(any(mask[1:]) for _, mask in parts):
-            raise UserError(
-                f"{source}: no token of conversation {number} would be trained, as nothing in it is the assistant's. "
-                "Remove it."
-            )
-    return out
+    def _encode(self, encode: Encode, chats: Sequence[Chat]) -> list[list[Encoded]]:
+        out: list[list[Encoded]] = []
+        for start in range(0, len(chats), CHUNK):
+            self.progress(self.phase, start, len(chats))
+            chunk = chats[start : start + CHUNK]
+            try:
+                out += encode(chunk)
+            except UserError:
+                if self.tally is None or not self.tally.skip:
+                    _name_the_first(encode, chunk, start, self.source)
+                    raise
+                out += _one_by_one(encode, chunk, start, self.tally)
+        for number, parts in enumerate(out, start=1):
+            if not all(any(mask[1:]) for _, mask in parts):
+                raise UserError(
+                    f"{self.source}: no token of conversation {number} would be trained, as nothing in it is the "
+                    "assistant's. Remove it."
+                )
+        return out
 
 
 def _one_by_one(encode: Encode, chats: Sequence[Chat], start: int, tally: Tally) -> list[list[Encoded]]:
@@ -128,7 +121,7 @@ def write_conversations(
     """
     seq_len, source = config.data.seq_len, f"--sft-data {config.data.sft}"
     chats = [conversation.chat() for conversation in conversations]
-    samples = encode_turns(tokenizer, chats, progress, "conversations", source, tally)
+    samples = Encoder(tokenizer, progress, "conversations", source, tally).turns(chats)
     if tally is not None:
         tally.settle()
     # Samples of one conversation have one digest, and so go to the same side.

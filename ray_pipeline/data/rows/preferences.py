@@ -14,7 +14,7 @@ from ray_pipeline.data.chat.tokenizer import ChatTokenizer
 from ray_pipeline.data.files.reading import Tally
 from ray_pipeline.data.forms.preference_records import Preference
 from ray_pipeline.data.rows.batch import Batch
-from ray_pipeline.data.rows.conversations import Encoded, encode_all
+from ray_pipeline.data.rows.conversations import Encoded, Encoder
 from ray_pipeline.data.rows.loader import PackedRows, row_order, rows_to_batch
 from ray_pipeline.data.rows.packing import Row, RowBuilder, best_fit
 from ray_pipeline.data.rows.shards import write_rows
@@ -113,7 +113,7 @@ def write_preferences(
     """
     data, source = config.data, f"data.preferences={config.data.preferences}"
     chats = [chat for preference in preferences for chat in preference.chats()]
-    encoded = encode_all(tokenizer, chats, progress, "preferences", source, tally)
+    encoded = Encoder(tokenizer, progress, "preferences", source, tally).whole(chats)
     if tally is not None:
         tally.settle()
     pairs = zip(preferences, encoded[::2], encoded[1::2], strict=True)

@@ -10,7 +10,7 @@ from ray_pipeline.data.sets.question_sets import QuestionSets
 from ray_pipeline.data.shared.cleaning import content_hash
 from ray_pipeline.data.shared.decontaminate import Decontaminator
 from ray_pipeline.data.sources.sources import BUILTIN, parse_source, read_preferences
-from ray_pipeline.data.tasks import PREFERENCE_MIX, draw_unique
+from ray_pipeline.data.tasks.mixes import PREFERENCE_MIX, draw_unique
 from ray_pipeline.data.tasks.preference_pairs import preference_answers
 from ray_pipeline.errors import UserError
 from ray_pipeline.settings.schema import PipelineFields

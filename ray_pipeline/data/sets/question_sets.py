@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from random import Random
 
 from ray_pipeline.data.files.reading import Tally
-from ray_pipeline.data.forms.tool_conversations import tool_conversation
+from ray_pipeline.data.forms.question_records import tool_conversation
 from ray_pipeline.data.forms.turns import Conversation
 from ray_pipeline.data.shared.cleaning import content_hash
 from ray_pipeline.data.shared.decontaminate import Decontaminator, words
@@ -21,8 +21,8 @@ from ray_pipeline.data.sources.sources import (
     read_conversations,
     read_questions,
 )
-from ray_pipeline.data.tasks import PROMPT_MIX, SFT_MIX, TOOLS_MIX, Mix, Question, draw_unique
-from ray_pipeline.data.tasks.mixes import GLANCE_SHARE
+from ray_pipeline.data.tasks.mixes import GLANCE_SHARE, PROMPT_MIX, SFT_MIX, TOOLS_MIX, Mix, draw_unique
+from ray_pipeline.data.tasks.question import Question
 from ray_pipeline.data.tasks.reasoning_gym_source import gym_questions
 from ray_pipeline.errors import UserError
 from ray_pipeline.settings.schema import PipelineFields

@@ -14,7 +14,7 @@ from ray_pipeline.data.chat.tokenizer_files import trained_template
 from ray_pipeline.data.files import hub, local_files
 from ray_pipeline.data.files.reading import Tally
 from ray_pipeline.data.forms.column_names import ASKED, CONVERSATION, DOCUMENT, PREFERENCE, check_names
-from ray_pipeline.data.forms.tool_conversations import tool_conversation
+from ray_pipeline.data.forms.question_records import tool_conversation
 from ray_pipeline.data.forms.turns import Conversation
 from ray_pipeline.data.sources.sources import (
     BUILTIN,
@@ -29,7 +29,7 @@ from ray_pipeline.data.sources.sources import (
     read_preferences,
     read_questions,
 )
-from ray_pipeline.data.tasks import TOOLS_MIX, draw_unique
+from ray_pipeline.data.tasks.mixes import TOOLS_MIX, draw_unique
 from ray_pipeline.data.tasks.question import THINK_OPEN
 from ray_pipeline.data.tasks.reasoning_gym_source import check_task
 from ray_pipeline.errors import UserError

@@ -1,15 +1,37 @@
-"""How hard the built-in data is: the one place to tune. Weights need not sum to one.
+"""Built-in questions by mix: each is a pure function of (seed, stream, index), so any is made without the others.
 
-Prompts and held-out questions share one mix. SFT is to answer about half of them: a level that SFT never shows earns
-GRPO no reward at all, and one that SFT solves leaves it nothing to improve.
+How hard the built-in data is stands here alone. Weights need not sum to one. Prompts and held-out questions share one
+mix. SFT is to answer about half of them: a level that SFT never shows earns GRPO no reward at all, and one that SFT
+solves leaves it nothing to improve.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from random import Random
 
-CATEGORIES = ("addition", "subtraction", "expression", "equation", "comparison", "word_problem")
+from ray_pipeline.data.tasks.columns import addition, subtraction
+from ray_pipeline.data.tasks.comparisons import comparison
+from ray_pipeline.data.tasks.equations import equation
+from ray_pipeline.data.tasks.expressions import expression
+from ray_pipeline.data.tasks.question import Question, Worked
+from ray_pipeline.data.tasks.tool_tasks import TOOL_REGISTRY
+from ray_pipeline.data.tasks.words import word_problem
+
+REGISTRY: dict[str, Callable[[Random, int], Worked]] = {
+    "addition": addition,
+    "subtraction": subtraction,
+    "expression": expression,
+    "equation": equation,
+    "comparison": comparison,
+    "word_problem": word_problem,
+}
+_MAKERS = REGISTRY | TOOL_REGISTRY
+CATEGORIES = tuple(REGISTRY)
 DIFFICULTIES = (1, 2, 3, 4, 5)
+# Draws allowed per question wanted before a mix counts as exhausted.
+MAX_DRAWS = 20
 
 
 @dataclass(frozen=True)
@@ -36,3 +58,47 @@ PREFERENCE_MIX = Mix(SHARES | {"addition": 0.7, "subtraction": 0.7, "expression"
 # Share of demonstrations that answer at a glance instead of working the question out, as some people's do. Such answers
 # are often wrong; that working pays is for GRPO to find out.
 GLANCE_SHARE = 0.48
+
+
+def make_question(category: str, difficulty: int, rng: Random) -> Question:
+    """One question of a category and level.
+
+    Raises:
+        ValueError: no such category, or a level outside 1..5.
+    """
+    if category not in _MAKERS:
+        raise ValueError(f'no category "{category}"; there are {", ".join(_MAKERS)}')
+    if difficulty not in DIFFICULTIES:
+        raise ValueError(f"difficulty {difficulty} is not one of {DIFFICULTIES}")
+    worked = _MAKERS[category](rng, difficulty)
+    return Question(worked.prompt, worked.steps, worked.answer, category, difficulty)
+
+
+def draw(mix: Mix, rng: Random) -> Question:
+    """One question of a mix."""
+    category = rng.choices(list(mix.categories), list(mix.categories.values()))[0]
+    difficulty = rng.choices(DIFFICULTIES, mix.difficulties)[0]
+    return make_question(category, difficulty, rng)
+
+
+def question_at(mix: Mix, seed: int, stream: str, index: int) -> Question:
+    """Question number `index` of a stream; O(1), and the same whatever else was drawn."""
+    # A string seed goes through SHA-512, so neighbouring indices share nothing.
+    return draw(mix, Random(f"{seed}/{stream}/{index}"))
+
+
+def draw_unique(mix: Mix, seed: int, stream: str, count: int, exclude: Collection[str] = ()) -> list[Question]:
+    """The first `count` questions of a stream whose prompts are new, in order.
+
+    Fewer where the mix has fewer different questions to give.
+    """
+    seen = set(exclude)
+    out: list[Question] = []
+    for index in range(count * MAX_DRAWS):
+        if len(out) == count:
+            break
+        question = question_at(mix, seed, stream, index)
+        if question.prompt not in seen:
+            seen.add(question.prompt)
+            out.append(question)
+    return out

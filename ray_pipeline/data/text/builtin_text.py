@@ -10,9 +10,9 @@ from collections.abc import Callable
 from itertools import pairwise
 from random import Random
 
-from ray_pipeline.data.tasks import TEXT_MIX, draw
 from ray_pipeline.data.tasks.columns import add_columns, number, subtract_columns
 from ray_pipeline.data.tasks.comparisons import insertion_steps, several
+from ray_pipeline.data.tasks.mixes import TEXT_MIX, draw
 from ray_pipeline.data.tasks.words import NAMES, PLACES, PLURAL, THINGS, gain_or_loss
 
 OPENINGS = (

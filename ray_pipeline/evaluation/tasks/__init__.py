@@ -2,15 +2,7 @@
 
 from __future__ import annotations
 
-from ray_pipeline.evaluation.tasks.catalog import (
-    Item,
-    Request,
-    Task,
-    TaskEntry,
-    known_tasks,
-    make_task,
-    make_tasks,
-    task,
-)
+from ray_pipeline.evaluation.tasks.catalog import TaskEntry, known_tasks, make_task, make_tasks, task
+from ray_pipeline.evaluation.tasks.item import Item, Request, Task
 
 __all__ = ["Item", "Request", "Task", "TaskEntry", "known_tasks", "make_task", "make_tasks", "task"]

@@ -11,11 +11,9 @@ from ray_pipeline.errors import UserError, did_you_mean
 from ray_pipeline.evaluation.tasks.item import Item, Request, Task
 from ray_pipeline.isolation.function_name import entry_points
 
-__all__ = ["Item", "Request", "Task", "TaskEntry", "known_tasks", "make_task", "make_tasks", "task"]
-
 ENTRY_POINTS = "ray_pipeline.tasks"
 # Modules whose import registers the built-in tasks.
-_BUILTIN = ("suites", "question_tasks", "choices", "code", "gym_tasks", "harness")
+_BUILTIN = ("suites", "question_tasks", "choices", "code", "harness")
 
 
 @dataclass(frozen=True)

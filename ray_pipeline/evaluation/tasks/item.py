@@ -5,9 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 Way = Literal["answers", "options", "harness"]
+
+
+class Problem(NamedTuple):
+    """A made question and its exact answer."""
+
+    prompt: str
+    answer: str
 
 
 @dataclass(frozen=True)

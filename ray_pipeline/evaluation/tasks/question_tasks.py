@@ -1,4 +1,4 @@
-"""Questions with a written answer: a run's own held-out ones, GSM8K, MATH-500, and any file of the same form."""
+"""Questions with a written answer: a run's held-out ones, GSM8K, MATH-500, reasoning-gym, any file of the same form."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ray_pipeline.data.forms.question_records import as_question
 from ray_pipeline.data.tasks.question import prepared_questions
+from ray_pipeline.data.tasks.reasoning_gym_source import entry_text, gym_entries
 from ray_pipeline.errors import UserError
 from ray_pipeline.evaluation.graders import AnswerScoring, RewardScoring
 from ray_pipeline.evaluation.tasks.catalog import task
@@ -13,6 +14,7 @@ from ray_pipeline.evaluation.tasks.item import Item, Request, Task
 from ray_pipeline.evaluation.tasks.record_tasks import Record, level, read_items, text_field
 
 GSM8K, MATH500 = "openai/gsm8k:test", "HuggingFaceH4/MATH-500:test"
+GYM_QUESTIONS = 100  # of a task of reasoning-gym, where no limit is given
 BOXED = "\nPut the final answer within \\boxed{}."
 
 
@@ -75,3 +77,21 @@ def math500(request: Request) -> Task:
         return Item(str(record.get("unique_id", index)), problem + BOXED, answer, category, level(record.get("level")))
 
     return Task("math500", read_items("math500", request.argument or MATH500, convert), RewardScoring("math"))
+
+
+@task("reasoning_gym", takes="TASK")
+def reasoning_gym(request: Request) -> Task:
+    """A task of reasoning-gym by name, such as reasoning_gym:countdown."""
+    name = request.argument
+    if name is None:
+        raise UserError("--tasks reasoning_gym: name one of its tasks, for example reasoning_gym:countdown.")
+    try:
+        entries = gym_entries(name, request.limit or GYM_QUESTIONS, request.seed)
+    except UserError as error:
+        raise UserError(f"--tasks {error}") from None
+    # The verifier reads the whole entry, as a JSON text; people read its answer.
+    items = [
+        Item(str(i), str(e["question"]), str(e["answer"]), name, data={"reference": entry_text(e)})
+        for i, e in enumerate(entries)
+    ]
+    return Task("reasoning_gym", items, RewardScoring(f"reasoning_gym:{name}"))

@@ -6,13 +6,12 @@ from collections.abc import Callable
 from random import Random
 from typing import Any
 
-from ray_pipeline.data.tasks import DIFFICULTIES
-from ray_pipeline.data.tasks import REGISTRY as TRAINING
-from ray_pipeline.evaluation.graders import AnswerScoring, TestScoring
+from ray_pipeline.data.tasks.mixes import DIFFICULTIES
+from ray_pipeline.data.tasks.mixes import REGISTRY as TRAINING
+from ray_pipeline.evaluation.graders import AnswerScoring
 from ray_pipeline.evaluation.tasks.catalog import task
 from ray_pipeline.evaluation.tasks.generators import algebra, logic, numbers, programs, reasoning, science
 from ray_pipeline.evaluation.tasks.item import Item, Request, Task
-from ray_pipeline.isolation.sandbox import check_sandbox
 
 QUESTIONS = 200  # of a suite, where no limit is given: an interval of about ±7 points
 MAX_DRAWS = 50  # per question wanted, before a suite counts as exhausted
@@ -114,25 +113,3 @@ def _register(name: str, summary: str, generators: Generators) -> None:
 
 for _name, (_summary, _generators) in SUITES.items():
     _register(_name, _summary, _generators)
-
-
-@task("programming_functions")
-def programming_functions(request: Request) -> Task:
-    """Python functions to write, run against their tests in a sandbox."""
-    without_landlock = not request.needs_landlock
-    check_sandbox(without_landlock=without_landlock)
-    wanted = request.limit or QUESTIONS
-    levels = [level for level in request.difficulties or DIFFICULTIES if level in DIFFICULTIES]
-    items: list[Item] = []
-    seen: set[str] = set()
-    for number in range(MAX_DRAWS * wanted if levels else 0):
-        if len(items) == wanted:
-            break
-        level = levels[number % len(levels)]
-        made = programs.exercise(Random(f"{request.seed}/eval/functions/{number}"), level)
-        if made.prompt not in seen:
-            seen.add(made.prompt)
-            prompt = f"{made.prompt} Put the code into a ```python block."
-            data = {"tests": made.tests}
-            items.append(Item(str(number), prompt, made.solution, programs.EXERCISES[level - 1], level, data=data))
-    return Task("programming_functions", items, TestScoring(without_landlock=without_landlock), votes=False)

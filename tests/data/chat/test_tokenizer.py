@@ -12,7 +12,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from ray_pipeline.data.chat.chat_templates import DEEPSEEK_TEMPLATE
 from ray_pipeline.data.chat.tokenizer import load_tokenizer
 from ray_pipeline.data.chat.tokenizer_files import BOS, EOS, SPECIAL, THINK, copy_pretrained, save_trained, train_bpe
-from ray_pipeline.data.tasks import SFT_MIX, draw_unique
+from ray_pipeline.data.tasks.mixes import SFT_MIX, draw_unique
 from ray_pipeline.data.text.builtin_text import document_at
 from ray_pipeline.errors import UserError
 

@@ -16,7 +16,7 @@ from ray_pipeline.data.rows.loader import row_order
 from ray_pipeline.data.rows.preferences import PairRows, heldout_pairs, write_preferences
 from ray_pipeline.data.sets.preference_sets import gather_preferences
 from ray_pipeline.data.sets.question_sets import gather_questions
-from ray_pipeline.data.tasks import PREFERENCE_MIX, draw_unique, make_question
+from ray_pipeline.data.tasks.mixes import PREFERENCE_MIX, draw_unique, make_question
 from ray_pipeline.data.tasks.preference_pairs import SLIP_SHARE, needs_working, preference_answers, slip
 from ray_pipeline.data.text.builtin_text import document_at
 from ray_pipeline.errors import UserError

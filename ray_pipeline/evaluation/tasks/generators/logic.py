@@ -6,10 +6,15 @@ import itertools
 from collections.abc import Callable
 from random import Random
 
-from ray_pipeline.evaluation.tasks.generators.asked import Asked, yes_no
+from ray_pipeline.evaluation.tasks.item import Problem
 
 NAMES = ("Ann", "Ben", "Tom", "Sam", "Mia", "Max", "Eva", "Leo")
 KINDS = ("bloops", "razzies", "wugs", "daxes", "tomas", "lorps", "zibs", "quents")
+
+
+def yes_no(value: bool) -> str:
+    """`yes` or `no`."""
+    return "yes" if value else "no"
 
 
 def _formula(rng: Random, values: dict[str, bool], depth: int) -> tuple[str, bool]:
@@ -27,16 +32,16 @@ def _formula(rng: Random, values: dict[str, bool], depth: int) -> tuple[str, boo
     return text, value
 
 
-def truth(rng: Random, level: int) -> Asked:
+def truth(rng: Random, level: int) -> Problem:
     """The value of a formula; deeper with the level."""
     letters = "ABC"[: 2 if level <= 2 else 3]
     values = {letter: rng.random() < 0.5 for letter in letters}
     text, value = _formula(rng, values, (level + 1) // 2)
     given = ", ".join(f"{k} is {'true' if v else 'false'}" for k, v in values.items())
-    return Asked(f"{given}. Is this true: {text}? Answer yes or no.", yes_no(value))
+    return Problem(f"{given}. Is this true: {text}? Answer yes or no.", yes_no(value))
 
 
-def inclusion(rng: Random, level: int) -> Asked:
+def inclusion(rng: Random, level: int) -> Problem:
     """Does a chain of "all X are Y" lead from one kind to another?"""
     kinds = rng.sample(KINDS, level + 2)
     premises = [f"All {a} are {b}." for a, b in itertools.pairwise(kinds)]
@@ -46,10 +51,10 @@ def inclusion(rng: Random, level: int) -> Asked:
         start, end = end, start  # the converse does not follow
     rng.shuffle(premises)
     question = f"Does it follow that all {kinds[start]} are {kinds[end]}? Answer yes or no."
-    return Asked(f"{' '.join(premises)} {question}", yes_no(follows))
+    return Problem(f"{' '.join(premises)} {question}", yes_no(follows))
 
 
-def ranking(rng: Random, level: int) -> Asked:
+def ranking(rng: Random, level: int) -> Problem:
     """Who is tallest, shortest or in between, from comparisons of neighbours in any order."""
     people = rng.sample(NAMES, min(level + 2, len(NAMES)))  # the first is the tallest
     clues = [
@@ -59,7 +64,7 @@ def ranking(rng: Random, level: int) -> Asked:
     rng.shuffle(clues)
     place = rng.choice(("tallest", "shortest") if level <= 2 else ("tallest", "shortest", "second tallest"))
     index = {"tallest": 0, "shortest": -1, "second tallest": 1}[place]
-    return Asked(f"{' '.join(clues)} Who is the {place}?", people[index])
+    return Problem(f"{' '.join(clues)} Who is the {place}?", people[index])
 
 
 def _statements(rng: Random, people: list[str], who: int) -> tuple[str, Callable[[tuple[bool, ...]], bool]]:
@@ -74,7 +79,7 @@ def _statements(rng: Random, people: list[str], who: int) -> tuple[str, Callable
     return f"at least one of {people[other]} and me is a knave", lambda world: not (world[who] and world[other])
 
 
-def knights(rng: Random, level: int) -> Asked:
+def knights(rng: Random, level: int) -> Problem:
     """Knights always tell the truth, knaves always lie; the answer is forced (all worlds are tried)."""
     people = rng.sample(NAMES, 2 if level <= 2 else 3 if level <= 4 else 4)
     while True:
@@ -89,4 +94,4 @@ def knights(rng: Random, level: int) -> Asked:
     speech = " ".join(f'{people[i]} says: "{text}."' for i, (text, _) in enumerate(said))
     who = rng.randrange(len(people))
     question = f"Is {people[who]} a knight? Answer yes or no."
-    return Asked(f"Knights always tell the truth and knaves always lie. {speech} {question}", yes_no(worlds[0][who]))
+    return Problem(f"Knights always tell the truth and knaves always lie. {speech} {question}", yes_no(worlds[0][who]))

@@ -6,38 +6,38 @@ from fractions import Fraction
 from math import gcd
 from random import Random
 
-from ray_pipeline.evaluation.tasks.generators.asked import Asked
+from ray_pipeline.evaluation.tasks.item import Problem
 
 
-def multiplication(rng: Random, level: int) -> Asked:
+def multiplication(rng: Random, level: int) -> Problem:
     """Level 1: one digit by one; then one more digit in turn."""
     digits = ((1, 1), (2, 1), (2, 2), (3, 2), (3, 3))[level - 1]
     a, b = (rng.randrange(max(2, 10 ** (d - 1)), 10**d) for d in digits)
-    return Asked(f"What is {a}*{b}?", str(a * b))
+    return Problem(f"What is {a}*{b}?", str(a * b))
 
 
-def division(rng: Random, level: int) -> Asked:
+def division(rng: Random, level: int) -> Problem:
     """Whole quotients up to level 3, then remainders."""
     b, quotient = rng.randint(2, 9 if level < 3 else 30), rng.randint(2, (9, 30, 90, 90, 400)[level - 1])
     if level <= 3:
-        return Asked(f"What is {b * quotient}/{b}?", str(quotient))
+        return Problem(f"What is {b * quotient}/{b}?", str(quotient))
     rest = rng.randrange(1, b)
-    return Asked(f"What is the remainder of {b * quotient + rest} divided by {b}?", str(rest))
+    return Problem(f"What is the remainder of {b * quotient + rest} divided by {b}?", str(rest))
 
 
-def powers(rng: Random, level: int) -> Asked:
+def powers(rng: Random, level: int) -> Problem:
     """Squares, cubes, roots."""
     if level <= 2:
         base = rng.randint(2, 9 if level == 1 else 25)
-        return Asked(f"What is {base}^2?", str(base**2))
+        return Problem(f"What is {base}^2?", str(base**2))
     if level == 3:
         root = rng.randint(2, 30)
-        return Asked(f"What is the square root of {root**2}?", str(root))
+        return Problem(f"What is the square root of {root**2}?", str(root))
     base, power = rng.randint(2, 9), rng.randint(3, 4 if level == 4 else 5)
-    return Asked(f"What is {base}^{power}?", str(base**power))
+    return Problem(f"What is {base}^{power}?", str(base**power))
 
 
-def fractions(rng: Random, level: int) -> Asked:
+def fractions(rng: Random, level: int) -> Problem:
     """Sums with one denominator, then with two, then products and quotients; the answer is in lowest terms."""
     while True:
         b = rng.randint(2, 9)
@@ -49,4 +49,4 @@ def fractions(rng: Random, level: int) -> Asked:
     x, y = Fraction(a, b), Fraction(c, d)
     value = {"+": x + y, "-": x - y, "*": x * y, ":": x / y}[sign]
     word = {"+": "plus", "-": "minus", "*": "times", ":": "divided by"}[sign]
-    return Asked(f"What is {a}/{b} {word} {c}/{d}? Give a fraction in lowest terms.", str(value))
+    return Problem(f"What is {a}/{b} {word} {c}/{d}? Give a fraction in lowest terms.", str(value))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fractions import Fraction
 from random import Random
 
-from ray_pipeline.evaluation.tasks.generators.asked import Asked
+from ray_pipeline.evaluation.tasks.item import Problem
 
 # (larger unit, smaller unit, how many of the smaller make one larger), by level.
 UNITS: tuple[tuple[tuple[str, str, int], ...], ...] = (
@@ -25,55 +25,55 @@ def decimal(value: Fraction) -> str:
     return f"-{whole}" if value < 0 else whole
 
 
-def conversion(rng: Random, level: int) -> Asked:
+def conversion(rng: Random, level: int) -> Problem:
     """From a unit to another, either way."""
     large, small, factor = rng.choice(UNITS[level - 1])
     count = rng.randint(2, 20 * level)
     if rng.random() < 0.5:
-        return Asked(f"How many {small} are {count} {large}?", str(count * factor))
-    return Asked(f"How many {large} are {count * factor} {small}?", str(count))
+        return Problem(f"How many {small} are {count} {large}?", str(count * factor))
+    return Problem(f"How many {large} are {count * factor} {small}?", str(count))
 
 
-def temperature(rng: Random, level: int) -> Asked:
+def temperature(rng: Random, level: int) -> Problem:
     """Celsius, Fahrenheit and kelvin."""
     celsius = 5 * rng.randint(0 if level <= 2 else -20, 20 * level)
     if level == 1:
-        return Asked(f"What are {celsius} degrees Celsius in kelvin? Take 273 for absolute zero.", str(celsius + 273))
+        return Problem(f"What are {celsius} degrees Celsius in kelvin? Take 273 for absolute zero.", str(celsius + 273))
     fahrenheit = celsius * 9 // 5 + 32
     if level <= 3:
-        return Asked(f"What are {celsius} degrees Celsius in degrees Fahrenheit?", str(fahrenheit))
-    return Asked(f"What are {fahrenheit} degrees Fahrenheit in degrees Celsius?", str(celsius))
+        return Problem(f"What are {celsius} degrees Celsius in degrees Fahrenheit?", str(fahrenheit))
+    return Problem(f"What are {fahrenheit} degrees Fahrenheit in degrees Celsius?", str(celsius))
 
 
-def motion(rng: Random, level: int) -> Asked:
+def motion(rng: Random, level: int) -> Problem:
     """Distance, time and speed; then acceleration and energy."""
     speed, time = rng.randint(2, 20 * level), rng.randint(2, 12)
     if level == 1:
-        return Asked(f"A cart goes {speed} m/s for {time} s. How many metres is that?", str(speed * time))
+        return Problem(f"A cart goes {speed} m/s for {time} s. How many metres is that?", str(speed * time))
     if level == 2:
-        return Asked(f"A train goes {speed * time} km in {time} h. What is its speed in km/h?", str(speed))
+        return Problem(f"A train goes {speed * time} km in {time} h. What is its speed in km/h?", str(speed))
     if level == 3:
-        return Asked(f"What are {speed} m/s in km/h?", decimal(Fraction(speed * 18, 5)))
+        return Problem(f"What are {speed} m/s in km/h?", decimal(Fraction(speed * 18, 5)))
     if level == 4:
         a = rng.randint(2, 9)
         start = rng.randint(1, 20)
         text = f"A car at {start} m/s speeds up by {a} m/s² for {time} s. What is its speed in m/s?"
-        return Asked(text, str(start + a * time))
+        return Problem(text, str(start + a * time))
     mass, v = 2 * rng.randint(1, 20), rng.randint(2, 20)
-    return Asked(f"What is the kinetic energy in joules of {mass} kg at {v} m/s?", str(mass * v * v // 2))
+    return Problem(f"What is the kinetic energy in joules of {mass} kg at {v} m/s?", str(mass * v * v // 2))
 
 
-def formula(rng: Random, level: int) -> Asked:
+def formula(rng: Random, level: int) -> Problem:
     """Force, density, current, power, the lever."""
     a, b = rng.randint(2, 9 * level), rng.randint(2, 9)
     if level == 1:
-        return Asked(f"What force in newtons gives {b} kg an acceleration of {a} m/s²?", str(a * b))
+        return Problem(f"What force in newtons gives {b} kg an acceleration of {a} m/s²?", str(a * b))
     if level == 2:
-        return Asked(f"{a * b} g fill {b} cm³. What is the density in g/cm³?", str(a))
+        return Problem(f"{a * b} g fill {b} cm³. What is the density in g/cm³?", str(a))
     if level == 3:
-        return Asked(f"What current in amperes flows through {b} ohms at {a * b} volts?", str(a))
+        return Problem(f"What current in amperes flows through {b} ohms at {a * b} volts?", str(a))
     if level == 4:
-        return Asked(f"What power in watts do {b} ohms take up at a current of {a} amperes?", str(a * a * b))
+        return Problem(f"What power in watts do {b} ohms take up at a current of {a} amperes?", str(a * a * b))
     c = rng.randint(2, 9)
     text = f"{a * b} N pull {c} m from a lever's pivot. At how many metres do {a} N balance them?"
-    return Asked(text, str(b * c))
+    return Problem(text, str(b * c))

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from ray_pipeline.data.chat.chat_templates import TOOLS_SECTION
 from ray_pipeline.data.chat.template_jinja import compile_template
 from ray_pipeline.settings.post_training import ToolsConfig
-from ray_pipeline.tools.describe import describe, described_tools, tool_spec
+from ray_pipeline.tools.tool import describe, described_tools, tool_spec
 from ray_pipeline.tools.toolbox import ToolBox
 
 NAMES = st.from_regex(r"[a-z_]{1,10}", fullmatch=True)
