@@ -53,16 +53,6 @@ class SelfCheck:
     recomputes: bool
     reflects: bool
 
-    @property
-    def holds(self) -> bool:
-        """At least one statement, and all of them right."""
-        return 0 < self.steps == self.right
-
-    @property
-    def verifies(self) -> bool:
-        """The working holds and gives the final result: the answer verifies itself."""
-        return self.holds and self.recomputes
-
 
 def self_check(completion: str) -> SelfCheck:
     """Look at the thinking, or at the whole answer where nothing was thought."""

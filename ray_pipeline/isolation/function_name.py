@@ -69,5 +69,5 @@ def entry_points(group: str) -> Iterator[tuple[str, Any]]:
         except (ImportError, AttributeError) as error:
             raise UserError(
                 f'the entry point "{entry.name}" of {group} ({entry.value}) cannot be loaded: {error}. '
-                "Mend or uninstall the package that brings it."
+                "Fix or uninstall the package that brings it."
             ) from None

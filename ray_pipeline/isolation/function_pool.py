@@ -215,7 +215,7 @@ class FunctionPool:
 
     def _replace(self, worker: _Worker, reason: str, outcomes: list[Outcome | None]) -> None:
         if worker.current == IMPORTING:
-            raise UserError(f"importing {', '.join(self.functions)} in a process of its own {reason}. Mend the module.")
+            raise UserError(f"importing {', '.join(self.functions)} in a process of its own {reason}. Fix the module.")
         assert worker.current is not None
         outcomes[worker.current] = Outcome(error=reason)
         worker.kill()

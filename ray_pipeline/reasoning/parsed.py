@@ -81,16 +81,6 @@ class Reasoned:
         """Whether it ends while thinking."""
         return self.state == "thinking"
 
-    @cached_property
-    def nested(self) -> bool:
-        """Whether a `<think>` stands within thinking."""
-        inside = False
-        for event in self.events:
-            if event.kind == "open" and inside:
-                return True
-            inside = event.kind in ("open", "thinking")
-        return False
-
 
 def _split(line: str, *, alone: bool) -> list[str]:
     words = line.split()

@@ -35,24 +35,6 @@ class Scores:
     failures: dict[str, int] = field(default_factory=dict)
     errors: dict[str, str] = field(default_factory=dict)
 
-    @property
-    def first_error(self) -> str | None:
-        """What went wrong first, with the reward's name."""
-        return next((f"{name}: {text}" for name, text in self.errors.items()), None)
-
-    @classmethod
-    def merge(cls, several: Sequence[Scores]) -> Scores:
-        """Slices of a step (one of each rank, say) as one, in the order given."""
-        whole = cls()
-        for scores in several:
-            whole.rewards += scores.rewards
-            whole.parts += scores.parts
-            whole.failed += scores.failed
-            for name, count in scores.failures.items():
-                whole.failures[name] = whole.failures.get(name, 0) + count
-                whole.errors.setdefault(name, scores.errors[name])
-        return whole
-
     def check(self, max_failures: float) -> Scores:
         """Raise UserError where a reward failed for more than that share of the completions."""
         total = len(self.rewards)
@@ -60,7 +42,7 @@ class Scores:
             if count > max_failures * total:
                 raise UserError(
                     f'the reward "{name}" failed for {count} of {total} completions, more than max_failures='
-                    f"{max_failures:g} allows. First error: {self.errors[name]}. Mend the function or the references, "
+                    f"{max_failures:g} allows. First error: {self.errors[name]}. Fix the function or the references, "
                     "allow it more time (grpo.scoring.timeout_seconds), or more failures (grpo.scoring.max_failures)."
                 )
         return self
@@ -99,11 +81,9 @@ class Scorer:
         """End the processes."""
         self._pool.close()
 
-    def score(self, items: Sequence[Item], *, check: bool = True) -> Scores:
+    def score(self, items: Sequence[Item]) -> Scores:
         """Every reward of every completion. The same for any number of processes.
 
-        Args:
-            check: stop where too many failed; without it, merge the slices of a step and check them together.
         Raises:
             UserError: a reward failed for more than `max_failures` of the completions, or cannot be imported.
         """
@@ -113,7 +93,7 @@ class Scorer:
         scores = Scores()
         for i in range(len(items)):
             self._add(scores, {name: found[name][i] for name in self.entries})
-        return scores.check(self.settings.max_failures) if check else scores
+        return scores.check(self.settings.max_failures)
 
     def _in_process(self, name: str, item: Item) -> Outcome:
         try:

@@ -94,7 +94,7 @@ def _check(scorer: Scorer, name: str, questions: Sequence[Question], tokenizer: 
         raise UserError(
             f'self-test of the reward "{name}": right answers score less ({_mean(right):.4g}) than wrong ones '
             f"({_mean(wrong):.4g}) in the mean of {len(wrong)} questions, so training would unlearn them. "
-            "Mend the function, or give it a negative weight if it is a penalty."
+            "Fix the function, or give it a negative weight if it is a penalty."
         )
     return len(cases)
 
@@ -111,7 +111,7 @@ def _otherwise(name: str, question: Question, kind: str, text: str, value: float
     return (
         f'self-test of the reward "{name}": to the question {_short(question["prompt"])!r} the {kind} answer '
         f"{_short(text)!r} scored {value:g} and not {expected:g}; the reference is {_short(question['answer'])!r}. "
-        "Training on it would go wrong. Mend the references or the chat template, or choose another reward."
+        "Training on it would go wrong. Fix the references or the chat template, or choose another reward."
     )
 
 

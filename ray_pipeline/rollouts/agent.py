@@ -19,9 +19,7 @@ from ray_pipeline.rollouts.rollout import request_seed
 from ray_pipeline.tools.calls import BadCall, ToolCall, parse_calls
 from ray_pipeline.tools.format import CALLS_END, OUTPUTS_BEGIN, OUTPUTS_END, render_output, without_tool_tokens
 from ray_pipeline.tools.tool_schema import argument_error
-from ray_pipeline.tools.toolbox import ToolBox
-
-ERROR = "Error: "  # how a tool box tells the model that a call gave nothing
+from ray_pipeline.tools.toolbox import ERROR, ToolBox
 
 
 def answer_with_tools(

@@ -1,9 +1,7 @@
-"""The tools of a run: calls of a model carried out and counted."""
+"""The tools of a run: calls of a model carried out."""
 
 from __future__ import annotations
 
-import threading
-from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
@@ -18,16 +16,11 @@ if TYPE_CHECKING:
     from ray_pipeline.settings.post_training import ToolsConfig
 
 MAX_OUTPUT_CHARACTERS = 2000
-UNREADABLE = "(unreadable)"
+ERROR = "Error: "  # how the text of a call that gave nothing begins
 
 
 class ToolBox:
-    """Carries out calls. What goes wrong is told to the model as text, and counted.
-
-    Attributes:
-        calls: by tool, how many were made; unknown tools and calls that cannot be read under `UNREADABLE`.
-        errors: of these, how many gave no result. first_error: the first one's text, for the log.
-    """
+    """Carries out calls. What goes wrong is told to the model as text."""
 
     def __init__(self, settings: ToolsConfig):
         """
@@ -37,10 +30,6 @@ class ToolBox:
         seconds, without_landlock = settings.timeout_seconds, settings.without_landlock
         made = [get_tool(n, timeout_seconds=seconds, without_landlock=without_landlock) for n in settings.names]
         self.tools: dict[str, Tool] = {tool.name: tool for tool in made}
-        self.calls: Counter[str] = Counter()
-        self.errors: Counter[str] = Counter()
-        self.first_error: str | None = None
-        self._counting = threading.Lock()
 
     def __enter__(self) -> ToolBox:
         return self
@@ -65,17 +54,10 @@ class ToolBox:
         Raises:
             UserError: the tool cannot work on this machine at all (see `check_tool_names`); no fault of the model's.
         """
-        known = isinstance(call, ToolCall) and call.name in self.tools
-        name = call.name if isinstance(call, ToolCall) and known else UNREADABLE
         try:
-            text, failed = self._result(call), False
+            text = self._result(call)
         except ToolError as error:
-            text, failed = f"Error: {error}", True
-        with self._counting:
-            self.calls[name] += 1
-            self.errors[name] += failed
-            if failed and self.first_error is None:
-                self.first_error = f"{name}: {text}"
+            text = f"{ERROR}{error}"
         more = len(text) - MAX_OUTPUT_CHARACTERS
         return text if more <= 0 else f"{text[:MAX_OUTPUT_CHARACTERS]}... ({more} more characters)"
 

@@ -78,10 +78,10 @@ class HeldOut:
         parts: list[list[ItemResult]] = all_ranks_gather(rank.mesh, part.items)
         return replace(part, items=[parts[i % world][i // world] for i in range(len(self.task.items))])
 
-    def figures(self, *, save_samples: bool = True) -> dict[str, float]:
+    def figures(self) -> dict[str, float]:
         """Accuracy, format rate and mean answer length; readable samples go to `folder/samples.json`."""
         result = self.evaluate()
-        if self.rank.is_main and save_samples:
+        if self.rank.is_main:
             samples = [_shown(item) for item in result.items[:SHOWN_SAMPLES]]
             write_sealed(self.rank.folder / SAMPLES_FILE, {"samples": samples})
         found = result.figures()

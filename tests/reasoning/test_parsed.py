@@ -22,27 +22,27 @@ def test_a_well_formed_completion():
     assert found.thinking == "3+4=7\n7*2=14"
     assert found.steps == ("3+4=7", "7*2=14")
     assert found.answer == "The answer is 14."
-    assert (found.opened, found.closed, found.nested, found.unclosed, found.before) == (1, 1, False, False, "")
+    assert (found.opened, found.closed, found.unclosed, found.before) == (1, 1, False, "")
 
 
 @pytest.mark.parametrize(
-    ("text", "thinking", "answer", "unclosed", "nested"),
+    ("text", "thinking", "answer", "unclosed"),
     [
-        ("42", "", "42", False, False),
-        ("<think>a", "a", None, True, False),
-        ("<think>a</think>", "a", "", False, False),
-        ("<think>a</think>b<think>c</think>d", "a\nc", "d", False, False),
-        ("<think>a</think>b<think>c", "a\nc", "b<think>c", True, False),
-        ("<think>a<think>b</think>c", "a<think>b", "c", False, True),
-        ("<think>a<think>b</think>c</think>d", "a<think>b", "d", False, True),
-        ("<think><think></think>", "<think>", "", False, True),
-        ("a</think>b", "", "b", False, False),
-        ("", "", "", False, False),
+        ("42", "", "42", False),
+        ("<think>a", "a", None, True),
+        ("<think>a</think>", "a", "", False),
+        ("<think>a</think>b<think>c</think>d", "a\nc", "d", False),
+        ("<think>a</think>b<think>c", "a\nc", "b<think>c", True),
+        ("<think>a<think>b</think>c", "a<think>b", "c", False),
+        ("<think>a<think>b</think>c</think>d", "a<think>b", "d", False),
+        ("<think><think></think>", "<think>", "", False),
+        ("a</think>b", "", "b", False),
+        ("", "", "", False),
     ],
 )
-def test_nested_unclosed_and_several_blocks(text, thinking, answer, unclosed, nested):
+def test_nested_unclosed_and_several_blocks(text, thinking, answer, unclosed):
     found = parse(text)
-    assert (found.thinking, found.answer, found.unclosed, found.nested) == (thinking, answer, unclosed, nested)
+    assert (found.thinking, found.answer, found.unclosed) == (thinking, answer, unclosed)
 
 
 @given(TEXTS)

@@ -63,4 +63,4 @@ def test_a_task_that_misses_its_data_fails_and_is_no_zero():
         scores = scorer.score([("q", "<think></think>7", "7")])
     assert scores.failures.keys() == {"reasoning_gym:mini_sudoku"}
     assert scores.parts[0]["reasoning_gym:chain_sum"] == 1.0
-    assert scores.first_error is not None and "KeyError" in scores.first_error
+    assert "KeyError" in next(iter(scores.errors.values()))

@@ -57,5 +57,5 @@ def test_what_takes_for_ever_is_a_failure():
     endless = r"<think></think>\boxed{" + "+".join(rf"\sqrt[7]{{{i}!}}" for i in range(2000, 2400)) + "}"
     with Scorer({"math": 1.0}, ScoringConfig(timeout_seconds=2.0, max_failures=1.0, processes=1)) as scorer:
         scores = scorer.score([("q", endless, r"\sqrt{2}"), ("q", "<think></think>2", "2")])
-    assert scores.failures == {"math": 1} and scores.first_error == "math: took longer than 2 seconds"
+    assert scores.failures == {"math": 1} and scores.errors == {"math": "took longer than 2 seconds"}
     assert scores.rewards[1] == 1.0

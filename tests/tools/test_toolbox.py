@@ -11,7 +11,7 @@ from ray_pipeline.errors import UserError
 from ray_pipeline.settings.post_training import ToolsConfig
 from ray_pipeline.tools.calls import BadCall, ToolCall
 from ray_pipeline.tools.known_tools import check_tool_names, get_tool
-from ray_pipeline.tools.toolbox import MAX_OUTPUT_CHARACTERS, UNREADABLE, ToolBox
+from ray_pipeline.tools.toolbox import MAX_OUTPUT_CHARACTERS, ToolBox
 
 MADE = [f"tests.tools.made:{name}" for name in ("add", "greet", "hang", "raises", "dies", "talks")]
 
@@ -50,15 +50,13 @@ def test_the_result_or_what_went_wrong_is_told(box, name, arguments, text):
     assert told == text or (text.startswith("Error") and told.startswith(text)), told
 
 
-def test_calls_and_errors_are_counted():
+def test_what_cannot_be_read_is_told_and_the_other_calls_are_answered():
     with ToolBox(ToolsConfig(names=["calculator"])) as box:
         good, bad = ToolCall("calculator", {"expression": "1"}), ToolCall("calculator", {"expression": "x"})
         calls = [good, bad, good, BadCall("...", "no JSON"), ToolCall("shell", {})]
         texts = box.call_many(calls)
         assert texts[0] == texts[2] == "1" and texts[3] == "Error: the call cannot be read: no JSON"
-        assert box.calls == {"calculator": 3, UNREADABLE: 2}
-        assert box.errors == {"calculator": 1, UNREADABLE: 2}
-        assert box.first_error is not None and box.first_error.startswith(("calculator: Error", f"{UNREADABLE}: Error"))
+        assert texts[1].startswith("Error: ") and texts[4].startswith("Error: there is no tool 'shell'")
 
 
 def test_many_calls_keep_their_order(box):

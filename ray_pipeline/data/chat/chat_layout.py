@@ -21,7 +21,7 @@ _BLOCK = re.compile(f"{OPEN}([^{OPEN}{CLOSE}]*){CLOSE}")
 _BEGUN_TAG = re.compile(r"[<\[][^<>\[\]\s]*\Z")
 _TAG = r"[<\[][^<>\[\]\s]+[>\]]"
 _NO_THOUGHT = re.compile(rf"\s*{_TAG}\w*\s*{_TAG}\s*")
-_WAY_OUT = "Mend chat_template in the tokenizer's folder, or use --set tokenizer.name=train."
+_WAY_OUT = "Fix chat_template in the tokenizer's folder, or use --set tokenizer.name=train."
 
 
 class TurnsRewritten(UserError):

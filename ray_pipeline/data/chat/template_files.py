@@ -38,7 +38,7 @@ def read_templates(folder: Path, config: dict[str, Any]) -> dict[str, str]:
         if not isinstance(entry, dict) or not all(isinstance(entry.get(key), str) for key in ("name", "template")):
             raise UserError(
                 f'{folder / "tokenizer_config.json"}: each of the list "chat_template" needs a "name" and a "template" '
-                "that are text. Mend it."
+                "that are text. Fix it."
             )
         named[entry["name"]] = entry["template"]
     return named

@@ -93,7 +93,7 @@ def compile_template(source: str, *, marked: bool = False, today: datetime.date 
     except jinja2.TemplateError as error:
         line = f", line {error.lineno}" if isinstance(error, jinja2.TemplateSyntaxError) else ""
         raise UserError(
-            f"chat template{line}: {error.message}. Mend chat_template in the tokenizer's folder, or use --set "
+            f"chat template{line}: {error.message}. Fix chat_template in the tokenizer's folder, or use --set "
             "tokenizer.name=train."
         ) from None
 

@@ -111,10 +111,6 @@ class ChatTokenizer:
         """tokenizer.json's text, for tokenising elsewhere."""
         return str(self._chat.to_str())
 
-    def token_text(self, token_id: int) -> str:
-        """The vocabulary's own spelling of one id (byte-level letters for bytes)."""
-        return self._chat.id_to_token(token_id) or f"<{token_id}>"
-
     def encode_chat(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> tuple[list[int], list[int]]:
         """Ids of a conversation and, for each, 1 where it is the assistant's (stop token included), else 0.
 

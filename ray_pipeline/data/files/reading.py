@@ -91,12 +91,12 @@ class Tally:
         if self.skip:
             raise UserError(
                 f"{bad} of {self.records} records cannot be used, more than data.max_bad_records={self.most:g}: "
-                f"{self._kinds()}. Mend them, or allow more."
+                f"{self._kinds()}. Fix them, or allow more."
             )
         if bad == 1:
-            raise UserError(f"{self._kinds()}. Mend or remove it, or leave such records out with {_WAY_OUT}.")
+            raise UserError(f"{self._kinds()}. Fix or remove it, or leave such records out with {_WAY_OUT}.")
         raise UserError(
-            f"{self._kinds()}. In all {bad} of {self.records} records looked at cannot be used. Mend or remove them, "
+            f"{self._kinds()}. In all {bad} of {self.records} records looked at cannot be used. Fix or remove them, "
             f"or leave them out with {_WAY_OUT}."
         )
 

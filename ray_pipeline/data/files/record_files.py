@@ -122,7 +122,7 @@ def _read_csv(path: Path, delimiter: str, told: Told | None) -> Iterator[Placed]
             elif row:
                 yield place, BadRecord(f"has {len(row)} fields, but the first line names {len(names)}")
     except csv.Error as error:
-        raise UserError(f"{path}:{rows.line_num}: not valid CSV ({error}). Mend it, or save it as .jsonl.") from None
+        raise UserError(f"{path}:{rows.line_num}: not valid CSV ({error}). Fix it, or save it as .jsonl.") from None
 
 
 def _check_header(path: Path, names: list[str], delimiter: str) -> None:
@@ -130,7 +130,7 @@ def _check_header(path: Path, names: list[str], delimiter: str) -> None:
     if len(names) == 1 and ";" in names[0]:
         raise UserError(f'{path}: its columns are parted by ";". Save it with "{delimiter}" between them.')
     if not all(names) or len(set(names)) < len(names):
-        raise UserError(f"{path}: its first line must name each column, and differently, but is {names}. Mend it.")
+        raise UserError(f"{path}: its first line must name each column, and differently, but is {names}. Fix it.")
 
 
 def _read_parquet(path: Path, told: Told | None) -> Iterator[Placed]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import string
 from typing import Any
 
-from ray_pipeline.data.forms.chat_records import BadRecord
+from ray_pipeline.data.files.fields import BadRecord, Record
 from ray_pipeline.evaluation.graders import AnswerScoring
 from ray_pipeline.evaluation.tasks.catalog import task
 from ray_pipeline.evaluation.tasks.item import Item, Request, Task
-from ray_pipeline.evaluation.tasks.record_tasks import Record, level, read_items, text_field
+from ray_pipeline.evaluation.tasks.record_tasks import level, read_items, text_field
 
 MMLU = "cais/mmlu:test"
 LETTERS = string.ascii_uppercase

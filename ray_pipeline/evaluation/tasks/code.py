@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from random import Random
 
+from ray_pipeline.data.files.fields import Record
 from ray_pipeline.data.tasks.mixes import DIFFICULTIES
 from ray_pipeline.evaluation.graders import TestScoring
 from ray_pipeline.evaluation.tasks.catalog import task
 from ray_pipeline.evaluation.tasks.generators import programs
 from ray_pipeline.evaluation.tasks.item import Item, Request, Task
-from ray_pipeline.evaluation.tasks.record_tasks import Record, read_items, text_field
+from ray_pipeline.evaluation.tasks.record_tasks import read_items, text_field
 from ray_pipeline.evaluation.tasks.suites import MAX_DRAWS, QUESTIONS
 from ray_pipeline.isolation.sandbox import check_sandbox
 

@@ -37,6 +37,6 @@ def lm_eval(request: Request) -> Task:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
             f"--tasks lm_eval:{name}: it cannot be prepared ({reason:.200}). Its data may be out of reach: set "
-            "HF_ENDPOINT to a reachable mirror or HF_HOME to a cache that holds it, or mend its YAML file."
+            "HF_ENDPOINT to a reachable mirror or HF_HOME to a cache that holds it, or fix its YAML file."
         ) from None
     return Task(f"lm_eval:{name}", [], way="harness", harness=HarnessTask(name, manager, tasks, request.limit))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ray_pipeline.data.files.fields import Record
 from ray_pipeline.data.forms.question_records import as_question
 from ray_pipeline.data.tasks.question import prepared_questions
 from ray_pipeline.data.tasks.reasoning_gym_source import entry_text, gym_entries
@@ -11,7 +12,7 @@ from ray_pipeline.errors import UserError
 from ray_pipeline.evaluation.graders import AnswerScoring, RewardScoring
 from ray_pipeline.evaluation.tasks.catalog import task
 from ray_pipeline.evaluation.tasks.item import Item, Request, Task
-from ray_pipeline.evaluation.tasks.record_tasks import Record, level, read_items, text_field
+from ray_pipeline.evaluation.tasks.record_tasks import level, read_items, text_field
 
 GSM8K, MATH500 = "openai/gsm8k:test", "HuggingFaceH4/MATH-500:test"
 GYM_QUESTIONS = 100  # of a task of reasoning-gym, where no limit is given

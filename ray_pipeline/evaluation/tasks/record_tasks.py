@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
-from ray_pipeline.data.forms.chat_records import BadRecord
+from ray_pipeline.data.files import fields
+from ray_pipeline.data.files.fields import BadRecord, Record
 from ray_pipeline.data.forms.column_names import with_columns
 from ray_pipeline.data.sources.sources import parse_source, source_records
 from ray_pipeline.errors import UserError
 from ray_pipeline.evaluation.tasks.item import Item
-
-Record = Mapping[str, Any]
 
 
 def read_items(task: str, given: str, convert: Callable[[Record, int], Item]) -> list[Item]:
@@ -35,7 +34,7 @@ def read_items(task: str, given: str, convert: Callable[[Record, int], Item]) ->
                     raise record
                 items.append(read(record))
             except BadRecord as error:
-                raise UserError(f"{place}: {error}. Mend or remove it.") from None
+                raise UserError(f"{place}: {error}. Fix or remove it.") from None
     except UserError as error:
         raise UserError(f"--tasks {task}: {error}") from None
     return items
@@ -45,18 +44,13 @@ def text_field(record: Record, *names: str) -> str:
     """The first of these fields that is there, as text.
 
     Raises:
-        BadRecord: none is there, or it is no text.
+        BadRecord: none is there, or it is empty or no text.
     """
-    for name in names:
-        if name in record:
-            value = record[name]
-            if isinstance(value, int | float) and not isinstance(value, bool):
-                value = str(value)
-            if not isinstance(value, str) or not value.strip():
-                raise BadRecord(f'field "{name}" must be text, but is {value!r:.60}')
-            return value
-    wanted = " or ".join(f'"{name}"' for name in names)
-    raise BadRecord(f"needs a field {wanted}, but has {', '.join(map(repr, record)) or 'none'}")
+    name = next((name for name in names if name in record), None)
+    if name is None:
+        wanted = " or ".join(f'"{name}"' for name in names)
+        raise BadRecord(f"needs a field {wanted}, but has {fields.names(record)}")
+    return fields.filled(record, name)
 
 
 def level(value: Any) -> int:

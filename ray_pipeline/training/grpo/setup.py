@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -105,15 +105,10 @@ def fitting_questions(
             "--seq-len."
         )
     return [
-        Question(_text(question["prompt"]), str(question["answer"]), prompt)
+        Question(question["prompt"], str(question["answer"]), prompt)
         for question, prompt in zip(asked, prompts, strict=True)
         if len(prompt) <= room
     ]
-
-
-def _text(prompt: str | Sequence[Mapping[str, Any]]) -> str:
-    """What rewards are told of a prompt: of a conversation, what it waits for an answer to."""
-    return prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
 
 
 def rollout_engine(rank: Rank, whole: WholeModel, config: ModelConfig) -> RolloutEngine:

@@ -43,7 +43,7 @@ def test_all_bad_records_are_told_at_once_kind_by_kind(broken):
     )
     assert f'; {broken}:14: "label" is false' in message
     assert message.endswith(
-        "In all 6 of 40 records looked at cannot be used. Mend or remove them, or leave them out with "
+        "In all 6 of 40 records looked at cannot be used. Fix or remove them, or leave them out with "
         "--set data.on_bad_record=skip."
     )
 
@@ -51,7 +51,7 @@ def test_all_bad_records_are_told_at_once_kind_by_kind(broken):
 def test_one_bad_record_ends_the_reading_with_a_way_out(tmp_path):
     path = write(tmp_path / "a.jsonl", [pair(1), pair(2) | {"prompt": 3.0 > 4}])
     with pytest.raises(
-        UserError, match=r'a\.jsonl:2: field "prompt" must be text, but is bool\. Mend or remove it, or le'
+        UserError, match=r'a\.jsonl:2: field "prompt" must be text, but is bool\. Fix or remove it, or le'
     ):
         list(read_conversations(parse_source(str(path))))
 
