@@ -15,20 +15,6 @@ from ray_pipeline.data.forms.turn_fields import REASONING, reasoning_of, refuse_
 from ray_pipeline.data.forms.turns import Conversation, Message, conversation_of, read_turns, said
 from ray_pipeline.data.tasks.question import think
 
-__all__ = [
-    "FORMS",
-    "BadRecord",
-    "Conversation",
-    "Record",
-    "as_conversation",
-    "as_document",
-    "instruction_turn",
-    "prompt_turns",
-    "system_turns",
-    "tools_of",
-    "with_system",
-]
-
 
 @dataclass(frozen=True)
 class Form:

@@ -124,8 +124,9 @@ def _chosen(choices: Mapping[str, str], final: str, given: object) -> str:
     labels = list(choices)
     if isinstance(given, int) and not isinstance(given, bool) and 0 <= given < len(labels):
         return labels[given]
-    if final in choices:
-        return final
+    for label in (final, final.upper()):
+        if label in choices:
+            return label
     for label, text in choices.items():
         if text == final:
             return label

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,7 @@ from ray_pipeline.data.chat.tokenizer import ChatTokenizer
 from ray_pipeline.data.files.fields import BadRecord
 from ray_pipeline.data.files.reading import Tally
 from ray_pipeline.data.forms.turns import Conversation
-from ray_pipeline.data.rows.packing import pack_conversations
+from ray_pipeline.data.rows.packing import Row, pack_conversations
 from ray_pipeline.data.rows.shards import write_rows
 from ray_pipeline.data.shared.cleaning import content_hash, validation_members
 from ray_pipeline.data.sources.sources import licence_of
@@ -139,18 +139,25 @@ def write_conversations(
     for name, wanted in (("train", False), ("validation", True)):
         members = [encoded[i] for i, is_held in zip(fitting, held, strict=True) if is_held == wanted]
         rows, _ = pack_conversations(members, seq_len, tokenizer.pad_id)
-        written = write_rows(
-            folder / name,
-            rows,
-            seq_len=seq_len,
-            vocab_size=len(tokenizer),
-            tokens_per_shard=config.data.tokens_per_shard,
-        )
-        datasets[f"{folder.name}/{name}"] = {
-            "rows": written.rows,
-            "tokens": sum(len(ids) for ids, _ in members),
-            "targets": written.targets,
-            "documents": len(members),
-            "sources": [{"name": config.data.sft, "licence": licence_of(config.data.sft), "documents": len(members)}],
-        }
+        about = write_split(config, folder / name, rows, members, len(tokenizer), config.data.sft)
+        datasets[f"{folder.name}/{name}"] = about
     return datasets, sum(len(ids) > seq_len + 1 for ids, _ in encoded)
+
+
+def write_split(
+    config: PipelineFields, folder: Path, rows: Iterable[Row], encoded: Sequence[Encoded], entries: int, source: str
+) -> dict[str, Any]:
+    """Write rows into `folder`; the manifest's entry of them.
+
+    Args:
+        encoded: the conversations in the rows. entries: of the vocabulary. source: where they are from.
+    """
+    data = config.data
+    written = write_rows(folder, rows, seq_len=data.seq_len, vocab_size=entries, tokens_per_shard=data.tokens_per_shard)
+    return {
+        "rows": written.rows,
+        "tokens": sum(len(ids) for ids, _ in encoded),
+        "targets": written.targets,
+        "documents": len(encoded),
+        "sources": [{"name": source, "licence": licence_of(source), "documents": len(encoded)}],
+    }

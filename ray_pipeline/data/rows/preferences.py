@@ -14,12 +14,10 @@ from ray_pipeline.data.chat.tokenizer import ChatTokenizer
 from ray_pipeline.data.files.reading import Tally
 from ray_pipeline.data.forms.preference_records import Preference
 from ray_pipeline.data.rows.batch import Batch
-from ray_pipeline.data.rows.conversations import Encoded, Encoder
-from ray_pipeline.data.rows.loader import PackedRows, row_order, rows_to_batch
+from ray_pipeline.data.rows.conversations import Encoded, Encoder, write_split
+from ray_pipeline.data.rows.loader import PackedRows, rows_to_batch
 from ray_pipeline.data.rows.packing import Row, RowBuilder, best_fit
-from ray_pipeline.data.rows.shards import write_rows
 from ray_pipeline.data.shared.cleaning import content_hash
-from ray_pipeline.data.sources.sources import licence_of
 from ray_pipeline.errors import UserError
 from ray_pipeline.settings.schema import PipelineFields
 
@@ -31,29 +29,8 @@ _PADDING = 0
 _CHOSEN, _REJECTED = 0, 1
 
 
-class PairRows:
-    """A folder of pairs, memory-mapped: a stored row is a pair, its segments the chosen and the rejected conversation.
-
-    Args:
-        seq_len: what the caller expects; rows of another length are refused.
-    Raises:
-        UserError: a file is missing, cut short or damaged, or rows have another length.
-    """
-
-    def __init__(self, folder: Path, seq_len: int | None = None):
-        self.stored = PackedRows(folder, seq_len)
-        self.seq_len = self.stored.seq_len
-
-    def __len__(self) -> int:
-        return len(self.stored)
-
-    def batch(self, seed: int, step: int, pairs: int) -> Batch:
-        """The pairs of one step, a pure function of the arguments: see `take`."""
-        return self.take(row_order(len(self), seed, step, pairs))
-
-    def slice(self, start: int, stop: int) -> Batch:
-        """Pairs [start, stop) in stored order: see `take`."""
-        return self.take(list(range(start, min(stop, len(self)))))
+class PairRows(PackedRows):
+    """A folder of pairs: a stored row is a pair, its segments the chosen and the rejected conversation."""
 
     def take(self, indices: list[int]) -> Batch:
         """Pairs by index, packed into as few rows as best fit finds; both answers of a pair share a row.
@@ -64,7 +41,7 @@ class PairRows:
         Raises:
             IndexError: an index is not within 0..len-1.
         """
-        pairs = [_split(*fields) for fields in zip(*self.stored.fields(indices), strict=True)]
+        pairs = [_split(*fields) for fields in zip(*self.fields(indices), strict=True)]
         rows, places = [], []
         for group in best_fit([len(pair.tokens) for pair in pairs], self.seq_len + 1):
             row = RowBuilder(self.seq_len, _PADDING)
@@ -129,25 +106,15 @@ def write_preferences(
             f"has {shortest}), but pairs for at least 2 different prompts must, one to train and one to validate. "
             "Use a larger --seq-len."
         )
-    datasets, counts = {}, {"preference_pairs_too_long": len(lengths) - len(fitting)}
+    datasets: dict[str, dict[str, Any]] = {}
+    counts = {"preference_pairs_too_long": len(lengths) - len(fitting)}
     for name, wanted in (("train", False), ("validation", True)):
         members = [both[i] for i, is_held in zip(fitting, held, strict=True) if is_held == wanted]
-        written = write_rows(
-            folder / name,
-            (_row(chosen, rejected, data.seq_len, tokenizer.pad_id) for chosen, rejected in members),
-            seq_len=data.seq_len,
-            vocab_size=len(tokenizer),
-            tokens_per_shard=data.tokens_per_shard,
-        )
-        counts[f"preference_pairs_{name}"] = written.rows
-        about = {"name": data.preferences, "licence": licence_of(data.preferences), "documents": 2 * len(members)}
-        datasets[f"{folder.name}/{name}"] = {
-            "rows": written.rows,
-            "tokens": sum(len(ids) for pair in members for ids, _ in pair),
-            "targets": written.targets,
-            "documents": 2 * len(members),
-            "sources": [about],
-        }
+        rows = (_row(chosen, rejected, data.seq_len, tokenizer.pad_id) for chosen, rejected in members)
+        encoded = [answer for pair in members for answer in pair]
+        about = write_split(config, folder / name, rows, encoded, len(tokenizer), data.preferences)
+        counts[f"preference_pairs_{name}"] = about["rows"]
+        datasets[f"{folder.name}/{name}"] = about
     return datasets, counts
 
 

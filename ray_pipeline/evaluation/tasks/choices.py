@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import string
-from typing import Any
 
-from ray_pipeline.data.files.fields import BadRecord, Record
+from ray_pipeline.data.files.fields import BadRecord, Record, names
+from ray_pipeline.data.forms.question_records import answer_of, choices_of
 from ray_pipeline.evaluation.graders import AnswerScoring
 from ray_pipeline.evaluation.tasks.catalog import task
 from ray_pipeline.evaluation.tasks.item import Item, Request, Task
@@ -15,49 +15,19 @@ MMLU = "cais/mmlu:test"
 LETTERS = string.ascii_uppercase
 
 
-def _options(record: Record) -> list[str]:
-    """The texts of the choices: a list, or ARC's {"text": [...], "label": [...]}."""
-    for name in ("choices", "options"):
-        value = record.get(name)
-        if isinstance(value, dict):
-            value = value.get("text")
-        if value is not None:
-            if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
-                raise BadRecord(f'field "{name}" must be a list of texts, but is {value!r:.60}')
-            if not 2 <= len(value) <= len(LETTERS):
-                raise BadRecord(f'field "{name}" has {len(value)} choices: give 2 to {len(LETTERS)}')
-            return value
-    raise BadRecord(f'needs a field "choices", but has {", ".join(map(repr, record)) or "none"}')
-
-
-def _right(record: Record, options: list[str]) -> int:
-    """Index of the right choice, given as an index from 0, a letter, ARC's label, or the text itself."""
-    value: Any = record.get("answer", record.get("answerKey"))
-    labels = record["choices"].get("label") if isinstance(record.get("choices"), dict) else None
-    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(options):
-        return value
-    if isinstance(value, str):
-        if isinstance(labels, list) and value in labels:
-            return labels.index(value)
-        if len(value) == 1 and value.upper() in LETTERS[: len(options)]:
-            return LETTERS.index(value.upper())
-        if value in options:
-            return options.index(value)
-    last = LETTERS[len(options) - 1]
-    raise BadRecord(
-        f'field "answer" is {value!r:.60}: must be an index from 0 to {len(options) - 1}, a letter from A to {last}, '
-        "or one of the choices"
-    )
-
-
 def _choice(record: Record, index: int, *, listed: bool) -> Item:
-    question, options = text_field(record, "question", "prompt"), _options(record)
-    right = _right(record, options)
+    question, choices = text_field(record, "question", "prompt"), choices_of(record)
+    if not choices:
+        raise BadRecord(f'needs a field "choices", but has {names(record)}')
+    if not 2 <= len(choices) <= len(LETTERS):
+        raise BadRecord(f"has {len(choices)} choices: give 2 to {len(LETTERS)}")
+    options = tuple(choices.values())
+    right = list(choices).index(answer_of(record)[1])
     named = record.get("subject", record.get("category"))
     category = named if isinstance(named, str) else ""
     difficulty = level(record.get("difficulty"))
     if not listed:
-        return Item(str(index), question, options[right], category, difficulty, options=tuple(options))
+        return Item(str(index), question, options[right], category, difficulty, options=options)
     letters = tuple(LETTERS[: len(options)])
     lines = "\n".join(f"{letter}. {text}" for letter, text in zip(letters, options, strict=True))
     prompt = f"{question}\n{lines}\nAnswer with the letter alone."

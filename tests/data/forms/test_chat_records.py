@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ray_pipeline.data.files.fields import Watched
-from ray_pipeline.data.forms.chat_records import BadRecord, as_conversation, as_document
+from ray_pipeline.data.files.fields import BadRecord, Watched
+from ray_pipeline.data.forms.chat_records import as_conversation, as_document
 from ray_pipeline.data.forms.preference_records import as_preference
 from ray_pipeline.data.forms.question_records import as_question, split_answer
 

@@ -107,7 +107,7 @@ def test_counts_and_manifest_entries_are_true(written, pairs):
     assert len(held) == (130 - counts["preference_pairs_too_long"]) // 5
     entry = datasets[f"{folder.name}/train"]
     assert (entry["rows"], entry["documents"]) == (len(train), 2 * len(train))
-    assert entry["targets"] == train.stored.manifest.targets
+    assert entry["targets"] == train.manifest.targets
 
 
 def test_pairs_longer_than_a_row_are_dropped_and_counted(tokenizer, pairs, tmp_path):
