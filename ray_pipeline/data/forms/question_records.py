@@ -124,12 +124,13 @@ def _chosen(choices: Mapping[str, str], final: str, given: object) -> str:
     labels = list(choices)
     if isinstance(given, int) and not isinstance(given, bool) and 0 <= given < len(labels):
         return labels[given]
-    for label in (final, final.upper()):
-        if label in choices:
-            return label
+    if final in choices:
+        return final
     for label, text in choices.items():
         if text == final:
             return label
+    if final.upper() in choices:
+        return final.upper()
     raise BadRecord(f"the answer {shown(final)} is none of the choices {shown(labels)}, nor their texts or places")
 
 
