@@ -19,21 +19,7 @@ if TYPE_CHECKING:
     from ray_pipeline.rewards.scoring import Scorer
 
 
-class InProcess:
-    """A scoring that holds nothing while it works."""
-
-    def __enter__(self) -> Scoring:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        return None
-
-    def score(self, items: Sequence[Item], texts: Sequence[str]) -> list[float | None]:
-        """One mark for each answer."""
-        raise NotImplementedError
-
-
-class AnswerScoring(InProcess):
+class AnswerScoring(Scoring):
     """Is the final answer the reference's? The same marking as in training."""
 
     def score(self, items: Sequence[Item], texts: Sequence[str]) -> list[float | None]:
@@ -42,7 +28,7 @@ class AnswerScoring(InProcess):
         return [float(right) for right in are_right(asked)]
 
 
-class RewardScoring:
+class RewardScoring(Scoring):
     """Any reward by name; those that can hang work in processes of their own, with a time limit.
 
     It is given an item's data["reference"] where there is one, else the reference that people read.
@@ -83,7 +69,7 @@ def code_of(text: str) -> str:
     return final if block is None else block
 
 
-class TestScoring(InProcess):
+class TestScoring(Scoring):
     """Runs the answer's program with the item's tests in a sandbox: right if the tests reach their end.
 
     An item's data: "tests" is Python that raises where the program is wrong; "before" (optional) is put in front of an

@@ -17,8 +17,8 @@ _CHUNK = 1 << 22
 _HEAD = 64  # bytes that tell a file's kind; even, for UTF-16
 # Forms that are text.
 TEXT = (".txt", ".json", ".jsonl", ".csv", ".tsv")
-Told = Callable[[Path, int], None]
-"""Told of a file how many of its bytes, as they lie on disk, have been read."""
+OnRead = Callable[[Path, int], None]
+"""Called with a file and how many of its bytes, as they lie on disk, have been read."""
 
 
 def check_file(path: Path) -> None:
@@ -104,11 +104,11 @@ def open_bytes(path: Path) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
             raise UserError(f"{path}: not a whole {path.suffix} file ({reason}). Write it again.") from None
 
 
-def read_utf8(path: Path, told: Told | None = None) -> Iterator[str]:
+def read_utf8(path: Path, on_read: OnRead | None = None) -> Iterator[str]:
     """The text in pieces, line ends as "\\n"; a byte order mark is skipped.
 
     Args:
-        told: told of the bytes read before a piece is given.
+        on_read: called before a piece is given.
     Raises:
         UserError: with the offset of the first byte that is not UTF-8, or of a compressed file that is not whole.
     """
@@ -118,8 +118,8 @@ def read_utf8(path: Path, told: Told | None = None) -> Iterator[str]:
     with open_bytes(path) as (handle, raw):
         while True:
             chunk = handle.read(_CHUNK)
-            if told is not None:
-                told(path, raw.tell())
+            if on_read is not None:
+                on_read(path, raw.tell())
             pending = len(decoder.getstate()[0])  # bytes of a character cut by the chunk border
             try:
                 text = decoder.decode(chunk, final=not chunk)

@@ -15,7 +15,7 @@ from typing import Any
 
 from ray_pipeline.data.files.fields import BadRecord
 from ray_pipeline.data.files.json_arrays import JsonError, NotAnArray, array_entries
-from ray_pipeline.data.files.local_files import Told, check_file, read_utf8
+from ray_pipeline.data.files.local_files import OnRead, check_file, read_utf8
 from ray_pipeline.errors import UserError
 from ray_pipeline.records.input_files import form
 
@@ -24,34 +24,34 @@ _ROWS = 1024  # of a table that are turned into records at once
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
 
-def read_records(path: Path, told: Told | None = None) -> Iterator[Placed]:
+def read_records(path: Path, on_read: OnRead | None = None) -> Iterator[Placed]:
     """("file:line", record) of .jsonl, .csv and .tsv, ("file:row", record) of .parquet, .arrow, .feather and .json.
 
     Args:
-        told: told how far the file is read.
+        on_read: called as the file is read.
     Raises:
         UserError: a file that is damaged.
     """
     check_file(path)
     kind = form(path)
     if kind == ".parquet":
-        yield from _read_parquet(path, told)
+        yield from _read_parquet(path, on_read)
     elif kind in (".arrow", ".feather"):
-        yield from _read_arrow(path, told)
+        yield from _read_arrow(path, on_read)
     elif kind in _DELIMITERS:
-        yield from _read_csv(path, _DELIMITERS[kind], told)
+        yield from _read_csv(path, _DELIMITERS[kind], on_read)
     elif kind == ".jsonl":
-        yield from _read_jsonl(path, told)
+        yield from _read_jsonl(path, on_read)
     elif kind == ".json":
-        yield from _read_json(path, told)
+        yield from _read_json(path, on_read)
     else:
         raise UserError(f"{path}: plain text has no records. Give a .json, .jsonl, .csv or .parquet file.")
 
 
-def _lines(path: Path, told: Told | None) -> Iterator[str]:
+def _lines(path: Path, on_read: OnRead | None) -> Iterator[str]:
     """Lines without their ends; a line longer than many pieces is put together once."""
     held: list[str] = []
-    for piece in read_utf8(path, told):
+    for piece in read_utf8(path, on_read):
         first, *others = piece.split("\n")
         held.append(first)
         if others:
@@ -63,8 +63,8 @@ def _lines(path: Path, told: Told | None) -> Iterator[str]:
         yield last
 
 
-def _read_jsonl(path: Path, told: Told | None) -> Iterator[Placed]:
-    for number, line in enumerate(_lines(path, told), start=1):
+def _read_jsonl(path: Path, on_read: OnRead | None) -> Iterator[Placed]:
+    for number, line in enumerate(_lines(path, on_read), start=1):
         if not line.strip():
             continue
         try:
@@ -75,10 +75,10 @@ def _read_jsonl(path: Path, told: Told | None) -> Iterator[Placed]:
         yield f"{path}:{number}", _checked_object(record, escapes="\\ud" in line or "\\uD" in line)
 
 
-def _read_json(path: Path, told: Told | None) -> Iterator[Placed]:
+def _read_json(path: Path, on_read: OnRead | None) -> Iterator[Placed]:
     """Entries of the array that is the file's whole content."""
     try:
-        for number, entry in enumerate(array_entries(read_utf8(path, told))):
+        for number, entry in enumerate(array_entries(read_utf8(path, on_read))):
             yield f"{path}[{number}]", _checked_object(entry.value, escapes=entry.escapes)
     except NotAnArray as error:
         found = f'begins with "{error.reason}"' if error.reason else "holds nothing"
@@ -107,11 +107,11 @@ def _checked_object(record: Any, *, escapes: bool) -> dict[str, Any] | BadRecord
     return record
 
 
-def _read_csv(path: Path, delimiter: str, told: Told | None) -> Iterator[Placed]:
+def _read_csv(path: Path, delimiter: str, on_read: OnRead | None) -> Iterator[Placed]:
     """Rows under the names of the first one; every value is text."""
     # The standard limit of 128 KB a field is process-wide; a document may be longer.
     csv.field_size_limit(sys.maxsize)
-    rows = csv.reader((f"{line}\n" for line in _lines(path, told)), delimiter=delimiter, strict=True)
+    rows = csv.reader((f"{line}\n" for line in _lines(path, on_read)), delimiter=delimiter, strict=True)
     try:
         names = [name.strip() for name in next(rows, [])]
         _check_header(path, names, delimiter)
@@ -133,18 +133,18 @@ def _check_header(path: Path, names: list[str], delimiter: str) -> None:
         raise UserError(f"{path}: its first line must name each column, and differently, but is {names}. Fix it.")
 
 
-def _read_parquet(path: Path, told: Told | None) -> Iterator[Placed]:
+def _read_parquet(path: Path, on_read: OnRead | None) -> Iterator[Placed]:
     import pyarrow
     import pyarrow.parquet
 
     try:
         file = pyarrow.parquet.ParquetFile(path)
-        yield from _rows(path, file.iter_batches(batch_size=_ROWS), file.metadata.num_rows, told)
+        yield from _rows(path, file.iter_batches(batch_size=_ROWS), file.metadata.num_rows, on_read)
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{path}: not a whole parquet file ({_first_line(error)}). Write it again.") from None
 
 
-def _read_arrow(path: Path, told: Told | None) -> Iterator[Placed]:
+def _read_arrow(path: Path, on_read: OnRead | None) -> Iterator[Placed]:
     """Arrow's file format, which Feather is, or its stream format, which `datasets` writes."""
     import pyarrow
     import pyarrow.ipc
@@ -158,7 +158,7 @@ def _read_arrow(path: Path, told: Told | None) -> Iterator[Placed]:
                 source.seek(0)
                 batches = pyarrow.ipc.open_stream(source)
             parts = (batch.slice(at, _ROWS) for batch in batches for at in range(0, len(batch), _ROWS))
-            yield from _rows(path, parts, None, told)
+            yield from _rows(path, parts, None, on_read)
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{path}: not a whole Arrow file ({_first_line(error)}). Write it again.") from None
 
@@ -167,17 +167,17 @@ def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def _rows(path: Path, batches: Iterable[Any], total: int | None, told: Told | None) -> Iterator[Placed]:
+def _rows(path: Path, batches: Iterable[Any], total: int | None, on_read: OnRead | None) -> Iterator[Placed]:
     """The records of tables; `total` rows are in all of them, None where that is not known."""
     number, size = 0, path.stat().st_size
     for batch in batches:
-        if told is not None:
-            told(path, size * min(total, number + len(batch)) // max(1, total) if total is not None else 0)
+        if on_read is not None:
+            on_read(path, size * min(total, number + len(batch)) // max(1, total) if total is not None else 0)
         for record in table_records(batch):
             number += 1
             yield f"{path}:row {number}", record
-    if told is not None:
-        told(path, size)
+    if on_read is not None:
+        on_read(path, size)
 
 
 def table_records(table: Any) -> Iterator[dict[str, Any]]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from ray_pipeline.data.files.local_files import Told, check_file, read_utf8
+from ray_pipeline.data.files.local_files import OnRead, check_file, read_utf8
 from ray_pipeline.settings.schema import DataConfig
 
 # A document that is longer is cut, so that no process has to hold a file as one piece: 16M characters.
@@ -40,18 +40,18 @@ class TextRule:
         return cls(data.text_documents, data.text_separator, data.text_characters or max(2000, 4 * data.seq_len))
 
 
-def read_text_documents(path: Path, rule: TextRule, told: Told | None = None) -> Iterator[str]:
+def read_text_documents(path: Path, rule: TextRule, on_read: OnRead | None = None) -> Iterator[str]:
     """Documents of a .txt file, in order; those without any letters are left out.
 
     Args:
-        told: as for `read_utf8`.
+        on_read: as for `read_utf8`.
     """
     check_file(path)
     kind = rule.documents
     if kind == "auto":
         kind = "file" if rule.separator is not None and _occurs(rule.separator, read_utf8(path)) else "paragraphs"
     held = ""
-    for piece, ends in _separated(read_utf8(path, told), rule.separator):
+    for piece, ends in _separated(read_utf8(path, on_read), rule.separator):
         held += piece
         if kind == "paragraphs":
             documents, held = _merged(held, rule.characters)

@@ -132,7 +132,7 @@ def _known_template(config: PipelineFields) -> ChatTemplate | None:
     if tokenizer.tools:
         raise UserError(
             f"tokenizer.tools=true with tokenizer.name={tokenizer.name}: a tokenizer that is loaded has its own tokens "
-            "and template. Leave tokenizer.tools away, or use --set tokenizer.name=train."
+            "and template. Omit tokenizer.tools, or use --set tokenizer.name=train."
         )
     if not Path(tokenizer.name).is_dir():
         return None

@@ -12,7 +12,7 @@ from typing import Literal, TypeVar
 
 from ray_pipeline.data.files import hub, local_files
 from ray_pipeline.data.files.fields import BadRecord, Record
-from ray_pipeline.data.files.local_files import Told
+from ray_pipeline.data.files.local_files import OnRead
 from ray_pipeline.data.files.reading import Tally, converted, limited
 from ray_pipeline.data.files.record_files import read_records
 from ray_pipeline.data.files.text_files import TextRule, read_text_documents
@@ -124,10 +124,10 @@ def licence_of(source: str) -> str:
     return "Apache-2.0 (reasoning-gym)" if parse_gym_name(source) else "unknown"
 
 
-def source_records(source: Source, told: Told | None = None) -> Iterator[tuple[str, Record | BadRecord]]:
+def source_records(source: Source, on_read: OnRead | None = None) -> Iterator[tuple[str, Record | BadRecord]]:
     """(place, record) pairs, shard after shard; the place is "file:line" for messages."""
     if source.kind == "file":
-        return itertools.chain.from_iterable(read_records(path, told) for path in source.files)
+        return itertools.chain.from_iterable(read_records(path, on_read) for path in source.files)
     return hub.stream_records(source.location, source.split)
 
 
@@ -136,22 +136,22 @@ def read_documents(
     limit: int | None = None,
     *,
     rule: TextRule | None = None,
-    told: Told | None = None,
+    on_read: OnRead | None = None,
     tally: Tally | None = None,
 ) -> Iterator[str]:
     """Texts of a file or hub source, shard after shard, in their order, `limit` at most.
 
     Args:
-        rule: what is a document of a .txt file. told: told of the bytes read of each file.
+        rule: what is a document of a .txt file. on_read: called as each file is read.
         tally: counts what is left out; without one, a bad record ends the reading.
     Raises:
         UserError: unreadable, naming file and line, or the byte that is not UTF-8.
     """
     tally = tally or Tally()
-    return limited(_documents(source, rule or TextRule(), told, tally), limit, tally)
+    return limited(_documents(source, rule or TextRule(), on_read, tally), limit, tally)
 
 
-def _documents(source: Source, rule: TextRule, told: Told | None, tally: Tally) -> Iterator[str]:
+def _documents(source: Source, rule: TextRule, on_read: OnRead | None, tally: Tally) -> Iterator[str]:
     def document(record: Record) -> str:
         return as_document(record, source.column)
 
@@ -161,9 +161,9 @@ def _documents(source: Source, rule: TextRule, told: Told | None, tally: Tally) 
         return
     for path in source.files:
         if form(path) == ".txt":
-            yield from read_text_documents(path, rule, told)
+            yield from read_text_documents(path, rule, on_read)
         else:
-            yield from converted(read_records(path, told), convert, tally)
+            yield from converted(read_records(path, on_read), convert, tally)
 
 
 def read_conversations(source: Source, limit: int | None = None, tally: Tally | None = None) -> Iterator[Conversation]:

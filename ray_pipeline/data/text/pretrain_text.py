@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ray_pipeline.data.chat.tokenizer import ChatTokenizer
 from ray_pipeline.data.chat.tokenizer_files import copy_pretrained, save_trained, train_bpe
-from ray_pipeline.data.files.local_files import Told
+from ray_pipeline.data.files.local_files import OnRead
 from ray_pipeline.data.files.reading import Tally
 from ray_pipeline.data.files.text_files import TextRule
 from ray_pipeline.data.forms.turns import Conversation
@@ -33,12 +33,12 @@ TALLIES = "tallies.json"
 
 
 def mixture_documents(
-    config: PipelineFields, tallies: dict[str, Tally], told: Told | None = None
+    config: PipelineFields, tallies: dict[str, Tally], on_read: OnRead | None = None
 ) -> Iterator[tuple[int, str]]:
     """(index of the source, text) of every document of the mixture, source after source.
 
     Args:
-        tallies: gets what became of the records of each source that has any. told: told of the bytes read.
+        tallies: gets what became of the records of each source that has any. on_read: called as files are read.
     """
     for number, source in enumerate(config.data.pretrain):
         texts: Iterable[str]
@@ -48,7 +48,7 @@ def mixture_documents(
         else:
             given, rule = parse_source(source.name), TextRule.of(config.data)
             tally = tallies[f"--data {source.name}"] = Tally.of(config.data, checked=given.kind == "file")
-            texts = read_documents(given, config.data.max_documents, rule=rule, told=told, tally=tally)
+            texts = read_documents(given, config.data.max_documents, rule=rule, on_read=on_read, tally=tally)
         for text in texts:
             yield number, text
 
@@ -64,7 +64,7 @@ class Reading:
         self._done: dict[Path, int] = {}
         self._unchecked: set[Path] = set()
 
-    def told(self, path: Path, done: int) -> None:
+    def on_read(self, path: Path, done: int) -> None:
         """So many bytes of the file are read."""
         self._done[path] = done
         self._unchecked.add(path)
@@ -105,7 +105,7 @@ def clean_corpus(
     reading = Reading(config, guard, report)
     blocks, documents = corpus.written()
     report("reading and cleaning", 0, reading.total, "bytes")
-    unread = itertools.islice(mixture_documents(config, tallies, reading.told), documents, None)
+    unread = itertools.islice(mixture_documents(config, tallies, reading.on_read), documents, None)
     for number, block in enumerate(map_blocks(Cleaner, (finder,), in_blocks(unread)), start=blocks):
         documents += block_columns(block)[0]["read"]
         reading.block_is_read(documents)

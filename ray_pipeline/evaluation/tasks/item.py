@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
 Way = Literal["answers", "options", "harness"]
 
@@ -38,12 +38,14 @@ class Item:
     data: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
 
-class Scoring(Protocol):
-    """Marks answers. Used as a context, so that it may hold processes while it works."""
+class Scoring:
+    """Marks answers. Used as a context, so that one may hold processes while it works; this one holds nothing."""
 
-    def __enter__(self) -> Scoring: ...
+    def __enter__(self) -> Scoring:
+        return self
 
-    def __exit__(self, *exc: object) -> None: ...
+    def __exit__(self, *exc: object) -> None:
+        return None
 
     def score(self, items: Sequence[Item], texts: Sequence[str]) -> list[float | None]:
         """0.0 to 1.0 for each answer, where 1.0 is right; None where the scoring itself failed.
@@ -51,7 +53,7 @@ class Scoring(Protocol):
         Raises:
             UserError: it fails too often to be believed.
         """
-        ...
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)

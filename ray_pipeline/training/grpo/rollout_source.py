@@ -14,7 +14,7 @@ from ray_pipeline.objectives.sampler_gap import SamplerGap
 from ray_pipeline.rollouts.collector import Collected, Collector, Pending, is_informative
 from ray_pipeline.rollouts.samplers import RolloutEngine, synchronise
 from ray_pipeline.training.grpo.rollout_batch import BatchBuilder
-from ray_pipeline.training.grpo.rollout_figures import rollout_figures
+from ray_pipeline.training.grpo.rollout_metrics import rollout_metrics
 from ray_pipeline.training.rank import Rank
 
 STATE_FILE = "rollouts.pt"
@@ -106,7 +106,7 @@ class RolloutSource:
         began = time.monotonic()
         self.rank.phase("training" if any(map(is_informative, collected.groups)) else "no group to learn from")
         self._batches = self.builder.build(collected.groups, step)
-        self._figures = rollout_figures(collected) | {
+        self._figures = rollout_metrics(collected) | {
             "preparing_seconds": time.monotonic() - began,
             "left_out_prompts": float(self.left_out),
         }

@@ -19,7 +19,7 @@ def mean(values: Iterable[float]) -> float:
     return sum(known) / len(known) if known else 0.0
 
 
-def rollout_figures(collected: Collected) -> dict[str, float]:
+def rollout_metrics(collected: Collected) -> dict[str, float]:
     """Rewards and their parts, lengths in tokens, shares of what was cut off or skipped, seconds, use of tools."""
     marked = [one for group in collected.groups for one in group]
     rewards = [one.reward for one in marked if not one.failed]
@@ -41,12 +41,12 @@ def rollout_figures(collected: Collected) -> dict[str, float]:
         "skipped_groups": float(sum(not is_informative(group) for group in collected.groups)),
         "failed_rewards": float(sum(collected.failures.values())),
         **{f"failed_{name}_rewards": float(count) for name, count in collected.failures.items()},
-        **tool_figures(marked),
+        **tool_metrics(marked),
         **{f"{name}_seconds": seconds for name, seconds in collected.seconds.items()},
     }
 
 
-def tool_figures(marked: Iterable[Marked]) -> dict[str, float]:
+def tool_metrics(marked: Iterable[Marked]) -> dict[str, float]:
     """Calls per answer, shares of calls that a tool could take and that gave an error; nothing without tools."""
     used = [one.completion.tools for one in marked if one.completion.tools is not None]
     if not used:
