@@ -12,7 +12,7 @@ from ray_pipeline.data.chat.tokenizer import load_tokenizer
 from ray_pipeline.data.chat.tokenizer_files import save_trained, train_bpe
 from ray_pipeline.data.files.reading import Tally
 from ray_pipeline.data.rows import conversations
-from ray_pipeline.data.rows.conversations import encode_all
+from ray_pipeline.data.rows.conversations import Encoder
 from ray_pipeline.data.sources.source_checks import check_sources
 from ray_pipeline.data.text.builtin_text import document_at
 from ray_pipeline.errors import UserError
@@ -56,8 +56,8 @@ def test_the_first_conversation_that_cannot_be_trained_is_named(folder, monkeypa
     chats[3] = chat("a question that goes on for more than forty letters?", "<think>a</think>b")
     monkeypatch.setattr(conversations, "CHUNK", 2)
     with pytest.raises(UserError, match=r'^here: conversation 4 \("a question that [^?]*"\): the chat'):
-        encode_all(tokenizer, chats, silent, "phase", "here")
-    assert len(encode_all(tokenizer, chats[:3], silent, "phase", "here")) == 3
+        Encoder(tokenizer, silent, "phase", "here").whole(chats)
+    assert len(Encoder(tokenizer, silent, "phase", "here").whole(chats[:3])) == 3
 
 
 def test_conversations_a_template_refuses_are_left_out_where_that_is_asked_for(folder, monkeypatch):
@@ -65,7 +65,7 @@ def test_conversations_a_template_refuses_are_left_out_where_that_is_asked_for(f
     chats = [chat(f"question {i}?", "yes") for i in range(5)]
     chats[3] = chat("why?", "<think>a</think>b")
     monkeypatch.setattr(conversations, "CHUNK", 2)
-    encoded = encode_all(tokenizer, chats, silent, "phase", "here", tally)
+    encoded = Encoder(tokenizer, silent, "phase", "here", tally).whole(chats)
     assert [bool(ids) for ids, _ in encoded] == [True, True, True, False, True]
     [kind] = tally.bad.values()
     assert (kind.count, kind.places) == (1, ["conversation 4"]) and "drops <think>" in kind.example
@@ -74,7 +74,7 @@ def test_conversations_a_template_refuses_are_left_out_where_that_is_asked_for(f
 def test_a_conversation_with_nothing_to_train_is_refused(folder):
     chats = [chat("a?", "b"), chat("a?", "b")._replace(trained_from=2)]
     with pytest.raises(UserError, match=r"^here: no token of conversation 2 would be trained"):
-        encode_all(load_tokenizer(folder), chats, silent, "phase", "here")
+        Encoder(load_tokenizer(folder), silent, "phase", "here").whole(chats)
 
 
 @pytest.mark.parametrize(
