@@ -20,7 +20,7 @@ def _choice(record: Record, index: int, *, listed: bool) -> Item:
     if not choices:
         raise BadRecord(f'needs a field "choices", but has {names(record)}')
     if not 2 <= len(choices) <= len(LETTERS):
-        raise BadRecord(f"has {len(choices)} choices: give 2 to {len(LETTERS)}")
+        raise BadRecord(f"the question has {len(choices)} choices: give 2 to {len(LETTERS)}")
     options = tuple(choices.values())
     right = list(choices).index(answer_of(record)[1])
     named = record.get("subject", record.get("category"))
