@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
 from ray_pipeline.dag.progress_view import PLAIN_EVERY
-from ray_pipeline.records.progress import seconds_text
+from ray_pipeline.records.units import seconds_text
 
 
 class AskProgress:

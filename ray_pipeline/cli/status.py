@@ -64,7 +64,8 @@ def table(stages: list[dict[str, Any]]) -> Table:
     """One row a stage."""
     from rich.table import Table
 
-    from ray_pipeline.records.progress import progress_text, seconds_text
+    from ray_pipeline.records.progress import progress_text
+    from ray_pipeline.records.units import seconds_text
 
     out = Table(box=None, pad_edge=False)
     for name in ("stage", "status", "progress", "figures", "baselines", "time", "weights"):
@@ -97,6 +98,6 @@ def rerun_text(again: dict[str, Any]) -> str:
 
 def figures(values: dict[str, float] | None) -> str:
     """`accuracy 0.873` a line."""
-    from ray_pipeline.report.summary import number_text
+    from ray_pipeline.records.units import number_text
 
     return "\n".join(f"{name} {number_text(value)}" for name, value in (values or {}).items())

@@ -11,9 +11,9 @@ from ray_pipeline.costs.fit import device_bytes
 from ray_pipeline.costs.hardware_table import Hardware
 from ray_pipeline.costs.memory import rank_memory
 from ray_pipeline.costs.timing import step_timing
-from ray_pipeline.costs.units import bytes_text, time_text
 from ray_pipeline.costs.workload import Workload
 from ray_pipeline.layout.rules import refusal
+from ray_pipeline.records.units import bytes_text, time_text
 from ray_pipeline.settings.schema import PipelineFields
 
 MOST = 3  # suggestions

@@ -10,11 +10,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from ray_pipeline.costs.activations import cast_weights, layer_bytes, part_bytes
-from ray_pipeline.costs.adapter_costs import trained_weights
 from ray_pipeline.costs.head_loss import backward_bytes, forward_bytes, kept_bytes
 from ray_pipeline.costs.held import Memory
 from ray_pipeline.costs.kernels import Kernels, kernels
-from ray_pipeline.costs.weights import Weight, layer_weights, part_weights
+from ray_pipeline.costs.weights import Weight, layer_weights, part_weights, trained_weights
 from ray_pipeline.costs.whole_copies import gathering_bytes
 from ray_pipeline.costs.workload import FP32, Part, Workload, without_checkpointing
 from ray_pipeline.engine import zero_settings

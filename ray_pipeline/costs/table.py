@@ -8,8 +8,8 @@ from rich.table import Table
 from ray_pipeline.costs.estimate import Plan
 from ray_pipeline.costs.picture import pp_layout_text
 from ray_pipeline.costs.timing import flops_per_token
-from ray_pipeline.costs.units import bytes_text, count_text, scaled, time_text
 from ray_pipeline.costs.weights import main_model
+from ray_pipeline.records.units import bytes_text, count_text, scaled, time_text
 
 MOST_STAGES = 18
 

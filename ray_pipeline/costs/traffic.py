@@ -11,12 +11,10 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from model.parallel.placement import ranks_of
-from ray_pipeline.costs.adapter_costs import trained_weights
-from ray_pipeline.costs.attention_costs import entering, key_heads
+from ray_pipeline.costs.attention_costs import entering, indexer_messages, key_heads
 from ray_pipeline.costs.hardware_table import Hardware
 from ray_pipeline.costs.head_loss import computes_logits_again, num_heads
-from ray_pipeline.costs.indexer_costs import indexer_messages
-from ray_pipeline.costs.weights import Weight, part_weights
+from ray_pipeline.costs.weights import Weight, part_weights, trained_weights
 from ray_pipeline.costs.workload import FP32, Part, Workload
 from ray_pipeline.engine import zero_settings
 

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from model.config import ModelConfig
+from ray_pipeline.costs.workload import Workload
+from ray_pipeline.settings.lora_targets import chosen_targets, linear_layers
 
 KINDS = ("embedding", "attention", "dense ffn", "routed experts", "shared experts", "router", "norms", "head", "MTP")
 
@@ -153,6 +155,15 @@ def part_weights(model: ModelConfig, layers: range) -> list[Weight]:
             out.append(_norm(model.recursion_params()))
         out += [_block_norms(model, 1), head_weight(model), *mtp_weights(model)]
     return out
+
+
+def trained_weights(work: Workload, layers: range) -> list[Weight]:
+    """What is trained of the pipeline stage of `layers`: all its weights, or the two matrices of every adapter."""
+    if work.lora is None:
+        return part_weights(work.model, layers)
+    targets, r = chosen_targets(work.model, work.lora.target_modules), work.lora.r
+    sizes = [r * width for name, *widths in linear_layers(work.model, layers) if name in targets for width in widths]
+    return [Weight("adapters", size, size, size) for size in sizes]
 
 
 def by_kind(weights: Iterable[Weight], *, active: bool = False) -> dict[str, int]:

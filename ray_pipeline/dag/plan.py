@@ -13,7 +13,7 @@ from ray_pipeline.dag.ledger import Record, RunFile, read_record
 from ray_pipeline.dag.request import StageSelection
 from ray_pipeline.errors import UserError, resume_command
 from ray_pipeline.layout.layout import Layout
-from ray_pipeline.records.progress import seconds_text
+from ray_pipeline.records.units import seconds_text
 from ray_pipeline.settings.chain import chain, upstream
 from ray_pipeline.settings.run_folder import MODEL, newest_checkpoint, rerun_folder, stage_folder
 from ray_pipeline.settings.schema import TRAINING_STAGES, PipelineFields

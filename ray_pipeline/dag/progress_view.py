@@ -12,7 +12,8 @@ from rich.live import Live
 from rich.text import Text
 
 from ray_pipeline.launch.rank_errors import ERRORS, frozen_reports
-from ray_pipeline.records.progress import progress_text, read_progress, seconds_text
+from ray_pipeline.records.progress import progress_text, read_progress
+from ray_pipeline.records.units import seconds_text
 
 PLAIN_EVERY = 10.0  # seconds between lines of one stage when the output is not a terminal
 BAR_WIDTH = 16  # characters

@@ -13,8 +13,8 @@ from ray_pipeline.dag.ledger import Record
 from ray_pipeline.dag.plan import PlannedStage
 from ray_pipeline.errors import StageFailed, command
 from ray_pipeline.layout.layout import Layout
-from ray_pipeline.records.progress import seconds_text
 from ray_pipeline.records.rank_output import printed
+from ray_pipeline.records.units import seconds_text
 from ray_pipeline.report.summary import STATUS_NAMES, baseline_text, figure_text
 from ray_pipeline.settings.run_folder import ERROR_LOG
 

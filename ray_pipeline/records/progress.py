@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from ray_pipeline.records.artifacts import write_sealed
 from ray_pipeline.records.integrity import unsealed
+from ray_pipeline.records.units import bytes_text, seconds_text
 from ray_pipeline.settings.run_folder import PROGRESS_FILE
 
 WRITE_EVERY = 0.3  # seconds between writes of progress.json
@@ -76,16 +77,6 @@ def read_progress(folder: Path) -> dict[str, Any] | None:
         return None
 
 
-def seconds_text(seconds: float) -> str:
-    """`45 s`, `3 min 05 s`, `2 h 10 min`."""
-    whole = max(0, round(seconds))
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
-
-
 def progress_text(state: Mapping[str, Any]) -> str:
     """`step 150/300  loss 1.931  5200 tokens/s  45 s left  evaluating`; only what is known."""
     parts = [f"step {state['step']}/{state['steps']}"] if state.get("steps") else []
@@ -103,21 +94,15 @@ def progress_text(state: Mapping[str, Any]) -> str:
     return "  ".join(parts)
 
 
-def size_text(size: float) -> str:
-    """`640 kB`, `12.4 MB`, `1.2 GB`."""
-    unit, name = next((u, n) for u, n in ((1e9, "GB"), (1e6, "MB"), (0, "kB")) if size >= u)
-    return f"{size / 1e3:.0f} kB" if name == "kB" else f"{size / unit:.1f} {name}"
-
-
 def _phase_text(state: Mapping[str, Any]) -> str:
-    """`conversations 200/300`, `reading and cleaning 12.0 MB of 500.0 MB  6.1 MB/s  1 min 20 s left`."""
+    """`conversations 200/300`, `reading and cleaning 12 MB of 500 MB  6.1 MB/s  1 min 20 s left`."""
     name, done, total, rate = (state.get(key) for key in ("phase", "phase_done", "phase_total", "phase_rate"))
     if not total:
         return str(name)
     if state.get("phase_unit") != "bytes":
         return f"{name} {done}/{total}"
-    text = f"{name} {size_text(float(done or 0))} of {size_text(float(total))}"
-    return f"{text}  {size_text(rate)}/s  {seconds_text((total - (done or 0)) / rate)} left" if rate else text
+    text = f"{name} {bytes_text(float(done or 0))} of {bytes_text(float(total))}"
+    return f"{text}  {bytes_text(rate)}/s  {seconds_text((total - (done or 0)) / rate)} left" if rate else text
 
 
 class Report(Protocol):

@@ -1,16 +1,17 @@
-"""report.html: a run on one page that needs nothing but itself. Summary, curves, sample answers; light and dark."""
+"""report.html: a run on one page that needs no other file. Summary, curves, sample answers (`templates/run.html`)."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from html import escape
 from pathlib import Path
 from typing import Any
 
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
 from ray_pipeline.records.artifacts import write_text
-from ray_pipeline.records.progress import seconds_text
 from ray_pipeline.records.trackers import read_metrics, read_samples
+from ray_pipeline.records.units import seconds_text
 from ray_pipeline.report.curves import chart
 from ray_pipeline.report.summary import summary_rows
 from ray_pipeline.settings.run_folder import REPORT_FILE
@@ -33,29 +34,14 @@ CHARTS = (
     ("Experts: busiest over the mean, least even layer", ("train/largest_load",), ()),
     ("Tokens per second", ("tokens_per_second",), ()),
 )
-STYLE = """
-:root{--bg:#fbfbfa;--fg:#1d1d1f;--soft:#6b6b70;--line:#e3e3e0;--card:#fff;
---c1:#2563eb;--c2:#e07a1f;--c3:#159a6b;--c4:#9333ea;--good:#15803d;--bad:#b91c1c;--warn:#a16207}
-@media(prefers-color-scheme:dark){:root{--bg:#141416;--fg:#ececee;--soft:#9a9aa2;--line:#2d2d31;--card:#1c1c1f;
---c1:#6ea3ff;--c2:#f4a259;--c3:#4fd1a1;--c4:#c58bff;--good:#4ade80;--bad:#f87171;--warn:#facc15}}
-*{box-sizing:border-box}
-body{margin:0;background:var(--bg);color:var(--fg);font:15px/1.5 system-ui,-apple-system,"Segoe UI",sans-serif}
-main{max-width:1020px;margin:0 auto;padding:36px 20px 80px}
-h1{font-size:26px;margin:0}h2{font-size:19px;margin:40px 0 10px}p{color:var(--soft);margin:4px 0}
-.scroll{overflow-x:auto}table{width:100%;border-collapse:collapse;margin-top:18px}
-th{color:var(--soft);font-weight:500;font-size:13px}th,td{text-align:left;padding:8px 14px 8px 0;vertical-align:top;
-border-bottom:1px solid var(--line)}td:nth-child(5){white-space:nowrap}
-.DONE,.REUSED{color:var(--good)}.FAILED{color:var(--bad)}.LEARNED,.INTERRUPTED{color:var(--warn)}.NOT{color:var(--soft)}
-.charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(320px,1fr));gap:14px}
-figure,.sample{margin:0;background:var(--card);border:1px solid var(--line);border-radius:10px;padding:12px}
-figcaption{font-weight:600;display:flex;justify-content:space-between;gap:10px;flex-wrap:wrap}
-small{font-weight:400;color:var(--soft)}small span{margin-left:10px}
-i{display:inline-block;width:9px;height:9px;border-radius:2px;margin-right:5px}
-svg{width:100%;height:auto;display:block}svg text{fill:var(--soft);font-size:11px}
-polyline{fill:none;stroke-width:1.8;stroke-linejoin:round}.grid{stroke:var(--line)}
-line.level{stroke:var(--soft);stroke-dasharray:4 4}code,pre{font:13px/1.45 ui-monospace,Menlo,Consolas,monospace}
-pre{white-space:pre-wrap;overflow-wrap:anywhere;margin:4px 0}.sample{margin-top:10px}.sample b{font-weight:600}
-"""
+TEMPLATES = Environment(
+    loader=FileSystemLoader(Path(__file__).parent / "templates"),
+    autoescape=True,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    keep_trailing_newline=True,
+)
 
 
 def write_report(run_dir: Path, status: Mapping[str, Any]) -> Path:
@@ -66,45 +52,40 @@ def write_report(run_dir: Path, status: Mapping[str, Any]) -> Path:
 
 def render(status: Mapping[str, Any]) -> str:
     """The page for `ledger.read_status`'s answer; reads metrics.jsonl and samples.json of the stages' folders."""
-    written = time.strftime("%Y-%m-%d %H:%M", time.localtime())
-    sections = "".join(_stage(entry) for entry in status["stages"] if "attempt" in entry)
-    return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(status["run"])}</title>'
-        f'<meta name="viewport" content="width=device-width,initial-scale=1"><style>{STYLE}</style></head><body><main>'
-        f"<h1>{escape(status['run'])}</h1><p>{escape(status['run_dir'])}</p><p>As of {written}</p>"
-        f"{_table(status['stages'])}{sections}</main></body></html>\n"
+    entries = status["stages"]
+    stages = [_stage(entry) for entry in entries if "attempt" in entry]
+    digests = [(entry.get("weights_digest") or "")[:12] for entry in entries]
+    return TEMPLATES.get_template("run.html").render(
+        title=status["run"],
+        folder=status["run_dir"],
+        written=time.strftime("%Y-%m-%d %H:%M", time.localtime()),
+        rows=list(zip(summary_rows(entries), digests, strict=True)),
+        stages=[stage for stage in stages if any(stage[part] for part in ("error", "damaged", "charts", "samples"))],
+        seconds_text=seconds_text,
     )
 
 
-def _table(stages: Sequence[Mapping[str, Any]]) -> str:
-    names = ("Stage", "Status", "Reached", "Held against", "Time", "Weights SHA-256")
-    head = "".join(f"<th>{name}</th>" for name in names)
-    body = []
-    for row, entry in zip(summary_rows(stages), stages, strict=True):
-        digest = (entry.get("weights_digest") or "")[:12]
-        seconds = "" if row.seconds is None else seconds_text(row.seconds)
-        cells = [escape(row.stage), f'<span class="{row.status}">{row.status}</span>', escape(row.figure)]
-        cells += [escape(row.against), seconds, f"<code>{digest}</code>"]
-        body.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
-
-
-def _stage(entry: Mapping[str, Any]) -> str:
+def _stage(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """What the page shows below the table of one stage that began."""
     folder = Path(entry["folder"])
-    lines, baselines = read_metrics(folder), entry.get("baselines") or {}
+    return {
+        "name": entry["stage"],
+        "error": entry.get("error") or "",
+        "damaged": entry.get("damaged", []),
+        "charts": _charts(read_metrics(folder), entry.get("baselines") or {}),
+        "samples": _samples(folder),
+    }
+
+
+def _charts(lines: Sequence[Mapping[str, Any]], baselines: Mapping[str, float]) -> list[str]:
+    """Each of `CHARTS` that the logged lines have points for, as a figure in HTML."""
     charts = []
     for title, names, levels in CHARTS:
         drawn_names = [*names, *(_of_sources(lines) if "eval/validation_loss" in names else ())]
         series = {_short(name): [(line["step"], line[name]) for line in lines if name in line] for name in drawn_names}
         held = {level.replace("_", " "): baselines[level] for level in levels if level in baselines}
         charts.append(chart(title, series, held))
-    drawn = "".join(charts)
-    samples = _samples(folder)
-    damaged = "".join(f'<p class="FAILED">{escape(text)}</p>' for text in entry.get("damaged", []))
-    error = f'<pre class="FAILED">{escape(entry["error"])}</pre>' if entry.get("error") else ""
-    if not (drawn or samples or error or damaged):
-        return ""
-    return f'<h2>{escape(entry["stage"])}</h2>{error}{damaged}<div class="charts">{drawn}</div>{samples}'
+    return [drawn for drawn in charts if drawn]
 
 
 def _of_sources(lines: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -117,15 +98,10 @@ def _short(name: str) -> str:
     return name.removeprefix("train/").removeprefix("eval/").replace("_", " ")
 
 
-def _samples(folder: Path) -> str:
-    """Questions and the model's answers; nothing where the file is damaged, which `_stage` tells."""
+def _samples(folder: Path) -> list[dict[str, Any]]:
+    """Questions and the model's answers; nothing where the file is damaged, which the ledger tells."""
     try:
         found = read_samples(folder)
     except ValueError:
-        return ""
-    cards = []
-    for sample in found[:MOST_SAMPLES]:
-        fields = sample if isinstance(sample, dict) else {"answer": sample}
-        rows = "".join(f"<div><b>{escape(str(k))}</b><pre>{escape(str(v))}</pre></div>" for k, v in fields.items())
-        cards.append(f'<div class="sample">{rows}</div>')
-    return f"<details><summary>{len(cards)} sample answers</summary>{''.join(cards)}</details>" if cards else ""
+        return []
+    return [sample if isinstance(sample, dict) else {"answer": sample} for sample in found[:MOST_SAMPLES]]

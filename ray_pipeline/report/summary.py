@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ray_pipeline.records.progress import seconds_text
+from ray_pipeline.records.units import count_text, number_text, percent, seconds_text
 
 STATUS_NAMES = {
     "done": "DONE",
@@ -63,24 +62,11 @@ def summary_rows(stages: Sequence[Mapping[str, Any]], reused: frozenset[str] = f
     return rows
 
 
-def percent(share: float) -> str:
-    """`61.3%`"""
-    return f"{100 * share:.1f}%"
-
-
 def interval_text(name: str, metrics: Mapping[str, float]) -> str:
     """`81.0% (76.2% to 85.1%)`, with its 95% bounds where they were measured."""
     low, high = metrics.get(f"{name}_low"), metrics.get(f"{name}_high")
     bounds = "" if low is None or high is None else f" ({percent(low)} to {percent(high)})"
     return percent(metrics[name]) + bounds
-
-
-def count_text(number: float) -> str:
-    """`1.31M` parameters."""
-    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if number >= size:
-            return f"{number / size:.3g}{unit}"
-    return f"{number:g}"
 
 
 def figure_text(stage: str, metrics: Mapping[str, float]) -> str:
@@ -131,12 +117,6 @@ def experts_text(metrics: Mapping[str, float]) -> str:
         return ""
     busiest, entropy, dropped = (metrics[name] for name in ("largest_load", "load_entropy", "dropped_tokens"))
     return f"; busiest expert {busiest:.1f}x the mean, load entropy {entropy:.2f}, {dropped:.0f} tokens dropped"
-
-
-def number_text(value: float) -> str:
-    """`67,290`, `0.1235`."""
-    whole = math.isfinite(value) and (value == round(value) or abs(value) >= 1e4)
-    return f"{value:,.0f}" if whole else f"{value:.4g}"
 
 
 def baseline_text(stage: str, baselines: Mapping[str, float], metrics: Mapping[str, float]) -> str:

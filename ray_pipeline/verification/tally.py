@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ray_pipeline.layout.layout import Layout, Refusal
-from ray_pipeline.records.progress import seconds_text
+from ray_pipeline.records.units import seconds_text
 from ray_pipeline.verification.cases import Case, Tolerance, default_steps
 from ray_pipeline.verification.compare import Result
 

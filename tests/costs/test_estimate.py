@@ -14,11 +14,11 @@ from ray_pipeline.costs.fit import rank_bytes
 from ray_pipeline.costs.hardware_table import PROCESS, find_hardware
 from ray_pipeline.costs.memory import stage_memory
 from ray_pipeline.costs.table import needs_text
-from ray_pipeline.costs.units import bytes_text, time_text
 from ray_pipeline.costs.whole_copies import WholeCopies
 from ray_pipeline.costs.workload import workload
 from ray_pipeline.layout.choice import resolve_layout
 from ray_pipeline.layout.layout import Layout, with_layout
+from ray_pipeline.records.units import bytes_text, time_text
 from ray_pipeline.settings.chain import trained
 from ray_pipeline.settings.loading import load_config
 from ray_pipeline.settings.schema import PipelineFields

@@ -8,7 +8,7 @@ from typing import Any
 
 from ray_pipeline.evaluation.outcome import Report
 from ray_pipeline.evaluation.statistics import PairedTest
-from ray_pipeline.report.summary import count_text, number_text, percent
+from ray_pipeline.records.units import count_text, number_text, percent
 
 SIGNIFICANT = 0.05
 # What is written beside the accuracy: title, key of `TaskResult.figures`, how it is said.

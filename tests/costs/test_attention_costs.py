@@ -12,13 +12,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode
 
-from model.attention import indexer as scored
+from model.attention import indexer
 from model.attention.kinds import build_attention
 from model.build import attach_axes
 from model.layers.auxiliary import auxiliary_scale
 from model.layers.rope import rotary_table
 from model.parallel.mesh import Mesh, MeshSizes
-from ray_pipeline.costs import indexer_costs as indexer
+from ray_pipeline.costs import attention_costs
 from ray_pipeline.costs.traffic import layer_messages
 from ray_pipeline.costs.workload import Workload
 from ray_pipeline.layout.layout import Layout
@@ -64,7 +64,7 @@ def test_messages_are_what_collectives_are_given(axis: str) -> None:
     [[dense, sparse], _] = run_ranks(given, 2, {axis: 2})
     layout = Layout(gpus=2, **{axis: 2})
     work = Workload("pretrain", SPARSE, layout, rows=2, seq_len=SEQ, micro_batch=2, steps=1)
-    predicted = indexer.indexer_messages(work)[axis]
+    predicted = attention_costs.indexer_messages(work)[axis]
     share = 2 if axis == "tp" else 1  # an all-reduce goes twice around the ring
     assert [share * (s - d) for s, d in zip(sparse, dense, strict=True)] == list(predicted)
     before = layer_messages(replace(work, model=replace(SPARSE, attention="mla")), 0)[axis]
@@ -87,8 +87,9 @@ def test_arithmetic_of_the_loss_is_what_torch_counts_in_one_block() -> None:
     weights = heads * model.q_lora_rank * width + model.hidden_size * (width + heads)
     summed = 3 * 2 * heads * SEQ * tokens  # over heads, small beside the products of their queries and keys
     counted = with_loss.get_total_flops() - without.get_total_flops() - 2 * weights * tokens - summed
-    assert counted / (2 * tokens) == pytest.approx(3 * indexer.indexer_flops(work), abs=3)  # a third, rounded down
+    third = attention_costs.indexer_flops(work)  # rounded down
+    assert counted / (2 * tokens) == pytest.approx(3 * third, abs=3)
 
 
 def test_the_block_is_the_one_that_scores_are_made_in() -> None:
-    assert indexer.BLOCK == scored.BLOCK
+    assert attention_costs.INDEXER_BLOCK == indexer.BLOCK
