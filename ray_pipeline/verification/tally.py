@@ -9,16 +9,15 @@ from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
 from ray_pipeline.layout.layout import Layout, Refusal
 from ray_pipeline.records.units import seconds_text
+from ray_pipeline.report.progress_lines import PLAIN_EVERY, ProgressLines
 from ray_pipeline.verification.cases import Case, Tolerance, default_steps
 from ray_pipeline.verification.compare import Result
 
-PLAIN_EVERY = 10.0  # seconds between progress lines when the output is not a terminal
 EXAMPLES = 3  # refused layouts shown per rule
 
 
@@ -157,41 +156,33 @@ class Tally:
     """Progress over many layouts: done, rate, time left. `with Tally(console, total) as tally: tally.add(result)`"""
 
     def __init__(self, console: Console, total: int, *, plain_every: float = PLAIN_EVERY):
-        self.console, self.total, self.plain_every = console, total, plain_every
-        self.done = self.failed = 0
-        self._start = self._printed = time.monotonic()
-        self._live = Live(console=console, refresh_per_second=2, transient=True) if console.is_terminal else None
+        self.total, self.done, self.failed = total, 0, 0
+        self.lines = ProgressLines(console, plain_every=plain_every, transient=True)
+        self._start = time.monotonic()
 
     def __enter__(self) -> Tally:
-        if self._live is not None:
-            self._live.start()
+        self.lines.__enter__()
+        self.lines.start("layouts", f"{self.total} to verify", self.total)
         return self
 
     def __exit__(self, *exc: object) -> None:
-        if self._live is not None:
-            self._live.stop()
+        self.lines.__exit__(*exc)
 
     def add(self, result: Result) -> None:
         """One more layout is done; a FAIL is shown at once."""
         self.done += 1
         if not result.passed:
             self.failed += 1
-            print_verdict(self.console, result)
-        self._show(f"{self.text()}  {result.case.name()}")
+            print_verdict(self.lines.console, result)
+        text = f"{self.text()}  {result.case.name()}"
+        self.lines.show("layouts", text, self.done, now=self.done == self.total)
 
     def text(self) -> str:
-        """`12/310 layouts  0.31/s  15 min 50 s left  0 FAIL`"""
+        """`12/310  0.31/s  15 min 50 s left  0 FAIL`"""
         seconds = max(time.monotonic() - self._start, 1e-9)
         rate = self.done / seconds
         left = f"  {seconds_text((self.total - self.done) / rate)} left" if self.done else ""
-        return f"{self.done}/{self.total} layouts  {rate:.2f}/s{left}  {self.failed} FAIL"
-
-    def _show(self, text: str) -> None:
-        if self._live is not None:
-            self._live.update(Text(text))
-        elif time.monotonic() - self._printed >= self.plain_every or self.done == self.total:
-            self._printed = time.monotonic()
-            say(self.console, text)
+        return f"{self.done}/{self.total}  {rate:.2f}/s{left}  {self.failed} FAIL"
 
 
 def as_dict(

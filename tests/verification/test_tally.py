@@ -70,10 +70,10 @@ def test_progress_tells_rate_and_time_left() -> None:
     console, text = page()
     with Tally(console, 4, plain_every=0.0) as tally:
         tally.add(result())
-        assert tally.text().startswith("1/4 layouts  ")
+        assert tally.text().startswith("1/4  ")
         assert "/s  " in tally.text() and " left  0 FAIL" in tally.text()
         tally.add(result(wrong=("loss",)))
-    assert "2/4 layouts" in text.getvalue() and "1 FAIL" in text.getvalue()
+    assert "layouts: 2/4  " in text.getvalue() and "1 FAIL" in text.getvalue()
 
 
 def test_the_summary_counts_what_passed_failed_and_was_not_reached() -> None:
