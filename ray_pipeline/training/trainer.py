@@ -193,7 +193,8 @@ class Trainer:
         """`evaluated`: nothing is owed at this step; else a run that goes on from it evaluates first."""
         self.rank.place.at("saving")
         best = None if self.best is None else asdict(self.best)
-        extra = {"history": self.history, "best": best, "evaluated": evaluated}
+        # A copy: the checkpoint is written beside training, whose later figures are none of its.
+        extra = {"history": dict(self.history), "best": best, "evaluated": evaluated}
         files = source.state() if isinstance(source, SourceWithState) else {}
         writer.save(self.engine, done, extra, best=None if best is None else best["step"], source=files)
 
