@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from model.attention.sparse import set_warm_up
 from model.build import build_part, use_fp8
 from model.config import ModelConfig
 from model.layers.auxiliary import auxiliary_scale
@@ -51,6 +52,7 @@ class Engine:
         initial: whole parameters by name; else they are drawn from the seed.
         on_phase: told when a training step is past its backward passes, for the error of a rank that is lost.
         lora: train adapters in place of the weights, which are frozen; so are the balancing biases.
+        indexer_warmup_steps: first training steps in which sparse attention reads everything.
         schedule, pp_layout: order of work in the pipeline, and layers of each part where set by hand.
     """
 
@@ -72,9 +74,10 @@ class Engine:
         activation_checkpointing: Recompute = "none",
         offload_optimizer: bool = False,
         lora: LoraConfig | None = None,
+        indexer_warmup_steps: int = 0,
         on_phase: Callable[[str], None] = lambda name: None,
     ):
-        self.on_phase = on_phase
+        self.on_phase, self.indexer_warmup_steps = on_phase, indexer_warmup_steps
         self.config, self.mesh, self.micro_batch, self.row_length = config, mesh, micro_batch, row_length
         self.device = device or torch.device("cpu")
         indices = parts_of(schedule, mesh.sizes.pp, mesh.pp_rank)
@@ -159,6 +162,10 @@ class Engine:
     def _micro_batches(self, batch: Batch) -> list[Batch]:
         size = self._rows_at_once(batch)
         return [batch.rows(i, min(i + size, len(batch))) for i in range(0, len(batch), size)]
+
+    def before_step(self, step: int) -> None:
+        """Put the model into the phase of training step `step` (from 0)."""
+        set_warm_up(self.module, step < self.indexer_warmup_steps)
 
     def train_step(self, batch: Batch, objective: Objective, lr: float) -> StepStats:
         """One optimizer step on a global batch (every rank is given the same one)."""

@@ -15,8 +15,7 @@ from ray_pipeline.training.finish import read_input, save_trained_model
 from ray_pipeline.training.heldout import HeldOut, WholeModel
 from ray_pipeline.training.lora import save_adapter
 from ray_pipeline.training.rank import rank_arguments, start_rank
-from ray_pipeline.training.row_source import PackedSource
-from ray_pipeline.training.seeded_source import SeededSource
+from ray_pipeline.training.row_source import PackedSource, SeededSource
 from ray_pipeline.training.trainer import Trainer
 from ray_pipeline.training.validation import validation_loss
 

@@ -77,7 +77,8 @@ class Rank:
     ) -> Engine:
         """An engine with this stage's optimizer."""
         optimizer: OptimizerConfig = self.settings.optimizer
-        return self.engine(model, optimizer=optimizer, initial=initial, lora=lora)
+        dense = self.config.dense_steps(self.stage)
+        return self.engine(model, optimizer=optimizer, initial=initial, lora=lora, indexer_warmup_steps=dense)
 
 
 def rank_arguments(context: StageContext, stage: str) -> dict[str, Any]:

@@ -1,9 +1,10 @@
-"""Batches from packed rows on disk."""
+"""Batches from packed rows on disk, and what is random in a training step on them: noise, masks of dropout."""
 
 from __future__ import annotations
 
 from ray_pipeline.data.rows.batch import Batch
 from ray_pipeline.data.rows.loader import PackedRows
+from ray_pipeline.engine.row_noise import disturb_embeddings, seed_rows
 
 
 class PackedSource:
@@ -17,3 +18,18 @@ class PackedSource:
 
     def metrics(self) -> dict[str, float]:
         return {}
+
+
+class SeededSource:
+    """`source`, each row with a seed made of (seed, step, row), and with NEFTune's noise where alpha is not zero."""
+
+    def __init__(self, source: PackedSource, seed: int, *, neftune_alpha: float, hidden_size: int):
+        self.source, self.seed = source, seed
+        self.neftune_alpha, self.hidden_size = neftune_alpha, hidden_size
+
+    def batch(self, step: int) -> Batch:
+        batch = seed_rows(self.source.batch(step), self.seed, step)
+        return disturb_embeddings(batch, self.neftune_alpha, self.hidden_size) if self.neftune_alpha else batch
+
+    def metrics(self) -> dict[str, float]:
+        return self.source.metrics()

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Protocol, runtime_checkable
 
-from model.attention.sparse import set_warm_up
 from model.layers.auxiliary import LOSSES
 from model.parallel.gather import all_ranks_gather
 from ray_pipeline.data.rows.batch import Batch
@@ -53,6 +52,10 @@ class BatchSource(Protocol):
 @runtime_checkable
 class SourceWithState(Protocol):
     """A source that depends on more than (seed, step), which checkpoints carry."""
+
+    def resumable(self, step: int) -> bool:
+        """Whether training can go on from a checkpoint written when `step` steps are done."""
+        ...
 
     def state(self) -> dict[str, bytes]:
         """Files of a checkpoint, by name; the same on every rank."""
@@ -152,14 +155,14 @@ class Trainer:
             source.load_state(source_files(self.checkpoints, start))
         tracker = self._tracker(start)
         with CheckpointWriter(self.rank.mesh, self.checkpoints, keep=self.settings.keep_checkpoints) as writer:
-            if not self._evaluated and self._is_better(tracker, start, evaluate):
+            if not self._evaluated and self._is_better(tracker, start, source, evaluate):
                 self._name_best(writer)
             interval = Interval()
             for step in range(start, self.settings.steps):
                 self.rank.place.at("next batch", step + 1)
                 batch, rate = source.batch(step), learning_rate(self.settings.optimizer, step, self.settings.steps)
                 self.rank.place.at("forward/backward")
-                set_warm_up(self.engine.module, step < self.rank.config.dense_steps(self.rank.stage))
+                self.engine.before_step(step)
                 stats = NOTHING_LEARNED
                 if batch is not None:
                     stats = self.engine.train_step(batch, self.objective, rate)
@@ -183,7 +186,7 @@ class Trainer:
             self.health.check_weights(done)
         if saves:
             self._save(writer, done, source, evaluated=not evaluates)
-        if evaluates and self._is_better(tracker, done, evaluate):
+        if evaluates and self._is_better(tracker, done, source, evaluate):
             if saves:
                 self._name_best(writer)
             else:
@@ -263,7 +266,7 @@ class Trainer:
             layers = {name: figures[name] for name in LOSSES if name in figures}
             self.rank.progress.update(done, loss=figures["loss"], tokens_per_second=speed, layer_losses=layers)
 
-    def _is_better(self, tracker: Tracker | None, done: int, evaluate: Evaluate) -> bool:
+    def _is_better(self, tracker: Tracker | None, done: int, source: BatchSource, evaluate: Evaluate) -> bool:
         """Evaluate and take note; whether the checkpoint of this step is to be kept as the best so far."""
         self.rank.place.at("evaluating")
         figures = evaluate()
@@ -272,8 +275,7 @@ class Trainer:
             tracker.log(done, {f"eval/{name}": value for name, value in figures.items()})
         # Rank 0 decides: a figure that differs in its last bit must not make some ranks save and others not.
         found: Best | None = all_ranks_gather(self.rank.mesh, Best.of(done, figures))[0]
-        # Between two updates on the same rollouts there is nothing to resume from.
-        resumable = done % getattr(self.settings, "steps_per_rollout", 1) == 0 or done == self.settings.steps
+        resumable = done == self.settings.steps or not isinstance(source, SourceWithState) or source.resumable(done)
         if not self.settings.keep_best or not resumable or found is None or not found.beats(self.best):
             return False
         self.best = found

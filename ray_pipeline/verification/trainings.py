@@ -31,8 +31,7 @@ from ray_pipeline.training.grpo.rollout_batch import BatchBuilder
 from ray_pipeline.training.grpo.setup import objective_of
 from ray_pipeline.training.pairs import PairSource, reference_logprobs
 from ray_pipeline.training.rank import Rank
-from ray_pipeline.training.row_source import PackedSource
-from ray_pipeline.training.seeded_source import SeededSource
+from ray_pipeline.training.row_source import PackedSource, SeededSource
 from ray_pipeline.verification.cases import OPTIMIZERS, Case, Subject, settings
 from ray_pipeline.verification.made_data import PAD, made_groups
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
+from ray_pipeline.engine import engine
 from ray_pipeline.launch.launchers import InlineLauncher
 from ray_pipeline.settings.schema import TRAINING_STAGES
-from ray_pipeline.training import trainer
 from tests.layouts import recipe
 from tests.training.toy_run import arguments, train
 
@@ -26,8 +26,8 @@ def fit(folder: Path, **settings: Any) -> dict[str, Any]:
 def phases(monkeypatch) -> list[bool]:
     """Whether each step was told to be dense."""
     told: list[bool] = []
-    real = trainer.set_warm_up
-    monkeypatch.setattr(trainer, "set_warm_up", lambda model, on: (told.append(on), real(model, on)))
+    real = engine.set_warm_up
+    monkeypatch.setattr(engine, "set_warm_up", lambda model, on: (told.append(on), real(model, on)))
     return told
 
 

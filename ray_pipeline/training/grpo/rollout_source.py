@@ -79,6 +79,10 @@ class RolloutSource:
         update = {"update_seconds": time.monotonic() - self._began}
         return self._figures | update | self.gap.figures(self.rank.mesh)
 
+    def resumable(self, step: int) -> bool:
+        """Whether `step` steps end an iteration: between two updates on the same rollouts nothing can be resumed."""
+        return step % self.settings.steps_per_rollout == 0
+
     def state(self) -> dict[str, bytes]:
         """Files of a checkpoint that is written between two iterations. Waits for rollouts that are on their way."""
         if self._pending is not None:
