@@ -60,3 +60,20 @@ class KVCache:
             torch.index_select(old[:, first : self.length], 0, rows, out=new[:, :kept])
             layers.append(new)
         return KVCache(layers, padding - first, self.length - first)
+
+    def joined(self, rows: Tensor, other: KVCache, capacity: int) -> KVCache:
+        """A new cache of `rows` (indices) and behind them every row of `other`, with room for `capacity` more columns.
+
+        Every row stays right-aligned; the filled columns are those of the longest one.
+        """
+        own, theirs = self.length - self.padding[rows], other.length - other.padding
+        length = int(torch.cat([own, theirs]).max())
+        layers = []
+        for old, new in zip(self.layers, other.layers, strict=True):
+            # Zeros, since what stands in padding is multiplied by an attention weight of 0 and must be finite.
+            whole = old.new_zeros(len(rows) + len(theirs), length + capacity, old.shape[2])
+            mine, added = min(length, self.length), min(length, other.length)
+            whole[: len(rows), length - mine : length] = old[rows, self.length - mine : self.length]
+            whole[len(rows) :, length - added : length] = new[:, other.length - added : other.length]
+            layers.append(whole)
+        return KVCache(layers, length - torch.cat([own, theirs]), length)

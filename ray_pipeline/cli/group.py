@@ -25,6 +25,7 @@ VERBS = {
     "status": ("status", "status"),
     "generate": ("generate", "generate"),
     "chat": ("chat", "chat"),
+    "serve": ("serve", "serve"),
     "eval": ("eval", "evaluate"),
     "teacher-topk": ("teacher_topk", "teacher_topk"),
     "inspect-batch": ("inspect_batch", "inspect_batch"),

@@ -1,0 +1,202 @@
+"""The front door of engines that are servers themselves: one address, one key, thinking apart from the answer.
+
+A thin proxy: what an engine has stays its own matter, and its answers pass unchanged but for what differs between
+engines. Only the paths listed here lead to it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response
+from sse_starlette import EventSourceResponse
+
+from ray_pipeline.serving.common_routes import add_common_routes
+from ray_pipeline.serving.door_split import ChatSplitter, MessagesSplitter, Splitter, TextLogprobs
+from ray_pipeline.serving.guard import error_body
+from ray_pipeline.serving.native_answers import until_left
+
+PASSED = ("/v1/completions", "/v1/responses", "/v1/messages/count_tokens", "/tokenize", "/detokenize")
+SECONDS_TO_CONNECT, SEND_SECONDS = 10.0, 60.0
+
+
+@dataclass(frozen=True)
+class Upstream:
+    """An engine's own server.
+
+    Attributes:
+        model: the served model's name. context: its tokens. thinking: prompts end with `<think>`.
+        chat_extra: fields that every chat with tools is sent with. renamed: what the engine calls the model.
+    """
+
+    engine: str
+    model: str
+    address: str
+    key: str
+    context: int
+    thinking: bool = False
+    chat_extra: dict[str, Any] = field(default_factory=dict)
+
+
+class Door:
+    """Requests to one engine."""
+
+    def __init__(self, upstream: Upstream):
+        self.upstream = upstream
+        self.client = httpx.AsyncClient(
+            base_url=upstream.address,
+            headers={"Authorization": f"Bearer {upstream.key}"},
+            timeout=httpx.Timeout(None, connect=SECONDS_TO_CONNECT),
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=0),
+            trust_env=False,  # a proxy from the environment must not see requests to this machine
+        )
+
+    async def relay(self, request: Request, path: str, body: dict[str, Any], splitter: Splitter | None) -> Response:
+        """Ask the engine and hand back what it says, taken apart where it has to be."""
+        model = body.get("model")
+        if isinstance(model, str) and model != self.upstream.model:
+            message = f"model {model[:200]!r} is not served here: {self.upstream.model} is"
+            return JSONResponse(error_body(404, message, param="model", code="model_not_found"), 404)
+        sent = self.client.build_request("POST", path, json=body)
+        try:
+            answer = await until_left(lambda: self.client.send(sent, stream=True), lambda: left(request))
+            if answer is None:
+                return Response(status_code=499)
+            if answer.headers.get("content-type", "").startswith("text/event-stream"):
+                events = self._events(answer, splitter)
+                return EventSourceResponse(events, ping=15, send_timeout=SEND_SECONDS, sep="\n")
+            content = await until_left(answer.aread, lambda: left(request))
+            await answer.aclose()
+        except httpx.HTTPError as error:
+            return JSONResponse(error_body(502, f"{self.upstream.engine} does not answer ({error})"), 502)
+        if content is None:
+            return Response(status_code=499)
+        return self._whole(answer.status_code, content, splitter)
+
+    def _whole(self, status: int, content: bytes, splitter: Splitter | None) -> Response:
+        try:
+            value = json.loads(content)
+        except ValueError:
+            value = error_body(status, content.decode("utf-8", "replace")[:1000])
+        if status >= 400:
+            found = value.get("error", value) if isinstance(value, dict) else value
+            message = found.get("message", found) if isinstance(found, dict) else found
+            known = isinstance(found, dict) and found.get("type") == "exceed_context_size_error"
+            if known or "maximum context length" in str(message):
+                return JSONResponse(error_body(400, str(message), code="context_length_exceeded"), 400)
+            return JSONResponse(error_body(status, str(message)), status)
+        return JSONResponse(value if splitter is None else splitter.whole(value), status)
+
+    async def _events(self, answer: httpx.Response, splitter: Splitter | None) -> AsyncIterator[dict[str, str]]:
+        """The engine's events; the connection to it is closed when the client leaves, which ends its work."""
+        try:
+            event = ""
+            async for line in answer.aiter_lines():
+                if line.startswith("event:"):
+                    event = line[6:].strip()
+                elif line.startswith("data:"):
+                    for name, data in _split(splitter, event, line[5:].strip()):
+                        yield {"event": name, "data": data} if name else {"data": data}
+                elif not line:
+                    event = ""
+        except httpx.HTTPError as error:
+            yield {"data": json.dumps(error_body(502, f"{self.upstream.engine} stopped answering ({error})"))}
+        finally:
+            await answer.aclose()
+
+
+def _split(splitter: Splitter | None, event: str, data: str) -> list[tuple[str, str]]:
+    if splitter is None or data == "[DONE]":
+        return [(event, data)]
+    value = json.loads(data)
+    return [(name, json.dumps(one, ensure_ascii=False)) for name, one in splitter.event(event, value)]
+
+
+async def left(request: Request) -> None:
+    """Returns when the client is gone."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def door_app(upstream: Upstream) -> FastAPI:
+    """The application in front of an engine."""
+    door = Door(upstream)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        await door.client.aclose()
+
+    app = FastAPI(title="ray-pipeline", docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
+    add_common_routes(app)
+
+    @app.get("/health")
+    async def health() -> JSONResponse:
+        try:
+            answer = await door.client.get("/health", timeout=10)
+            alive = answer.status_code == 200
+        except httpx.HTTPError:
+            alive = False
+        return JSONResponse({"status": "ok" if alive else "stopped", "engine": upstream.engine}, 200 if alive else 503)
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        answer = await door.client.get("/metrics", timeout=10)
+        return Response(answer.content, answer.status_code, media_type="text/plain; version=0.0.4")
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        entry = {"id": upstream.model, "object": "model", "created": 0, "owned_by": "ray-pipeline"}
+        return {"object": "list", "data": [entry | {"max_model_len": upstream.context}]}
+
+    @app.post("/v1/chat/completions")
+    async def chat(request: Request) -> Response:
+        body = await _body(request)
+        if isinstance(body, Response):
+            return body
+        tools = bool(body.get("tools")) and body.get("tool_choice") != "none"
+        splitter = ChatSplitter(thinking=upstream.thinking, tools=tools)
+        return await door.relay(
+            request, "/v1/chat/completions", body | (upstream.chat_extra if tools else {}), splitter
+        )
+
+    @app.post("/v1/messages")
+    async def messages(request: Request) -> Response:
+        body = await _body(request)
+        if isinstance(body, Response):
+            return body
+        return await door.relay(request, "/v1/messages", body, MessagesSplitter(thinking=upstream.thinking))
+
+    for path in PASSED:
+        app.post(path)(_passed(door, path))
+    return app
+
+
+def _passed(door: Door, path: str) -> Any:
+    async def passed(request: Request) -> Response:
+        body = await _body(request)
+        if isinstance(body, Response):
+            return body
+        return await door.relay(request, path, body, TextLogprobs() if path == "/v1/completions" else None)
+
+    return passed
+
+
+async def _body(request: Request) -> dict[str, Any] | Response:
+    try:
+        value = json.loads(await request.body(), parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        return JSONResponse(error_body(400, f"the body is not JSON: {str(error)[:200]}"), 400)
+    if not isinstance(value, dict):
+        return JSONResponse(error_body(400, "the body must be a JSON object"), 400)
+    return value
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")

@@ -1,0 +1,98 @@
+"""GGUF files as the engines need them: a given one checked, one of our models made and kept in a cache folder."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ray_pipeline.errors import UserError
+from ray_pipeline.serving.engines import ServedModel
+
+if TYPE_CHECKING:
+    from ray_pipeline.evaluation.model_source import ModelSource
+
+MAGIC = b"GGUF"
+
+
+def check_gguf_file(path: Path) -> None:
+    """Refuse what llama.cpp could not load, as far as the header tells.
+
+    Raises:
+        UserError: not a GGUF file, or a part of one.
+    """
+    with path.open("rb") as file:
+        if file.read(4) != MAGIC:
+            raise UserError(f"{path}: is not a GGUF file (it does not begin with GGUF). Give the file as published.")
+    from gguf import GGUFReader
+
+    try:
+        reader = GGUFReader(path)
+    except Exception as error:  # noqa: BLE001  the reader indexes into the file and raises whatever comes of that
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path}: the GGUF file is damaged or cut off ({reason:.200}). Fetch it again.") from None
+    ends = [int(t.data_offset) + int(t.n_bytes) for t in reader.tensors]
+    if not ends or max(ends) > path.stat().st_size:
+        raise UserError(f"{path}: the GGUF file is cut off: its tensors do not all lie within it. Fetch it again.")
+
+
+def gguf_context(path: Path) -> int | None:
+    """The context length that the file states."""
+    from gguf import GGUFReader
+
+    reader = GGUFReader(path)
+    architecture = reader.get_field("general.architecture")
+    field = None if architecture is None else reader.get_field(f"{architecture.contents()}.context_length")
+    return None if field is None else int(field.contents())
+
+
+def gguf_of(model: ServedModel, cache: Path) -> Path:
+    """The model as a GGUF file: the one there is, or one made now, in `cache`.
+
+    Raises:
+        UserError: damaged weights, or an architecture that GGUF cannot hold.
+    """
+    if model.gguf is not None:
+        return model.gguf
+    source = model.source
+    assert source is not None
+    path = cache / "gguf" / f"{_digest(source, bos=model.bos)}-f16.gguf"
+    if not path.is_file():
+        _convert(model, source, path)
+    return path
+
+
+def _convert(model: ServedModel, source: ModelSource, path: Path) -> None:
+    import tempfile
+
+    from model.convert.gguf import save_gguf
+    from model.convert.tokenizer_start import begins_with_bos, with_bos
+    from ray_pipeline.evaluation.models import NativeBackend, load
+    from ray_pipeline.records.artifacts import atomic_path
+
+    loaded = load(source)
+    assert isinstance(loaded.backend, NativeBackend)
+    native = loaded.backend.model.cpu()
+    with tempfile.TemporaryDirectory() as aside:
+        tokenizer = source.tokenizer
+        if model.bos and not begins_with_bos(tokenizer):
+            tokenizer = with_bos(tokenizer, Path(aside))
+        try:
+            with atomic_path(path) as partial:
+                save_gguf(
+                    partial, native.config, native.state_dict(), kind="f16", tokenizer_folder=tokenizer,
+                    name=model.name, licence="unknown",
+                )  # fmt: skip
+        except ValueError as error:
+            raise UserError(f"{model.name}: cannot be written as GGUF: {error}") from None
+
+
+def _digest(source: ModelSource, *, bos: bool) -> str:
+    """Names the weights and tokenizer: changes when a file of theirs does."""
+    digest = hashlib.sha256(f"1 {bos}".encode())
+    for folder in (source.folder, source.tokenizer):
+        for path in sorted(folder.iterdir()):
+            if path.is_file():
+                stat = path.stat()
+                digest.update(f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}\n".encode())
+    return digest.hexdigest()[:24]

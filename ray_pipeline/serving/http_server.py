@@ -1,0 +1,66 @@
+"""Runs an application on a port until it is told to stop."""
+
+from __future__ import annotations
+
+import errno
+import socket
+from collections.abc import Callable
+from typing import Any
+
+from ray_pipeline.errors import UserError
+from ray_pipeline.serving.guard import LOOPBACK, Guard, GuardRules
+
+GRACE_SECONDS = 5  # for answers in progress when the server is stopped
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A listening socket; port 0 takes any free one.
+
+    Raises:
+        UserError: the port is in use, or the address is not this machine's.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listening = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind((host, port))
+        listening.listen(2048)
+    except (OSError, OverflowError) as error:
+        listening.close()
+        raise _explain(error, host, port) from None
+    return listening
+
+
+def _explain(error: Exception, host: str, port: int) -> UserError:
+    code = getattr(error, "errno", None)
+    if code == errno.EADDRINUSE:
+        return UserError(f"--port {port}: another program listens there. Give another, or --port 0 for any free one.")
+    if code == errno.EACCES:
+        return UserError(f"--port {port}: this user may not listen there. Give one from 1024 to 65535.")
+    return UserError(f"--host {host}: cannot listen there ({error}). Use 127.0.0.1, or 0.0.0.0 for every network.")
+
+
+def guard_rules(host: str, api_key: str | None) -> GuardRules:
+    """What is let through: on the loopback interface only requests that call this machine by its own name."""
+    return GuardRules(api_key, LOOPBACK if host in ("127.0.0.1", "localhost", "::1") else None)
+
+
+def run_server(app: Any, listening: socket.socket, rules: GuardRules, ready: Callable[[], None]) -> None:
+    """Serve until Ctrl-C or SIGTERM, which is raised again when all is closed.
+
+    Args:
+        ready: called when requests are answered.
+    """
+    import uvicorn
+
+    class Server(uvicorn.Server):
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            if self.started:
+                ready()
+
+    config = uvicorn.Config(
+        Guard(app, rules), log_level="warning", access_log=False, server_header=False, date_header=False,
+        timeout_graceful_shutdown=GRACE_SECONDS, lifespan="on", proxy_headers=False,
+    )  # fmt: skip
+    Server(config).run(sockets=[listening])
