@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from model.attention.blocked import blocked_attention
+from model.kernels import operations
 
 
 def document_positions(doc_ids: Tensor) -> Tensor:
@@ -44,31 +43,7 @@ def softmax_attention(
     Returns:
         [batch, heads, seq, v_dim].
     """
-    width, groups = v.shape[-1], q.shape[1] // k.shape[1]
-    if by_blocks(q, k):
-        if groups > 1:
-            k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-        return blocked_attention(q, k, v, mask, scale, window, documents)
-    if width < q.shape[-1]:
-        # Fused kernels want equal widths; with unequal ones torch falls back to the slow math path.
-        v = F.pad(v, (0, q.shape[-1] - width))
-    if groups > 1 and not shares_heads(q.device.type):
-        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-        groups = 1
-    out = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=groups > 1
-    )
-    return out[..., :width]
-
-
-def by_blocks(q: Tensor, k: Tensor) -> bool:
-    """Whether whole rows attend to themselves, on the CPU."""
-    return q.device.type == "cpu" and q.shape[2] == k.shape[2]
-
-
-def shares_heads(device: str) -> bool:
-    """Whether the fused kernel reads one key head for several query heads; a GPU's does not where there is a mask."""
-    return device == "cpu"
+    return operations.attention(q, k, v, mask, scale, window, documents)
 
 
 def grouped_scores(q: Tensor, k: Tensor) -> Tensor:

@@ -7,13 +7,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from model.attention.blocked import keeps_probabilities
 from model.attention.core import document_mask
 from model.attention.grouped import GroupedAttention
 from model.attention.mla import MultiHeadLatentAttention
 from model.attention.sliding import sliding_mask
 from model.attention.sparse import SparseAttention
 from model.config import ModelConfig
+from model.kernels.limits import keeps_probabilities
 
 _KINDS: dict[str, Callable[[ModelConfig], nn.Module]] = {
     "mla": MultiHeadLatentAttention,
@@ -50,4 +50,6 @@ def visible_tokens(config: ModelConfig, doc_ids: Tensor | None, seq_len: int, de
 def meets_documents_alone(config: ModelConfig, seq_len: int, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether attention in packed rows computes every document by itself, and not all that is before it in the row."""
     plain = config.position == "rope" and config.attention not in ("sliding", "dsa") and device.type == "cpu"
-    return plain and not keeps_probabilities(dtype, config.qk_head_dim, config.value_head_dim, seq_len)
+    return plain and not keeps_probabilities(
+        config.qk_head_dim, config.value_head_dim, seq_len, bf16=dtype == torch.bfloat16
+    )

@@ -12,7 +12,7 @@ from torch import Tensor
 from model.attention.cope import position_logits
 from model.attention.mla import MultiHeadLatentAttention
 from model.generate.fast_norm import FastNorm
-from model.kernels.product import Factor
+from model.kernels.cpu.products import Factor
 from model.layers.rope import apply_rotary
 
 

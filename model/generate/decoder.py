@@ -15,9 +15,9 @@ from torch import Tensor
 
 from model.generate.attention_steps import build_decode_attention
 from model.generate.cache import KVCache
-from model.generate.fast_experts import FastExperts
 from model.generate.fast_norm import prepared
-from model.kernels.product import Factor
+from model.kernels.cpu.products import Factor
+from model.kernels.decode_experts import DecodeExperts
 from model.layers.feed_forward import FeedForward
 from model.moe.experts import MixtureOfExperts
 from model.mtp import MultiTokenPredictor
@@ -35,7 +35,7 @@ class DecoderLayer:
         self.input_norm, self.post_norm = prepared(block.input_layernorm), prepared(block.post_attention_layernorm)
         moe = block.mlp if isinstance(block.mlp, MixtureOfExperts) else None
         self.router = None if moe is None else moe.gate
-        self.experts = None if moe is None else FastExperts(moe.experts)
+        self.experts = None if moe is None else DecodeExperts(moe.experts.gate_up_proj, moe.experts.down_proj)
         dense = block.mlp if moe is None else moe.shared_experts
         self.gate_up: Factor | None = None
         if dense is not None:

@@ -13,7 +13,7 @@ from model.attention.cope import position_logits
 from model.attention.core import attention_of_scores, grouped_scores
 from model.attention.grouped import GroupedAttention
 from model.generate.absorbed import rotate_in_place
-from model.kernels.product import Factor
+from model.kernels.cpu.products import Factor
 from model.layers.rope import apply_rotary
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from model.attention.indexer import highest, index_scores
 from model.attention.sparse import SparseAttention
 from model.generate.absorbed import AbsorbedAttention
-from model.kernels.product import Factor
+from model.kernels.cpu.products import Factor
 
 
 class SparseStep(AbsorbedAttention):

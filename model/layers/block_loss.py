@@ -8,10 +8,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from model.kernels.limits import BLOCK_ELEMENTS
+from model.kernels.operations import softmax_loss
 from model.parallel.collectives import Axis, all_reduce
-
-BLOCK_ELEMENTS = 2**18  # logits that a CPU works on at a time: 1 MB in fp32
-SMALLEST = 1e-30  # a probability whose logarithm fp32 still knows
 
 
 def slices(rows: int, size: int) -> Iterator[slice]:
@@ -50,15 +49,6 @@ def _mine(labels: Tensor, vocab_size: int, axis: Axis) -> tuple[Tensor, Tensor |
         return index, None
     outside = (index < 0) | (index >= vocab_size)
     return index.masked_fill(outside, 0), outside
-
-
-def _alone(logits: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
-    """-log p(label) [rows, 1] and probabilities, of logits in fp32 of the whole vocabulary, on a CPU."""
-    probabilities = torch.softmax(logits, -1)  # several times quicker than step by step
-    label = probabilities.gather(1, column)
-    if bool((label < SMALLEST).any()):
-        return torch.logsumexp(logits, -1, keepdim=True) - logits.gather(1, column), probabilities
-    return label.log_().neg_(), probabilities
 
 
 def _together(logits: Tensor, column: Tensor, outside: Tensor | None, axis: Axis) -> tuple[Tensor, Tensor]:
@@ -106,7 +96,7 @@ def label_losses(
         if temperature != 1:
             exact /= temperature
         # Alone, nothing is outside; together, all rows are one block.
-        losses[rows], made = _alone(exact, column[rows]) if alone else _together(exact, column, outside, axis)
+        losses[rows], made = softmax_loss(exact, column[rows]) if alone else _together(exact, column, outside, axis)
         if not gradient:
             return None
         return made if scale is None else made.mul_(scale[rows])

@@ -14,19 +14,18 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from model.kernels.product import by_onednn, product, transposed_product
+from model.kernels.cpu.products import by_onednn
+from model.kernels.limits import COLUMNS, chunk_rows
+from model.kernels.operations import product, transposed_product
+from model.kernels.weight_gradients import weight_gradient_queue
 from model.layers.block_loss import label_losses, slices
-from model.layers.linear import as_operand, weight_gradient_queue, without_autocast
+from model.layers.linear import as_operand, without_autocast
 from model.parallel.collectives import Axis
-
-CHUNK_BYTES = {"cpu": 2**24, "cuda": 2**28}  # of logits at a time: they stay in a CPU's cache, a GPU wants more work
-COLUMNS = {"cpu": 4096}  # of a chunk's product with its states, made at a time: what is added stays small
 
 
 def _chunks(x: Tensor, vocab_size: int) -> Iterator[slice]:
     """Rows whose logits are made at once, in the dtype of x."""
-    size = CHUNK_BYTES.get(x.device.type, 2**28) // (vocab_size * x.element_size())
-    return slices(len(x), max(256, size))
+    return slices(len(x), chunk_rows(x.device.type, vocab_size, x.element_size()))
 
 
 class _WeightGradient:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from model.kernels.swiglu import gated
 from model.layers.linear import Linear, as_operand
-from model.layers.swiglu import gated
 from model.parallel.collectives import LOCAL, Axis, copy_to, reduce_from
 
 

@@ -8,7 +8,8 @@ Scales are powers of two, as §3.3.3 has it for what is quantised twice and V3.1
 does not depend on its tile, unless it is some 2^15 times smaller than the tile's largest: tiles that end elsewhere, as
 other parallel layouts and micro-batches make them, change a result by its last bits and not by a rounding to 8.
 
-Products run on tensor cores where `model.layers.fp8_kernel` can; elsewhere the same numbers are multiplied in fp32.
+Products run on tensor cores where `model.kernels.cuda.fp8_kernel` can; elsewhere the same numbers are multiplied in
+fp32.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.layers.fp8_kernel import kernel_for, kernel_product
-from model.layers.linear import operand_dtype, weight_gradient_queue, without_autocast
+from model.kernels.cuda.fp8_kernel import kernel_for, kernel_product
+from model.kernels.weight_gradients import weight_gradient_queue
+from model.layers.linear import operand_dtype, without_autocast
 
 TILE = 128
 LARGEST = 448.0  # of E4M3

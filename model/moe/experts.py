@@ -10,29 +10,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from model.config import ModelConfig
-from model.kernels.limits import LEAST, row_step
-from model.kernels.product import by_onednn
+from model.kernels import operations
+from model.kernels.cpu.products import row_multiple
+from model.kernels.rows import collect, plan_rows, spread, spread_scales
+from model.kernels.swiglu import scaled_swiglu
 from model.layers.feed_forward import FeedForward
-from model.layers.linear import as_operand, operand_dtype
-from model.layers.swiglu import scaled_swiglu
-from model.moe.grouped_feed_forward import grouped_feed_forward
+from model.layers.linear import as_operand
 from model.moe.router import Router
-from model.moe.rows import collect, plan_rows, spread, spread_scales
 from model.parallel.collectives import LOCAL, Axis, all_to_all_rows, collective, copy_to, reduce_from
-
-
-def row_multiple(x: Tensor, matrix: int, rows: float) -> int:
-    """What every expert's number of rows is rounded up to.
-
-    Routing makes new ones at every step: in bf16 that is five times slower on a CPU than a few sizes that repeat.
-
-    Args:
-        matrix: elements of an expert's larger matrix. rows: what an expert gets on average.
-    """
-    if x.device.type != "cpu":
-        return 1
-    bf16 = operand_dtype(x) == torch.bfloat16
-    return row_step(rows, bf16=bf16) if bf16 or (by_onednn(x) and rows * matrix >= LEAST) else 1
 
 
 class RoutedExperts(nn.Module):
@@ -61,10 +46,10 @@ class RoutedExperts(nn.Module):
 
     def _compute(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
         """My experts, by their numbers here: x [tokens, hidden]; others [tokens, k] -> [tokens, hidden]."""
-        experts, *matrix = self.gate_up_proj.shape
+        x, (experts, *matrix) = as_operand(x), self.gate_up_proj.shape
         plan = plan_rows(indices, experts, row_multiple(x, prod(matrix), indices.numel() / experts))
         if self.product is None:
-            return grouped_feed_forward(x, self.gate_up_proj, self.down_proj, weights, plan)
+            return operations.experts(x, self.gate_up_proj, self.down_proj, weights, plan)
         gate_up = self.product(spread(x, plan), self.gate_up_proj, plan.counts)
         # The routing weight multiplies the narrow inner activation, not the wide output: same product, less work.
         inner = scaled_swiglu(gate_up, spread_scales(weights, plan))

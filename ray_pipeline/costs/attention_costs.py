@@ -9,15 +9,8 @@ from __future__ import annotations
 
 from math import gcd
 
-from ray_pipeline.costs.kernels import (
-    BLOCK,
-    WIDE,
-    WORTH_CHOOSING,
-    Kernels,
-    block_norm_bytes,
-    norm_bytes,
-    read_bytes,
-)
+from model.kernels.limits import BLOCK, WORTH_CHOOSING, keeps_probabilities
+from ray_pipeline.costs.kernels import Kernels, block_norm_bytes, norm_bytes, read_bytes
 from ray_pipeline.costs.workload import BF16, FP32, Workload
 
 INDEXER_BLOCK = 1 << 24  # scores that the indexer computes at a time (`model.attention.indexer`)
@@ -55,12 +48,11 @@ def _core_tokens(work: Workload, on: Kernels) -> int:
     total = heads * (a * padded + FP32)  # output and log-sum-exp
     if value < width or work.layout.sp > 1:
         total += heads * a * value  # the output without padding, as the projection reads it
-    keys = key_heads(work) if on.shares_heads and not on.blocked_attention else heads
-    total += a * width * (heads + keys)
+    total += a * width * 2 * heads
     if model.is_latent:
-        return total + keys * a * (padded if value < width else model.qk_nope_head_dim + value)  # padded or a view
+        return total + heads * a * (padded if value < width else model.qk_nope_head_dim + value)  # padded or a view
     # The one value head of MQA is a view that keeps the key beside it alive.
-    return total + keys * a * value * (2 if model.attention == "mqa" and keys == 1 else 1)
+    return total + heads * a * value * (2 if model.attention == "mqa" and heads == 1 else 1)
 
 
 def key_heads(work: Workload) -> int:
@@ -82,8 +74,10 @@ def entering(work: Workload) -> int:
 def _keeps_probabilities(work: Workload, on: Kernels) -> bool:
     model = work.model
     reach = min(model.sliding_window, work.seq_len) if model.attention == "sliding" else work.seq_len
-    keeps = reach <= on.blocked_attention and (work.bf16 or model.qk_head_dim >= WIDE)
-    return on.blocked_attention > 0 and (keeps or model.value_head_dim > model.qk_head_dim)
+    keeps = keeps_probabilities(
+        model.qk_head_dim, model.value_head_dim, reach, bf16=work.bf16, longest=on.blocked_attention
+    )
+    return on.blocked_attention > 0 and keeps
 
 
 def _met(work: Workload) -> int:

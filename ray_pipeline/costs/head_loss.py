@@ -6,6 +6,7 @@ Cross-entropy and distillation make their gradients in the forward pass, a few r
 
 from __future__ import annotations
 
+from model.kernels.limits import FEWEST_ROWS
 from ray_pipeline.costs.kernels import Kernels
 from ray_pipeline.costs.workload import BF16, FP32, Workload
 
@@ -58,7 +59,7 @@ def _chunk_bytes(work: Workload, on: Kernels, *, gradients: bool) -> int:
             chunk is there before it is added to the sum.
     """
     vocab, element = work.model.vocab_size // work.layout.tp, BF16 if work.bf16 else FP32
-    rows = min(max(256, on.loss_bytes // (vocab * element)), work.tokens_at_once)
+    rows = min(max(FEWEST_ROWS, on.loss_bytes // (vocab * element)), work.tokens_at_once)
     # Each part of a chunk would take exchanges of its own where the vocabulary is cut.
     in_blocks = work.layout.tp == 1 and on.loss_block is not None
     block = max(1, (on.loss_block or 0) // vocab) if in_blocks else rows

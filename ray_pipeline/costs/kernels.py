@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cache
 from math import erf, sqrt
 
-from model.kernels.limits import LEAST, onednn_is_quicker
+from model.kernels.limits import BLOCK_ELEMENTS, CHUNK_BYTES, COLUMNS, LEAST, LONGEST, onednn_is_quicker
 from ray_pipeline.costs.workload import BF16, FP32, Workload
 
 
@@ -19,9 +19,8 @@ class Kernels:
     """What differs between devices.
 
     Attributes:
-        blocked_attention: attention goes by blocks of `BLOCK` queries, and may keep the probabilities of rows of up to
-            so many tokens; 0: whole rows in a fused kernel.
-        shares_heads: fused attention reads one key head for several query heads; else keys and values are repeated.
+        blocked_attention: attention goes by blocks of queries, and may keep the probabilities of rows of up to so many
+            tokens; 0: whole rows in a fused kernel.
         pads_rows: an expert's rows are rounded up where its products are oneDNN's: all in bf16.
         onednn_from: multiplications of a product from which oneDNN computes it in fp32 too; None: never.
         loss_bytes: of logits that a loss has at a time (`model.layers.chunked_loss`).
@@ -30,24 +29,19 @@ class Kernels:
     """
 
     blocked_attention: int = 0
-    shares_heads: bool = False
     pads_rows: bool = False
     onednn_from: int | None = None
-    loss_bytes: int = 2**28
+    loss_bytes: int = CHUNK_BYTES["cuda"]
     loss_block: int | None = None
     loss_columns: int | None = None
 
 
-BLOCK, WORTH_CHOOSING, WIDE = 64, 128, 64  # queries, keys, features of a head (`model.attention`)
-
-
 def kernels(device: str) -> Kernels:
-    """On CPU attention is our own (`model.attention.core`), and experts' rows are padded (`model.moe.experts`)."""
+    """On CPU attention goes by blocks (`model.kernels.cpu`), and experts' rows are padded."""
     if device == "cpu":
-        onednn_from = LEAST if onednn_is_quicker() else None
         return Kernels(
-            blocked_attention=2048, shares_heads=True, pads_rows=True, onednn_from=onednn_from, loss_bytes=2**24,
-            loss_block=2**18, loss_columns=4096,
+            blocked_attention=LONGEST, pads_rows=True, onednn_from=LEAST if onednn_is_quicker() else None,
+            loss_bytes=CHUNK_BYTES["cpu"], loss_block=BLOCK_ELEMENTS, loss_columns=COLUMNS["cpu"],
         )  # fmt: skip
     return Kernels()
 

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from model.layers.linear import weight_gradient_queue
+from model.kernels.weight_gradients import weight_gradient_queue
 from model.parallel.collectives import Axis, collective
 from ray_pipeline.engine import zero_settings
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from model.kernels.product import product
+from model.kernels.operations import product
 from model.layers.chunked_loss import ChunkLoss
 from model.layers.linear import operand_dtype
 from model.layers.loss import IGNORE

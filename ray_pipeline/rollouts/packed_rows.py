@@ -26,7 +26,7 @@ def row_length(
 
     Args:
         multiple: what a length must be a multiple of, unless it is seq_len.
-        by_documents: attention computes documents alone (`model.attention.blocks`); else whole rows.
+        by_documents: attention computes documents alone (`model.kernels.cpu.blocks`); else whole rows.
     """
     lengths = [positions(c) for c in completions]
     longest = max(lengths, default=1)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from model.config import ModelConfig
-from model.kernels.product import product
+from model.kernels.operations import product
 from scripts.model_bench import competitors
 from scripts.model_bench.competitors import SHAPES, make_tokens
 

@@ -9,22 +9,21 @@ from typing import Any
 import pytest
 import torch
 
-from model.attention import blocked, blocks, core
-from model.attention.blocked import LONGEST
 from model.attention.kinds import visible_tokens
 from model.build import build_part
 from model.config import ModelConfig
-from model.kernels import product as products
-from model.kernels.limits import row_step
+from model.kernels.cpu import blocked, products
+from model.kernels.cuda import fused_attention
+from model.kernels.limits import LONGEST, row_step
+from model.kernels.operations import OVERRIDES
 from model.layers.auxiliary import auxiliary_scale
 from model.layers.rope import rotary_table
-from model.moe import experts
 from model.parallel.mesh import Mesh, MeshSizes
 from model.transformer import Block
 from ray_pipeline.costs import activations
 from ray_pipeline.costs.activations import cast_weights, layer_bytes, part_bytes
 from ray_pipeline.costs.head_loss import kept_bytes as kept_by_loss
-from ray_pipeline.costs.kernels import BLOCK, WIDE, WORTH_CHOOSING, expected_rows, kernels
+from ray_pipeline.costs.kernels import expected_rows, kernels
 from ray_pipeline.costs.weights import layer_weights
 from ray_pipeline.costs.workload import Workload
 from ray_pipeline.data.rows.batch import Batch
@@ -65,11 +64,11 @@ MODELS = {
 def one_size_of_padded_rows(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Each expert's rows come to the same number, whichever tokens it gets: bytes can be compared exactly. The model
     and the formula must still ask for the same step."""
-    asked: dict[Any, set[tuple[float, bool]]] = {activations: set(), experts: set()}
+    asked: dict[Any, set[tuple[float, bool]]] = {activations: set(), products: set()}
     for module, by_it in asked.items():
         monkeypatch.setattr(module, "row_step", lambda rows, bf16, by_it=by_it: by_it.add((rows, bf16)) or 64)
     yield
-    assert asked[activations] >= asked[experts]
+    assert asked[activations] >= asked[products]
 
 
 def kept_bytes(model: ModelConfig, layer: int, bf16: bool, recompute: Any, seq: int = 32) -> int:
@@ -118,7 +117,7 @@ def test_large_experts_pad_their_rows_in_fp32_too(monkeypatch: pytest.MonkeyPatc
     """Where oneDNN makes their products, whatever this machine's processor."""
     monkeypatch.setattr(products, "onednn_is_quicker", lambda: True)
     least = SMALL.hidden_size * 2 * SMALL.moe_intermediate_size * 8  # a few rows: of such experts all are large
-    monkeypatch.setattr(experts, "LEAST", least)
+    monkeypatch.setattr(products, "LEAST", least)
     work = of(MODELS[name], False)
     for onednn_from in (least, None):
         predicted = layer_bytes(work, replace(kernels("cpu"), onednn_from=onednn_from), 1)
@@ -142,25 +141,14 @@ def test_attention_by_blocks_keeps_what_the_formula_says(
 
 
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("shares_heads", [False, True], ids=["heads repeated", "heads shared"])
 @pytest.mark.parametrize("name", MODELS)
-def test_fused_attention_keeps_what_the_formula_says(
-    monkeypatch: pytest.MonkeyPatch, name: str, shares_heads: bool, bf16: bool
-) -> None:
+def test_fused_attention_keeps_what_the_formula_says(monkeypatch: pytest.MonkeyPatch, name: str, bf16: bool) -> None:
     """As on a GPU."""
-    monkeypatch.setattr(core, "by_blocks", lambda q, k: False)
-    monkeypatch.setattr(core, "shares_heads", lambda device: shares_heads)
-    model, on = MODELS[name], replace(kernels("cpu"), blocked_attention=0, shares_heads=shares_heads)
+    monkeypatch.setitem(OVERRIDES, ("attention", "cpu"), fused_attention.attention)
+    model, on = MODELS[name], replace(kernels("cpu"), blocked_attention=0)
     work = of(model, bf16)
     weights = cast_weights(work, layer_weights(model, 0))
     assert layer_bytes(work, on, 0) + weights == kept_bytes(model, 0, bf16, "none")
-
-
-def test_the_sizes_of_blocks_are_the_models() -> None:
-    on = kernels("cpu")
-    assert (on.blocked_attention, BLOCK, on.shares_heads) == (LONGEST, blocks.BLOCK, core.shares_heads("cpu"))
-    assert (WORTH_CHOOSING, WIDE) == (blocks.WORTH_CHOOSING, blocked.WIDE)
-    assert kernels("cuda").shares_heads == core.shares_heads("cuda")
 
 
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])

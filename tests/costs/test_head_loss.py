@@ -10,8 +10,7 @@ import torch
 
 from model.build import build_part
 from model.config import ModelConfig
-from model.layers.block_loss import BLOCK_ELEMENTS
-from model.layers.chunked_loss import CHUNK_BYTES, COLUMNS
+from model.kernels.limits import BLOCK_ELEMENTS, CHUNK_BYTES
 from model.parallel.mesh import Mesh, MeshSizes
 from ray_pipeline.costs.head_loss import DISTRIBUTIONS, backward_bytes, forward_bytes, kept_bytes, loss_tokens
 from ray_pipeline.costs.kernels import kernels
@@ -101,13 +100,6 @@ def test_what_a_loss_keeps_does_not_grow_with_the_vocabulary_times_tokens(stage:
 def test_every_mtp_module_keeps_gradients_of_the_head_of_its_own() -> None:
     plain, ahead = of("pretrain", False), of("pretrain", False, num_nextn_predict_layers=2)
     assert kept_bytes(ahead)["gradients of the head"] == 3 * kept_bytes(plain)["gradients of the head"]
-
-
-def test_logits_at_a_time_are_the_models() -> None:
-    for device in ("cpu", "cuda"):
-        assert kernels(device).loss_bytes == CHUNK_BYTES[device]
-        assert kernels(device).loss_columns == COLUMNS.get(device)
-    assert (kernels("cpu").loss_block, kernels("cuda").loss_block) == (BLOCK_ELEMENTS, None)
 
 
 def test_a_loss_can_be_the_fullest_moment() -> None:

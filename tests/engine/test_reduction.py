@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from model.layers.linear import Linear, deferred_weight_gradients, separable_backward
+from model.kernels.weight_gradients import deferred_weight_gradients, separable_backward
+from model.layers.linear import Linear
 from model.parallel.collectives import Axis
 from model.parallel.mesh import Mesh, MeshSizes
 from ray_pipeline.engine import reduction, zero_settings

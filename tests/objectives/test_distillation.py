@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 
 from model.init import init_weights
+from model.kernels.weight_gradients import deferred_weight_gradients
 from model.layers import chunked_loss
 from model.layers.chunked_loss import chunked_sums
-from model.layers.linear import deferred_weight_gradients
 from model.layers.loss import IGNORE
 from model.parallel.collectives import LOCAL
 from model.transformer import Transformer

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from model.layers.linear import WeightGradients, deferred_weight_gradients, separable_backward
+from model.kernels.weight_gradients import WeightGradients, deferred_weight_gradients, separable_backward
 from model.parallel.mesh import Mesh
 from model.parallel.placement import parts_of, ranks_of
 from model.transformer import Transformer

@@ -8,11 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.attention import blocked
-from model.attention.blocks import visible_parts
 from model.attention.core import document_mask, softmax_attention
 from model.attention.kinds import visible_tokens
 from model.attention.sliding import sliding_mask
+from model.kernels.cpu import blocked
+from model.kernels.cpu.blocks import visible_parts
 from tests.attention_kinds import KINDS, built, inputs
 
 

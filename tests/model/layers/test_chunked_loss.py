@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model.layers import chunked_loss
+from model.kernels import limits
+from model.kernels.weight_gradients import deferred_weight_gradients
 from model.layers.block_loss import label_losses, loss_of_logits
 from model.layers.chunked_loss import loss_per_token, loss_sum
-from model.layers.linear import deferred_weight_gradients
 from model.parallel.collectives import LOCAL
 from model.parallel.mesh import Mesh, MeshSizes
 from tests.distributed import run_ranks
@@ -28,7 +28,7 @@ def inputs(dtype: torch.dtype = torch.float32):
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     """Three chunks, the last one smaller."""
-    monkeypatch.setattr(chunked_loss, "CHUNK_BYTES", {"cpu": 1})
+    monkeypatch.setattr(limits, "CHUNK_BYTES", {"cpu": 1})
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from model.build import use_fp8
 from model.config import ModelConfig
+from model.kernels.cuda.fp8_kernel import kernel_for, kernel_product
+from model.kernels.weight_gradients import deferred_weight_gradients, separable_backward
 from model.layers.fp8 import (
     LARGEST,
     TILE,
@@ -21,8 +23,7 @@ from model.layers.fp8 import (
     quantise_blocks,
     quantise_tiles,
 )
-from model.layers.fp8_kernel import kernel_for, kernel_product
-from model.layers.linear import Linear, deferred_weight_gradients, separable_backward
+from model.layers.linear import Linear
 from model.moe.experts import RoutedExperts
 from model.transformer import Transformer
 

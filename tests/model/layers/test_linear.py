@@ -9,8 +9,9 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from model.kernels import product as products
-from model.layers.linear import Linear, deferred_weight_gradients, separable_backward
+from model.kernels.cpu import products
+from model.kernels.weight_gradients import deferred_weight_gradients, separable_backward
+from model.layers.linear import Linear
 
 
 def pair(seed: int = 0) -> tuple[nn.Module, nn.Linear]:

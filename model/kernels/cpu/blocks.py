@@ -13,11 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-BLOCK = 64
-PIECE = 128  # queries of a document that is met alone
-CALL = 4000  # pairs of a query and a key that are computed in the time it takes to start on a part (measured)
-MASKED = 1.15  # what a pair costs in the fused kernel where a bias hides others (measured)
-WORTH_CHOOSING = 128  # keys before the window: of fewer it is quicker to meet all (measured)
+from model.kernels.limits import BLOCK, CALL, MASKED, PIECE, WORTH_CHOOSING
+
 LOWEST = torch.finfo(torch.float32).min  # finite, as 0 * inf is no number
 
 Keys = slice | Tensor
@@ -121,3 +118,20 @@ def bias_of(mask: Tensor | None, part: Part) -> Tensor:
         assert mask is not None
         visible = mask[rows if len(mask) > 1 else slice(None), :, queries, keys].view(torch.uint8)
     return visible.float().sub_(1.0).mul_(-LOWEST)
+
+
+def add_rows(total: Tensor | None, rows: slice, keys: Keys, values: Tensor, like: Tensor) -> Tensor:
+    """Add to some keys of some rows of `total` [rows, ..., seq, dim], which is None before the first values.
+
+    Args:
+        like: of the shape that `total` has.
+    """
+    if total is None:
+        if isinstance(keys, slice) and values.shape == like.shape:
+            return values
+        total = torch.zeros_like(like)
+    if isinstance(keys, slice):
+        total[rows][..., keys, :].add_(values)
+    else:
+        total[rows].index_add_(-2, keys, values)
+    return total

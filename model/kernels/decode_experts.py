@@ -9,24 +9,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.generate.huge_pages import in_huge_pages
-from model.kernels.product import Factor, by_onednn, product
-from model.moe.experts import RoutedExperts
-
-FEW = 8  # choices in all, up to which one product each beats sorting
-# Superfluous operations that running every expert on every row may cost before sorting rows by expert is quicker: where
-# two wide products are oneDNN's, they are quick enough for more.
-WASTE, WASTE_BY_ONEDNN = 3_000_000, 160_000_000
-DENSE_ROWS_ON_GPU = 32  # there nothing is sorted for so few rows: it would wait for the counts
+from model.kernels.cpu.products import Factor, by_onednn, product
+from model.kernels.limits import DENSE_ROWS_ON_GPU, FEW_CHOICES, WASTE, WASTE_BY_ONEDNN
 
 
-class FastExperts:
-    """Weights are stored [experts, in, out]."""
+class DecodeExperts:
+    """Weights are stored [experts, in, out].
 
-    def __init__(self, experts: RoutedExperts):
-        self.gate_up = in_huge_pages(experts.gate_up_proj.transpose(1, 2))
-        self.down = in_huge_pages(experts.down_proj.transpose(1, 2))
-        self.wide = Factor(experts.gate_up_proj.flatten(0, 1).t())  # [in, experts * out]
+    Args:
+        gate_up: [experts, 2 * inner, hidden], gate first. down: [experts, hidden, inner].
+    """
+
+    def __init__(self, gate_up: Tensor, down: Tensor):
+        self.gate_up, self.down = gate_up.transpose(1, 2).contiguous(), down.transpose(1, 2).contiguous()
+        self.wide = Factor(gate_up.flatten(0, 1).t())  # [in, experts * out]
         self.tall = Factor(self.down.flatten(0, 1))  # [experts * in, out]
         self.num_experts, self.hidden, width = self.gate_up.shape
         self.inner = width // 2
@@ -39,7 +35,7 @@ class FastExperts:
         if x.device.type == "cuda":
             dense = rows <= DENSE_ROWS_ON_GPU and self.num_experts <= DENSE_ROWS_ON_GPU
             return (self._all if dense else self._sorted)(residual, x, indices, weights)
-        if rows * k <= FEW:
+        if rows * k <= FEW_CHOICES:
             return self._one_by_one(residual, x, indices, weights)
         waste = 6 * (self.num_experts - k) * rows * self.hidden * self.inner
         dense = waste <= (WASTE_BY_ONEDNN if by_onednn(x) else WASTE)

@@ -9,11 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.attention import blocks
-from model.attention.blocked import BlockedAttention, FusedBlocks, blocked_attention
-from model.attention.blocks import Part, document_parts, visible_parts
 from model.attention.core import document_mask
 from model.attention.kinds import meets_documents_alone
+from model.kernels.cpu import blocks
+from model.kernels.cpu.blocked import BlockedAttention, blocked_attention
+from model.kernels.cpu.blocks import Part, document_parts, visible_parts
+from model.kernels.cpu.fused_blocks import FusedBlocks
 from scripts.model_bench.competitors import SHAPES
 
 DIVISIONS = {
@@ -53,7 +54,7 @@ def test_parts_equal_the_formula_for_any_length_and_widths(form, seq, heads, wid
 def test_values_wider_than_keys_are_no_matter():
     q, k, v = (torch.randn(1, 2, 70, width, generator=torch.Generator().manual_seed(0)) for width in (4, 4, 6))
     expected = plain(q, k, v, document_mask(torch.zeros(1, 70).long()), 0.5)
-    torch.testing.assert_close(blocked_attention(q, k, v, None, 0.5, None), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(blocked_attention(q, k, v, None, 0.5, None, False), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_a_block_meets_no_key_before_the_first_document_that_it_sees():

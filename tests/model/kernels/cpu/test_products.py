@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from model.kernels import limits as processor
-from model.kernels import product as products
+from model.kernels.cpu import products
+from model.kernels.cpu.products import Factor, by_onednn, product, transposed_product
 from model.kernels.limits import onednn_is_quicker
-from model.kernels.product import Factor, by_onednn, product, transposed_product
 
 sizes = st.integers(1, 40)
 kinds = st.sampled_from(["in order", "transposed", "part of each row"])

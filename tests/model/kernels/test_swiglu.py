@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model.layers.swiglu import gated, scaled_swiglu
+from model.kernels.swiglu import gated, scaled_swiglu
 
 
 def test_swiglu_equals_the_formula_forward_and_backward():

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model.moe.rows import collect, plan_rows, spread, spread_scales
+from model.kernels.rows import collect, plan_rows, spread, spread_scales
 
 
 def chosen(tokens: int, k: int, experts: int, seed: int) -> torch.Tensor:

@@ -1,58 +1,48 @@
 """The routed experts' feed-forwards as one node of the graph: weight * down(silu(gate(x)) * up(x)), summed per token
 (DeepSeek-V3, arXiv:2412.19437, eq. 12, its second sum).
 
-A CPU takes one expert after the other: what a product reads has just been written and lies in a core's cache. A GPU's
-grouped kernel takes all of them at once. Tokens are gathered, and the inner activations computed, once more in backward
-instead of being kept.
+How many experts are computed at a time is the device's matter (`Parts`). Tokens are gathered, and the inner activations
+computed, once more in backward instead of being kept.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from model.kernels.product import product, transposed_product
-from model.layers.linear import as_operand, weight_gradient_queue
-from model.layers.swiglu import swiglu, swiglu_backward
-from model.moe.rows import Plan, spread_scales, sum_of_choices
+from model.kernels.rows import Plan, spread_scales, sum_of_choices
+from model.kernels.swiglu import swiglu, swiglu_backward
+from model.kernels.weight_gradients import weight_gradient_queue
 
 
-class Parts:
-    """Rows that are computed at a time: those of one expert, or all in the grouped kernel.
+class Parts(Protocol):
+    """Rows that are computed at a time: those of one expert, or all of them.
 
-    Args:
-        counts: [experts] rows of each one, one expert's after the other's.
+    Attributes:
+        writes_into: products write where they are told to; else they make a tensor of all rows.
     """
 
-    def __init__(self, counts: Tensor, *, grouped: bool):
-        self.ends = counts.cumsum(0).to(torch.int32) if grouped else None
-        self._sizes = [] if grouped else counts.tolist()
+    writes_into: bool
 
     def rows(self, x: Tensor) -> list[Tensor]:
-        """[rows, ...] -> that of each part."""
-        return [x] if self.ends is not None else list(torch.split_with_sizes(x, self._sizes))
+        """[rows, ...], one expert's after the other's -> that of each part."""
+        ...
 
     def experts(self, weight: Tensor) -> list[Tensor]:
         """[experts, a, b] -> that of each part: [a, b] of its expert, or all of them."""
-        return [weight] if self.ends is not None else list(weight.unbind(0))
+        ...
 
     def product(self, x: Tensor, matrix: Tensor, into: Tensor | None = None) -> Tensor:
-        """A part's rows [rows, a] by its expert's matrix [a, b], or each one's by its own. `into` is for one expert."""
-        return product(x, matrix, into) if self.ends is None else F.grouped_mm(x, matrix, offs=self.ends)
+        """A part's rows [rows, a] by its expert's matrix [a, b], or each one's by its own."""
+        ...
 
     def transposed_product(self, grad: Tensor, x: Tensor, into: Tensor) -> None:
         """A part's weight gradient, grad^T x, as whatever dtype `into` is of."""
-        if self.ends is not None:
-            into.copy_(F.grouped_mm(grad.t(), x, offs=self.ends))
-        elif into.dtype == x.dtype:
-            transposed_product(grad, x, into)
-        else:
-            into.copy_(transposed_product(grad, x))
+        ...
 
 
 class _Rows:
@@ -60,13 +50,13 @@ class _Rows:
 
     def __init__(self, parts: Parts, like: Tensor, rows: int, width: int):
         self._parts = parts
-        self.whole = like.new_empty(rows if parts.ends is None else 0, width)
+        self.whole = like.new_empty(rows if parts.writes_into else 0, width)
         self._into = iter(parts.rows(self.whole))
 
     def add(self, x: Tensor, matrix: Tensor) -> Tensor:
         """The next part."""
         made = self._parts.product(x, matrix, next(self._into))
-        if self._parts.ends is not None:
+        if not self._parts.writes_into:
             self.whole = made
         return made
 
@@ -150,13 +140,6 @@ class _FeedForward(torch.autograd.Function):
         return tokens, dwide.value(), dtall.value(), dscales.squeeze(1)[place], None, None
 
 
-def grouped_feed_forward(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, plan: Plan) -> Tensor:
-    """Weighted sum of every token's experts: x [tokens, hidden] -> same, in the dtype that matrices are multiplied in.
-
-    Args:
-        gate_up: a parameter [experts, 2 * inner, hidden], gate first. down: a parameter [experts, hidden, inner].
-        weights: [tokens, k] of the experts that the plan sends them to.
-    """
-    x = as_operand(x)
-    parts = Parts(plan.counts, grouped=x.device.type == "cuda" and x.dtype == torch.bfloat16)
+def feed_forward(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, plan: Plan, parts: Parts) -> Tensor:
+    """As `model.kernels.plain.experts`, part by part. `gate_up` and `down` are parameters."""
     return _FeedForward.apply(x, gate_up, down, weights.to(x.dtype), plan, parts)

@@ -6,9 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model.layers.linear import deferred_weight_gradients
-from model.moe.grouped_feed_forward import Parts, grouped_feed_forward
-from model.moe.rows import plan_rows
+from model.kernels.cpu.expert_loop import experts as loop
+from model.kernels.cuda.grouped_experts import experts as grouped
+from model.kernels.rows import plan_rows
+from model.kernels.weight_gradients import deferred_weight_gradients
 
 TOKENS, HIDDEN, INNER, EXPERTS = 6, 16, 8, 4
 
@@ -34,8 +35,9 @@ def one_by_one(x, gate_up, down, weights, chosen):
     return out
 
 
-def ours(leaves, chosen, multiple: int = 1):
-    return grouped_feed_forward(*leaves, plan_rows(chosen, EXPERTS, multiple))
+def ours(leaves, chosen, multiple: int = 1, bf16: bool = False):
+    x, *others = leaves
+    return loop(x.bfloat16() if bf16 else x, *others, plan_rows(chosen, EXPERTS, multiple))
 
 
 @pytest.mark.parametrize("multiple", [1, 4])
@@ -53,10 +55,9 @@ def test_experts_equal_one_after_the_other(multiple):
 @pytest.mark.parametrize("bf16", [False, True])
 def test_weight_gradients_of_experts_can_wait(bf16):
     (leaves, chosen), (others, _) = tensors(), tensors()
-    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-        with deferred_weight_gradients() as queue:
-            ours(leaves, chosen, 4).float().square().sum().backward()
-        ours(others, chosen, 4).float().square().sum().backward()
+    with deferred_weight_gradients() as queue:
+        ours(leaves, chosen, 4, bf16).float().square().sum().backward()
+    ours(others, chosen, 4, bf16).float().square().sum().backward()
     assert leaves[1].grad is None and leaves[2].grad is None and len(queue) == 2
     for i in (0, 3):
         assert torch.equal(leaves[i].grad, others[i].grad)
@@ -77,9 +78,8 @@ def test_tokens_are_kept_and_neither_their_rows_nor_the_inner_activations(bf16):
     plan = plan_rows(chosen, EXPERTS, 4)
     rows = len(plan.source)
     assert rows > TOKENS * 2
-    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
-    with torch.autocast("cpu", torch.bfloat16, enabled=bf16), hooks:
-        grouped_feed_forward(*leaves, plan)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        ours(leaves, chosen, 4, bf16)
     matrices = leaves[1].numel(), leaves[2].numel()
     plans = [rows, rows, TOKENS * 2]  # each row's weight and token; the places of the choices
     assert sorted(kept) == sorted([TOKENS * HIDDEN, *matrices, rows * 2 * INNER, *plans])
@@ -100,16 +100,12 @@ def test_what_is_frozen_gets_no_gradient_and_the_others_the_same(frozen):
 
 
 @pytest.mark.parametrize("idle", [None, 2])
-def test_the_grouped_kernel_and_the_loop_agree(idle, monkeypatch):
-    """The GPU's path, with the same kernel's CPU form."""
+def test_the_grouped_kernel_and_the_loop_agree(idle):
+    """The GPU's form, with the same kernel's CPU form."""
     found = []
-    for grouped in (True, False):
-        monkeypatch.setattr(
-            "model.moe.grouped_feed_forward.Parts",
-            lambda counts, grouped, wanted=grouped: Parts(counts, grouped=wanted),
-        )
+    for form in (grouped, loop):
         leaves, chosen = tensors(torch.bfloat16, idle)
-        out = ours(leaves, chosen)
+        out = form(*leaves, plan_rows(chosen, EXPERTS))
         out.float().square().sum().backward()
         found.append((out, *(leaf.grad for leaf in leaves)))
     for a, b in zip(*found, strict=True):

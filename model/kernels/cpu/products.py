@@ -1,7 +1,7 @@
 """Matrix products, where fp32 on the CPU goes to the quicker of the two libraries that torch brings.
 
 `torch.mm` calls MKL, from whose kernels oneDNN's differ by what they make of a processor (`model.kernels.limits`).
-oneDNN compiles a kernel for each new shape: sizes that change at every step are best rounded up (`model.moe.experts`).
+oneDNN compiles a kernel for each new shape: sizes that change at every step are best rounded up (`row_multiple`).
 """
 
 from __future__ import annotations
@@ -9,10 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from model.kernels.limits import LEAST, onednn_is_quicker
-
-LEAST_ORDERED = 2**19  # multiplications of a product with a matrix that lies as oneDNN wants it (measured)
-FEWEST = 4  # rows, of fewer MKL takes as long as reading the matrix does (measured)
+from model.kernels.limits import FEWEST, LEAST, LEAST_ORDERED, onednn_is_quicker, row_step
 
 
 def by_onednn(x: Tensor) -> bool:
@@ -43,6 +40,21 @@ def transposed_product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tenso
         # the result are less to turn.
         return product(b.t(), a, None if out is None else out.t()).t()
     return product(a.t(), b, out)
+
+
+def row_multiple(x: Tensor, matrix: int, rows: float) -> int:
+    """What every expert's number of rows is rounded up to.
+
+    Routing makes new ones at every step: in bf16 that is five times slower on a CPU than a few sizes that repeat.
+
+    Args:
+        x: of the dtype that is multiplied. matrix: elements of an expert's larger matrix. rows: what an expert gets on
+            average.
+    """
+    if x.device.type != "cpu":
+        return 1
+    bf16 = x.dtype == torch.bfloat16
+    return row_step(rows, bf16=bf16) if bf16 or (by_onednn(x) and rows * matrix >= LEAST) else 1
 
 
 class Factor:
