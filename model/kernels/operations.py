@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from model.kernels import plain
-from model.kernels.cpu import blocked, expert_loop, products, softmax_loss
+from model.kernels.cpu import blocked, expert_loop, fast_softmax, products
 from model.kernels.cuda import fused_attention, grouped_experts
 from model.kernels.rows import Plan
 
@@ -23,7 +23,7 @@ OVERRIDES: dict[tuple[str, str], Callable[..., Any]] = {
     ("attention", "cuda"): fused_attention.attention,
     ("experts", "cpu"): expert_loop.experts,
     ("experts", "cuda"): grouped_experts.experts,
-    ("softmax_loss", "cpu"): softmax_loss.softmax_loss,
+    ("softmax_loss", "cpu"): fast_softmax.softmax_loss,
 }
 
 
