@@ -5,7 +5,6 @@ from __future__ import annotations
 import secrets
 from dataclasses import dataclass, field
 
-from model.convert.tokenizer_start import begins_with_bos
 from model.generate.sampler import Sampling
 from ray_pipeline.data.chat.completion_text import opens_thinking
 from ray_pipeline.evaluation.models import LanguageModel, NativeBackend
@@ -35,14 +34,12 @@ class NativeModel:
     model: LanguageModel
     slots: int = 32
     waiting: int = 1024
-    bos: bool | None = None
+    bos: bool = False
     writer: Writer = field(init=False)
 
     def __post_init__(self) -> None:
         assert isinstance(self.model.backend, NativeBackend)
         self.writer = Writer(self.model.backend.decoder, slots=self.slots, waiting=self.waiting)
-        if self.bos is None:
-            self.bos = self.model.source.form == "stage" or begins_with_bos(self.model.source.tokenizer)
 
     def chat(self, form: ChatForm) -> tuple[list[Wanted], bool]:
         """The answers that a conversation asks for, and whether its prompt ends in thinking.
