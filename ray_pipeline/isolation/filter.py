@@ -1,7 +1,7 @@
 """Which system calls an untrusted program is refused, as a seccomp filter (classic BPF). Data alone: nothing is called.
 
 A seccomp filter needs no rights to set, holds in containers where namespaces may not be made, is passed on to every
-child, and cannot be taken off again. What it lets through is bounded by rlimits and Landlock (`sandbox_child`).
+child, and cannot be taken off again. What it lets through is bounded by rlimits and Landlock (`isolation.child`).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Untrusted Python programs in a process of their own that can do nothing but compute.
 
-What a program cannot do, and what keeps it from it (`sandbox_child` takes the rights away before the first line runs):
+What a program cannot do, and what keeps it from it (`child` takes the rights away before the first line runs):
 run on (a wall clock, RLIMIT_CPU), use much memory (RLIMIT_AS) or disk (RLIMIT_FSIZE, a watched folder and watched open
 files), start other programs or many threads, reach a network (a seccomp filter), read or change the user's files
 (Landlock), see the environment (it is empty), touch other processes (the filter, Landlock's scopes, no capabilities),

@@ -193,7 +193,7 @@ def test_without_landlock_no_other_process_can_be_looked_into(monkeypatch):
         "def f(x):\n    import os\n    found = []\n    for pid in os.listdir('/proc'):\n        if pid.isdecimal():\n"
     )
     looks += "            try:\n                command = open(f'/proc/{pid}/cmdline').read()\n"
-    looks += "                if 'sandbox_child' in command and int(pid) != os.getpid():\n"
+    looks += "                if 'isolation/child.py' in command and int(pid) != os.getpid():\n"
     looks += "                    found.append(pid)\n                    open(f'/proc/{pid}/mem', 'rb')\n"
     looks += "                    return 'opened'\n            except OSError:\n                pass\n"
     looks += "    return len(found)"
@@ -314,7 +314,7 @@ def _child_of(pid: int) -> int:
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        if found and b"sandbox_child" in Path(f"/proc/{found[0]}/cmdline").read_bytes():
+        if found and b"isolation/child.py" in Path(f"/proc/{found[0]}/cmdline").read_bytes():
             time.sleep(0.5)
             return int(found[0])
         time.sleep(0.02)
