@@ -73,7 +73,7 @@ def _bos(source: ModelSource) -> bool:
 
 def _exported_gguf(source: ModelSource) -> Path | None:
     """The GGUF file that EXPORT wrote of these very weights, if it did."""
-    from ray_pipeline.cli.stage_folders import finished_stages
+    from ray_pipeline.cli.runs import finished_stages
     from ray_pipeline.dag.ledger import read_record
     from ray_pipeline.evaluation.model_source import describe_folder  # noqa: F401
 

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from model.init import init_weights
+from model.kernels import limits
 from model.kernels.weight_gradients import deferred_weight_gradients
-from model.layers import chunked_loss
 from model.layers.chunked_loss import chunked_sums
 from model.layers.loss import IGNORE
 from model.parallel.collectives import LOCAL
@@ -31,7 +31,7 @@ BETAS = [0.0, 0.2, 0.5, 1.0]
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(chunked_loss, "CHUNK_BYTES", {"cpu": 1})
+    monkeypatch.setattr(limits, "CHUNK_BYTES", {"cpu": 1})
 
 
 @pytest.fixture(scope="module")
