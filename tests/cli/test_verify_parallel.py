@@ -43,7 +43,7 @@ def test_all_narrowed_to_some_layouts_and_no_difference_allowed(capsys: pytest.C
     assert "FAIL tp=2 fp32 adamw" in text
     assert "loss differs by" in text and "more than 0" in text
     assert "again: verify-parallel --gpus 2 --tp-size 2" in text
-    assert "1/1 layouts" in text and "1 FAIL" in text
+    assert "layouts: 1/1" in text and "1 FAIL" in text
     assert "1 FAIL: 0 of 1 pass" in text
     assert "Refused by the table of rules" in text
     assert "schedules with two parts per rank need pp > 1" in text
