@@ -10,7 +10,12 @@ from typing import Any
 
 from ray_pipeline.errors import UserError
 
-PAGE_START = '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Evaluation of '
+# How the page of `eval` begins, line ends left out: today, and as it was written before.
+PAGE_STARTS = (
+    '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+    '<meta name="viewport" content="width=device-width,initial-scale=1"><title>Evaluation of ',
+    '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Evaluation of ',
+)
 
 
 def refuse_to_replace(option: str, path: Path, is_own: Callable[[Path], bool]) -> None:
@@ -61,7 +66,7 @@ def _is_own_report(reporter: str, path: Path) -> bool:
         return has_keys(path, frozenset({"kind", "schema", "tasks"}))
     if reporter == "jsonl":
         return first_line_has_keys(path, frozenset({"task", "sample", "correct"}))
-    return reporter == "html" and begins_with(path, PAGE_START)
+    return reporter == "html" and (_text(path) or "").replace("\n", "").startswith(PAGE_STARTS)
 
 
 def has_keys(path: Path, keys: frozenset[str]) -> bool:
@@ -75,11 +80,6 @@ def first_line_has_keys(path: Path, keys: frozenset[str]) -> bool:
     text = _text(path)
     found = _json((text or "").partition("\n")[0])
     return text == "" or (isinstance(found, dict) and keys <= found.keys())
-
-
-def begins_with(path: Path, text: str) -> bool:
-    """Whether the file's text begins with `text`."""
-    return (_text(path) or "").startswith(text)
 
 
 def _text(path: Path) -> str | None:
