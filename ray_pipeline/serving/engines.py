@@ -92,7 +92,7 @@ def known_engines() -> dict[str, Engine]:
 
 def preference(*, has_gpu: bool) -> tuple[str, ...]:
     """The order in which `auto` tries engines."""
-    return ("vllm", "native", "llamacpp") if has_gpu else ("llamacpp", "native", "vllm")
+    return ("native", "llamacpp") if has_gpu else ("llamacpp", "native")
 
 
 def choose_engine(model: ServedModel, wanted: str, engines: Mapping[str, Engine], order: tuple[str, ...]) -> Engine:
