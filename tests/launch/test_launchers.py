@@ -88,7 +88,7 @@ def test_user_error_on_one_rank_outranks_the_echo_on_the_others(tmp_path):
 
 
 def test_bug_names_rank_cause_and_line_and_keeps_the_traceback(tmp_path):
-    with pytest.raises(StageFailed, match=r"^rank 1: ZeroDivisionError: a bug \(.*test_launcher\.py:\d+\)$") as caught:
+    with pytest.raises(StageFailed, match=r"^rank 1: ZeroDivisionError: a bug \(.*test_launchers\.py:\d+\)$") as caught:
         ProcessLauncher(2).run("toy", bug_on_rank_one, {"folder": str(tmp_path)})
     assert "Traceback" in caught.value.details
 
