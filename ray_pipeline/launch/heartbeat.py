@@ -30,7 +30,7 @@ _DUMP_SECONDS = 10.0
 # Where a rank stands that waits for another rank, and where one that waits for something which is no rank: a process of
 # its own, an answer over the network, a thread. The latter have limits of their own.
 _FOR_RANKS = ("/torch/distributed/", "/deepspeed/", "/parallel/collectives.py", "/engine/reduction.py",
-              "/engine/pipeline_messages.py")  # fmt: skip
+              "/engine/pipeline/messages_between.py")  # fmt: skip
 _FOR_OTHERS = ("/threading.py", "/selectors.py", "/subprocess.py", "/socket.py", "/ssl.py", "/queue.py",
                "/multiprocessing/", "/concurrent/", "/asyncio/", "/ray/", "/wandb/")  # fmt: skip
 

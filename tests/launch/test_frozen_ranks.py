@@ -226,3 +226,9 @@ def test_the_progress_view_tells_of_a_frozen_rank_once_and_a_restart_keeps_the_r
             view.refresh()
     assert capsys.readouterr().out.count("rank 1 is frozen in sft, step 3. It is ended; the stacks are in") == 1
     assert not (stage / ERRORS / FROZEN).exists() and frozen_reports(stage) == [page]
+
+
+def test_the_places_where_ranks_wait_for_each_other_are_files_that_are_there():
+    packages = [Path(__file__).parents[2] / name for name in ("model", "ray_pipeline")]
+    ours = [place[1:] for place in heartbeat._FOR_RANKS if place.endswith(".py")]
+    assert ours and all(any((package / place).is_file() for package in packages) for place in ours)
