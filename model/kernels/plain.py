@@ -21,11 +21,6 @@ def transposed_product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tenso
     return product(a.t(), b, out)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / rms(x) * weight (arXiv:1910.07467): [..., dim] -> same."""
-    return F.rms_norm(x, weight.shape, weight, eps)
-
-
 def attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, window: int | None, documents: bool
 ) -> Tensor:

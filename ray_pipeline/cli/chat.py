@@ -149,4 +149,3 @@ def _save(talk: Conversation, name: str) -> Path:
     except OSError as error:
         raise UserError(f"/save {name}: cannot be written ({error.strerror}). Give another name.") from None
     return path
-

@@ -60,10 +60,12 @@ class Screen:
 
     @contextmanager
     def answering(self) -> Iterator[Callable[[str], None]]:
-        """Gives a function that prints the pieces of an answer; the line is ended in any case."""
-        stream, self._thinking = ThinkStream(), ""
+        """Gives a function that prints the pieces of an answer; a line that was begun is ended in any case."""
+        stream, self._thinking, begun = ThinkStream(), "", False
 
         def show(piece: str, *, last: bool = False) -> None:
+            nonlocal begun
+            begun = begun or bool(piece)
             for event in stream.finish() if last else stream.feed(piece):
                 if event.kind in ("open", "thinking"):
                     self._thinking += event.text if event.kind == "thinking" else ""
@@ -80,7 +82,8 @@ class Screen:
             show("", last=True)
             if stream.state == "thinking" and self.hide_thinking:
                 self._print(self._folded(), "dim")
-            self.console.print()
+            if begun:
+                self.console.print()
 
     def _folded(self) -> str:
         return f"(thought for {len(self._thinking.split())} words; /think shows them)\n"

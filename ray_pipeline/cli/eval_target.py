@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from ray_pipeline.cli.runs import choose_stage, find_run, finished_stages, list_runs
 from ray_pipeline.errors import UserError, did_you_mean, resume_command
+from ray_pipeline.settings.chain import POLICY_STAGES
 from ray_pipeline.settings.run_folder import CONFIG_FILE, MODEL, RECORD, TOKENIZER
 
 if TYPE_CHECKING:
     from ray_pipeline.evaluation.model_source import ModelSource
 
-# What answers by default: the last of these that is finished. The student and the exports are asked for by name.
-POLICIES = ("pretrain", "sft", "dpo", "grpo")
+# By default the last finished policy answers. The student and the exports are asked for by name.
 BY_NAME = ("distillation", "export")
 EXPORTED = ("hf", "native")
 
@@ -26,7 +26,8 @@ def find_model(given: str, stage: str | None, runs_dir: Path) -> ModelSource:
         UserError: nothing of the kind, a stage that is not finished, or a damaged folder.
     """
     run, colon, named = given.rpartition(":")
-    if colon and not Path(given).exists() and named in (*POLICIES, *BY_NAME):
+    is_run = (runs_dir / run / CONFIG_FILE).is_file() or named in POLICY_STAGES + BY_NAME
+    if colon and is_run and not Path(given).exists():
         if stage not in (None, named):
             raise UserError(f"{given} with --stage {stage}: two stages. Give one of them.")
         given, stage = run, named
@@ -47,9 +48,9 @@ def find_model(given: str, stage: str | None, runs_dir: Path) -> ModelSource:
 
 def _of_run(run_dir: Path, stage: str | None) -> ModelSource:
     finished = finished_stages(run_dir)
-    candidates: tuple[str, ...] = POLICIES + BY_NAME
-    if stage is None and any(name in finished for name in POLICIES):
-        candidates = POLICIES
+    candidates: tuple[str, ...] = POLICY_STAGES + BY_NAME
+    if stage is None and any(name in finished for name in POLICY_STAGES):
+        candidates = POLICY_STAGES
     name, folder = choose_stage(run_dir, stage, candidates)
     if name == "export":
         return _exported(folder, run_dir, finished)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ray_pipeline.cli.eval_target import BY_NAME, POLICIES, find_model
-from ray_pipeline.cli.runs import CONFIG_FILE
+from ray_pipeline.cli.eval_target import find_model
 from ray_pipeline.errors import UserError
+from ray_pipeline.settings.run_folder import CONFIG_FILE
 
 if TYPE_CHECKING:
     from model.config import ModelConfig
@@ -32,17 +32,8 @@ def find_served(given: str, runs_dir: Path) -> ServedModel:
             raise UserError(f"{given}: no such file. Give a run, a model folder, or a .gguf file.")
         check_gguf_file(path)
         return ServedModel(path.stem, None, path.absolute(), None)
-    name, stage = split_stage(given, runs_dir)
-    source = find_model(name, stage, runs_dir)
+    source = find_model(given, None, runs_dir)
     return ServedModel(_short(source.name), source, _exported_gguf(source), _config(source), _bos(source))
-
-
-def split_stage(given: str, runs_dir: Path) -> tuple[str, str | None]:
-    """RUN:STAGE taken apart; anything else as it is."""
-    name, colon, stage = given.rpartition(":")
-    if colon and (stage in POLICIES + BY_NAME or (runs_dir / name / CONFIG_FILE).is_file()):
-        return name, stage
-    return given, None
 
 
 def _short(name: str) -> str:
@@ -75,24 +66,22 @@ def _exported_gguf(source: ModelSource) -> Path | None:
     """The GGUF file that EXPORT wrote of these very weights, if it did."""
     from ray_pipeline.cli.runs import finished_stages
     from ray_pipeline.dag.ledger import read_record
-    from ray_pipeline.evaluation.model_source import describe_folder  # noqa: F401
 
     stage_folder = source.folder.parent
     run_dir = stage_folder.parent
     if not (run_dir / CONFIG_FILE).is_file():
         return None
     if source.form == "folder" and source.folder.name == "hf":
-        export: Path | None = stage_folder
-    else:
-        export = finished_stages(run_dir).get("export")
-        record = None if export is None else read_record(export)
-        if record is None or not _is_first_upstream(record.upstream, stage_folder.name):
-            return None
-    files = [export / f"model-{kind}.gguf" for kind in GGUF_KINDS] if export is not None else []
+        return _first_gguf(stage_folder)
+    export = finished_stages(run_dir).get("export")
+    record = None if export is None else read_record(export)
+    if export is None or record is None:
+        return None
+    # What it read behind data_prep: the stage it writes, then a student (`settings.chain.upstream`).
+    read = [folder for stage, folder in record.upstream.items() if stage != "data_prep"]
+    return _first_gguf(export) if read[:1] == [stage_folder.name] else None
+
+
+def _first_gguf(export: Path) -> Path | None:
+    files = [export / f"model-{kind}.gguf" for kind in GGUF_KINDS]
     return next((path for path in files if path.is_file()), None)
-
-
-def _is_first_upstream(upstream: dict[str, str], folder: str) -> bool:
-    """Whether EXPORT's GGUF files hold this stage's weights: the last but the student."""
-    trained = [name for name in upstream if name in POLICIES]
-    return bool(trained) and upstream[max(trained, key=POLICIES.index)] == folder

@@ -44,7 +44,7 @@ def build_optimizer(named: dict[str, nn.Parameter], config: OptimizerConfig, mes
 
     Norms are not decayed. Fused: the per-tensor loop costs three times as much.
     """
-    assert config.name != "muon" or mesh.sizes.tp == 1, "layout_rules refuses parts of matrices"
+    assert config.name != "muon" or mesh.sizes.tp == 1, "layout.rules refuses parts of matrices"
     orthogonal = {n: p for n, p in named.items() if config.name == "muon" and is_orthogonalised(n, p)}
     experts = [p for n, p in named.items() if is_cut_expert(n, mesh) and n not in orthogonal]
     dense = {n: p for n, p in named.items() if not is_cut_expert(n, mesh) and n not in orthogonal}

@@ -52,7 +52,7 @@ class ZeroUpdater:
         # On CPU, DeepSpeed would otherwise compile its shared-memory collectives at start, and fail without a compiler.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self.named, self.mesh, self.zero_stage = named, mesh, zero_stage
-        assert config.name != "muon", "layout_rules refuses parts of matrices"
+        assert config.name != "muon", "layout.rules refuses parts of matrices"
         self.moments = MOMENTS[config.name]
         self.loss_scale = float(mesh.sizes.replicas)  # DeepSpeed averages gradients over replicas
         _mark_parameters(named, mesh)

@@ -11,6 +11,7 @@ from ray_pipeline.data.chat.completion_text import finite_logits
 from ray_pipeline.data.tasks.question import THINK_OPEN
 from ray_pipeline.errors import UserError
 from ray_pipeline.evaluation.models import LanguageModel
+from ray_pipeline.records.units import count_text
 
 Show = Callable[[str], None]
 
@@ -47,48 +48,51 @@ class Conversation:
 
     def describe(self) -> str:
         """One line about the model: name, size, context, how it answers."""
-        size = self.model.backend.parameters
-        count = f"{size / 1e6:,.2f}M" if size < 1e9 else f"{size / 1e9:,.1f}B"
+        backend = self.model.backend
         return (
-            f"{self.model.name}: {count} parameters, a context of {self.model.backend.context} tokens, "
+            f"{self.model.name}: {count_text(backend.parameters)} parameters, a context of {backend.context} tokens, "
             f"answers of at most {self.max_new_tokens}, temperature {self.temperature:g}."
         )
 
     def send(self, message: str, show: Show) -> Reply:
-        """Answer a message; `show` is given the text in pieces. What was not answered is not kept.
+        """Answer a message; `show` is given the text in pieces.
 
         Raises:
-            UserError: the message does not fit into the model's context, or the template refuses it.
+            UserError: the message does not fit into the model's context, the template refuses it, or the model computes
+                no numbers. The conversation is then as it was.
         """
-        self.messages.append({"role": "user", "content": message})
-        self._written = ""
-        try:
-            prompt, dropped = self._prompt()
-        except UserError:
-            self.messages.pop()
-            raise
-        finished = self._write(prompt, show)
-        reply = self.keep_partial(stopped=False)
-        if dropped:
-            reply.notes.insert(0, f"The first {dropped} messages no longer fit into the context and were not read.")
-        if not finished:
-            reply.notes.append(
-                f"Cut: {self.max_new_tokens} tokens, or the context of {self.model.backend.context}, were used up."
-            )
-        return reply
+        return self._answer(self.messages, message, show)
 
     def retry(self, show: Show) -> Reply:
         """Answer the last message again, with the next seed.
 
         Raises:
-            UserError: nothing was asked yet.
+            UserError: nothing was asked yet, or as `send`.
         """
         asked = [i for i, message in enumerate(self.messages) if message["role"] == "user"]
         if not asked:
             raise UserError("/retry: nothing was asked yet.")
-        message = self.messages[asked[-1]]["content"]
-        del self.messages[asked[-1] :]
-        return self.send(message, show)
+        return self._answer(self.messages[: asked[-1]], self.messages[asked[-1]]["content"], show)
+
+    def _answer(self, before: list[dict[str, str]], message: str, show: Show) -> Reply:
+        was = self.messages
+        self.messages, self._written = [*before, {"role": "user", "content": message}], ""
+        try:
+            prompt, dropped = self._prompt()
+            finished = self._write(prompt, show)
+        except UserError:
+            self.messages = was
+            raise
+        reply = self.keep_partial(stopped=False)
+        if dropped:
+            reply.notes.insert(0, f"The first {dropped} messages no longer fit into the context and were not read.")
+        if finished and not reply.text:
+            reply.notes.append("The answer is empty.")
+        if not finished:
+            reply.notes.append(
+                f"Cut: {self.max_new_tokens} tokens, or the context of {self.model.backend.context}, were used up."
+            )
+        return reply
 
     def keep_partial(self, *, stopped: bool = True) -> Reply:
         """Take what was written so far for the answer."""
@@ -102,16 +106,16 @@ class Conversation:
 
     def as_json(self) -> str:
         """The conversation as a record of SFT data."""
-        return json.dumps({"messages": self._told() + self.messages}, ensure_ascii=False)
+        return json.dumps({"messages": self._system() + self.messages}, ensure_ascii=False)
 
-    def _told(self) -> list[dict[str, str]]:
+    def _system(self) -> list[dict[str, str]]:
         return [{"role": "system", "content": self.system}] if self.system else []
 
     def _prompt(self) -> tuple[list[int], int]:
         """Ids of the conversation, and how many of the oldest messages had to be left out of it."""
         context, tokens = self.model.backend.context, [0]
         for dropped in range(0, len(self.messages), 2):
-            tokens = self.model.tokenizer.encode_prompt(self._told() + self.messages[dropped:])
+            tokens = self.model.tokenizer.encode_prompt(self._system() + self.messages[dropped:])
             if len(tokens) < context:
                 return tokens, dropped
         raise UserError(

@@ -40,10 +40,7 @@ class TransformersBackend:
         out: dict[int, Completion] = {}
         for group in [*groups, roomy] if roomy else groups:
             limit = min(max_new_tokens, room[group[0]])
-            drawing: dict[str, Any] = {"do_sample": False}
-            if temperature:
-                torch.manual_seed(seeds[group[0]])
-                drawing = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+            drawing = _drawing(temperature, seeds[group[0]])
             out |= zip(group, self._write([prompts[i] for i in group], limit, eos_ids, drawing), strict=True)
         return [out[i] for i in range(len(prompts))]
 
@@ -53,10 +50,7 @@ class TransformersBackend:
         eos_ids: frozenset[int],
     ) -> Completion:  # fmt: skip
         """As `Backend.stream`."""
-        drawing: dict[str, Any] = {"do_sample": False, "streamer": _Streamer(on_token)}
-        if temperature:
-            torch.manual_seed(seed)
-            drawing |= {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+        drawing = _drawing(temperature, seed) | {"streamer": _Streamer(on_token)}
         [written] = self._write([prompt], min(max_new_tokens, self.context - len(prompt)), eos_ids, drawing)
         return written
 
@@ -76,6 +70,14 @@ class TransformersBackend:
     def logits(self, tokens: Tensor) -> Tensor:
         """As `Backend.logits`."""
         return self.model(tokens).logits
+
+
+def _drawing(temperature: float, seed: int) -> dict[str, Any]:
+    """How transformers chooses tokens; it draws from torch's own generator, which is set to begin at `seed`."""
+    if not temperature:
+        return {"do_sample": False}
+    torch.manual_seed(seed)
+    return {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
 
 
 class _Streamer:

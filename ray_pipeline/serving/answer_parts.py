@@ -57,6 +57,15 @@ class AnswerParts:
             self._held = ""
         return _merged(parts)
 
+    def whole(self, text: str) -> tuple[str | None, str | None, list[dict[str, Any]]]:
+        """Thinking, answer and calls of a complete text; None for what is not there (but an answer of "" if there are
+        no calls either)."""
+        parts = [*self.feed(text), *self.finish()]
+        reasoning, content = (
+            "".join(part.text for part in parts if part.field == name) for name in ("reasoning_content", "content")
+        )
+        return reasoning or None, content or (None if self.tool_calls else ""), self.tool_calls
+
     def _take(self, events: list[Any]) -> list[Part]:
         parts: list[Part] = []
         for event in events:
@@ -107,13 +116,3 @@ def _openai_call(call: ToolCall) -> dict[str, Any]:
         "type": "function",
         "function": {"name": call.name, "arguments": arguments},
     }
-
-
-def whole_answer(text: str, *, thinking: bool, tools: bool) -> tuple[str | None, str | None, list[dict[str, Any]]]:
-    """Thinking, answer and calls of a complete text; None for a part that is not there (an answer stays "" if there is
-    neither)."""
-    reader = AnswerParts(thinking=thinking, tools=tools)
-    parts = [*reader.feed(text), *reader.finish()]
-    joined = {field: "".join(p.text for p in parts if p.field == field) for field in ("reasoning_content", "content")}
-    content = joined["content"] or (None if reader.tool_calls else "")
-    return joined["reasoning_content"] or None, content, reader.tool_calls

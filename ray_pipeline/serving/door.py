@@ -32,7 +32,7 @@ class Upstream:
 
     Attributes:
         model: the served model's name. context: its tokens. thinking: prompts end with `<think>`.
-        chat_extra: fields that every chat with tools is sent with. renamed: what the engine calls the model.
+        chat_extra: fields that every chat with tools is sent with.
     """
 
     engine: str
@@ -65,13 +65,13 @@ class Door:
             return JSONResponse(error_body(404, message, param="model", code="model_not_found"), 404)
         sent = self.client.build_request("POST", path, json=body)
         try:
-            answer = await until_left(lambda: self.client.send(sent, stream=True), lambda: left(request))
+            answer = await until_left(lambda: self.client.send(sent, stream=True), request)
             if answer is None:
                 return Response(status_code=499)
             if answer.headers.get("content-type", "").startswith("text/event-stream"):
                 events = self._events(answer, splitter)
                 return EventSourceResponse(events, ping=15, send_timeout=SEND_SECONDS, sep="\n")
-            content = await until_left(answer.aread, lambda: left(request))
+            content = await until_left(answer.aread, request)
             await answer.aclose()
         except httpx.HTTPError as error:
             return JSONResponse(error_body(502, f"{self.upstream.engine} does not answer ({error})"), 502)
@@ -116,12 +116,6 @@ def _split(splitter: Splitter | None, event: str, data: str) -> list[tuple[str, 
         return [(event, data)]
     value = json.loads(data)
     return [(name, json.dumps(one, ensure_ascii=False)) for name, one in splitter.event(event, value)]
-
-
-async def left(request: Request) -> None:
-    """Returns when the client is gone."""
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
 
 
 def door_app(upstream: Upstream) -> FastAPI:
@@ -171,7 +165,9 @@ def door_app(upstream: Upstream) -> FastAPI:
         body = await _body(request)
         if isinstance(body, Response):
             return body
-        return await door.relay(request, "/v1/messages", body, MessagesSplitter(thinking=upstream.thinking))
+        return await door.relay(
+            request, "/v1/messages", body, MessagesSplitter(upstream.model, thinking=upstream.thinking)
+        )
 
     for path in PASSED:
         app.post(path)(_passed(door, path))

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import uuid
 from collections.abc import Iterable
 from typing import Any, Protocol
 
-from ray_pipeline.serving.answer_parts import AnswerParts, whole_answer
+from ray_pipeline.serving.answer_parts import AnswerParts
 
 Json = dict[str, Any]
 Events = list[tuple[str, Json]]
@@ -25,7 +26,7 @@ class Splitter(Protocol):
 
 
 class ChatSplitter:
-    """Chat completions. An engine that splits by itself is let be."""
+    """Chat completions."""
 
     def __init__(self, *, thinking: bool, tools: bool):
         self.thinking, self.tools = thinking, tools
@@ -35,10 +36,9 @@ class ChatSplitter:
         """See `Splitter`."""
         for choice in value.get("choices", ()):
             message = choice.get("message", {})
-            _rename_reasoning(message)
-            if not message.get("content") or message.get("reasoning_content"):
+            if not message.get("content"):
                 continue
-            reasoning, content, calls = whole_answer(message["content"], thinking=self.thinking, tools=self.tools)
+            reasoning, content, calls = AnswerParts(thinking=self.thinking, tools=self.tools).whole(message["content"])
             message["content"] = content
             if reasoning is not None:
                 message["reasoning_content"] = reasoning
@@ -65,9 +65,11 @@ class ChatSplitter:
 
     def _choice(self, choice: Json) -> list[Json]:
         index = int(choice.get("index", 0))
-        parts = self._parts.setdefault(index, AnswerParts(thinking=self.thinking, tools=self.tools))
         delta = dict(choice.get("delta") or {})
-        _rename_reasoning(delta)
+        if index not in self._parts:
+            self._parts[index] = AnswerParts(thinking=self.thinking, tools=self.tools)
+            delta = {"role": "assistant"} | delta  # llama.cpp omits it where an answer begins with half a letter
+        parts = self._parts[index]
         finish = choice.get("finish_reason")
         text = delta.pop("content", None)
         said: list[Json] = [delta | ({"content": ""} if "role" in delta else {})] if delta else []
@@ -88,19 +90,12 @@ class ChatSplitter:
         return chunks
 
 
-def _rename_reasoning(message: Json) -> None:
-    """vLLM calls it `reasoning`."""
-    if "reasoning" in message:
-        reasoning = message.pop("reasoning")
-        if reasoning:
-            message.setdefault("reasoning_content", reasoning)
-
-
 class MessagesSplitter:
     """Anthropic's messages: a `thinking` block before each `text` block that begins with thinking."""
 
-    def __init__(self, *, thinking: bool):
-        self.thinking = thinking
+    def __init__(self, model: str, *, thinking: bool):
+        self.model, self.thinking = model, thinking
+        self._started = False
         self._parts: AnswerParts | None = None
         self._next = 0  # index of the next block that the client sees
         self._open: str | None = None  # its kind, while one is open
@@ -112,7 +107,7 @@ class MessagesSplitter:
             if block.get("type") != "text":
                 blocks.append(block)
                 continue
-            reasoning, content, _ = whole_answer(block["text"], thinking=self.thinking, tools=False)
+            reasoning, content, _ = AnswerParts(thinking=self.thinking).whole(block["text"])
             if reasoning:
                 blocks.append({"type": "thinking", "thinking": reasoning, "signature": ""})
             if content or not reasoning:
@@ -122,6 +117,10 @@ class MessagesSplitter:
     def event(self, name: str, value: Json) -> Events:
         """See `Splitter`."""
         kind = value.get("type")
+        if not self._started and kind in ("message_start", "content_block_start"):
+            self._started = True
+            if kind != "message_start":  # llama.cpp omits it where an answer begins with half a letter
+                return [("message_start", _message_start(self.model)), *self.event(name, value)]
         if kind == "content_block_start" and value["content_block"].get("type") == "text":
             self._parts = AnswerParts(thinking=self.thinking)
             return self._say(self._parts.feed(value["content_block"].get("text", "")))
@@ -159,6 +158,14 @@ class MessagesSplitter:
             return []
         self._open = None
         return [("content_block_stop", {"type": "content_block_stop", "index": self._next - 1})]
+
+
+def _message_start(model: str) -> Json:
+    message: Json = {
+        "id": f"msg_{uuid.uuid4().hex[:24]}", "type": "message", "role": "assistant", "model": model, "content": [],
+        "stop_reason": None, "stop_sequence": None, "usage": {"input_tokens": 0, "output_tokens": 0},
+    }  # fmt: skip
+    return {"type": "message_start", "message": message}
 
 
 class TextLogprobs:

@@ -54,14 +54,12 @@ class RunningEngine:
     """An engine that has loaded its model.
 
     Attributes:
-        app: what clients talk to. address: where the engine itself listens, if it is a server of its own.
-        stop: ends it; may be called twice.
+        app: what clients talk to. stop: ends it; may be called twice.
     """
 
     name: str
     app: FastAPI
     stop: Callable[[], None]
-    address: str | None = None
 
 
 class Engine(Protocol):

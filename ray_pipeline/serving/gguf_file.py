@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -46,8 +47,8 @@ def gguf_context(path: Path) -> int | None:
     return None if field is None else int(field.contents())
 
 
-def gguf_of(model: ServedModel, cache: Path) -> Path:
-    """The model as a GGUF file: the one there is, or one made now, in `cache`.
+def gguf_of(model: ServedModel) -> Path:
+    """The model as a GGUF file: the one there is, or one made now, in the user's cache.
 
     Raises:
         UserError: damaged weights, or an architecture that GGUF cannot hold.
@@ -56,6 +57,7 @@ def gguf_of(model: ServedModel, cache: Path) -> Path:
         return model.gguf
     source = model.source
     assert source is not None
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ray-pipeline"
     path = cache / "gguf" / f"{_digest(source, bos=model.bos)}-f16.gguf"
     if not path.is_file():
         _convert(model, source, path)

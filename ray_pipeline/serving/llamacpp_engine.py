@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ray_pipeline.errors import UserError
+from ray_pipeline.reasoning import OPEN
 from ray_pipeline.serving.engines import EngineSettings, RunningEngine, ServedModel
 from ray_pipeline.tools.format import TOOL_TOKENS
 
@@ -46,10 +47,9 @@ class LlamaCppEngine:
     def start(self, model: ServedModel, settings: EngineSettings) -> RunningEngine:
         """Load the GGUF file, made first where there is none."""
         from ray_pipeline.serving.door import Upstream, door_app
-        from ray_pipeline.serving.environments import cache_folder
         from ray_pipeline.serving.gguf_file import gguf_context, gguf_of
 
-        path = gguf_of(model, cache_folder())
+        path = gguf_of(model)
         own = gguf_context(path)
         if settings.context is not None and own is not None and settings.context > own:
             raise UserError(f"--context {settings.context}: the model's own is {own}. Give at most that.")
@@ -61,10 +61,22 @@ class LlamaCppEngine:
             raise UserError(f"{path}: llama.cpp does not load it ({error}). Try --engine native.") from None
         address = str(server.listening_address)
         running = [server]
+        thinking = _opens_thinking(address, key)
         upstream = Upstream(
-            self.name, model.name, address, key, context, chat_extra={"preserved_tokens": list(TOOL_TOKENS)}
+            self.name, model.name, address, key, context, thinking, {"preserved_tokens": list(TOOL_TOKENS)}
         )
-        return RunningEngine(self.name, door_app(upstream), running.clear, address)
+        return RunningEngine(self.name, door_app(upstream), running.clear)
+
+
+def _opens_thinking(address: str, key: str) -> bool:
+    """Whether the chat template ends a prompt with `<think>`, so that the model does not write it."""
+    import httpx
+
+    asked = {"messages": [{"role": "user", "content": "x"}]}
+    headers = {"Authorization": f"Bearer {key}"}
+    with httpx.Client(base_url=address, headers=headers, timeout=60, trust_env=False) as client:
+        prompt = str(client.post("/apply-template", json=asked).json().get("prompt", ""))
+    return prompt.rstrip().endswith(OPEN)
 
 
 def _server(path: Path, name: str, context: int, settings: EngineSettings, key: str) -> Any:
@@ -81,6 +93,7 @@ def _server(path: Path, name: str, context: int, settings: EngineSettings, key: 
     params.hostnames, params.port = ["127.0.0.1"], 0
     params.api_keys = [key]
     params.ui = False
+    params.reasoning_format = xllamacpp.common_reasoning_format.COMMON_REASONING_FORMAT_NONE  # the door parts it
     params.endpoint_metrics, params.endpoint_slots, params.endpoint_props = True, False, False
     # What a request does not say is as in OpenAI's API and in the other engines: nothing is cut.
     params.sampling.temp, params.sampling.top_k, params.sampling.top_p, params.sampling.min_p = 1.0, 0, 1.0, 0.0

@@ -8,6 +8,8 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from fastapi import Request
+
 from ray_pipeline.serving.answer_parts import AnswerParts
 from ray_pipeline.serving.guard import error_body
 from ray_pipeline.serving.replies import Json, Reply, usage
@@ -32,7 +34,6 @@ class Choice:
     answer: Answer
     parts: AnswerParts | None
     shown: int = 0
-    whole: dict[str, str] = field(default_factory=dict)
     tokens: list[Any] = field(default_factory=list)
 
     @property
@@ -81,11 +82,9 @@ class Exchange:
         if choice.parts is None:
             logprobs = self.reply.text_logprobs(tokens, len(self.echo)) if choice.reports else None
             return _choice(choice.index, {"text": self.echo + text}, logprobs, finish)
-        parts = [*choice.parts.feed(text), *choice.parts.finish()]
-        said = {name: "".join(p.text for p in parts if p.field == name) for name in ("reasoning_content", "content")}
-        calls = choice.parts.tool_calls
-        message: Json = {"role": "assistant", "content": said["content"] or (None if calls else "")}
-        message |= {"reasoning_content": said["reasoning_content"]} if said["reasoning_content"] else {}
+        reasoning, content, calls = choice.parts.whole(text)
+        message: Json = {"role": "assistant", "content": content}
+        message |= {} if reasoning is None else {"reasoning_content": reasoning}
         message |= {"tool_calls": calls} if calls else {}
         logprobs = self.reply.chat_logprobs(tokens) if choice.reports else None
         return _choice(choice.index, {"message": message}, logprobs, "tool_calls" if calls else finish)
@@ -162,12 +161,17 @@ def _data(value: Json) -> str:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
-async def until_left(work: Callable[[], Any], left: Callable[[], Any]) -> Any:
-    """The result of `work`; None where `left` (the client has gone) returns before it."""
-    tasks = [asyncio.ensure_future(work()), asyncio.ensure_future(left())]
+async def until_left(work: Callable[[], Any], request: Request) -> Any:
+    """The result of `work`; None where the client has gone before it."""
+    tasks = [asyncio.ensure_future(work()), asyncio.ensure_future(_left(request))]
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         return tasks[0].result() if tasks[0].done() else None
     finally:
         for task in tasks:
             task.cancel()
+
+
+async def _left(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

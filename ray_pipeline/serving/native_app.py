@@ -111,15 +111,9 @@ async def _answer(
     if form.stream:
         return EventSourceResponse(exchange.events(), ping=PING_SECONDS, send_timeout=SEND_SECONDS, sep="\n")
     try:
-        whole = await until_left(exchange.whole, lambda: _left(request))
+        whole = await until_left(exchange.whole, request)
     except AnswerFailed as error:
         return JSONResponse(error_body(500, str(error)), 500)
     finally:
         exchange.cancel()
     return Response(status_code=499) if whole is None else JSONResponse(whole)
-
-
-async def _left(request: Request) -> None:
-    """Returns when the client is gone."""
-    while (await request.receive())["type"] != "http.disconnect":
-        pass

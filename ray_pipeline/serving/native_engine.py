@@ -23,7 +23,6 @@ class NativeEngine:
         """Load the weights, onto a GPU where there is one."""
         import torch
 
-        from model.convert.tokenizer_start import begins_with_bos
         from ray_pipeline.evaluation.models import load
         from ray_pipeline.serving.native_app import native_app
         from ray_pipeline.serving.native_model import NativeModel
@@ -37,8 +36,5 @@ class NativeEngine:
             if settings.context > context:
                 raise UserError(f"--context {settings.context}: the model's own is {context}. Give at most that.")
             loaded.backend.context = settings.context
-        bos = model.bos
-        if bos is None:
-            bos = model.source.form == "stage" or begins_with_bos(model.source.tokenizer)
-        native = NativeModel(model.name, loaded, slots=settings.slots, bos=bos)
+        native = NativeModel(model.name, loaded, slots=settings.slots, bos=model.bos)
         return RunningEngine(self.name, native_app(native), native.writer.stop)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
+import signal
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pexpect
@@ -14,6 +17,7 @@ import pytest
 from ray_pipeline.cli import main
 from ray_pipeline.cli.chat_screen import Screen
 from ray_pipeline.cli.eval_target import find_model
+from ray_pipeline.errors import UserError
 from ray_pipeline.evaluation.conversation import Conversation
 from ray_pipeline.evaluation.models import load
 from tests.cli.made_run import make_run
@@ -52,6 +56,21 @@ def test_a_retry_draws_with_the_next_seed_and_replaces_the_answer(runs):
     assert again != first and [m["content"] for m in chat.messages] == ["What is 2+2?", again]
     same = talk(runs, temperature=1.5, seed=1)
     assert same.send("What is 2+2?", lambda _: None).text == again
+
+
+def test_a_conversation_is_as_it_was_when_no_answer_comes(runs):
+    chat = talk(runs)
+    chat.send("What is 2+2?", lambda _: None)
+    before = list(chat.messages)
+    with pytest.raises(UserError, match="tokens long: the model reads 128"):
+        chat.send("word " * 200, lambda _: None)
+    assert chat.messages == before
+    for parameter in chat.model.backend.model.parameters():
+        parameter.fill_(math.nan)
+    for again in (lambda: chat.send("And 3+3?", lambda _: None), lambda: chat.retry(lambda _: None)):
+        with pytest.raises(UserError, match="toy \\(sft\\)"):
+            again()
+        assert chat.messages == before
 
 
 def test_old_messages_are_left_out_and_it_is_said(runs):
@@ -112,7 +131,31 @@ def test_what_cannot_be_talked_to_is_refused(runs, capsys, arguments, said):
     assert said in capsys.readouterr().err
 
 
-def test_ctrl_c_stops_an_answer_and_ctrl_d_ends_the_chat(runs):
+def test_ctrl_c_stops_an_answer_and_the_chat_goes_on(runs, monkeypatch, capsys, tmp_path):
+    answering, pieces = Screen.answering, []
+
+    @contextmanager
+    def interrupted(screen):
+        with answering(screen) as show:
+
+            def shown(piece: str) -> None:
+                show(piece)
+                pieces.append(piece)
+                if len(pieces) == 2:
+                    signal.raise_signal(signal.SIGINT)
+
+            yield shown
+
+    monkeypatch.setattr(Screen, "answering", interrupted)
+    lines = ["What is 2+2?", f"/save {tmp_path / 'first'}", "/retry", f"/save {tmp_path / 'second'}"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
+    assert main(["chat", "toy:sft", "--output-dir", str(runs), "--max-new-tokens", "12"]) == 0
+    assert capsys.readouterr().out.count("Stopped.") == 1
+    first, second = (json.loads((tmp_path / name).read_text())["messages"][1] for name in ("first", "second"))
+    assert first["content"] == "".join(pieces[:2]) and second["content"] == "".join(pieces[2:]) != ""
+
+
+def test_in_a_terminal_ctrl_c_says_how_to_end_and_ctrl_d_ends_the_chat(runs):
     child = pexpect.spawn(
         sys.executable,
         ["-m", "ray_pipeline.cli", "chat", "toy:sft", "--output-dir", str(runs), "--max-new-tokens", "100"],
@@ -120,11 +163,10 @@ def test_ctrl_c_stops_an_answer_and_ctrl_d_ends_the_chat(runs):
         timeout=120,
         encoding="utf-8",
     )
-    ready = r"\x1b\[\?25h"  # the cursor is shown: a line can be typed
+    ready = r"\x1b\[\?2004h[\s\S]*?\x1b\[\?25h"  # a new prompt has come and its cursor is shown
     child.expect("lists the commands")
     child.expect(ready)
     child.send("What is 2+2?\r")
-    child.expect("Cut: |Stopped|\x1b\\[\\?2004h")
     child.expect(ready)
     child.send("\x03")
     child.expect("ends the chat")

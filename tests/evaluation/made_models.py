@@ -31,6 +31,23 @@ TINY = ModelConfig(
     max_position_embeddings=160,
     initializer_range=0.3,
 )
+# As small as GGUF's blocks of 32 numbers allow.
+EXPORTABLE = ModelConfig(
+    vocab_size=320,
+    hidden_size=64,
+    intermediate_size=96,
+    moe_intermediate_size=32,
+    num_hidden_layers=3,
+    num_attention_heads=2,
+    q_lora_rank=32,
+    kv_lora_rank=32,
+    qk_nope_head_dim=24,
+    qk_rope_head_dim=8,
+    v_head_dim=32,
+    n_routed_experts=4,
+    max_position_embeddings=128,
+    initializer_range=0.1,
+)
 
 
 def save_tokenizer(folder: Path) -> Path:

@@ -20,23 +20,8 @@ from ray_pipeline.data.chat.tokenizer import ChatTokenizer, load_tokenizer
 from ray_pipeline.data.chat.tokenizer_files import save_trained, train_bpe
 from ray_pipeline.evaluation.export_checks import GGUF_TOLERANCES, check_gguf, check_hf, check_native
 from ray_pipeline.records.artifacts import atomic_folder, write_manifest
+from tests.evaluation.made_models import EXPORTABLE
 
-CONFIG = ModelConfig(
-    vocab_size=320,
-    hidden_size=64,
-    intermediate_size=96,
-    moe_intermediate_size=32,
-    num_hidden_layers=3,
-    num_attention_heads=2,
-    q_lora_rank=32,
-    kv_lora_rank=32,
-    qk_nope_head_dim=24,
-    qk_rope_head_dim=8,
-    v_head_dim=32,
-    n_routed_experts=4,
-    max_position_embeddings=128,
-    initializer_range=0.1,
-)
 QUESTIONS = ["What is 12 + 34?", "Solve x + 5 = 9.", "Which is larger, 7 or 11?"]
 
 
@@ -52,7 +37,7 @@ def tokenizer(tokenizer_folder) -> ChatTokenizer:
     return load_tokenizer(tokenizer_folder)
 
 
-def build(config: ModelConfig = CONFIG) -> Transformer:
+def build(config: ModelConfig = EXPORTABLE) -> Transformer:
     model = Transformer(config)
     init_weights(model, config, seed=4)
     with torch.no_grad():
@@ -69,7 +54,7 @@ def build(config: ModelConfig = CONFIG) -> Transformer:
 def hf_folder(tmp_path, tokenizer_folder) -> Path:
     folder = tmp_path / "hf"
     folder.mkdir()
-    save_hf(folder, CONFIG, build().state_dict(), tokenizer_folder=tokenizer_folder, model_card="# t\n")
+    save_hf(folder, EXPORTABLE, build().state_dict(), tokenizer_folder=tokenizer_folder, model_card="# t\n")
     return folder
 
 
@@ -96,7 +81,7 @@ def test_a_changed_weight_fails_with_the_figure(hf_folder, tokenizer):
     assert f"largest logit difference {check.figures['max_logit_difference']:.3g} is over 0.001" in check.detail
 
 
-NATIVE = dataclasses.replace(CONFIG, attention="gqa", num_key_value_heads=1, norm="dyt")
+NATIVE = dataclasses.replace(EXPORTABLE, attention="gqa", num_key_value_heads=1, norm="dyt")
 
 
 @pytest.fixture
@@ -146,16 +131,21 @@ def test_a_changed_chat_template_fails(hf_folder, tokenizer):
 
 
 YARN = dataclasses.replace(
-    CONFIG, rope_scaling=RopeScaling(4.0, 32), n_group=2, topk_group=1, routed_scaling_factor=2.5, n_shared_experts=2
+    EXPORTABLE,
+    rope_scaling=RopeScaling(4.0, 32),
+    n_group=2,
+    topk_group=1,
+    routed_scaling_factor=2.5,
+    n_shared_experts=2,
 )
 
 V2 = dataclasses.replace(
-    CONFIG, scoring_func="softmax", topk_method="greedy", norm_topk_prob=False, n_shared_experts=2,
+    EXPORTABLE, scoring_func="softmax", topk_method="greedy", norm_topk_prob=False, n_shared_experts=2,
     routed_scaling_factor=2.0,
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("config", [CONFIG, YARN, V2], ids=["plain", "yarn_groups", "v2_router"])
+@pytest.mark.parametrize("config", [EXPORTABLE, YARN, V2], ids=["plain", "yarn_groups", "v2_router"])
 def test_llama_cpp_agrees_with_every_gguf(config, tmp_path, tokenizer_folder, tokenizer):
     pytest.importorskip("xllamacpp")
     for kind in GGUF_TOLERANCES:
@@ -180,7 +170,7 @@ def test_llama_cpp_agrees_with_every_gguf(config, tmp_path, tokenizer_folder, to
 def test_a_gguf_of_another_model_fails(kind, tmp_path, tokenizer_folder, tokenizer):
     pytest.importorskip("xllamacpp")
     path = tmp_path / "model.gguf"
-    wrong = dataclasses.replace(CONFIG, routed_scaling_factor=3.0)
+    wrong = dataclasses.replace(EXPORTABLE, routed_scaling_factor=3.0)
     save_gguf(path, wrong, build().state_dict(), kind=kind, tokenizer_folder=tokenizer_folder, name="t", licence="mit")
     check = check_gguf(path, kind, build(), tokenizer, QUESTIONS)
     assert check.status == "failed"

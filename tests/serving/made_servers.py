@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 import uvicorn
 
-from model.config import ModelConfig
 from model.convert.hf import save_hf
 from model.init import init_weights
 from model.transformer import Transformer
@@ -20,23 +19,8 @@ from ray_pipeline.data.chat.tokenizer_files import save_trained, train_bpe
 from ray_pipeline.serving.engines import EngineSettings, RunningEngine, known_engines
 from ray_pipeline.serving.guard import Guard, GuardRules
 from ray_pipeline.serving.http_server import bind
+from tests.evaluation.made_models import EXPORTABLE
 
-CONFIG = ModelConfig(
-    vocab_size=320,
-    hidden_size=64,
-    intermediate_size=96,
-    moe_intermediate_size=32,
-    num_hidden_layers=3,
-    num_attention_heads=2,
-    q_lora_rank=32,
-    kv_lora_rank=32,
-    qk_nope_head_dim=24,
-    qk_rope_head_dim=8,
-    v_head_dim=32,
-    n_routed_experts=4,
-    max_position_embeddings=128,
-    initializer_range=0.1,
-)
 THINKS_OFTEN = 4.0  # factor of the marks' rows in the output matrix
 
 
@@ -44,13 +28,13 @@ def save_model(folder: Path) -> Path:
     """A Hugging Face folder whose answers differ from prompt to prompt and hold marks of thinking."""
     tokenizer = folder.parent / "tokenizer"
     save_trained(train_bpe(["What is the larger of 12 and 34? Solve this and that."] * 20, 320), tokenizer)
-    model = Transformer(CONFIG)
-    init_weights(model, CONFIG, seed=4)
+    model = Transformer(EXPORTABLE)
+    init_weights(model, EXPORTABLE, seed=4)
     with torch.no_grad():
         model.lm_head.weight[:7] *= 0.1
         model.lm_head.weight[318:] *= THINKS_OFTEN
     folder.mkdir()
-    save_hf(folder, CONFIG, model.state_dict(), tokenizer_folder=tokenizer, model_card="# t\n")
+    save_hf(folder, EXPORTABLE, model.state_dict(), tokenizer_folder=tokenizer, model_card="# t\n")
     return folder
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ray_pipeline.serving.answer_parts import AnswerParts, whole_answer
+from ray_pipeline.serving.answer_parts import AnswerParts
 from ray_pipeline.tools.format import CALLS_BEGIN, render_calls
 
 CALL = render_calls([("add", {"a": 1, "b": [2]})])
@@ -20,7 +20,7 @@ def test_pieces_of_any_size_give_the_parts_of_the_whole(texts, sizes, thinking, 
         parts += reader.feed(rest[:size])
         rest = rest[size:]
     parts += reader.finish()
-    reasoning, content, calls = whole_answer(text, thinking=thinking, tools=tools)
+    reasoning, content, calls = AnswerParts(thinking=thinking, tools=tools).whole(text)
     joined = {field: "".join(p.text for p in parts if p.field == field) for field in ("reasoning_content", "content")}
     assert joined["reasoning_content"] == (reasoning or "")
     if not calls:
@@ -30,18 +30,18 @@ def test_pieces_of_any_size_give_the_parts_of_the_whole(texts, sizes, thinking, 
 
 def test_thinking_answer_and_call_are_apart():
     text = f"<think>\nfirst\nsecond \n</think>\n\nIt is 3. {CALL}"
-    reasoning, content, calls = whole_answer(text, thinking=False, tools=True)
+    reasoning, content, calls = AnswerParts(tools=True).whole(text)
     assert (reasoning, content) == ("first\nsecond", "It is 3. ")
     assert [call["function"] for call in calls] == [{"name": "add", "arguments": '{"a": 1, "b": [2]}'}]
 
 
 def test_thinking_that_the_prompt_began_and_nobody_ended_is_no_answer():
-    assert whole_answer("so far", thinking=True, tools=False) == ("so far", "", [])
+    assert AnswerParts(thinking=True).whole("so far") == ("so far", "", [])
 
 
 def test_a_text_without_marks_is_the_answer_as_it_is():
-    assert whole_answer(" 4 <5\n", thinking=False, tools=False) == (None, " 4 <5\n", [])
+    assert AnswerParts().whole(" 4 <5\n") == (None, " 4 <5\n", [])
 
 
 def test_a_block_of_calls_that_cannot_be_read_stays_visible():
-    assert whole_answer(f"x{CALLS_BEGIN}y", thinking=False, tools=True) == (None, f"x{CALLS_BEGIN}y", [])
+    assert AnswerParts(tools=True).whole(f"x{CALLS_BEGIN}y") == (None, f"x{CALLS_BEGIN}y", [])

@@ -12,8 +12,9 @@ import pytest
 from model.generate.decode import generate
 from ray_pipeline.evaluation.model_source import describe_folder
 from ray_pipeline.evaluation.models import LanguageModel, load
-from ray_pipeline.serving.answer_parts import whole_answer
-from tests.serving.made_servers import CONFIG, save_model, serving, start
+from ray_pipeline.serving.answer_parts import AnswerParts
+from tests.evaluation.made_models import EXPORTABLE
+from tests.serving.made_servers import save_model, serving, start
 
 QUESTIONS = [f"What is {i} + {3 * i}?" for i in range(24)]
 
@@ -57,7 +58,7 @@ def test_answers_to_clients_at_once_are_the_decoders_one_by_one(client, model):
     with ThreadPoolExecutor(12) as pool:
         answers = list(pool.map(lambda q: ask(client, q, max_tokens=40, temperature=0), QUESTIONS))
     for question, answer in zip(QUESTIONS, answers, strict=True):
-        reasoning, content, _ = whole_answer(expected(model, question, limit=40), thinking=False, tools=False)
+        reasoning, content, _ = AnswerParts().whole(expected(model, question, limit=40))
         message = answer.choices[0].message
         assert (getattr(message, "reasoning_content", None), message.content) == (reasoning, content)
 
@@ -73,7 +74,7 @@ def test_streamed_samples_are_the_decoders_with_thinking_apart(client, model):
             said["reasoning_content"] += getattr(delta, "reasoning_content", None) or ""
             finish = chunk.choices[0].finish_reason or finish
         text = expected(model, "What is 4 + 3?", limit=60, temperature=1.0, seed=seed)
-        reasoning, content, _ = whole_answer(text, thinking=False, tools=False)
+        reasoning, content, _ = AnswerParts().whole(text)
         assert said == {"reasoning_content": reasoning or "", "content": content}
         assert finish in ("stop", "length")
         thought += reasoning is not None
@@ -103,7 +104,7 @@ def test_completions_stop_and_echo(client, model):
 
 def test_a_prompt_over_the_context_is_refused_with_both_numbers(client):
     with pytest.raises(
-        openai.BadRequestError, match=rf"has \d{{3}} tokens, .* context is {CONFIG.max_position_embeddings}"
+        openai.BadRequestError, match=rf"has \d{{3}} tokens, .* context is {EXPORTABLE.max_position_embeddings}"
     ):
         ask(client, "abc " * 200)
 

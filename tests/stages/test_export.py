@@ -28,28 +28,13 @@ from ray_pipeline.report.summary import figure_text
 from ray_pipeline.settings.checks import warnings
 from ray_pipeline.settings.schema import PipelineFields
 from ray_pipeline.stages import export
+from tests.evaluation.made_models import EXPORTABLE
 
-CONFIG = ModelConfig(
-    vocab_size=320,
-    hidden_size=64,
-    intermediate_size=96,
-    moe_intermediate_size=32,
-    num_hidden_layers=3,
-    num_attention_heads=2,
-    q_lora_rank=32,
-    kv_lora_rank=32,
-    qk_nope_head_dim=24,
-    qk_rope_head_dim=8,
-    v_head_dim=32,
-    n_routed_experts=4,
-    max_position_embeddings=128,
-    initializer_range=0.1,
-)
 QUESTIONS = ["What is 12 + 34?", "Solve x + 5 = 9.", "Which is larger, 7 or 11?"]
 
 
 def save_stage(folder: Path, **changes) -> StageResult:
-    config = ModelConfig(**{**CONFIG.__dict__, **changes})
+    config = ModelConfig(**{**EXPORTABLE.__dict__, **changes})
     model = Transformer(config)
     init_weights(model, config, seed=4)
     save_model(folder / "model", config, model.state_dict())
@@ -69,7 +54,7 @@ def make_context(run: Path, settings: dict | None = None, **changes) -> StageCon
     inputs = {name: StageResult(run / name, *figures, True) for name in ("grpo", "distillation")} | {
         "data_prep": StageResult(data)
     }
-    config = PipelineFields(model=CONFIG, **(settings or {}))
+    config = PipelineFields(model=EXPORTABLE, **(settings or {}))
     return StageContext(config, "toy", run, run / "export", inputs, launcher=None)
 
 
@@ -118,7 +103,7 @@ def test_plain_text_begins_as_the_model_has_seen_it(tmp_path, pretrained):
 def test_an_architecture_without_a_published_class_is_written_in_our_own_format(tmp_path):
     other = {"attention": "gqa", "num_key_value_heads": 1, "norm": "dyt"}
     context = make_context(tmp_path, **other)
-    model = ModelConfig(**{**CONFIG.__dict__, **other})
+    model = ModelConfig(**{**EXPORTABLE.__dict__, **other})
     context = replace(context, config=context.config.model_copy(update={"model": model}))
     save_stage(tmp_path / "distillation", num_hidden_layers=1, num_nextn_predict_layers=0, **other)
     result = export.run(context)
@@ -240,8 +225,8 @@ def test_killed_while_writing_it_resumes_to_the_same_files(where, tmp_path):
 
 def test_rounding_leaves_the_balancing_bias_alone(tmp_path):
     context = make_context(tmp_path, {"export": {"dtype": "bfloat16", "gguf": []}})
-    model = Transformer(CONFIG)
-    init_weights(model, CONFIG, seed=0)
+    model = Transformer(EXPORTABLE)
+    init_weights(model, EXPORTABLE, seed=0)
     bias = model.layers["1"].mlp.gate.e_score_correction_bias
     bias.fill_(0.1234567)
     rounded = export._rounded(context, model)

@@ -118,7 +118,7 @@ def rollout_engine(rank: Rank, whole: WholeModel, config: ModelConfig) -> Rollou
         UserError: it cannot be had here.
     """
     settings, mesh, device = rank.config.grpo, rank.mesh, rank.device
-    assert settings.rollout.engine == "native", "config_checks refuses the others"
+    assert settings.rollout.engine == "native", "settings.checks refuses the others"
     rules = sampling_rules(settings, rank.config.tools)
     tokenizer, rollout = rank.data / TOKENIZER, settings.rollout
     if rollout.max_staleness and not rollout.workers:

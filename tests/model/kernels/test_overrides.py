@@ -58,11 +58,6 @@ def _experts(generator: torch.Generator, dtype: torch.dtype) -> list[Case]:
     return out
 
 
-def _norms(generator: torch.Generator, dtype: torch.dtype) -> list[Case]:
-    shapes = ((2, 3, 6), (1, 64), (0, 8))
-    return [((_random(generator, dtype, *s), _random(generator, dtype, s[-1])), (1e-6,)) for s in shapes]
-
-
 def _losses(generator: torch.Generator, dtype: torch.dtype) -> list[Case]:
     column = torch.tensor([[1], [0], [2]])
     sizes = (1.0, 300.0)  # and probabilities that fp32 does not hold
@@ -72,7 +67,6 @@ def _losses(generator: torch.Generator, dtype: torch.dtype) -> list[Case]:
 CASES: dict[str, Callable[[torch.Generator, torch.dtype], list[Case]]] = {
     "product": lambda generator, dtype: _products(generator, dtype, False),
     "transposed_product": lambda generator, dtype: _products(generator, dtype, True),
-    "rms_norm": _norms,
     "attention": _attention,
     "experts": _experts,
     "softmax_loss": _losses,
