@@ -76,11 +76,12 @@ def _held(work: Workload, weights: Iterable[Weight]) -> _Held:
     return _Held(full, shard, largest, persistent, gathered, maps, largest_map)
 
 
-def rank_memory(work: Workload, pp_rank: int, device: str) -> Memory:
+def rank_memory(work: Workload, pp_rank: int, device: str, whole: list[int] | None = None) -> Memory:
     """The fullest moment of a rank at place `pp_rank` of the pipeline; the other axes hold the same by symmetry.
 
     Args:
         device: "cpu" or "cuda"; decides which kernels run, and whether reduction overlaps backward.
+        whole: bytes of the weights of every pipeline rank, uncut, where they were counted before.
     """
     parts = work.parts_of_rank(pp_rank)
     held = _held(work, (weight for part in parts for weight in trained_weights(work, part.layers)))
@@ -90,7 +91,7 @@ def rank_memory(work: Workload, pp_rank: int, device: str) -> Memory:
     moments = [_with(steady, moment) for moment in _passes(work, held, parts, pp_rank, device)]
     moments.append(_with(steady, _update(work, held)))
     if work.copies:
-        moments.append(_with(steady, _gathering(work, parts)))
+        moments.append(_with(steady, _gathering(work, parts, whole or _whole_weights(work))))
         moments.append(_with(steady, Memory("sampling", buffers=work.copies.sampling)))
         moments.append(Memory("teacher answers", buffers=work.copies.before, host=steady.host))
     return max(moments, key=lambda memory: memory.total)
@@ -241,16 +242,20 @@ def _reducing(work: Workload, held: _Held, device: str) -> dict[str, int]:
     return {"bucket": buckets * FP32 * zero_settings.reduce_bucket(held.full)}
 
 
-def _gathering(work: Workload, parts: list[Part]) -> Memory:
+def _whole_weights(work: Workload) -> list[int]:
+    """Bytes of the weights of every pipeline rank before any other axis cuts them."""
+    return [
+        FP32 * sum(w.count for part in work.parts_of_rank(rank) for w in part_weights(work.model, part.layers))
+        for rank in range(work.layout.pp)
+    ]
+
+
+def _gathering(work: Workload, parts: list[Part], whole: list[int]) -> Memory:
     """The whole model is brought together, to be evaluated or saved."""
     layout = work.layout
     own = sum(w.local(layout.tp, layout.ep) for part in parts for w in part_weights(work.model, part.layers))
-    ranks = [
-        FP32 * sum(w.count for part in work.parts_of_rank(rank) for w in part_weights(work.model, part.layers))
-        for rank in range(layout.pp)
-    ]
     cut = layout.tp > 1 or layout.ep > 1
-    size = gathering_bytes(FP32 * own, ranks, cut=cut, zero_3=layout.zero_stage == 3)
+    size = gathering_bytes(FP32 * own, whole, cut=cut, zero_3=layout.zero_stage == 3)
     return Memory("gathering", buffers={"weights of other ranks": size})
 
 
@@ -278,4 +283,5 @@ def _update(work: Workload, held: _Held) -> Memory:
 
 def stage_memory(work: Workload, device: str) -> list[Memory]:
     """The fullest moment of every pipeline rank."""
-    return [rank_memory(work, pp_rank, device) for pp_rank in range(work.layout.pp)]
+    whole = _whole_weights(work)
+    return [rank_memory(work, pp_rank, device, whole) for pp_rank in range(work.layout.pp)]

@@ -7,6 +7,7 @@ from rich.table import Table
 
 from ray_pipeline.costs.estimate import Plan
 from ray_pipeline.costs.picture import pp_layout_text
+from ray_pipeline.costs.search import Search
 from ray_pipeline.costs.timing import flops_per_token
 from ray_pipeline.costs.weights import main_model
 from ray_pipeline.records.units import bytes_text, count_text, scaled, time_text
@@ -42,6 +43,37 @@ def print_plan(console: Console, plan: Plan) -> None:
             console.print(note, style="dim", highlight=False, markup=False)
     console.print()
     _verdict(console, plan)
+
+
+def print_search(console: Console, search: Search, stage: str, device: str) -> None:
+    """The layouts that were found, fastest first, and how sure it is that there is none faster."""
+    if search.found:
+        first = search.found[0].work
+        console.print(f"{stage}: {first.layout.gpus} ranks on {device}, fastest first", style="bold", highlight=False)
+        table = _table("step", "tokens/s", "MFU", "bubble", "memory", "sent", "rank hours", "layout", left=0)
+        table.columns[-1].justify, table.columns[-1].overflow = "left", "fold"
+        for one in search.found:
+            timing = one.timing
+            table.add_row(
+                time_text(timing.seconds), count_text(timing.tokens_per_second), f"{timing.mfu:.1%}",
+                f"{timing.bubble:.1%}", bytes_text(max(one.fit.needs)), bytes_text(one.sent()),
+                count_text(one.hours()), one.flags(),
+            )  # fmt: skip
+        console.print(table)
+    else:
+        text = f"DOES NOT FIT: of {search.judged} layouts none does" if search.judged > 1 else "DOES NOT FIT"
+        if search.least > search.usable:
+            text += f"; the least needs {bytes_text(search.least)} a rank of {bytes_text(search.usable)} usable"
+        console.print(
+            text + ". `plan` without --search shows what takes the memory.", style="bold red", highlight=False
+        )
+    end = ", the most promising first: time ran out."
+    if search.tried == search.sizes:
+        end = ". No other is faster." if search.found else "."
+    console.print(
+        f"layouts judged: {search.judged}; sets of sizes gone through: {search.tried} of {search.sizes}{end}",
+        style="dim", highlight=False,
+    )  # fmt: skip
 
 
 def _layers_text(plan: Plan) -> str:

@@ -4,13 +4,14 @@ schedule played with both."""
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 from ray_pipeline.costs.attention_costs import core_flops
 from ray_pipeline.costs.hardware_table import Hardware
 from ray_pipeline.costs.head_loss import computes_logits_again
 from ray_pipeline.costs.kernels import kernels
-from ray_pipeline.costs.traffic import Group, Traffic, boundary_bytes, groups, part_messages, rank_traffic
-from ray_pipeline.costs.weights import layer_weights
+from ray_pipeline.costs.traffic import Group, Traffic, boundary_bytes, gradient_traffic, groups, part_messages
+from ray_pipeline.costs.weights import alike, layer_weights
 from ray_pipeline.costs.workload import Part, Workload
 from ray_pipeline.engine.pipeline.schedule import build_schedule
 from ray_pipeline.engine.pipeline.schedule_simulation import Costs, simulate
@@ -52,15 +53,14 @@ def part_flops(work: Workload, part: Part) -> tuple[int, int]:
     layers = [*part.layers] * model.recursion_depth + [*ahead]
     scores = core_flops(work, kernels(layout.device))
     forward = again = 0
-    for layer in layers:
+    for layer, number in alike(model, layers):
         products = {"attention": scores, "rest": 0}
         for weight in layer_weights(model, layer):
             kind = "attention" if weight.kind == "attention" else "rest"
             products[kind] += 2 * weight.active // (layout.tp if weight.tp else 1)
-        forward += sum(products.values())
-        again += {"none": 0, "selective": products["attention"], "full": sum(products.values())}[
-            layout.activation_checkpointing
-        ]
+        repeated = {"none": 0, "selective": products["attention"], "full": sum(products.values())}
+        forward += number * sum(products.values())
+        again += number * repeated[layout.activation_checkpointing]
     if part.last:
         head = 2 * model.vocab_size * model.hidden_size // layout.tp
         forward += (1 + len(ahead)) * head + len(ahead) * 4 * model.hidden_size**2
@@ -82,13 +82,21 @@ def part_launches(work: Workload, part: Part) -> int:
     return int(count * again) + 60 * part.last
 
 
-def step_timing(work: Workload, hardware: Hardware) -> Timing:
-    """Play the step on `hardware`, which is what one rank has."""
-    layout, parts = work.layout, work.parts
+@dataclass(frozen=True)
+class _PartTimes:
+    """Seconds of one micro-batch: computing and messages of every part, forward and backward of all parts together."""
+
+    computing: list[float]
+    talking: list[float]
+    forward: float
+    backward: float
+
+
+def _part_times(work: Workload, hardware: Hardware) -> _PartTimes:
     speed = hardware.peak(work.bf16) * hardware.achieved
     sizes = groups(work)
     computing, talking, forward_total, backward_total = [], [], 0.0, 0.0
-    for part in parts:
+    for part in work.parts:
         forward, again = part_flops(work, part)
         messages = part_messages(work, part)
         sent = [
@@ -101,12 +109,38 @@ def step_timing(work: Workload, hardware: Hardware) -> Timing:
         talking.append(sum(sent))
         forward_total += slower * forward / speed + sent[0]
         backward_total += slower * (2 * forward + again) / speed + sent[1]
-    ratio = backward_total / forward_total
+    return _PartTimes(computing, talking, forward_total, backward_total)
+
+
+def mean_work(work: Workload, hardware: Hardware) -> float:
+    """What a rank computes and sends within layers in a step on average: no schedule makes a step shorter."""
+    times = _part_times(work, hardware)
+    return work.micro_batches * (sum(times.computing) + sum(times.talking)) / work.layout.pp
+
+
+def least_seconds(work: Workload, hardware: Hardware, *, reduces: bool = True) -> float:
+    """What a step takes at least, without playing its schedule: the work of the busiest rank, and what reduction adds.
+
+    Under 1f1b the first micro-batch has to come to that rank through those before it, and its gradients go back.
+    """
+    times, pp = _part_times(work, hardware), work.layout.pp
+    whole = [computing + talking for computing, talking in zip(times.computing, times.talking, strict=True)]
+    busy = [work.micro_batches * sum(whole[part.stage] for part in work.parts_of_rank(rank)) for rank in range(pp)]
+    way = [0.0, *accumulate(whole)] if work.layout.schedule == "1f1b" else [0.0] * pp
+    longest = max(busy[rank] + way[rank] for rank in range(pp))
+    return longest + (_gradient_seconds(work, hardware, busy) if reduces else 0.0)
+
+
+def step_timing(work: Workload, hardware: Hardware) -> Timing:
+    """Play the step on `hardware`, which is what one rank has."""
+    layout, sizes, times = work.layout, groups(work), _part_times(work, hardware)
+    computing, talking = times.computing, times.talking
+    ratio = times.backward / times.forward
     whole = [(c + t) / (1 + ratio) for c, t in zip(computing, talking, strict=True)]
     message = sizes["pp"].seconds(boundary_bytes(work), hardware, ring=True) if layout.pp > 1 else 0.0
     finish, busy = _play(work, Costs(1, ratio, ratio / 2, ratio / 2, message, tuple(whole)))
     busiest = max(range(layout.pp), key=lambda rank: busy[rank])
-    gradients = max(_gradient_seconds(work, rank, hardware, busy[rank]) for rank in range(layout.pp))
+    gradients = _gradient_seconds(work, hardware, busy)
     seconds = finish + gradients
     held = [part.stage for part in work.parts_of_rank(busiest)]
     m = work.micro_batches
@@ -143,22 +177,20 @@ def _play(work: Workload, costs: Costs) -> tuple[float, list[float]]:
     return finish, busy
 
 
-def _gradient_seconds(work: Workload, pp_rank: int, hardware: Hardware, busy: float) -> float:
+def _gradient_seconds(work: Workload, hardware: Hardware, busy: list[float]) -> float:
     """What reduction adds to the step: part of it runs beside backward, which is two thirds of the computing.
 
     ZeRO 0 has the last micro-batch's to hide behind, ZeRO 2 and 3 all of them where there are streams, ZeRO 1 none.
     """
-    sizes = groups(work)
-    exposed = sum(
-        message_seconds(message, sizes, hardware)
-        for message in rank_traffic(work, pp_rank)
-        if message.axis.startswith("dp")
-    )
-    if work.layout.zero_stage == 0:
-        exposed -= busy * 2 / 3 / work.micro_batches
-    elif work.layout.zero_stage >= 2 and hardware.device == "cuda":
-        exposed -= busy * 2 / 3
-    return max(0.0, exposed)
+    sizes, longest = groups(work), 0.0
+    for rank in range(work.layout.pp):
+        exposed = sum(message_seconds(message, sizes, hardware) for message in gradient_traffic(work, rank))
+        if work.layout.zero_stage == 0:
+            exposed -= busy[rank] * 2 / 3 / work.micro_batches
+        elif work.layout.zero_stage >= 2 and hardware.device == "cuda":
+            exposed -= busy[rank] * 2 / 3
+        longest = max(longest, exposed)
+    return longest
 
 
 def message_seconds(message: Traffic, sizes: dict[str, Group], hardware: Hardware) -> float:

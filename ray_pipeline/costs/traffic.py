@@ -14,7 +14,7 @@ from model.parallel.placement import ranks_of
 from ray_pipeline.costs.attention_costs import entering, indexer_messages, key_heads
 from ray_pipeline.costs.hardware_table import Hardware
 from ray_pipeline.costs.head_loss import computes_logits_again, num_heads
-from ray_pipeline.costs.weights import Weight, part_weights, trained_weights
+from ray_pipeline.costs.weights import Weight, alike, part_weights, trained_weights
 from ray_pipeline.costs.workload import FP32, Part, Workload
 from ray_pipeline.engine import zero_settings
 
@@ -112,10 +112,10 @@ def part_messages(work: Workload, part: Part) -> dict[str, tuple[int, int]]:
     if part.last and work.trains_mtp:
         layers += model.mtp_layers
     total = {axis: [0, 0] for axis in ("tp", "sp", "ep")}
-    for layer in layers:
+    for layer, number in alike(model, layers):
         for axis, (forward, backward) in layer_messages(work, layer).items():
-            total[axis][0] += forward
-            total[axis][1] += backward
+            total[axis][0] += number * forward
+            total[axis][1] += number * backward
     stream = 2 * _ring(work.tokens_at_once * model.hidden_size * FP32, tp)
     if part.first:
         total["tp"][0] += stream  # every rank looks up its slice of the vocabulary
@@ -166,6 +166,12 @@ def rank_traffic(work: Workload, pp_rank: int) -> list[Traffic]:
             found.append(Traffic(axis, operation, m * sent))
     if crossings := _crossings(work, pp_rank):
         found.append(Traffic("pp", "send", m * crossings * boundary_bytes(work)))
+    return found + gradient_traffic(work, pp_rank)
+
+
+def gradient_traffic(work: Workload, pp_rank: int) -> list[Traffic]:
+    """Of that, what replicas of the same weights send each other."""
+    parts, found = work.parts_of_rank(pp_rank), []
     trained = [weight for part in parts for weight in trained_weights(work, part.layers)]
     base = [] if work.lora is None else [weight for part in parts for weight in part_weights(work.model, part.layers)]
     for axis, expert, n in (("dp", False, work.replicas), ("dp, experts", True, work.expert_replicas)):

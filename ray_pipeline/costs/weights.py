@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
@@ -120,6 +121,13 @@ def layer_weights(model: ModelConfig, layer: int) -> list[Weight]:
     dense = _swiglu("dense ffn", model.hidden_size, model.intermediate_size)
     feed_forward = _experts(model) if model.is_moe_layer(layer) else dense
     return [*_attention(model), _block_norms(model, 2), *feed_forward]
+
+
+def alike(model: ModelConfig, layers: Iterable[int]) -> list[tuple[int, int]]:
+    """One layer of each kind, and how many there are of it: layers differ by their feed-forward alone."""
+    first: dict[bool, int] = {}
+    kinds = Counter(first.setdefault(model.is_moe_layer(layer), layer) for layer in layers)
+    return list(kinds.items())
 
 
 def mtp_projection(model: ModelConfig) -> Weight:

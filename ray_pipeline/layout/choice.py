@@ -24,7 +24,7 @@ def nearest_legal(config: PipelineFields, wanted: Layout, most_gpus: int) -> Lay
 
     Among equals: the one with as many ranks as wanted, then the one with the least changed sizes.
     """
-    sizes = _by_changes(wanted, _sizes(config, wanted, most_gpus))
+    sizes = _by_changes(wanted, sizes_up_to(config, most_gpus))
     options = _by_changes(wanted, _options(wanted))
     for changes in range(len(fields(Layout)) + 1):
         pairs = (pair for i, found in sizes.items() for pair in product(found, options.get(changes - i, ())))
@@ -35,8 +35,8 @@ def nearest_legal(config: PipelineFields, wanted: Layout, most_gpus: int) -> Lay
     raise AssertionError("one rank without any option breaks no rule")
 
 
-def _sizes(config: PipelineFields, wanted: Layout, most_gpus: int) -> Iterator[dict[str, Any]]:
-    """Sizes of up to `most_gpus` ranks. Those that would break a rule whatever the other sizes are left out."""
+def sizes_up_to(config: PipelineFields, most_gpus: int) -> Iterator[dict[str, Any]]:
+    """Sizes of every axis, and `gpus`, of up to `most_gpus` ranks; none that break a rule whatever the others are."""
     layers = min(model.num_hidden_layers for _, model in models(config))
     heads, experts = shared(config, "num_attention_heads"), shared(config, "n_routed_experts")
     widths = (shared(config, key) for key in ("intermediate_size", "moe_intermediate_size", "vocab_size"))
