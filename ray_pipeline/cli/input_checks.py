@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING
 
 import click
@@ -11,6 +10,7 @@ from ray_pipeline.errors import UserError, command
 
 if TYPE_CHECKING:
     from ray_pipeline.dag.request import RunRequest
+    from ray_pipeline.launch.cluster import Cluster
     from ray_pipeline.layout.layout import Layout
     from ray_pipeline.settings.schema import PipelineFields
 
@@ -18,9 +18,11 @@ if TYPE_CHECKING:
 EVALUATED = ("sft", "dpo", "grpo", "distillation")  # whose models answer questions, with tools if there are any
 
 
-def check_inputs(request: RunRequest) -> None:
+def check_inputs(request: RunRequest, cluster: Cluster | None = None) -> None:
     """Look at the input files and names now, if a stage is going to read them.
 
+    Args:
+        cluster: where the ranks will run, if that is not this machine.
     Raises:
         UserError: naming the file, and the line where there is one.
     """
@@ -31,7 +33,7 @@ def check_inputs(request: RunRequest) -> None:
     config, layout = request.config, request.layout
     rows = plan(config, layout, request.run_dir, request.stages)
     working = [row.stage for row in rows if row.action in ("run", "resume")]
-    _check_memory(config, layout, working)
+    _check_memory(config, layout, working, cluster)
     if "data_prep" in working:
         for text in check_sources(config):
             click.echo(text)
@@ -62,8 +64,8 @@ def _tell_without_landlock() -> None:
         click.echo("Warning: without_landlock: a model's programs can read every file that you can read.", err=True)
 
 
-def _check_memory(config: PipelineFields, layout: Layout, working: list[str]) -> None:
-    """Refuse a stage that cannot fit where its ranks will run: this machine, or Modal. Another cluster is not known.
+def _check_memory(config: PipelineFields, layout: Layout, working: list[str], cluster: Cluster | None) -> None:
+    """Refuse a stage that cannot fit where its ranks will run: this machine, a Ray cluster, or Modal.
 
     Raises:
         UserError: what is needed, what there is, and what would fit.
@@ -73,9 +75,13 @@ def _check_memory(config: PipelineFields, layout: Layout, working: list[str]) ->
     from ray_pipeline.costs.table import needs_text, way_out
     from ray_pipeline.settings.schema import TRAINING_STAGES
 
-    elsewhere = config.backend != "modal" and bool(os.environ.get("RAY_ADDRESS"))
-    hardware = None if elsewhere or not config.layout.check_memory else running_hardware(config, layout.device)
+    if not config.layout.check_memory:
+        return
+    hardware = running_hardware(config, layout.device, cluster)
     if hardware is None:
+        click.echo(
+            "Warning: the memory of these GPUs is not known, so that nothing says whether the run fits", err=True
+        )
         return
     for stage in [name for name in working if name in TRAINING_STAGES]:
         found = make_plan(config, layout, stage, hardware)

@@ -17,6 +17,7 @@ from ray_pipeline.settings.run_folder import CONFIG_FILE
 
 if TYPE_CHECKING:
     from ray_pipeline.dag.request import RunRequest
+    from ray_pipeline.launch.cluster import Cluster
     from ray_pipeline.layout.layout import Layout
     from ray_pipeline.settings.schema import PipelineFields
 
@@ -48,13 +49,15 @@ def checked(config: PipelineFields, options: dict[str, Any], *, resume: bool = F
     """
     from ray_pipeline.dag.identity import default_run_name
     from ray_pipeline.dag.request import RunRequest, StageSelection
+    from ray_pipeline.launch.cluster import named_cluster
 
     stages = StageSelection(only=options["stage"], from_=options["from_"], until=options["until"])
     stages.check()
     notices(config)
     config = config.model_copy(update={"run_name": config.run_name or default_run_name(config)})
-    request = RunRequest(config, layout_here(config), stages, resume, options["dry_run"])
-    check_inputs(request)
+    cluster = named_cluster() if config.backend != "modal" else None
+    request = RunRequest(config, layout_there(config, cluster), stages, resume, options["dry_run"])
+    check_inputs(request, cluster)
     return request
 
 
@@ -79,14 +82,23 @@ def can_resume(config: PipelineFields) -> Iterator[None]:
         raise Interrupted(f"Stopped. Go on with: {command('resume', str(config.run_name), *place)}") from None
 
 
-def layout_here(config: PipelineFields) -> Layout:
-    """The layout on this machine; says so when CPU ranks stand in for GPUs."""
+def layout_there(config: PipelineFields, cluster: Cluster | None) -> Layout:
+    """The layout on this machine or the cluster; says so when CPU ranks stand in for GPUs."""
     from ray_pipeline.hardware import count_gpus
     from ray_pipeline.layout.choice import device_notice, resolve_layout
 
-    layout = resolve_layout(config, 0 if config.backend == "cpu" else count_gpus())
+    if cluster is None:
+        layout = resolve_layout(config, 0 if config.backend == "cpu" else count_gpus())
+    else:
+        # A cluster that grows on demand may have none of them yet.
+        wanted = config.layout.gpus or 0 if config.layout.wait_for_nodes and config.backend != "cpu" else 0
+        layout = resolve_layout(config, max(cluster.gpus, wanted), there="the Ray cluster")
+        most = max((node.gpus for node in cluster.nodes), default=0)
+        if layout.device == "cuda" and 0 < most < layout.tp:
+            text = f"tp_size={layout.tp}: a node has {most} GPUs, so tensor parallelism crosses the network"
+            click.echo(f"Warning: {text}", err=True)
     if notice := device_notice(config, layout):
-        click.echo(notice)
+        click.echo(notice if cluster is None else notice.replace("here", "in the Ray cluster", 1))
     return layout
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from ray_pipeline.errors import UserError, did_you_mean
+from ray_pipeline.launch.cluster import Cluster
 from ray_pipeline.settings.schema import PipelineFields
 
 TERA, GIGA = 10**12, 10**9
@@ -61,6 +62,8 @@ _DEVICES = (
     Hardware("b200", "B200 SXM", 2250 * TERA, 75 * TERA, 180 * GIGA, 900 * GIGA, 50 * GIGA),
 )
 _ALIASES = {"a100": "a100-80gb", "h100!": "h100", "h100-80gb": "h100"}
+# Ray's names of accelerators that are others here; an A100 whose memory it does not tell is taken for the smaller one.
+_RAY_NAMES = {"A100": "a100-40gb", "A100-40G": "a100-40gb", "A100-80G": "a100-80gb", "": "unknown"}
 _CPU = "cpu"
 NAMES = (*(device.name for device in _DEVICES), _CPU)
 
@@ -93,13 +96,15 @@ def default_hardware(config: PipelineFields) -> Hardware:
         raise UserError(f"{text} Name one with --hardware to plan for it.") from None
 
 
-def running_hardware(config: PipelineFields, device: str) -> Hardware | None:
-    """What ranks on this machine, or on Modal, will have; None for a GPU on Modal that is not in the table."""
+def running_hardware(config: PipelineFields, device: str, cluster: Cluster | None = None) -> Hardware | None:
+    """What ranks on this machine, on Modal or in a Ray cluster will have; None for a GPU that is not in the table."""
     if config.backend == "modal":
         try:
             return find_hardware(config.modal.gpu_type)
         except UserError:
             return None
+    if cluster is not None:
+        return _cluster_cpus(cluster) if device == "cpu" else _cluster_gpus(cluster)
     if device == "cpu":
         return this_cpu()
     from ray_pipeline.hardware import gpus, memory_gib
@@ -111,6 +116,25 @@ def running_hardware(config: PipelineFields, device: str) -> Hardware | None:
         find_hardware("h100"), name="gpu", title=smallest.name, memory=int(smallest.memory_gib * 2**30), host=host,
         node=len(found),
     )  # fmt: skip
+
+
+def _cluster_cpus(cluster: Cluster) -> Hardware:
+    """All CPUs and their memory as one, of which `for_ranks` gives each rank its part."""
+    cores, memory = int(sum(node.cpus for node in cluster.nodes)), sum(node.memory for node in cluster.nodes)
+    title = f"the cluster's CPUs ({cores} cores)"
+    return replace(this_cpu(), title=title, bf16=cores * 60 * GIGA, fp32=cores * 60 * GIGA, memory=memory)
+
+
+def _cluster_gpus(cluster: Cluster) -> Hardware | None:
+    """The smallest kind of GPU among the machines; None where Ray names none of the table."""
+    found = []
+    for node in [node for node in cluster.nodes if node.gpus]:
+        try:
+            kind = find_hardware(_RAY_NAMES.get(node.accelerator, node.accelerator))
+        except UserError:
+            return None
+        found.append(replace(kind, host=node.memory // node.gpus, node=node.gpus))
+    return min(found, key=lambda kind: (kind.memory, kind.host), default=None)
 
 
 def this_cpu() -> Hardware:

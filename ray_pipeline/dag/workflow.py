@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -43,8 +42,8 @@ from ray_pipeline.dag.stage_task import StageJob, run_stage
 from ray_pipeline.dag.view import outcome_text, print_failure, print_plan
 from ray_pipeline.data.rows.manifest import notices_of
 from ray_pipeline.errors import StageFailed, UserError
-from ray_pipeline.launch.launchers import RayLauncher
-from ray_pipeline.launch.local_ray import start_local_ray, start_ray
+from ray_pipeline.launch.cluster import cluster_address, connect, refuse_unshared, wait_for
+from ray_pipeline.launch.local_ray import start_local_ray
 from ray_pipeline.launch.stage_context import StageResult
 from ray_pipeline.layout.layout import Layout, with_layout
 from ray_pipeline.records.artifacts import write_text
@@ -60,7 +59,6 @@ from ray_pipeline.settings.schema import PipelineFields
 if TYPE_CHECKING:
     import ray
 
-CONNECT_SECONDS = 5.0
 POLL = 0.25  # seconds between looks at progress files
 
 
@@ -90,7 +88,7 @@ def execute(request: RunRequest) -> int:
         jobs = _jobs(replace(request, config=config), rows)
         failed = False
         if any(job.runs for job in jobs):
-            with connected_ray(layout):
+            with connected_ray(layout, run_dir, config.layout.wait_for_nodes):
                 import ray
 
                 # num_cpus=0: the task only waits for its workers; holding a CPU would starve them.
@@ -165,11 +163,13 @@ def _finish(run_dir: Path, rows: Sequence[PlannedStage], failed: bool, console: 
 
 
 @contextmanager
-def connected_ray(layout: Layout) -> Iterator[None]:
+def connected_ray(layout: Layout, run_dir: Path, wait: float = 0.0) -> Iterator[None]:
     """A quiet local Ray, or the cluster that RAY_ADDRESS names; one this process already has is used and left alone.
 
+    Args:
+        wait: seconds that a cluster which grows is given to hold the ranks.
     Raises:
-        UserError: the cluster cannot be reached, or can never hold the ranks.
+        UserError: the cluster cannot be reached, cannot hold the ranks, or its nodes do not share the run's folder.
         StageFailed: a local Ray does not start.
     """
     os.environ.update({"RAY_USAGE_STATS_ENABLED": "0", "GLOG_minloglevel": "2"})
@@ -179,33 +179,19 @@ def connected_ray(layout: Layout) -> Iterator[None]:
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         if ours:
-            _start_ray()
+            address = cluster_address()
+            start_local_ray() if address is None else connect(address)
             if threading.current_thread() is threading.main_thread():
                 for number, handler in handlers.items():
                     # Ray puts handlers in their place that end the process with a dump of C++ frames.
                     signal.signal(number, handler)
-        RayLauncher(layout.gpus, layout.device, elastic=[layout.min_gpus or layout.gpus]).scaling()
+        wait_for(layout.gpus, layout.min_gpus or layout.gpus, layout.device, wait)
+        if cluster_address() is not None:
+            refuse_unshared(run_dir)
         yield
     finally:
         if ours:
             ray.shutdown()
-
-
-def _start_ray() -> None:
-    address = os.environ.get("RAY_ADDRESS")
-    if not address:
-        start_local_ray()
-        return
-    try:
-        if ":" in address.rpartition("/")[2]:  # Ray itself waits for two minutes
-            host, _, port = address.rpartition("/")[2].rpartition(":")
-            socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
-        start_ray(address=address)
-    except (OSError, ValueError) as error:  # a port that is no number; ConnectionError is an OSError
-        raise UserError(
-            f"RAY_ADDRESS={address}: no Ray cluster answers there ({error}). Start one with `ray start --head`, or "
-            "unset RAY_ADDRESS to use a local one."
-        ) from None
 
 
 def _watch(pending: Sequence[tuple[PlannedStage, Any]], console: Console) -> bool:

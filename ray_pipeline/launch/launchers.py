@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from ray_pipeline.errors import UserError
+from ray_pipeline.launch.cluster import alive, cpus_per_rank
 from ray_pipeline.launch.frozen_ranks import SECONDS, FrozenWatch
 from ray_pipeline.launch.rank_errors import (
     ERRORS,
@@ -45,19 +46,11 @@ MALLOC = {
 def worker_environment(ranks: int, cores: int, device: str) -> dict[str, str]:
     """Environment variables of every rank; they must be set before torch and DeepSpeed are imported."""
     threads = {"OMP_NUM_THREADS": str(max(1, cores // ranks)), "TOKENIZERS_PARALLELISM": "false"}
-    cpu = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
+    own = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    if device == "cuda":  # blocks of many sizes, of which without it a part of the memory cannot be used again
+        own = {"PYTORCH_ALLOC_CONF": os.environ.get("PYTORCH_ALLOC_CONF", "expandable_segments:True")}
     ray = {"GLOG_minloglevel": "2", "RAY_TRAIN_ENABLE_PRINT_PATCH": "0"}  # print means print, not a log of Ray's
-    return MALLOC | threads | cpu | ray
-
-
-def cpus_per_rank(node_cpus: Sequence[float], ranks: int) -> float:
-    """The largest share of a CPU, at most one, at which `ranks` ranks fit on the nodes. Zero when there is no CPU."""
-    for parts in range(1, ranks + 1):
-        # Ray counts resources in steps of 1/10000; rounding down keeps the last share from missing by one step.
-        share = int(10000 / parts) / 10000
-        if sum(int(cpus / share + 1e-9) for cpus in node_cpus) >= ranks:
-            return share
-    return 0.0
+    return MALLOC | threads | own | ray
 
 
 def prepare_folder(folder: Path, *, wait: float = LOCK_WAIT) -> None:
@@ -266,24 +259,17 @@ class RayLauncher:
         return value
 
     def scaling(self) -> tuple[Any, int]:
-        """Ray's ScalingConfig, and CPU cores per node.
+        """Ray's ScalingConfig, and CPU cores of the machines on which ranks can run.
 
         Raises:
-            UserError: the cluster can never hold the ranks.
+            UserError: the cluster cannot hold the ranks.
         """
-        import ray
         from ray.train import ScalingConfig
 
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        cpus, gpus = ([node.get(kind, 0.0) for node in nodes] for kind in ("CPU", "GPU"))
-        there = f"the Ray cluster has {sum(gpus):g} GPUs and {sum(cpus):g} CPUs on {len(nodes)} node(s)"
-        if self.device == "cuda" and sum(int(count) for count in gpus) < self.sizes[0]:
-            raise UserError(
-                f"{self.sizes[0]} ranks with a GPU each: {there}. Use fewer --gpus, --backend cpu, or a larger cluster."
-            )
+        cluster = alive()
+        cluster.refuse_too_small(self.ranks, self.sizes[0], self.device)
+        cpus = cluster.cpus_for(self.device)
         share = cpus_per_rank(cpus, self.ranks)
-        if share == 0.0:
-            raise UserError(f"{self.ranks} ranks: {there}. Start Ray with CPUs (`ray start --num-cpus`).")
         # With GPUs the CPU share may not decide the placement: a rank goes where its GPU is.
         resources = {"CPU": min(share, 0.01)} | {"GPU": 1.0} if self.device == "cuda" else {"CPU": share}
         workers: Any = self.ranks
@@ -291,5 +277,9 @@ class RayLauncher:
             workers = (self.sizes[0], self.ranks)
             # Ray floors the quotient of floats, in which 1.0 holds 0.2 four times: ask for one step less.
             resources["CPU"] = round(resources["CPU"] - 0.0001, 4)
-        scaling = ScalingConfig(num_workers=workers, use_gpu=self.device == "cuda", resources_per_worker=resources)
-        return scaling, os.cpu_count() or 1
+        # Ranks of one machine are neighbours in the grid, whose innermost axes, tp and ep, send most.
+        scaling = ScalingConfig(
+            num_workers=workers, use_gpu=self.device == "cuda", resources_per_worker=resources,
+            placement_strategy="PACK",
+        )  # fmt: skip
+        return scaling, int(sum(cpus))

@@ -80,8 +80,10 @@ def _distance(wanted: Layout, found: Layout) -> tuple[float, ...]:
     return abs(found.gpus - wanted.gpus), sizes, schedule + abs(wanted.zero_stage - found.zero_stage), found.pp
 
 
-def resolve_layout(config: PipelineFields, gpus_available: int, cpu_only: bool = False) -> Layout:
-    """The layout a run gets on a machine with `gpus_available` GPUs.
+def resolve_layout(
+    config: PipelineFields, gpus_available: int, cpu_only: bool = False, *, there: str = "this machine"
+) -> Layout:
+    """The layout a run gets on a machine, or a cluster, with `gpus_available` GPUs.
 
     `gpus` unset means every GPU there is, or as many CPU ranks as the axes ask for (one, if they ask for none);
     `dp_size` unset takes what the other axes leave. On Modal the GPUs are there by asking.
@@ -89,14 +91,14 @@ def resolve_layout(config: PipelineFields, gpus_available: int, cpu_only: bool =
     Raises:
         UserError: GPUs that are not there, or a layout that breaks a rule; names the nearest one that works.
     """
-    device = choose_device(config, gpus_available, cpu_only)
+    device = choose_device(config, gpus_available, cpu_only, there=there)
     limited = device == "cuda" and config.backend != "modal"
     layout = _fill_in(config, gpus_available if limited else 0, device)
     gpus = layout.gpus
     if limited and gpus > gpus_available:
         best = nearest_legal(config, layout, gpus_available)
         raise UserError(
-            f"gpus={gpus}: this machine has {_count(gpus_available, 'GPU')}. "
+            f"gpus={gpus}: {there} has {_count(gpus_available, 'GPU')}. "
             f"Use {best.flags()}, or --backend cpu for CPU ranks, or --backend modal."
         )
     reason = broken_rule(config, layout)
@@ -106,17 +108,19 @@ def resolve_layout(config: PipelineFields, gpus_available: int, cpu_only: bool =
     return layout
 
 
-def choose_device(config: PipelineFields, gpus_available: int, cpu_only: bool) -> Literal["cpu", "cuda"]:
+def choose_device(
+    config: PipelineFields, gpus_available: int, cpu_only: bool, *, there: str = "this machine"
+) -> Literal["cpu", "cuda"]:
     """Where ranks compute.
 
     Raises:
-        UserError: `backend: cuda` on a machine without GPUs.
+        UserError: `backend: cuda` where there are no GPUs.
     """
     if config.backend == "modal":
         return "cuda"
     if config.backend == "cuda" and (gpus_available == 0 or cpu_only):
         raise UserError(
-            "backend=cuda: this machine has no GPU that PyTorch can use. Use --backend cpu, --backend modal, or see "
+            f"backend=cuda: {there} has no GPU that PyTorch can use. Use --backend cpu, --backend modal, or see "
             f"`{command('doctor')}`."
         )
     return "cpu" if config.backend == "cpu" or cpu_only or gpus_available == 0 else "cuda"

@@ -62,6 +62,9 @@ class LayoutConfig(AxesConfig, LayoutOptions):
     frozen_seconds: float = Field(
         40.0, ge=0, le=86400, description="a rank that gives no sign of life so long is named and ended; 0: never"
     )
+    wait_for_nodes: float = Field(
+        0.0, ge=0, le=86400, description="seconds that a cluster which grows on demand is given to hold the ranks"
+    )
     max_restarts: NonNegativeInt = Field(2, description="times Ray Train restarts a stage's workers after one died")
 
     @field_validator("frozen_seconds")

@@ -167,6 +167,6 @@ def test_ray_address_where_nothing_answers_is_told_at_once(tmp_path, monkeypatch
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
     with (
         pytest.raises(UserError, match=r"RAY_ADDRESS=127\.0\.0\.1:1: no Ray cluster answers there"),
-        connected_ray(Layout()),
+        connected_ray(Layout(), tmp_path),
     ):
         pass

@@ -17,7 +17,6 @@ from ray_pipeline.launch.launchers import (
     WORKERS_LOCK,
     InlineLauncher,
     ProcessLauncher,
-    cpus_per_rank,
     prepare_folder,
     worker_environment,
 )
@@ -124,21 +123,6 @@ def test_threads_of_all_ranks_fit_the_cores(ranks, cores):
 def test_cpu_ranks_hide_gpus_and_gpu_ranks_do_not():
     assert worker_environment(1, 2, "cpu")["DS_ACCELERATOR"] == "cpu"
     assert "DS_ACCELERATOR" not in worker_environment(1, 2, "cuda")
-
-
-@given(st.lists(st.integers(0, 8), max_size=4), st.integers(1, 16))
-def test_cpu_share_places_every_rank(nodes, ranks):
-    share = cpus_per_rank(nodes, ranks)
-    if not sum(nodes):
-        assert share == 0.0
-        return
-    assert 0 < share <= 1
-    assert sum(int(cpus * 10000) // round(share * 10000) for cpus in nodes) >= ranks
-
-
-def test_three_ranks_on_two_cores_get_half_a_core_each():
-    assert cpus_per_rank([2.0], 3) == 0.5
-    assert cpus_per_rank([8.0], 3) == 1.0
 
 
 def test_unwritable_folder_is_a_user_error(tmp_path):
