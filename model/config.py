@@ -44,6 +44,11 @@ class ModelConfig:
         scoring_func, topk_method: the router of V3 is sigmoid and noaux_tc, of V2 softmax and (group_limited_)greedy.
         aux_loss_alpha: weight of the balancing loss; seq_aux: balanced within every sequence, or over the batch.
         recursion_depth: times the stack of layers is applied (arXiv:2510.04871).
+        initialisation: of matrices: fixed, the deviation `initializer_range` whatever their width; fan_in, one over the
+            square root of the features read, so that every width starts alike (arXiv:2203.03466, table 3).
+        embedding_init, head_init: deviations of the embedding and the head; default: `initializer_range`.
+        zero_init_outputs: projections that write into the residual stream start at zero, so that every block
+            does nothing at first (arXiv:1901.09321, §4). Of the four none changes the architecture.
     """
 
     vocab_size: int = 512
@@ -88,6 +93,10 @@ class ModelConfig:
     cope_positions: int = field(default=64, metadata=OWN)
     norm: Literal["rmsnorm", "dyt"] = field(default="rmsnorm", metadata=OWN)
     recursion_depth: int = field(default=1, metadata=OWN)
+    initialisation: Literal["fixed", "fan_in"] = field(default="fixed", metadata=OWN)
+    embedding_init: float | None = field(default=None, metadata=OWN)
+    head_init: float | None = field(default=None, metadata=OWN)
+    zero_init_outputs: bool = field(default=False, metadata=OWN)
 
     @property
     def is_latent(self) -> bool:

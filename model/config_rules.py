@@ -32,6 +32,8 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "rope_theta": (1, 1e12),
     "rms_norm_eps": (1e-20, 1),
     "initializer_range": (1e-9, 10),
+    "embedding_init": (1e-9, 10),
+    "head_init": (1e-9, 10),
     "router_bias_update_rate": (0, 1),
 }
 SCALING_BOUNDS: dict[str, tuple[float, float]] = {
@@ -42,7 +44,7 @@ SCALING_BOUNDS: dict[str, tuple[float, float]] = {
     "mscale": (0, 1e3),
     "mscale_all_dim": (0, 1e3),
 }
-_NAMES = ("attention", "position", "norm", "scoring_func", "topk_method")
+_NAMES = ("attention", "position", "norm", "scoring_func", "topk_method", "initialisation")
 
 
 def check(config: ModelConfig) -> None:

@@ -118,7 +118,7 @@ def _base(work: Workload, parts: list[Part]) -> _Held:
 def _steady(work: Workload, held: _Held, parts: list[Part], device: str) -> Memory:
     zero, model = work.layout.zero_stage, work.model
     numbers = held.full if zero == 0 else held.shard
-    optimizer = FP32 * ((work.moments + (zero > 0)) * numbers - (held.maps if work.muon else 0))
+    optimizer = FP32 * ((work.moments + (zero > 0)) * numbers - (held.maps if work.muon and not work.equalises else 0))
     gradients, weights = 0, FP32 * held.full
     buffers = {
         "rotary table": len(parts) * 2 * FP32 * model.max_position_embeddings * model.rotary_dim // 2,

@@ -42,7 +42,8 @@ class Workload:
         rows: per optimizer step, over all replicas. micro_batch: rows per rank and forward pass.
         trains_mtp: the MTP modules take part in the loss.
         frozen: a second model that is only read (GRPO's reference, distillation's teacher).
-        moments: fp32 numbers that the optimizer keeps per weight. muon: one less for each weight of a matrix product.
+        moments: fp32 numbers that the optimizer keeps per weight. muon: one less for each weight of a matrix product,
+            unless it equalises the steps of neurons.
         lora: adapters that are trained in place of the weights.
         copies: whole models beside it. main: the model that `layout.pp_layout` is written for; None: this one.
     """
@@ -59,6 +60,7 @@ class Workload:
     frozen: ModelConfig | None = None
     moments: int = 2
     muon: bool = False
+    equalises: bool = False
     lora: LoraConfig | None = None
     main: ModelConfig | None = None
     copies: WholeCopies = field(default_factory=WholeCopies)
@@ -137,6 +139,7 @@ def workload(config: PipelineFields, layout: Layout, stage: str) -> Workload:
         steps=settings.steps, bf16=settings.precision != "fp32", frozen=frozen,
         trains_mtp=model.num_nextn_predict_layers > 0 and getattr(settings, "mtp_loss_weight", 0.0) > 0,
         moments=0 if settings.optimizer.name == "sgd" else 2, muon=settings.optimizer.name == "muon",
+        equalises=settings.optimizer.muon_equalise,
         lora=config.sft.lora if stage == "sft" and config.sft.lora.r else None, main=config.model,
         copies=whole_copies(config, stage, model, device=layout.device),
     )  # fmt: skip

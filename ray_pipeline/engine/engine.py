@@ -21,6 +21,7 @@ from model.transformer import Recompute, Transformer
 from ray_pipeline.data.rows.batch import Batch
 from ray_pipeline.engine.adapters import Adapters, base_name
 from ray_pipeline.engine.expert_balance import KEPT, SAVED, ExpertBalance
+from ray_pipeline.engine.optimizer import set_rate
 from ray_pipeline.engine.pipeline.parts import Parts
 from ray_pipeline.engine.pipeline.pipeline import Finish, Pipeline
 from ray_pipeline.engine.pipeline.schedule import least_micro_batches, rows_needed
@@ -188,8 +189,7 @@ class Engine:
         with auxiliary_scale(scale / counts[0]) as auxiliary:
             self.pipeline.run(micro_batches, finish, train=True)
         self.on_phase("optimizer step")
-        for group in self.updater.optimizer.param_groups:
-            group["lr"] = lr
+        set_rate(self.updater.optimizer, lr)
         norm = self.updater.step()
         self.experts.step()
         totals = objective_sums(sums, 1 + len(objective.metric_names), self.device)

@@ -10,18 +10,20 @@ from torch import Tensor, nn
 
 from model.parallel.mesh import Mesh
 from model.parallel.shard_plan import shard_of
-from ray_pipeline.engine.muon import Muon, is_orthogonalised
+from ray_pipeline.engine.muon import Muon, is_orthogonalised, moments
 from ray_pipeline.settings.schema import OptimizerConfig
 
 CPU = torch.device("cpu")
-MOMENTS = {"adamw": ("exp_avg", "exp_avg_sq"), "sgd": (), "muon": ("momentum_buffer",)}
+RATE = "lr_factor"  # of a parameter group
+TABLES = {"embedding": "embed_tokens.weight", "head": "lm_head.weight"}
+MOMENTS = {"adamw": ("exp_avg", "exp_avg_sq"), "sgd": ()}
 
 
-def moments_of(name: str, parameter: Tensor, optimizer: str) -> tuple[str, ...]:
+def moments_of(name: str, parameter: Tensor, config: OptimizerConfig) -> tuple[str, ...]:
     """What the optimizer keeps of a parameter between steps; Muon leaves some of them to AdamW."""
-    if optimizer == "muon" and not is_orthogonalised(name, parameter):
-        return MOMENTS["adamw"]
-    return MOMENTS[optimizer]
+    if config.name != "muon":
+        return MOMENTS[config.name]
+    return moments(config.muon_equalise) if is_orthogonalised(name, parameter) else MOMENTS["adamw"]
 
 
 def is_decayed(name: str, parameter: Tensor) -> bool:
@@ -39,6 +41,32 @@ def expert_group_name(mesh: Mesh) -> str:
     return f"ep_size_{mesh.sizes.ep}"
 
 
+def table_of(name: str, config: OptimizerConfig) -> str | None:
+    """Embedding or head, where it has a rate of its own."""
+    factors = {"embedding": config.embedding_lr_factor, "head": config.head_lr_factor}
+    return next((key for key, end in TABLES.items() if name.endswith(end) and factors[key] != 1), None)
+
+
+def _table_groups(
+    tables: dict[str, str], dense: dict[str, nn.Parameter], config: OptimizerConfig
+) -> list[dict[str, Any]]:
+    """Embedding and head with rates of their own; they decay as fast as with the common one."""
+    factors = {"embedding": config.embedding_lr_factor, "head": config.head_lr_factor}
+    return [
+        {
+            "params": [dense[name] for name, table in tables.items() if table == key], "name": key,
+            "weight_decay": config.weight_decay / factor, RATE: factor,
+        }
+        for key, factor in factors.items()
+    ]  # fmt: skip
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Before a step: each group's rate is `rate` times its own factor."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group.get(RATE, 1.0)
+
+
 def build_optimizer(named: dict[str, nn.Parameter], config: OptimizerConfig, mesh: Mesh) -> torch.optim.Optimizer:
     """AdamW (arXiv:1711.05101), Muon, or plain SGD, which shows a wrong gradient scale that Adam hides.
 
@@ -48,11 +76,13 @@ def build_optimizer(named: dict[str, nn.Parameter], config: OptimizerConfig, mes
     orthogonal = {n: p for n, p in named.items() if config.name == "muon" and is_orthogonalised(n, p)}
     experts = [p for n, p in named.items() if is_cut_expert(n, mesh) and n not in orthogonal]
     dense = {n: p for n, p in named.items() if not is_cut_expert(n, mesh) and n not in orthogonal}
-    matrices = [p for n, p in dense.items() if is_decayed(n, p)]
+    tables = {n: table for n in dense if (table := table_of(n, config)) is not None}
+    matrices = [p for n, p in dense.items() if is_decayed(n, p) and n not in tables]
     vectors = [p for n, p in dense.items() if not is_decayed(n, p)]
     groups: list[dict[str, Any]] = [
         {"params": matrices, "weight_decay": config.weight_decay, "name": "matrices"},
-        {"params": vectors, "weight_decay": 0.0, "name": "vectors"},
+        {"params": vectors, "weight_decay": 0.0, "name": "vectors", RATE: config.vector_lr_factor},
+        *_table_groups(tables, dense, config),
         {"params": experts, "weight_decay": config.weight_decay, "name": expert_group_name(mesh), "moe": True},
     ]
     if orthogonal:
@@ -64,7 +94,10 @@ def build_optimizer(named: dict[str, nn.Parameter], config: OptimizerConfig, mes
             group["weight_decay"] = 0.0
         return torch.optim.SGD(groups, lr=config.lr)
     if config.name == "muon":
-        return Muon(groups, lr=config.lr, betas=config.betas, eps=config.eps, momentum=config.momentum)
+        return Muon(
+            groups, lr=config.lr, betas=config.betas, eps=config.eps, momentum=config.momentum,
+            iteration=config.muon_iteration, equalise=config.muon_equalise, cautious=config.cautious_decay,
+        )  # fmt: skip
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 
 

@@ -66,7 +66,7 @@ class PlainUpdater:
 
     def __init__(self, named: dict[str, nn.Parameter], mesh: Mesh, config: OptimizerConfig):
         self.named, self.mesh, self.grad_clip = named, mesh, config.grad_clip
-        self.moments = {name: moments_of(name, parameter, config.name) for name, parameter in named.items()}
+        self.moments = {name: moments_of(name, parameter, config) for name, parameter in named.items()}
         self.optimizer = build_optimizer(named, config, mesh)
         self.arrivals = Arrivals(named, mesh)
         self.device = next(iter(named.values())).device

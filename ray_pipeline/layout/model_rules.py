@@ -63,6 +63,20 @@ def _muon_has_whole_matrices(config: PipelineFields, layout: Layout) -> Refusal 
     )
 
 
+def _tables_have_one_rate(config: PipelineFields, layout: Layout) -> Refusal | None:
+    for stage in trained(config):
+        for key in ("embedding_lr_factor", "head_lr_factor"):
+            factor = getattr(getattr(config, stage).optimizer, key)
+            if factor != 1 and layout.pp > 1 and layout.zero_stage > 0:
+                return Refusal(
+                    f"zero_stage={layout.zero_stage} with pp_size={layout.pp} and {stage}.optimizer.{key}={factor:g}",
+                    "ZeRO sums the gradient norm over pipeline ranks one group of parameters after another, and only "
+                    "one of the ranks has this group",
+                    f"Use --zero-stage 0, --pp-size 1, or --set {stage}.optimizer.{key}=1",
+                )
+    return None
+
+
 def _has_adapters(config: PipelineFields) -> bool:
     return "sft" in trained(config) and config.sft.lora.r > 0
 
@@ -106,6 +120,7 @@ def _every_rank_has_an_adapter(config: PipelineFields, layout: Layout) -> Refusa
 MODEL_RULES: dict[str, Check] = {
     "key and value heads are shared evenly by tp": _key_heads_are_shared,
     "a stack that is applied several times is on one pipeline rank": _recursion_has_one_stage,
+    "embedding and head with rates of their own are on every ZeRO rank": _tables_have_one_rate,
     "Muon needs whole matrices": _muon_has_whole_matrices,
     "adapters are not cut by tp": _adapters_are_whole,
     "ZeRO does not know frozen experts": _frozen_experts_are_nobodys_copies,

@@ -14,7 +14,10 @@ from ray_pipeline.settings.layers import Layer
 from ray_pipeline.settings.schema import InitFromConfig
 
 # How a model is trained and how long its rows are, not what its weights mean: may differ from the folder's.
-FREE = ("aux_loss_alpha", "seq_aux", "router_bias_update_rate", "initializer_range", "max_position_embeddings")
+FREE = (
+    "aux_loss_alpha", "seq_aux", "router_bias_update_rate", "initializer_range", "initialisation", "embedding_init",
+    "head_init", "zero_init_outputs", "max_position_embeddings",
+)  # fmt: skip
 
 
 def selection_of(settings: InitFromConfig) -> Selection:

@@ -20,6 +20,7 @@ PositiveFloat = Annotated[float, Field(ge=1e-9, le=1e9, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0.0, le=1e9, allow_inf_nan=False)]
 # Logits are divided by it; below this they overflow in bf16, above it every token is as likely as any other.
 Temperature = Annotated[float, Field(ge=1e-3, le=1e3, allow_inf_nan=False)]
+RateFactor = Annotated[float, Field(ge=1e-4, le=1e4, allow_inf_nan=False)]
 Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
 MOST_SEED = 2**63 - 1  # what torch takes and JSON readers of other languages keep
 
@@ -39,7 +40,21 @@ class OptimizerConfig(Section):
         "sgd: no moments, no decay; to check gradients with",
     )
     momentum: Fraction = Field(0.95, description="of muon")
+    muon_iteration: Literal["newton_schulz", "polar_express"] = Field(
+        "newton_schulz", description="how muon orthogonalises: Jordan's coefficients, or those of arXiv:2505.16932"
+    )
+    muon_equalise: bool = Field(
+        False, description="muon: steps of one size for all neurons of a matrix (NorMuon, arXiv:2510.05491)"
+    )
+    cautious_decay: bool = Field(
+        False, description="muon: decay a weight only where the step shrinks it too (arXiv:2510.12402)"
+    )
     lr: Annotated[float, Field(ge=1e-12, le=1e3, allow_inf_nan=False)] = 1e-3
+    embedding_lr_factor: RateFactor = Field(
+        1.0, description="on the embedding's rate; a rare token's row is seldom moved (arXiv:2203.03466). Not its decay"
+    )
+    head_lr_factor: RateFactor = Field(1.0, description="on the head's rate; not on its decay")
+    vector_lr_factor: RateFactor = Field(1.0, description="on the rate of norms and other vectors")
     min_lr_ratio: Fraction = 0.1
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
     warmup_steps: NonNegativeInt = 20

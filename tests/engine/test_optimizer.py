@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.parallel.mesh import Mesh, MeshSizes
-from ray_pipeline.engine.optimizer import build_optimizer, clipped_step, global_norm, learning_rate
+from ray_pipeline.engine.optimizer import build_optimizer, clipped_step, global_norm, learning_rate, set_rate
 from ray_pipeline.settings.schema import OptimizerConfig
 
 
@@ -84,3 +84,17 @@ def test_sgd_takes_the_gradient_as_it_is():
     model.weight.grad = torch.full((4, 4), 0.25)
     optimizer.step()
     torch.testing.assert_close(model.weight.detach(), before - 0.25)
+
+
+def test_embedding_head_and_vectors_have_rates_of_their_own_and_the_common_decay():
+    names = ("embed_tokens.weight", "lm_head.weight", "layers.0.mlp.up_proj.weight", "norm.weight")
+    named = {name: torch.nn.Parameter(torch.ones((4, 2) if name != "norm.weight" else 2)) for name in names}
+    config = OptimizerConfig(lr=0.1, weight_decay=0.3, embedding_lr_factor=20, head_lr_factor=0.5, vector_lr_factor=2)
+    optimizer = build_optimizer(named, config, Mesh(MeshSizes()))
+    set_rate(optimizer, 0.01)
+    groups = {name: group for group in optimizer.param_groups for name in names if group["params"][0] is named[name]}
+    assert [groups[name]["lr"] for name in names] == pytest.approx([0.2, 0.005, 0.01, 0.02])
+    decays = [groups[name]["lr"] * groups[name]["weight_decay"] for name in names]
+    assert decays == pytest.approx([0.003, 0.003, 0.003, 0.0])
+    plain = build_optimizer(named, OptimizerConfig(), Mesh(MeshSizes()))
+    assert [group["name"] for group in plain.param_groups] == ["matrices", "vectors"]

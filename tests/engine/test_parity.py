@@ -26,6 +26,8 @@ CONFIG = ModelConfig(
 )  # fmt: skip
 OPTIMIZER = OptimizerConfig(lr=1e-2, warmup_steps=0, grad_clip=0.5)
 SGD = OptimizerConfig(name="sgd", lr=1.0, warmup_steps=0, grad_clip=0.5)
+RATES = OPTIMIZER.model_copy(update={"embedding_lr_factor": 5.0, "head_lr_factor": 0.5, "vector_lr_factor": 2.0})
+SETTINGS = {"adamw": OPTIMIZER, "sgd": SGD, "rates": RATES}
 STEPS = 4
 
 
@@ -73,7 +75,7 @@ def train(
 ) -> Outcome:
     torch.set_num_threads(1)
     mesh = Mesh(case.sizes, timeout=timeout)
-    settings = SGD if case.optimizer == "sgd" else OPTIMIZER
+    settings = SETTINGS[case.optimizer]
     engine = Engine(
         CONFIG, mesh, optimizer=settings, precision=case.precision, micro_batch=case.micro_batch, **dict(case.options)
     )
@@ -91,7 +93,8 @@ def train_all(rank: int, cases: list[Case], batches: Callable[[int], Batch] = ma
 @pytest.fixture(scope="module")
 def references():
     """One process: (optimizer, precision) -> outcome."""
-    return {(o, p): train(Case(optimizer=o, precision=p)) for o in ("adamw", "sgd") for p in ("fp32", "bf16")}
+    cases = [(o, p) for o in ("adamw", "sgd") for p in ("fp32", "bf16")] + [("rates", "fp32")]
+    return {(o, p): train(Case(optimizer=o, precision=p)) for o, p in cases}
 
 
 def assert_equal(got: Outcome, want: Outcome, case: Case) -> None:
@@ -129,6 +132,8 @@ QUICK = {
         case(pp=2, zero_stage=3), case(pp=2, schedule="zbv"), case(pp=2, schedule="interleaved_1f1b", zero_stage=2),
         case(dp=2, zero_stage=2, offload_optimizer=True), case(dp=2, zero_stage=3, activation_checkpointing="full"),
         case(sp=2, activation_checkpointing="selective"), case(tp=2, precision="bf16"),
+        case(tp=2, optimizer="rates"), case(pp=2, optimizer="rates"), case(dp=2, ep=2, zero_stage=1, optimizer="rates"),
+        case(dp=2, zero_stage=2, optimizer="rates"), case(dp=2, zero_stage=3, optimizer="rates"),
     ],
     4: [
         case(pp=2, dp=2, ep=2, zero_stage=2, optimizer="sgd"), case(dp=2, tp=2, ep=2, optimizer="sgd"),

@@ -129,6 +129,18 @@ BROKEN = {
             "Use --tp-size 1, or --set pretrain.optimizer.name=adamw",
         ),
     ],
+    "embedding and head with rates of their own are on every ZeRO rank": [
+        (
+            {"gpus": 4, "pp_size": 2, "zero_stage": 1, "pretrain.optimizer.embedding_lr_factor": 20},
+            "zero_stage=1 with pp_size=2 and pretrain.optimizer.embedding_lr_factor=20: ZeRO sums the gradient norm",
+            "Use --zero-stage 0, --pp-size 1, or --set pretrain.optimizer.embedding_lr_factor=1",
+        ),
+        (
+            {"gpus": 4, "pp_size": 2, "zero_stage": 3, "sft.optimizer.head_lr_factor": 0.5},
+            "zero_stage=3 with pp_size=2 and sft.optimizer.head_lr_factor=0.5: ZeRO sums",
+            "Use --zero-stage 0, --pp-size 1, or --set sft.optimizer.head_lr_factor=1",
+        ),
+    ],
     "adapters are not cut by tp": [
         (
             {"tp_size": 2, "sft.lora.r": 4},
@@ -198,6 +210,9 @@ def test_every_rule_of_the_table_has_a_test() -> None:
         {"sp_size": 4, "model.attention": "gqa", "model.num_key_value_heads": 2},
         {"gpus": 4, "tp_size": 2, "ep_size": 2, "zero_stage": 3, "model.recursion_depth": 2},
         {"gpus": 8, "pp_size": 2, "sp_size": 2, "ep_size": 2, "pretrain.optimizer.name": "muon"},
+        {"gpus": 2, "zero_stage": 3, "pretrain.optimizer.embedding_lr_factor": 20.0},
+        {"gpus": 4, "pp_size": 2, "zero_stage": 2, "pretrain.optimizer.vector_lr_factor": 0.5},
+        {"pp_size": 2, "tp_size": 2, "gpus": 4, "pretrain.optimizer.head_lr_factor": 0.5},
         {"gpus": 8, "pp_size": 2, "sp_size": 2, "ep_size": 2, "sft.lora.r": 4},
         {"gpus": 4, "pp_size": 2, "zero_stage": 3, "sft.lora.r": 4},
         {"pp_size": 2, "schedule": "zbv", "zero_stage": 1, "sft.lora.r": 4, **SIX_LAYERS},
