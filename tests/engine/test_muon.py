@@ -71,7 +71,7 @@ def test_polar_express_brings_singular_values_closer_to_one(shape):
     farthest = {
         name: (torch.linalg.svdvals(orthogonalise(matrix, torch.float64, name)) - 1).abs().max() for name in ITERATIONS
     }
-    assert farthest["polar_express"] < 0.1 < farthest["newton_schulz"]
+    assert farthest["polar_express"] < 0.15 < farthest["newton_schulz"]
 
 
 def test_neurons_take_steps_of_one_size_and_the_norm_stays():
