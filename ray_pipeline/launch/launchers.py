@@ -20,6 +20,7 @@ from typing import Any, cast
 
 from ray_pipeline.errors import UserError
 from ray_pipeline.launch.cluster import alive, cpus_per_rank
+from ray_pipeline.launch.fork_server import start_ranks
 from ray_pipeline.launch.frozen_ranks import SECONDS, FrozenWatch
 from ray_pipeline.launch.rank_errors import (
     ERRORS,
@@ -100,9 +101,8 @@ class InlineLauncher:
 def _process_rank(
     rank: int, world: int, store: str, timeout: float, function: RankFunction, arguments: dict[str, Any]
 ) -> None:
-    """Body of one spawned process."""
+    """Body of one forked process."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
-    os.environ.update(worker_environment(world, os.cpu_count() or 1, "cpu"))
     folder = Path(arguments["folder"])
     with output_to(output_file(folder, f"rank-{rank}")), RankScope(folder, rank):
         import torch.distributed as dist
@@ -129,15 +129,16 @@ class ProcessLauncher:
         self.ranks, self.timeout_seconds, self.frozen_seconds = ranks, timeout_seconds, frozen_seconds
 
     def run(self, name: str, function: RankFunction, arguments: dict[str, Any]) -> dict[str, Any]:
-        """Spawn the ranks, wait, and return rank 0's value; no restarts."""
+        """Fork the ranks, wait, and return rank 0's value; no restarts."""
         import torch.multiprocessing as mp
 
         folder = Path(arguments["folder"])
         prepare_folder(folder)
         with tempfile.TemporaryDirectory() as store:
             job = (self.ranks, store, self.timeout_seconds, function, arguments)
+            variables = worker_environment(self.ranks, os.cpu_count() or 1, "cpu")
             try:
-                processes = mp.spawn(_process_rank, job, nprocs=self.ranks, join=False)
+                processes = start_ranks(_process_rank, job, self.ranks, variables)
                 with FrozenWatch(folder, self.frozen_seconds):
                     while not processes.join(grace_period=FAREWELL):
                         pass

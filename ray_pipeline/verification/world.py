@@ -7,7 +7,6 @@ second, and nothing that the one before left behind (process groups, DeepSpeed's
 from __future__ import annotations
 
 import hashlib
-import multiprocessing
 import os
 import re
 import time
@@ -19,17 +18,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from ray_pipeline.launch.fork_server import environment, fork_context
 from ray_pipeline.launch.launchers import worker_environment
 from ray_pipeline.layout.layout import Layout
 from ray_pipeline.verification.cases import Case, Tolerance
 from ray_pipeline.verification.compare import Result, difference, judge
 from ray_pipeline.verification.worker import WHERE, Job, run_rank
 
-# The last two are what DeepSpeed loads when its engine is built, over a second of work for each rank.
-PRELOADED = [
-    "torch", "deepspeed", "ray_pipeline.verification.steps", "ray_pipeline.engine.zero", "torch.utils.cpp_extension",
-    "deepspeed.runtime.zero.muon.muon_optimizer",
-]  # fmt: skip
 GRACE = 5.0  # seconds the other ranks have to tell their error after the first one told its own
 
 
@@ -46,8 +41,7 @@ class Verifier:
 
     def __enter__(self) -> Verifier:
         self._folder = TemporaryDirectory(prefix="verify-parallel-")
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(PRELOADED)
+        self._context = fork_context()
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -144,7 +138,7 @@ class Verifier:
         processes: list[Any] = []
         connections: dict[Connection, int] = {}
         try:
-            with _environment(worker_environment(job.layout.gpus, 1, self.device)):
+            with environment(worker_environment(job.layout.gpus, 1, self.device)):
                 for rank in range(job.layout.gpus):
                     ours, theirs = self._context.Pipe(duplex=False)
                     process = self._context.Process(target=run_rank, args=(rank, job, theirs), daemon=True)
@@ -193,18 +187,3 @@ def _cause(answers: Mapping[int, Mapping[str, Any]]) -> str:
 
 def _disagree(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
     return difference([*a["losses"], *a["norms"]], [*b["losses"], *b["norms"]]) > 1e-6
-
-
-@contextmanager
-def _environment(variables: Mapping[str, str]) -> Iterator[None]:
-    """The server inherits them when it starts; torch and DeepSpeed read them on import."""
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value

@@ -82,7 +82,7 @@ def slow(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_a_slow_rank_is_left_alone(tmp_path):
-    job = {"folder": str(tmp_path), "seconds": 8.0}
+    job = {"folder": str(tmp_path), "seconds": 6.0}
     assert ProcessLauncher(2, frozen_seconds=3.0).run("sft", slow, job) == {"done": True}
     assert frozen_reports(tmp_path) == []
 

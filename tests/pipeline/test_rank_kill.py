@@ -6,7 +6,6 @@ and DeepSpeed imported, so that an attempt costs its steps and not its imports.
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import pickle
 import random
@@ -18,7 +17,8 @@ from typing import Any
 import pytest
 
 from ray_pipeline.engine.checkpoints.checkpoint import find_damage, list_checkpoints
-from ray_pipeline.launch.launchers import _process_rank, prepare_folder
+from ray_pipeline.launch.fork_server import start_ranks
+from ray_pipeline.launch.launchers import _process_rank, prepare_folder, worker_environment
 from ray_pipeline.launch.rank_errors import last_place, place_text
 from tests.training.toy_run import arguments, train
 
@@ -36,14 +36,10 @@ pytestmark = pytest.mark.slow
 
 def start(job: dict[str, Any], store: Path) -> list[Any]:
     """Two ranks on the job."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["deepspeed", "tests.training.toy_run", "torch.distributed.tensor"])
     prepare_folder(Path(job["folder"]))
     store.mkdir()
-    ranks = [context.Process(target=_process_rank, args=(rank, 2, str(store), 600.0, train, job)) for rank in range(2)]
-    for process in ranks:
-        process.start()
-    return ranks
+    job_of_ranks = (2, str(store), 600.0, train, job)
+    return start_ranks(_process_rank, job_of_ranks, 2, worker_environment(2, 2, "cpu")).processes
 
 
 def job_in(folder: Path, layout: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from ray_pipeline.launch.launchers import ProcessLauncher
 from ray_pipeline.launch.rank_errors import ERRORS
 from tests.training.toy_run import arguments, train
 
-PATIENCE = 15  # seconds; more than ranks differ in when they start
+PATIENCE = 8  # seconds; more than ranks differ in when they start
 
 
 def fail(tmp_path, fault: dict[str, Any], layout: dict[str, Any], timeout: float) -> tuple[str, float]:
