@@ -18,7 +18,7 @@ from tests.distributed import run_ranks
 from tests.engine.test_parity import CONFIG, OPTIMIZER, Case, case, make_batch
 
 # The MTP module is trained in the middle alone.
-WEIGHTS = (0.0, 0.0, 0.3, 0.3, 0.0, 0.0)
+WEIGHTS = (0.0, 0.3, 0.3, 0.0)
 MUON = OptimizerConfig(name="muon", lr=1e-2, warmup_steps=0)
 LORA = LoraConfig(r=2, target_modules=["o_proj", "eh_proj"])
 SETTINGS = {"adamw": OPTIMIZER, "muon": MUON}

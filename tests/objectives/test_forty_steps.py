@@ -51,6 +51,8 @@ def distillation(step: int) -> tuple[Objective, Batch]:
 
 
 GIVEN = {"dpo": dpo, "grpo": grpo, "distillation": distillation}
+QUICK = [("dpo", "dp2"), ("grpo", "dp2"), ("distillation", "dp2"), ("grpo", "pp2-dualpipev")]
+MORE = [("dpo", "pp2-dualpipev"), ("distillation", "pp2-dualpipev")]
 
 
 def train(name: str, sizes: MeshSizes, **options) -> dict:
@@ -64,13 +66,18 @@ def train(name: str, sizes: MeshSizes, **options) -> dict:
     return {"losses": [s.loss for s in stats], "loads": loads, "weights": engine.full_state()}
 
 
-def train_all(rank: int) -> dict:
-    return {(n, layout): train(n, sizes, **more) for n in GIVEN for layout, (sizes, more) in LAYOUTS.items()}
+def train_all(rank: int, cases: list[tuple[str, str]]) -> dict:
+    return {(name, layout): train(name, LAYOUTS[layout][0], **LAYOUTS[layout][1]) for name, layout in cases}
 
 
 @pytest.fixture(scope="module")
-def outcomes() -> list[dict]:
-    return run_ranks(train_all, 2)
+def outcomes() -> dict:
+    return run_ranks(train_all, 2, QUICK)[0]
+
+
+@pytest.fixture(scope="module")
+def more_outcomes() -> dict:
+    return run_ranks(train_all, 2, MORE)[0]
 
 
 @pytest.fixture(scope="module")
@@ -78,13 +85,21 @@ def alone() -> dict[str, dict]:
     return {name: train(name, MeshSizes()) for name in GIVEN}
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", GIVEN)
-def test_rows_that_do_not_divide_take_the_steps_of_one_process(outcomes, alone, name, layout):
-    got, want = outcomes[0][name, layout], alone[name]
+def assert_equal(got: dict, want: dict) -> None:
     torch.testing.assert_close(got["losses"], want["losses"], rtol=2e-6, atol=0)
     for mine, loads in zip(got["loads"], want["loads"], strict=True):
         for key, load in mine.items():
             assert torch.equal(load, loads[key]), key
     for key, tensor in got["weights"].items():
         torch.testing.assert_close(tensor, want["weights"][key], rtol=0, atol=1e-5, msg=lambda m, n=key: f"{n} {m}")
+
+
+@pytest.mark.parametrize("case", QUICK, ids="-".join)
+def test_rows_that_do_not_divide_take_the_steps_of_one_process(outcomes, alone, case):
+    assert_equal(outcomes[case], alone[case[0]])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", MORE, ids="-".join)
+def test_more_cases_take_the_steps_of_one_process(more_outcomes, alone, case):
+    assert_equal(more_outcomes[case], alone[case[0]])

@@ -124,12 +124,17 @@ def uses(choice):
     return trained, held
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> tuple[Corpus, list[str]]:
+    """The corpus of all documents, and the texts of those that are kept."""
+    return made(tmp_path_factory.mktemp("whole"), documents()), [text for _, text in expected()[0]]
+
+
 @given(st.floats(0.0, 0.9))
-def test_without_weights_every_document_is_used_once_and_held_out_by_its_hash(tmp_path_factory, fraction):
-    corpus = made(tmp_path_factory.mktemp("c"), documents())
+def test_without_weights_every_document_is_used_once_and_held_out_by_its_hash(whole, fraction):
+    corpus, texts = whole
     choice = Choice(corpus, config(None, None, validation_fraction=fraction))
     trained, held = uses(choice)
-    texts = [text for _, text in expected()[0]]
     members = validation_members([content_hash(text) for text in texts], fraction)
     assert held == [text for text, member in zip(texts, members, strict=True) if member]
     assert trained == {text: 1 for text, member in zip(texts, members, strict=True) if not member}
