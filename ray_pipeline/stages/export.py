@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +56,11 @@ def exported_models(context: StageContext) -> dict[str, str]:
     return {"hf": source} | ({"hf-student": "distillation"} if beside else {})
 
 
-def run(context: StageContext) -> StageResult:
+def run(context: StageContext, formats: Collection[str] = ("hf", "gguf")) -> StageResult:
     """Write, reload and compare.
 
+    Args:
+        formats: "hf" (a folder, also of our own format) and "gguf"; the verb `export` may ask for one alone.
     Raises:
         UserError: an upstream model that is damaged, or one GGUF cannot hold.
         StageFailed: an exported file that does not give what the model gives, with the figures.
@@ -65,7 +68,7 @@ def run(context: StageContext) -> StageResult:
     models = exported_models(context)
     with tempfile.TemporaryDirectory() as aside:
         tokenizers = {place: _tokenizer_of(context, stage, Path(aside, place)) for place, stage in models.items()}
-        checks = _write_and_check(context, models, tokenizers)
+        checks = _write_and_check(context, models, tokenizers, formats)
     write_json(context.folder / "checks.json", [check.as_json() for check in checks])
     _raise_failures(checks)
     metrics = {f"{check.name}/{figure}": value for check in checks for figure, value in check.figures.items()}
@@ -82,8 +85,10 @@ def _tokenizer_of(context: StageContext, stage: str, aside: Path) -> Path:
     return with_bos(folder, aside) if "pretrain" in lineage(context.config, stage) else folder
 
 
-def _write_and_check(context: StageContext, models: dict[str, str], tokenizers: dict[str, Path]) -> list[Check]:
-    kinds, questions = context.config.export.gguf, _questions(context)
+def _write_and_check(
+    context: StageContext, models: dict[str, str], tokenizers: dict[str, Path], formats: Collection[str]
+) -> list[Check]:
+    kinds, questions = context.config.export.gguf if "gguf" in formats else [], _questions(context)
     progress = Progress(context.folder, STAGE, 2 * (len(models) + len(kinds)))
     done = 0
     checks: list[Check] = []
@@ -97,8 +102,9 @@ def _write_and_check(context: StageContext, models: dict[str, str], tokenizers: 
         gap = gguf_gap(model.config)
         if first and kinds and gap is None:
             _check_convertible(model, tokenizer_folder)
-        progress.phase(f"writing {name}")
-        _write_folder(context, name, stage, model, tokenizer_folder)
+        if "hf" in formats:
+            progress.phase(f"writing {name}")
+            _write_folder(context, name, stage, model, tokenizer_folder)
         progress.update(done := done + 1)
         for kind in kinds if first else ():
             if gap is not None:
@@ -109,9 +115,10 @@ def _write_and_check(context: StageContext, models: dict[str, str], tokenizers: 
                 path = _gguf_path(context, kind)
                 checks.append(check_gguf(path, kind, model, tokenizer, questions, begins=begins))
             progress.update(done := done + 2)
-        progress.phase(f"checking {name}")
-        check = check_hf if reason is None else check_native
-        checks.append(check(context.folder / name, _rounded(context, model), tokenizer, questions, begins=begins))
+        if "hf" in formats:
+            progress.phase(f"checking {name}")
+            check = check_hf if reason is None else check_native
+            checks.append(check(context.folder / name, _rounded(context, model), tokenizer, questions, begins=begins))
         progress.update(done := done + 1)
     return checks
 

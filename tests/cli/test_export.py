@@ -1,0 +1,109 @@
+"""`export` writes a stage's model in other kinds, replaces nothing of others', and refuses before it writes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from gguf import GGUFReader
+
+from ray_pipeline.cli import main
+from ray_pipeline.cli.export import known_kinds, read_wanted
+from ray_pipeline.evaluation.export_checks import Check
+from ray_pipeline.records.artifacts import load_model
+from ray_pipeline.records.integrity import damage
+from ray_pipeline.stages import export as stage
+from tests.cli.made_run import TOY, make_run
+from tests.evaluation.made_models import EXPORTABLE
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    make_run(folder, models=("pretrain", "sft"), toy=replace(EXPORTABLE, vocab_size=TOY.vocab_size))
+    make_run(folder, "grouped", models=("pretrain",), toy=replace(TOY, attention="gqa", num_key_value_heads=1))
+    return folder
+
+
+def refused(capsys, *arguments) -> str:
+    assert main([str(word) for word in arguments]) == 2
+    return capsys.readouterr().err
+
+
+def test_the_asked_kinds_are_written_checked_and_replaced_by_the_next_call(runs, tmp_path, capsys):
+    out = tmp_path / "out"
+    asked = ["export", "toy:pretrain", "--output-dir", str(runs), "--out", str(out)]
+    assert main([*asked, "--quantize", "Q8_0,f32", "--format", "gguf"]) == 0
+    assert {path.name for path in out.iterdir()} == {
+        "model-q8_0.gguf",
+        "model-f32.gguf",
+        "checks.json",
+        "manifest.json",
+    }
+    checks = {check["name"]: check["status"] for check in json.loads((out / "checks.json").read_text())}
+    assert checks == {"model-q8_0.gguf": "passed", "model-f32.gguf": "passed"} and damage(out) is None
+    assert "model-q8_0.gguf" in capsys.readouterr().out
+    (folder,) = runs.glob("toy/pretrain-*")
+    head = next(t for t in GGUFReader(out / "model-f32.gguf").tensors if t.name == "output.weight")
+    assert (head.data == load_model(folder / "model").lm_head.weight.detach().numpy()).all()
+    assert main([*asked, "--format", "hf", "--quantize", "bfloat16"]) == 0
+    assert {path.name for path in out.iterdir()} == {"hf", "checks.json", "manifest.json"}
+    assert json.loads((out / "hf/config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_nothing_is_put_in_place_where_a_file_is_not_the_model(runs, tmp_path, monkeypatch, capsys):
+    failed = Check("hf", "failed", {}, "largest logit difference 3.5 is over 0.001")
+    monkeypatch.setattr(stage, "check_hf", lambda *args, **_: failed)
+    out = tmp_path / "out"
+    assert main(["export", "toy", "--output-dir", str(runs), "--out", str(out), "--format", "hf"]) == 1
+    assert "difference 3.5" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_of_anything_else_is_not_replaced(runs, tmp_path, capsys):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "letter.txt").write_text("dear")
+    (model,) = runs.glob("toy/sft-*/model")  # this program's, with a manifest, and no export
+    copy = shutil.copytree(model, tmp_path / "model")
+    for out, said in ((tmp_path / "mine", "letter.txt"), (copy, "this verb did not write")):
+        text = refused(capsys, "export", "toy", "--output-dir", runs, "--out", out)
+        assert said in text
+    assert (tmp_path / "mine" / "letter.txt").read_text() == "dear" and damage(copy) is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["toy", "--quantize", "q9"], "--quantize q9: not known"),
+        (["toy", "--format", "onyx"], "--format onyx: not known. Known are hf, gguf"),
+        (["toy", "--format", "hf", "--quantize", "f16"], "f16 is a kind of gguf"),
+        (["toy", "--quantize", "float32,bfloat16"], "one folder holds one of"),
+        (["toy", "--quantize", " , "], "names nothing"),
+        (["toy:grpo"], "has not finished it"),
+        (["grouped", "--format", "gguf"], "has no attention=gqa"),
+        (["nothing"], "neither a run"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_written(runs, tmp_path, capsys, arguments, said):
+    out = tmp_path / "out"
+    assert said in refused(capsys, "export", *arguments, "--output-dir", runs, "--out", out)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_that_is_no_stage_of_a_run_is_refused(runs, tmp_path, capsys):
+    (model,) = runs.glob("toy/sft-*/model")
+    (tokenizer,) = runs.glob("toy/data_prep-*/tokenizer")
+    folder = shutil.copytree(model, tmp_path / "folder")
+    for path in tokenizer.iterdir():
+        shutil.copyfile(path, folder / path.name)
+    (folder / "manifest.json").unlink()
+    assert "names no training stage of a run" in refused(capsys, "export", folder, "--out", tmp_path / "out")
+
+
+def test_the_kinds_are_those_that_the_stage_writes():
+    assert known_kinds().items() >= {"f32": "gguf", "q8_0": "gguf", "float32": "hf"}.items()
+    assert read_wanted(None, None).formats == ("hf", "gguf")
+    assert read_wanted(None, "q8_0").formats == ("gguf",)
