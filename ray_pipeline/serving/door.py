@@ -6,8 +6,9 @@ engines. Only the paths listed here lead to it.
 
 from __future__ import annotations
 
+import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,8 +22,10 @@ from ray_pipeline.serving.common_routes import add_common_routes
 from ray_pipeline.serving.door_split import ChatSplitter, MessagesSplitter, Splitter, TextLogprobs
 from ray_pipeline.serving.guard import error_body
 from ray_pipeline.serving.native_answers import until_left
+from ray_pipeline.serving.responses_split import ResponsesSplitter
+from ray_pipeline.serving.several import lines_of, merged_events, merged_replies, one_each
 
-PASSED = ("/v1/completions", "/v1/responses", "/v1/messages/count_tokens", "/tokenize", "/detokenize")
+PASSED = ("/v1/completions", "/v1/messages/count_tokens", "/tokenize", "/detokenize")
 SECONDS_TO_CONNECT, SEND_SECONDS = 10.0, 60.0
 
 
@@ -63,52 +66,104 @@ class Door:
         if isinstance(model, str) and model != self.upstream.model:
             message = f"model {model[:200]!r} is not served here: {self.upstream.model} is"
             return JSONResponse(error_body(404, message, param="model", code="model_not_found"), 404)
-        sent = self.client.build_request("POST", path, json=body)
         try:
-            answer = await until_left(lambda: self.client.send(sent, stream=True), request)
-            if answer is None:
+            bodies = one_each(body)
+        except ValueError as error:
+            return JSONResponse(error_body(400, str(error), param="n"), 400)
+        try:
+            answers = await until_left(lambda: self._send(path, bodies), request)
+            if answers is None:
                 return Response(status_code=499)
-            if answer.headers.get("content-type", "").startswith("text/event-stream"):
-                events = self._events(answer, splitter)
+            if all(a.headers.get("content-type", "").startswith("text/event-stream") for a in answers):
+                events = self._events(answers, splitter)
                 return EventSourceResponse(events, ping=15, send_timeout=SEND_SECONDS, sep="\n")
-            content = await until_left(answer.aread, request)
-            await answer.aclose()
+            contents = await until_left(lambda: asyncio.gather(*(one.aread() for one in answers)), request)
+            await _close(answers)
         except httpx.HTTPError as error:
-            return JSONResponse(error_body(502, f"{self.upstream.engine} does not answer ({error})"), 502)
-        if content is None:
+            return await self._unanswered(error)
+        if contents is None:
             return Response(status_code=499)
-        return self._whole(answer.status_code, content, splitter)
+        return self._whole([one.status_code for one in answers], contents, splitter)
 
-    def _whole(self, status: int, content: bytes, splitter: Splitter | None) -> Response:
-        try:
-            value = json.loads(content)
-        except ValueError:
-            value = error_body(status, content.decode("utf-8", "replace")[:1000])
-        if status >= 400:
-            found = value.get("error", value) if isinstance(value, dict) else value
-            message = found.get("message", found) if isinstance(found, dict) else found
-            known = isinstance(found, dict) and found.get("type") == "exceed_context_size_error"
-            if known or "maximum context length" in str(message):
-                return JSONResponse(error_body(400, str(message), code="context_length_exceeded"), 400)
-            return JSONResponse(error_body(status, str(message)), status)
-        return JSONResponse(value if splitter is None else splitter.whole(value), status)
+    async def _send(self, path: str, bodies: Sequence[dict[str, Any]]) -> list[httpx.Response]:
+        """Ask for every answer at once.
 
-    async def _events(self, answer: httpx.Response, splitter: Splitter | None) -> AsyncIterator[dict[str, str]]:
-        """The engine's events; the connection to it is closed when the client leaves, which ends its work."""
+        Raises:
+            httpx.HTTPError: the engine does not answer one of them.
+        """
+        requests = [self.client.build_request("POST", path, json=body) for body in bodies]
+        tasks = [asyncio.create_task(self.client.send(request, stream=True)) for request in requests]
         try:
-            event = ""
-            async for line in answer.aiter_lines():
-                if line.startswith("event:"):
-                    event = line[6:].strip()
-                elif line.startswith("data:"):
-                    for name, data in _split(splitter, event, line[5:].strip()):
-                        yield {"event": name, "data": data} if name else {"data": data}
-                elif not line:
-                    event = ""
+            return await asyncio.gather(*tasks)
+        except (httpx.HTTPError, asyncio.CancelledError):
+            for task in tasks:
+                task.cancel()
+            found = await asyncio.gather(*tasks, return_exceptions=True)
+            await _close([one for one in found if isinstance(one, httpx.Response)])
+            raise
+
+    async def healthy(self) -> bool:
+        """Whether the engine says that it works."""
+        try:
+            return (await self.client.get("/health", timeout=10)).status_code == 200
+        except httpx.HTTPError:
+            return False
+
+    async def _unanswered(self, error: httpx.HTTPError) -> Response:
+        """llama.cpp hangs up on some wrong types and on answers that are no text, and goes on with the rest."""
+        name = self.upstream.engine
+        if isinstance(error, httpx.RemoteProtocolError) and await self.healthy():
+            reason = "a field of the request is of a wrong type, or the answer to it is no text"
+            return JSONResponse(error_body(400, f"{name} ended the connection without a word: {reason}"), 400)
+        return JSONResponse(error_body(502, f"{name} does not answer ({error})"), 502)
+
+    async def count(self, body: dict[str, Any]) -> int:
+        """Tokens of the prompt of Anthropic's messages; 0 where the engine refuses them, which it will say itself."""
+        try:
+            answer = await self.client.post("/v1/messages/count_tokens", json=body)
+            return int(answer.json()["input_tokens"]) if answer.status_code == 200 else 0
+        except (httpx.HTTPError, ValueError, KeyError, TypeError):
+            return 0
+
+    def _whole(self, statuses: Sequence[int], contents: Sequence[bytes], splitter: Splitter | None) -> Response:
+        for status, content in zip(statuses, contents, strict=True):
+            if status >= 400:
+                return _refused(status, content)
+        value = merged_replies([json.loads(content) for content in contents])
+        return JSONResponse(value if splitter is None else splitter.whole(value))
+
+    async def _events(
+        self, answers: Sequence[httpx.Response], splitter: Splitter | None
+    ) -> AsyncIterator[dict[str, str]]:
+        """The engine's events; the connections to it are closed when the client leaves, which ends its work."""
+        try:
+            lines = lines_of(answers[0]) if len(answers) == 1 else merged_events(answers)
+            async for event, line in lines:
+                for name, data in _split(splitter, event, line):
+                    yield {"event": name, "data": data} if name else {"data": data}
         except httpx.HTTPError as error:
             yield {"data": json.dumps(error_body(502, f"{self.upstream.engine} stopped answering ({error})"))}
         finally:
-            await answer.aclose()
+            await _close(answers)
+
+
+async def _close(answers: Sequence[httpx.Response]) -> None:
+    for answer in answers:
+        await answer.aclose()
+
+
+def _refused(status: int, content: bytes) -> Response:
+    """An engine's error in OpenAI's form."""
+    try:
+        value = json.loads(content)
+    except ValueError:
+        value = content.decode("utf-8", "replace")[:1000]
+    found = value.get("error", value) if isinstance(value, dict) else value
+    message = found.get("message", found) if isinstance(found, dict) else found
+    known = isinstance(found, dict) and found.get("type") == "exceed_context_size_error"
+    if known or "maximum context length" in str(message):
+        return JSONResponse(error_body(400, str(message), code="context_length_exceeded"), 400)
+    return JSONResponse(error_body(status, str(message)), status)
 
 
 def _split(splitter: Splitter | None, event: str, data: str) -> list[tuple[str, str]]:
@@ -132,11 +187,7 @@ def door_app(upstream: Upstream) -> FastAPI:
 
     @app.get("/health")
     async def health() -> JSONResponse:
-        try:
-            answer = await door.client.get("/health", timeout=10)
-            alive = answer.status_code == 200
-        except httpx.HTTPError:
-            alive = False
+        alive = await door.healthy()
         return JSONResponse({"status": "ok" if alive else "stopped", "engine": upstream.engine}, 200 if alive else 503)
 
     @app.get("/metrics")
@@ -165,9 +216,16 @@ def door_app(upstream: Upstream) -> FastAPI:
         body = await _body(request)
         if isinstance(body, Response):
             return body
-        return await door.relay(
-            request, "/v1/messages", body, MessagesSplitter(upstream.model, thinking=upstream.thinking)
-        )
+        prompt = await door.count(body) if body.get("stream") is True else 0
+        splitter = MessagesSplitter(upstream.model, prompt, thinking=upstream.thinking)
+        return await door.relay(request, "/v1/messages", body, splitter)
+
+    @app.post("/v1/responses")
+    async def responses(request: Request) -> Response:
+        body = await _body(request)
+        if isinstance(body, Response):
+            return body
+        return await door.relay(request, "/v1/responses", body, ResponsesSplitter(thinking=upstream.thinking))
 
     for path in PASSED:
         app.post(path)(_passed(door, path))

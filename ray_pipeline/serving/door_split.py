@@ -91,10 +91,14 @@ class ChatSplitter:
 
 
 class MessagesSplitter:
-    """Anthropic's messages: a `thinking` block before each `text` block that begins with thinking."""
+    """Anthropic's messages: a `thinking` block before each `text` block that begins with thinking.
 
-    def __init__(self, model: str, *, thinking: bool):
-        self.model, self.thinking = model, thinking
+    Args:
+        prompt_tokens: of the prompt, for a stream whose beginning llama.cpp omits.
+    """
+
+    def __init__(self, model: str, prompt_tokens: int, *, thinking: bool):
+        self.model, self.prompt_tokens, self.thinking = model, prompt_tokens, thinking
         self._started = False
         self._parts: AnswerParts | None = None
         self._next = 0  # index of the next block that the client sees
@@ -120,7 +124,7 @@ class MessagesSplitter:
         if not self._started and kind in ("message_start", "content_block_start"):
             self._started = True
             if kind != "message_start":  # llama.cpp omits it where an answer begins with half a letter
-                return [("message_start", _message_start(self.model)), *self.event(name, value)]
+                return [("message_start", _message_start(self.model, self.prompt_tokens)), *self.event(name, value)]
         if kind == "content_block_start" and value["content_block"].get("type") == "text":
             self._parts = AnswerParts(thinking=self.thinking)
             return self._say(self._parts.feed(value["content_block"].get("text", "")))
@@ -160,10 +164,10 @@ class MessagesSplitter:
         return [("content_block_stop", {"type": "content_block_stop", "index": self._next - 1})]
 
 
-def _message_start(model: str) -> Json:
+def _message_start(model: str, prompt_tokens: int) -> Json:
     message: Json = {
         "id": f"msg_{uuid.uuid4().hex[:24]}", "type": "message", "role": "assistant", "model": model, "content": [],
-        "stop_reason": None, "stop_sequence": None, "usage": {"input_tokens": 0, "output_tokens": 0},
+        "stop_reason": None, "stop_sequence": None, "usage": {"input_tokens": prompt_tokens, "output_tokens": 0},
     }  # fmt: skip
     return {"type": "message_start", "message": message}
 

@@ -15,6 +15,7 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 
 MOST_BYTES = 4 << 20  # of a body; a prompt that large fits no context
+MOST_READ = 64 << 20  # bytes of a body that is refused: who is hung up on while sending does not see the refusal
 BODY_SECONDS = 30.0  # until a body is there
 OPEN_PATHS = ("/", "/health", "/favicon.ico")  # answered without a key: they say nothing about the model's answers
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]", "::1")
@@ -91,20 +92,23 @@ async def _read_body(receive: Receive, headers: dict[str, str]) -> bytes | tuple
         return 415, f"content-type {kind[:100]!r}: must be application/json"
     too_large = 413, f"the body is larger than {MOST_BYTES >> 20} MiB, which no context holds"
     length = headers.get("content-length", "0")
-    if length.isascii() and length.isdigit() and int(length[:20]) > MOST_BYTES:
+    if length.isascii() and length.isdigit() and int(length[:20]) > MOST_READ:
         return too_large
-    body = bytearray()
+    body, size = bytearray(), 0
     try:
         async with asyncio.timeout(BODY_SECONDS):
             while True:
                 message = await receive()
                 if message["type"] == "http.disconnect":
                     return 400, "the client left"
-                body += message.get("body", b"")
-                if len(body) > MOST_BYTES:
+                piece = message.get("body", b"")
+                size += len(piece)
+                if size <= MOST_BYTES:
+                    body += piece
+                if size > MOST_READ:
                     return too_large
                 if not message.get("more_body"):
-                    return bytes(body)
+                    return bytes(body) if size <= MOST_BYTES else too_large
     except TimeoutError:
         return 408, f"the body did not arrive within {BODY_SECONDS:g} s"
 

@@ -7,7 +7,10 @@ import socket
 from collections.abc import Callable
 from typing import Any
 
+import uvicorn
+
 from ray_pipeline.errors import UserError
+from ray_pipeline.serving.connection import Connection
 from ray_pipeline.serving.guard import LOOPBACK, Guard, GuardRules
 
 GRACE_SECONDS = 5  # for answers in progress when the server is stopped
@@ -45,13 +48,20 @@ def guard_rules(host: str, api_key: str | None) -> GuardRules:
     return GuardRules(api_key, LOOPBACK if host in ("127.0.0.1", "localhost", "::1") else None)
 
 
+def server_config(app: Any, rules: GuardRules) -> uvicorn.Config:
+    """How every server here answers: behind the guard, nothing told about itself, slow heads of requests given up."""
+    return uvicorn.Config(
+        Guard(app, rules), http=Connection, ws="none", lifespan="on", log_level="warning", access_log=False,
+        server_header=False, date_header=False, proxy_headers=False, timeout_graceful_shutdown=GRACE_SECONDS,
+    )  # fmt: skip
+
+
 def run_server(app: Any, listening: socket.socket, rules: GuardRules, ready: Callable[[], None]) -> None:
     """Serve until Ctrl-C or SIGTERM, which is raised again when all is closed.
 
     Args:
         ready: called when requests are answered.
     """
-    import uvicorn
 
     class Server(uvicorn.Server):
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -59,8 +69,4 @@ def run_server(app: Any, listening: socket.socket, rules: GuardRules, ready: Cal
             if self.started:
                 ready()
 
-    config = uvicorn.Config(
-        Guard(app, rules), log_level="warning", access_log=False, server_header=False, date_header=False,
-        timeout_graceful_shutdown=GRACE_SECONDS, lifespan="on", proxy_headers=False,
-    )  # fmt: skip
-    Server(config).run(sockets=[listening])
+    Server(server_config(app, rules)).run(sockets=[listening])

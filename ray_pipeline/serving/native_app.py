@@ -24,10 +24,14 @@ from ray_pipeline.serving.writer import Busy, Wanted
 
 SEND_SECONDS = 60.0  # a client that reads nothing for so long is let go
 PING_SECONDS = 15
+ANSWER: dict[int | str, dict[str, Any]] = {
+    200: {"description": "the answer, or its stream", "content": {"application/json": {}, "text/event-stream": {}}}
+}
 REFUSALS: dict[int | str, dict[str, Any]] = {
     status: {"description": text}
     for status, text in {
         400: "the request makes no sense, or its prompt does not fit the context",
+        403: "the server is called by a name that is not its own",
         401: "the key is missing or wrong",
         404: "another model is asked for",
         408: "the body came too slowly",
@@ -64,7 +68,7 @@ def native_app(native: NativeModel) -> FastAPI:
         entry = {"id": native.name, "object": "model", "created": created, "owned_by": "ray-pipeline"}
         return {"object": "list", "data": [entry | {"max_model_len": context}]}
 
-    @app.post("/v1/chat/completions", responses=REFUSALS, response_model=None)
+    @app.post("/v1/chat/completions", responses=ANSWER | REFUSALS, response_model=None)
     async def chat(form: ChatForm, request: Request) -> Response:
         def begin() -> tuple[list[Wanted], Callable[[], AnswerParts | None], str]:
             wanted, thinking = native.chat(form)
@@ -72,7 +76,7 @@ def native_app(native: NativeModel) -> FastAPI:
 
         return await _answer(native, form, request, "chat.completion", begin)
 
-    @app.post("/v1/completions", responses=REFUSALS, response_model=None)
+    @app.post("/v1/completions", responses=ANSWER | REFUSALS, response_model=None)
     async def completions(form: CompletionForm, request: Request) -> Response:
         def begin() -> tuple[list[Wanted], Callable[[], AnswerParts | None], str]:
             wanted = native.completion(form)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,10 +17,12 @@ from model.convert.hf import save_hf
 from model.init import init_weights
 from model.transformer import Transformer
 from ray_pipeline.cli.served_model import find_served
+from ray_pipeline.data.chat.tokenizer import load_tokenizer
 from ray_pipeline.data.chat.tokenizer_files import save_trained, train_bpe
 from ray_pipeline.serving.engines import EngineSettings, RunningEngine, known_engines
-from ray_pipeline.serving.guard import Guard, GuardRules
-from ray_pipeline.serving.http_server import bind
+from ray_pipeline.serving.guard import GuardRules
+from ray_pipeline.serving.http_server import bind, server_config
+from ray_pipeline.tools.format import render_calls
 from tests.evaluation.made_models import EXPORTABLE
 
 THINKS_OFTEN = 4.0  # factor of the marks' rows in the output matrix
@@ -38,6 +42,43 @@ def save_model(folder: Path) -> Path:
     return folder
 
 
+ADD = {
+    "type": "function",
+    "function": {
+        "name": "add",
+        "description": "Adds.",
+        "parameters": {"type": "object", "properties": {"a": {"type": "integer"}, "b": {"type": "integer"}}},
+    },
+}
+ADD_QUESTION = [{"role": "user", "content": "What is 4 + 3?"}]
+ADD_CALL = render_calls([("add", {"a": 4, "b": 3})])
+
+
+def save_caller(folder: Path) -> Path:
+    """A model that knows one call of a tool by heart: `ADD_CALL`, asked `ADD_QUESTION` with `ADD` on offer."""
+    tokenizer_folder = folder.parent / "tokenizer"
+    texts = [json.dumps(ADD), "What is the larger of 12 and 34? 4 + 3"] * 20
+    save_trained(train_bpe(texts, 340, tools=True), tokenizer_folder)
+    tokenizer = load_tokenizer(tokenizer_folder)
+    config = replace(EXPORTABLE, vocab_size=340, max_position_embeddings=512)
+    model = Transformer(config)
+    init_weights(model, config, seed=0)
+    prompt = tokenizer.encode_prompt(ADD_QUESTION, [ADD])
+    answer = [*tokenizer.encode(ADD_CALL), tokenizer.eos_id]
+    ids = torch.tensor([prompt + answer])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, fused=True)
+    for _ in range(80):
+        logits = model(ids[:, :-1])[0, len(prompt) - 1 :]
+        loss = torch.nn.functional.cross_entropy(logits, ids[0, len(prompt) :])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.05
+    folder.mkdir()
+    save_hf(folder, config, model.state_dict(), tokenizer_folder=tokenizer_folder, model_card="# t\n")
+    return folder
+
+
 def start(folder: Path, engine: str, *, slots: int = 4) -> RunningEngine:
     """An engine with the model loaded."""
     return known_engines()[engine].start(find_served(str(folder), folder.parent / "runs"), EngineSettings(slots))
@@ -47,8 +88,7 @@ def start(folder: Path, engine: str, *, slots: int = 4) -> RunningEngine:
 def serving(running: RunningEngine, *, api_key: str | None = None) -> Iterator[str]:
     """Its address while it is served."""
     listening = bind("127.0.0.1", 0)
-    config = uvicorn.Config(Guard(running.app, GuardRules(api_key)), log_level="warning", timeout_graceful_shutdown=2)
-    server = uvicorn.Server(config)
+    server = uvicorn.Server(server_config(running.app, GuardRules(api_key)))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
     thread.start()
     while not server.started:

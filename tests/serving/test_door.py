@@ -122,6 +122,69 @@ def test_thinking_that_the_template_opens_is_no_answer(folder, tmp_path, letters
             )
 
 
+def test_responses_have_thinking_as_an_item_of_its_own_streamed_and_whole(door, letters):
+    client = openai.OpenAI(base_url=f"{door}/v1", api_key="none", max_retries=0)
+    thought = 0
+    for seed in range(12):
+        asked: dict[str, Any] = {"model": "hf", "input": "What is 4 + 3?", "max_output_tokens": 60, "temperature": 1}
+        asked["extra_body"] = letters | {"seed": seed}
+        whole = client.responses.create(**asked)
+        with client.responses.stream(**asked) as stream:
+            events = list(stream)
+            final = stream.get_final_response()
+        message = ask(door, "What is 4 + 3?", max_tokens=60, temperature=1, seed=seed, **letters).choices[0].message
+        for reply in (whole, final):
+            texts = {item.type: "".join(part.text for part in item.content) for item in reply.output}
+            assert (texts.get("reasoning", ""), texts.get("message", "")) == parts(message)
+        kinds = {"response.reasoning_text.delta": 0, "response.output_text.delta": 1}
+        said = ["", ""]
+        for event in events:
+            if event.type in kinds:
+                said[kinds[event.type]] += event.delta
+        assert tuple(said) == parts(message)
+        thought += "reasoning" in {item.type for item in whole.output}
+    assert thought, "the model of this test is to think now and then"
+
+
+def test_several_answers_are_those_of_their_seeds_and_all_their_tokens_count(door, letters):
+    settings = letters | {"max_tokens": 7, "temperature": 1}
+    alone = [ask(door, "What is 4 + 3?", seed=5 + i, **settings) for i in range(3)]
+    whole = ask(door, "What is 4 + 3?", seed=5, n=3, **settings)
+    assert [parts(c.message) for c in whole.choices] == [parts(a.choices[0].message) for a in alone]
+    assert whole.usage.completion_tokens == sum(a.usage.completion_tokens for a in alone)
+    assert whole.usage.total_tokens == whole.usage.prompt_tokens + whole.usage.completion_tokens
+    said = ["", "", ""]
+    counted = []
+    for chunk in ask(
+        door, "What is 4 + 3?", seed=5, n=3, stream=True, stream_options={"include_usage": True}, **settings
+    ):
+        counted += [chunk.usage.completion_tokens] if chunk.usage else []
+        for choice in chunk.choices:
+            said[choice.index] += (choice.delta.content or "") + (getattr(choice.delta, "reasoning_content", "") or "")
+    assert said == ["".join(parts(choice.message)) for choice in whole.choices]
+    assert counted == [whole.usage.completion_tokens]
+    client = openai.OpenAI(base_url=f"{door}/v1", api_key="none", max_retries=0)
+    assert len(client.completions.create(model="hf", prompt="To be", max_tokens=3, n=2).choices) == 2
+    with pytest.raises(openai.BadRequestError, match="from 1 to 16"):
+        ask(door, "x", n=99)
+
+
+@pytest.mark.parametrize(("path", "body"), [("responses", {"input": 4}), ("chat/completions", {"messages": [4]})])
+def test_fields_of_the_wrong_type_are_refused(door, path, body):
+    answer = httpx.post(f"{door}/v1/{path}", json=body)
+    assert answer.status_code == 400 and answer.json()["error"]["message"]
+
+
+def test_a_stream_of_messages_tells_the_tokens_of_its_prompt(door):
+    body = {"model": "hf", "max_tokens": 4, "messages": [{"role": "user", "content": "What is 4 + 3?"}]}
+    counted = httpx.post(f"{door}/v1/messages/count_tokens", json=body).json()["input_tokens"]
+    client = anthropic.Anthropic(base_url=door, api_key="none", max_retries=0)
+    for seed in range(6):  # llama.cpp omits the beginning of some of them
+        with client.messages.stream(**body, extra_body={"seed": seed}) as stream:
+            usage = stream.get_final_message().usage
+        assert usage.input_tokens + (usage.cache_read_input_tokens or 0) == counted > 0
+
+
 def test_completions_have_log_probabilities_in_their_own_form(door):
     client = openai.OpenAI(base_url=f"{door}/v1", api_key="none", max_retries=0)
     choice = client.completions.create(model="hf", prompt="To be", max_tokens=5, temperature=0, logprobs=2).choices[0]

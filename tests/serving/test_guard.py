@@ -9,7 +9,7 @@ import pytest
 from fastapi import FastAPI
 
 from ray_pipeline.errors import UserError
-from ray_pipeline.serving import guard
+from ray_pipeline.serving import connection, guard
 from ray_pipeline.serving.engines import RunningEngine
 from ray_pipeline.serving.http_server import bind
 from tests.serving.made_servers import serving
@@ -70,6 +70,26 @@ def test_a_body_that_never_ends_is_given_up(address, monkeypatch):
             b"Content-Length: 100\r\n\r\n{"
         )
         assert slow.recv(200).startswith(b"HTTP/1.1 408")
+
+
+ASKED = b"GET / HTTP/1.1\r\nHost: localhost\r\nx-api-key: secret\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("whole", "head"), [(b"", b""), (b"", b"GET /v1"), (b"", b"GET / HTTP/1.1\r\nHost: lo"), (ASKED, b"GET / HT")]
+)
+def test_headers_that_never_end_are_given_up(address, monkeypatch, whole, head):
+    """Of the first request of a connection, and of the next one."""
+    monkeypatch.setattr(connection, "HEAD_SECONDS", 0.3)
+    with socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2])), timeout=10) as slow:
+        if whole:
+            slow.sendall(whole)
+            assert slow.recv(4000).startswith(b"HTTP/1.1 404")
+        slow.sendall(head)
+        said = b""
+        while piece := slow.recv(4000):
+            said += piece
+    assert b"HTTP/1.1 408" in said
 
 
 def test_a_port_in_use_is_told():
