@@ -26,6 +26,7 @@ from model.generate.decode import Decoder, generate  # noqa: E402
 from model.parallel.mesh import Mesh, MeshSizes  # noqa: E402
 from model.transformer import Transformer  # noqa: E402
 from ray_pipeline.engine.engine import Engine  # noqa: E402
+from ray_pipeline.engine.options import EngineOptions  # noqa: E402
 from ray_pipeline.objectives.grpo import Grpo  # noqa: E402
 from ray_pipeline.rollouts.advantages import group_advantages  # noqa: E402
 from ray_pipeline.rollouts.packed_rows import pack_completions  # noqa: E402
@@ -64,7 +65,7 @@ def main() -> None:
     steps = max(1, parser.parse_args().steps)
     rng, console = random.Random(0), Console()
     optimizer = OptimizerConfig(lr=3e-3, warmup_steps=0)
-    engine = Engine(CONFIG, Mesh(MeshSizes()), optimizer=optimizer, seed=0, micro_batch=64)
+    engine = Engine(CONFIG, Mesh(MeshSizes()), EngineOptions(optimizer=optimizer, seed=0, micro_batch=64))
     objective = Grpo(beta=0.0, clip_low=0.2, clip_high=0.28, temperature=1.0)
     model = engine.parts[0]
     assert isinstance(model, Transformer)

@@ -23,6 +23,7 @@ from model.parallel.mesh import Mesh, MeshSizes  # noqa: E402
 from ray_pipeline.data.rows.batch import IGNORE, Batch  # noqa: E402
 from ray_pipeline.data.text.builtin_text import document_at  # noqa: E402
 from ray_pipeline.engine.engine import Engine  # noqa: E402
+from ray_pipeline.engine.options import EngineOptions  # noqa: E402
 from ray_pipeline.objectives.cross_entropy import CrossEntropy  # noqa: E402
 from ray_pipeline.settings.schema import OptimizerConfig  # noqa: E402
 
@@ -65,7 +66,7 @@ def train(console: Console, config: ModelConfig, steps: int, title: str) -> None
     """Train and draw what each layer's experts get."""
     console.rule(title)
     optimizer = OptimizerConfig(lr=3e-3, warmup_steps=0)
-    engine = Engine(config, Mesh(MeshSizes()), optimizer=optimizer, seed=0, micro_batch=ROWS)
+    engine = Engine(config, Mesh(MeshSizes()), EngineOptions(optimizer=optimizer, seed=0, micro_batch=ROWS))
     for step in range(steps):
         stats = engine.train_step(batch(step), CrossEntropy(0.0), optimizer.lr)
         if step % (steps // 8) == 0 or step == steps - 1:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from model.layers.linear import Linear
 from model.layers.vocab import Head
 from model.transformer import Transformer
-from ray_pipeline.data.rows.batch import Batch
+from ray_pipeline.data.rows.batch import Batch, required
 from ray_pipeline.engine.row_noise import row_generators
 from ray_pipeline.errors import UserError
 from ray_pipeline.settings.lora_targets import chosen_targets
@@ -39,9 +39,9 @@ class RowDropout(nn.Module):
         """The next inputs are of these rows.
 
         Raises:
-            KeyError: a batch of training that brings no `row_seed`.
+            AssertionError: a batch of training that brings no `row_seed`.
         """
-        self._seeds = batch.extras["row_seed"] if self.training else None
+        self._seeds = required(batch.extras.row_seed) if self.training else None
         self._window = batch.window or slice(None)
 
     def forward(self, x: Tensor) -> Tensor:

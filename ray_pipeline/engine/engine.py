@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,13 +15,14 @@ from model.moe.router import Router
 from model.parallel.gather import gather_state
 from model.parallel.mesh import Mesh
 from model.parallel.placement import parts_of, stage_layers
-from model.transformer import Recompute, Transformer
+from model.transformer import Transformer
 from ray_pipeline.data.rows.batch import Batch
 from ray_pipeline.engine.adapters import Adapters, base_name
 from ray_pipeline.engine.expert_balance import KEPT, SAVED, ExpertBalance
 from ray_pipeline.engine.optimizer import set_rate
-from ray_pipeline.engine.pipeline.parts import Parts
-from ray_pipeline.engine.pipeline.pipeline import Finish, Pipeline
+from ray_pipeline.engine.options import EngineOptions
+from ray_pipeline.engine.pipeline.parts import PartRunner, Parts, ZeroPartRunner
+from ray_pipeline.engine.pipeline.pipeline import OutputFunction, Pipeline
 from ray_pipeline.engine.pipeline.schedule import least_micro_batches, rows_needed
 from ray_pipeline.engine.step_stats import (
     StepStats,
@@ -34,79 +33,47 @@ from ray_pipeline.engine.step_stats import (
     over_ranks,
 )
 from ray_pipeline.engine.updater import PlainUpdater, Updater
-from ray_pipeline.objectives.base import Objective
-from ray_pipeline.settings.post_training import LoraConfig
-from ray_pipeline.settings.schema import OptimizerConfig
+from ray_pipeline.objectives.base import Objective, ScaledLoss
 
 
 class Engine:
     """A model laid out over a mesh, with its optimizer.
 
     Args:
-        optimizer: None for a model that is only read (reference, teacher).
-        zero_stage: 0 is our own; 1, 2, 3 shard optimizer state, gradients, weights over replicas through DeepSpeed.
-        precision: "bf16" computes matmuls in bf16 under autocast; weights, gradients, residual stream and optimizer
-            stay fp32. "fp8" is the same but for the linear layers of the blocks, which multiply in 8 bits.
-        micro_batch: rows of one forward pass.
-        row_length: tokens of a row that `micro_batch` counts; of shorter rows a forward pass has as many as make the
-            same tokens. None: it counts rows of any length.
+        options: everything else; the defaults are those of a model that one process reads.
         initial: whole parameters by name; else they are drawn from the seed.
-        on_phase: told when a training step is past its backward passes, for the error of a rank that is lost.
-        lora: train adapters in place of the weights, which are frozen; so are the balancing biases.
-        indexer_warmup_steps: first training steps in which sparse attention reads everything.
-        schedule, pp_layout: order of work in the pipeline, and layers of each part where set by hand.
     """
 
     def __init__(
         self,
         config: ModelConfig,
         mesh: Mesh,
+        options: EngineOptions | None = None,
         *,
-        seed: int = 0,
-        optimizer: OptimizerConfig | None = None,
-        zero_stage: int = 0,
-        precision: str = "fp32",
-        micro_batch: int = 8,
-        row_length: int | None = None,
-        device: torch.device | None = None,
         initial: dict[str, Tensor] | None = None,
-        schedule: str = "1f1b",
-        pp_layout: str | None = None,
-        activation_checkpointing: Recompute = "none",
-        offload_optimizer: bool = False,
-        lora: LoraConfig | None = None,
-        indexer_warmup_steps: int = 0,
-        on_phase: Callable[[str], None] = lambda name: None,
     ):
-        self.on_phase, self.indexer_warmup_steps = on_phase, indexer_warmup_steps
-        self.config, self.mesh, self.micro_batch, self.row_length = config, mesh, micro_batch, row_length
-        self.device = device or torch.device("cpu")
-        indices = parts_of(schedule, mesh.sizes.pp, mesh.pp_rank)
-        layers = stage_layers(config, len(indices) * mesh.sizes.pp, pp_layout)
-        self.parts = [build_part(config, layers[i], mesh, seed=seed, initial=initial) for i in indices]
-        for part in self.parts:
-            part.to(self.device).requires_grad_(optimizer is not None)
-            part.set_recompute(activation_checkpointing)
-            if precision == "fp8":
-                use_fp8(part)
-        self.adapters = Adapters(self.parts, lora, seed) if lora is not None and lora.r else None
-        self.module = Parts(self.parts, None if precision == "fp32" else torch.bfloat16, self.adapters)
-        self.module.train(optimizer is not None)
+        self.config, self.mesh, self.options = config, mesh, options or EngineOptions()
+        self.device = self.options.device or torch.device("cpu")
+        self.parts = _build_parts(config, mesh, self.options, self.device, initial)
+        lora, trained = self.options.lora, self.options.optimizer is not None
+        self.adapters = Adapters(self.parts, lora, self.options.seed) if lora is not None and lora.r else None
+        dtype = None if self.options.precision == "fp32" else torch.bfloat16
+        self.module = Parts(self.parts, dtype, self.adapters)
+        self.module.train(trained)
         self.experts = ExpertBalance(config, self.parts, mesh)
         self.updater: Updater | None = None
-        run_part: Any = self.module
-        before_backward = None
-        if optimizer is not None and zero_stage == 0:
-            self.updater = PlainUpdater(self.trained_parameters(), mesh, optimizer)
-        elif optimizer is not None:
+        runner = PartRunner(self.module)
+        if self.options.optimizer is not None and self.options.zero_stage == 0:
+            self.updater = PlainUpdater(self.trained_parameters(), mesh, self.options.optimizer)
+        elif self.options.optimizer is not None:
             from ray_pipeline.engine.zero import ZeroUpdater  # DeepSpeed takes seconds to import
 
             zero = ZeroUpdater(
-                self.module, self.trained_parameters(), mesh, optimizer,
-                zero_stage=zero_stage, offload_optimizer=offload_optimizer,
+                self.module, self.trained_parameters(), mesh, self.options.optimizer,
+                zero_stage=self.options.zero_stage, offload_optimizer=self.options.offload_optimizer,
             )  # fmt: skip
-            self.updater, run_part, before_backward = zero, zero.run, zero.before_backward
-        self.pipeline = Pipeline(mesh, schedule, self.device, run_part, self._carried_shapes, before_backward)
+            self.updater, runner = zero, ZeroPartRunner(self.module, zero)
+        self.pipeline = Pipeline(mesh, self.options.schedule, self.device, runner)
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """This rank's parameters, or slices of them, by their names in the whole model; not those of adapters."""
@@ -132,14 +99,6 @@ class Engine:
         """The part with the head, where this rank has it."""
         return next((part for part in self.parts if part.is_last), None)
 
-    def _carried_shapes(self, batch: Batch) -> list[tuple[int, ...]]:
-        rows, seq_len = batch.tokens.shape
-        window, width = self.parts[0].window(seq_len), self.config.hidden_size
-        lengths = [window.stop - window.start]
-        if self.config.num_nextn_predict_layers:
-            lengths.append(self.parts[0].ahead_length(seq_len))
-        return [(rows, length, width) for length in lengths]
-
     def my_rows(self, batch: Batch) -> Batch:
         """The rows of a global batch that this replica reads, and the window of each that this rank computes."""
         (rows, seq_len), dp, sp = batch.tokens.shape, self.mesh.dp, self.mesh.sizes.sp
@@ -157,8 +116,9 @@ class Engine:
         return batch.pad_rows(rows_needed(len(batch), self.mesh.dp, self._rows_at_once(batch), least))
 
     def _rows_at_once(self, batch: Batch) -> int:
-        shorter = 1 if self.row_length is None else max(1, self.row_length // batch.tokens.shape[1])
-        return self.micro_batch * shorter
+        length = self.options.row_length
+        shorter = 1 if length is None else max(1, length // batch.tokens.shape[1])
+        return self.options.micro_batch * shorter
 
     def _micro_batches(self, batch: Batch) -> list[Batch]:
         size = self._rows_at_once(batch)
@@ -166,7 +126,7 @@ class Engine:
 
     def before_step(self, step: int) -> None:
         """Put the model into the phase of training step `step` (from 0)."""
-        set_warm_up(self.module, step < self.indexer_warmup_steps)
+        set_warm_up(self.module, step < self.options.indexer_warmup_steps)
 
     def train_step(self, batch: Batch, objective: Objective, lr: float) -> StepStats:
         """One optimizer step on a global batch (every rank is given the same one)."""
@@ -176,28 +136,22 @@ class Engine:
         if weight == 0:
             raise ValueError("a batch without a single trained token")
         scale = self.updater.loss_scale
-        sums: list[Tensor] = []
-
-        def finish(model: Transformer, hidden: Tensor, embeddings: Tensor | None, rows: Batch) -> Tensor:
-            values = objective(model, hidden, embeddings, rows)
-            sums.append(values.detach())
-            return values[0] * scale / weight
-
+        loss = ScaledLoss(objective, scale, weight)
         micro_batches = self._micro_batches(mine)
         self.updater.expect(len(micro_batches))
         counts = [batch.tokens_ahead(depth) for depth in range(self.config.num_nextn_predict_layers + 1)]
         with auxiliary_scale(scale / counts[0]) as auxiliary:
-            self.pipeline.run(micro_batches, finish, train=True)
-        self.on_phase("optimizer step")
+            self.pipeline.run(micro_batches, loss, train=True)
+        self.options.on_phase("optimizer step")
         set_rate(self.updater.optimizer, lr)
         norm = self.updater.step()
         self.experts.step()
-        totals = objective_sums(sums, 1 + len(objective.metric_names), self.device)
+        totals = objective_sums(loss.sums, 1 + len(objective.metric_names), self.device)
         own = torch.cat([totals, auxiliary_sums(auxiliary, self.device)])
         own, measured = over_ranks(self.mesh, own, self.experts.measured(counts).flatten())
-        loss, metrics = self._named(own[: len(totals)], objective)
+        total, metrics = self._named(own[: len(totals)], objective)
         figures = layer_figures(own[len(totals) :].tolist(), measured.view(-1, 3).tolist(), self.experts)
-        return StepStats(loss / weight, norm, weight, metrics, figures)
+        return StepStats(total / weight, norm, weight, metrics, figures)
 
     def evaluate(self, batch: Batch, objective: Objective) -> StepStats:
         """The objective on a global batch, forward only: loss is the mean over the batch's weight."""
@@ -207,23 +161,23 @@ class Engine:
         loss, metrics = self._named(over_ranks(self.mesh, sums)[0], objective)
         return StepStats(loss / max(weight, 1.0), 0.0, weight, metrics)
 
-    def forward(self, mine: Batch, finish: Finish) -> list[Tensor]:
-        """`finish` of every micro-batch of this replica's rows, on the rank with the last part; elsewhere nothing."""
+    def forward(self, mine: Batch, output: OutputFunction) -> list[Tensor]:
+        """`output` of every micro-batch of this replica's rows, on the rank with the last part; elsewhere nothing."""
         training = self.module.training
         self.module.eval()
-        results = self.pipeline.run(self._micro_batches(mine), finish, train=False)
+        results = self.pipeline.run(self._micro_batches(mine), output, train=False)
         self.module.train(training)
         return results
 
-    def per_token(self, batch: Batch, finish: Finish) -> Tensor | None:
-        """`finish`'s per-token values [rows, seq / sp, ...] at their places in the global batch, zero elsewhere.
+    def per_token(self, batch: Batch, output: OutputFunction) -> Tensor | None:
+        """`output`'s per-token values [rows, seq / sp, ...] at their places in the global batch, zero elsewhere.
 
         Returns:
             [rows, seq_len, ...] on the CPU, filled where this rank's replica and window are, which is all that a
             training step on the same batch reads here; None without the last part.
         """
         mine = self.my_rows(batch)
-        values = self.forward(mine, finish)
+        values = self.forward(mine, output)
         if not values:
             return None
         joined = torch.cat(values).float().cpu()
@@ -279,3 +233,18 @@ class Engine:
         """The whole model's adapters by name, in fp32 on the CPU of every rank."""
         assert self.updater is not None
         return gather_state(self.updater.weights(), self.mesh)
+
+
+def _build_parts(
+    config: ModelConfig, mesh: Mesh, options: EngineOptions, device: torch.device, initial: dict[str, Tensor] | None
+) -> list[Transformer]:
+    """This rank's parts of the model, in the schedule's order."""
+    indices = parts_of(options.schedule, mesh.sizes.pp, mesh.pp_rank)
+    layers = stage_layers(config, len(indices) * mesh.sizes.pp, options.pp_layout)
+    parts = [build_part(config, layers[i], mesh, seed=options.seed, initial=initial) for i in indices]
+    for part in parts:
+        part.to(device).requires_grad_(options.optimizer is not None)
+        part.set_recompute(options.activation_checkpointing)
+        if options.precision == "fp8":
+            use_fp8(part)
+    return parts

@@ -1,6 +1,6 @@
 """Random numbers of training that belong to a row of a batch: the same in every layout and after a resume.
 
-A batch brings a seed per row (`extras["row_seed"]`), so that whoever computes a part of a row, in whatever
+A batch brings a seed per row (`extras.row_seed`), so that whoever computes a part of a row, in whatever
 micro-batch, draws what one process would. Batches of evaluation bring none.
 """
 
@@ -12,14 +12,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ray_pipeline.data.rows.batch import Batch
+from ray_pipeline.data.rows.batch import Batch, required
 
 
 def seed_rows(batch: Batch, seed: int, step: int) -> Batch:
     """The batch with a seed of its own for every row: `row_seed`, int64 [rows, seq], the same along a row."""
     digests = (hashlib.sha256(f"rows/{seed}/{step}/{row}".encode()).digest() for row in range(len(batch)))
     seeds = torch.tensor([int.from_bytes(digest[:8], "little") >> 1 for digest in digests])
-    return replace(batch, extras=batch.extras | {"row_seed": seeds[:, None].repeat(1, batch.tokens.shape[1])})
+    return replace(batch, extras=replace(batch.extras, row_seed=seeds[:, None].repeat(1, batch.tokens.shape[1])))
 
 
 def row_generators(seeds: Tensor, name: str) -> list[torch.Generator]:
@@ -43,7 +43,7 @@ def disturb_embeddings(batch: Batch, alpha: float, hidden_size: int) -> Batch:
     scale = alpha / (counts.gather(1, documents).float() * hidden_size).sqrt()
     if batch.real is not None:
         scale = scale * batch.real
-    return replace(batch, extras=batch.extras | {"noise_scale": scale})
+    return replace(batch, extras=replace(batch.extras, noise_scale=scale))
 
 
 def embedding_noise(batch: Batch, hidden_size: int) -> Tensor | None:
@@ -51,11 +51,11 @@ def embedding_noise(batch: Batch, hidden_size: int) -> Tensor | None:
 
     MTP modules read the embeddings with the same noise: a token has one embedding in a step, wherever it is read.
     """
-    if "noise_scale" not in batch.extras:
+    if batch.extras.noise_scale is None:
         return None
-    seq_len, seeds = batch.tokens.shape[1], batch.extras["row_seed"]
+    seq_len, seeds = batch.tokens.shape[1], required(batch.extras.row_seed)
     drawn = [
         torch.rand(seq_len, hidden_size, generator=generator, device=seeds.device)
         for generator in row_generators(seeds, "embedding")
     ]
-    return torch.stack(drawn).mul_(2).sub_(1).mul_(batch.extras["noise_scale"].unsqueeze(-1))
+    return torch.stack(drawn).mul_(2).sub_(1).mul_(batch.extras.noise_scale.unsqueeze(-1))

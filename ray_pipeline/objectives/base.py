@@ -3,6 +3,7 @@ across ranks, micro-batches and packed documents."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from torch import Tensor
@@ -31,3 +32,24 @@ class Objective(Protocol):
             embeddings: what `Transformer.predict_ahead` wants, when MTP modules exist.
         """
         ...
+
+
+@dataclass
+class ScaledLoss:
+    """An objective as what the last pipeline stage computes in training: its part of the loss of the global batch.
+
+    Attributes:
+        scale: the engine's loss scale. weight: that of the global batch.
+        sums: what the objective returned for each micro-batch, in order, detached.
+    """
+
+    objective: Objective
+    scale: float
+    weight: float
+    sums: list[Tensor] = field(default_factory=list)
+
+    def __call__(self, model: Transformer, hidden: Tensor, embeddings: Tensor | None, batch: Batch) -> Tensor:
+        """The scalar that backward starts from."""
+        values = self.objective(model, hidden, embeddings, batch)
+        self.sums.append(values.detach())
+        return values[0] * self.scale / self.weight

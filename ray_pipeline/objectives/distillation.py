@@ -12,7 +12,7 @@ from model.layers.loss import IGNORE
 from model.layers.vocab import Head
 from model.parallel.collectives import Axis
 from model.transformer import Transformer
-from ray_pipeline.data.rows.batch import Batch
+from ray_pipeline.data.rows.batch import Batch, Extras, required
 from ray_pipeline.objectives.base import Objective
 from ray_pipeline.objectives.cross_entropy import CrossEntropy
 from ray_pipeline.objectives.divergence import Divergence, TopKTeacher, WholeTeacher
@@ -45,22 +45,23 @@ class Distillation:
         labels = batch.local(batch.labels)
         kept = labels != IGNORE
         student = hidden[kept]
-        extras = {name: batch.local(value)[kept] for name, value in batch.extras.items() if name.startswith("teacher_")}
-        chunk_loss = self._chunk_loss(extras, labels[kept], model.lm_head.tp)
+        teacher = batch.extras.each(lambda values: batch.local(values)[kept])
+        chunk_loss = self._chunk_loss(teacher, labels[kept], model.lm_head.tp)
         loss, cross_entropy = model.lm_head(student, chunk_loss=chunk_loss)
         error = torch.zeros_like(loss)
         if self.hidden_weight:
-            error = (student.float() - extras["teacher_hidden"].float()).square().mean(-1).sum()
+            error = (student.float() - required(teacher.teacher_hidden).float()).square().mean(-1).sum()
         total = loss + self.hidden_weight * error
         return torch.stack([total, loss.detach(), cross_entropy.detach(), error.detach()])
 
-    def _chunk_loss(self, extras: dict[str, Tensor], labels: Tensor, axis: Axis) -> ChunkLoss:
-        if "teacher_topk_ids" in extras:
-            ids, logprobs = extras["teacher_topk_ids"].long(), extras["teacher_topk_logprobs"].float()
+    def _chunk_loss(self, teacher: Extras, labels: Tensor, axis: Axis) -> ChunkLoss:
+        if teacher.teacher_topk_ids is not None:
+            ids, logprobs = teacher.teacher_topk_ids.long(), required(teacher.teacher_topk_logprobs).float()
             return TopKTeacher(self.divergence, ids, logprobs, labels, axis)
         assert self.teacher_head is not None, "a batch without the teacher's top-k needs its head"
-        dtype = operand_dtype(extras["teacher_hidden"])
-        hidden, weight = extras["teacher_hidden"].to(dtype), self._teacher_slice(axis).to(dtype)
+        states = required(teacher.teacher_hidden)
+        dtype = operand_dtype(states)
+        hidden, weight = states.to(dtype), self._teacher_slice(axis).to(dtype)
         return WholeTeacher(self.divergence, lambda rows: product(hidden[rows], weight.t()), labels, axis)
 
     def _teacher_slice(self, axis: Axis) -> Tensor:

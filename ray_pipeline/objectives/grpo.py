@@ -23,7 +23,7 @@ from torch import Tensor
 from model.layers.loss import IGNORE, label_logprobs
 from model.parallel.collectives import Axis
 from model.transformer import Transformer
-from ray_pipeline.data.rows.batch import Batch
+from ray_pipeline.data.rows.batch import Batch, required
 from ray_pipeline.objectives.documents import count_answers, document_lengths, of_each_token, sum_documents
 from ray_pipeline.objectives.sampler_gap import Correction, SamplerGap
 
@@ -91,10 +91,13 @@ class Grpo:
         mask = batch.local(trained).float()
         share = mask / lengths if self.by_answer else mask
         new = label_logprobs(hidden, model.lm_head, _labels(batch, trained), self.temperature)
-        given, sampled = (_stored(batch, name, mask) for name in ("old_logprobs", "sampler_logprobs"))
+        given, sampled = (
+            None if values is None else batch.local(values) * mask
+            for values in (batch.extras.old_logprobs, batch.extras.sampler_logprobs)
+        )
         old = new.detach() if given is None else given
         gap = new - old if sampled is None else old - sampled
-        advantages = batch.local(batch.extras["advantages"])
+        advantages = batch.local(required(batch.extras.advantages))
         drift = (old if sampled is None else sampled) - new.detach()
         dropped = self._off_policy(drift, advantages, lengths, batch, model.sp)
         weights = self._weights(None if sampled is None else gap, mask, lengths, batch, model.sp)
@@ -115,7 +118,7 @@ class Grpo:
         """Estimate of KL(policy || reference) at every token, zero without beta: [rows, seq / sp]."""
         if not self.beta:
             return torch.zeros_like(new)
-        log_ratio = batch.local(batch.extras["ref_logprobs"]) * mask - new
+        log_ratio = batch.local(required(batch.extras.ref_logprobs)) * mask - new
         k3 = log_ratio.exp() - log_ratio - 1
         return k3 * ratio if self.unbiased_kl else k3
 
@@ -144,15 +147,9 @@ class Grpo:
 
 def _trained(batch: Batch) -> Tensor:
     """[rows, seq] bool."""
-    labelled = batch.labels != IGNORE
-    return labelled & (batch.extras["trained"] > 0) if "trained" in batch.extras else labelled
+    labelled, trained = batch.labels != IGNORE, batch.extras.trained
+    return labelled if trained is None else labelled & (trained > 0)
 
 
 def _labels(batch: Batch, trained: Tensor) -> Tensor:
     return batch.local(batch.labels.masked_fill(~trained, IGNORE))
-
-
-def _stored(batch: Batch, name: str, mask: Tensor) -> Tensor | None:
-    """Log-probabilities from the extras, zero where nothing is trained: [rows, seq / sp]."""
-    values = batch.extras.get(name)
-    return None if values is None else batch.local(values) * mask

@@ -11,7 +11,7 @@ from torch import Tensor
 from model.layers.loss import IGNORE, label_logprobs
 from model.parallel.collectives import Axis
 from model.transformer import Transformer
-from ray_pipeline.data.rows.batch import Batch
+from ray_pipeline.data.rows.batch import Batch, required
 from ray_pipeline.objectives.documents import sum_over_ranks
 
 PreferenceLoss = Literal["sigmoid", "ipo", "sigmoid_norm"]
@@ -52,7 +52,7 @@ class Dpo:
     def __call__(self, model: Transformer, hidden: Tensor, embeddings: Tensor | None, batch: Batch) -> Tensor:
         labels = batch.local(batch.labels)
         new = label_logprobs(hidden, model.lm_head, labels)
-        reference = batch.local(batch.extras["ref_logprobs"]) * (labels != IGNORE)
+        reference = batch.local(required(batch.extras.ref_logprobs)) * (labels != IGNORE)
         lengths = answer_lengths(batch)
         whole = (lengths > 0).all(1)
         policy, reference = _answers(torch.stack([new, reference], -1), batch, len(lengths), model.sp)[whole].unbind(-1)
@@ -79,13 +79,13 @@ def _difference(values: Tensor) -> Tensor:
 
 def answer_places(batch: Batch) -> Tensor:
     """Each token's row in a table of answers, two for a pair, chosen before rejected: [rows, seq]."""
-    return (2 * batch.extras["pair"] + 1 - batch.extras["chosen"]).long().clamp(min=0)
+    return (2 * required(batch.extras.pair) + 1 - required(batch.extras.chosen)).long().clamp(min=0)
 
 
 def answer_lengths(batch: Batch) -> Tensor:
     """Labelled tokens of each answer [pairs, 2]; whole rows are known to every rank."""
     labelled = (batch.labels != IGNORE).float().flatten()
-    pairs = max(int(batch.extras["pair"].max()) + 1, 1)
+    pairs = max(int(required(batch.extras.pair).max()) + 1, 1)
     return labelled.new_zeros(2 * pairs).index_add(0, answer_places(batch).flatten(), labelled).view(-1, 2)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from model.config import ModelConfig
 from model.generate.decode import Completion
-from ray_pipeline.data.rows.batch import IGNORE, Batch
+from ray_pipeline.data.rows.batch import IGNORE, Batch, Extras, required
 from ray_pipeline.data.rows.packing import best_fit
 
 
@@ -72,14 +72,14 @@ def pack_completions(
     batch = _empty(len(rows), -(-seq_len // multiple) * multiple, pad_id, completions)
     real = batch.real = torch.zeros_like(batch.tokens, dtype=torch.bool)
     if trained is not None:
-        batch.extras["trained"] = torch.zeros(batch.tokens.shape)
+        marks = batch.extras.trained = torch.zeros(batch.tokens.shape)
     for row, members in enumerate(rows):
         start = 0
         for document, i in enumerate(members):
             place = slice(start, start + lengths[i])
             _write(batch.rows(row, row + 1), place, document, completions[i], float(advantages[i]))
             if trained is not None:
-                batch.extras["trained"][row, place] = (batch.labels[row, place] != IGNORE) * float(trained[i])
+                marks[row, place] = (batch.labels[row, place] != IGNORE) * float(trained[i])
             start = place.stop
         batch.doc_ids[row, start:] = len(members)  # padding is a document of its own
         real[row, :start] = True
@@ -88,10 +88,10 @@ def pack_completions(
 
 def _empty(rows: int, seq_len: int, pad_id: int, completions: Sequence[Completion]) -> Batch:
     shape = (rows, seq_len)
-    extras = {name: torch.zeros(shape) for name in ("advantages", "sampler_logprobs")}
+    extras = Extras(advantages=torch.zeros(shape), sampler_logprobs=torch.zeros(shape))
     width = next((c.routing.shape[1] for c in completions if c.routing is not None), None)
     if width is not None:
-        extras["routing"] = torch.full((*shape, width), -1)
+        extras.routing = torch.full((*shape, width), -1)
     doc_ids = torch.zeros(shape, dtype=torch.long)
     return Batch(torch.full(shape, pad_id), torch.full(shape, IGNORE), doc_ids, extras)
 
@@ -103,7 +103,7 @@ def _write(row: Batch, place: slice, document: int, completion: Completion, adva
     row.tokens[0, place] = torch.tensor((completion.prompt + completion.tokens)[:-1])
     row.doc_ids[0, place] = document
     row.labels[0, predicted] = torch.tensor(completion.tokens).where(free, torch.tensor(IGNORE))
-    row.extras["sampler_logprobs"][0, predicted] = torch.tensor(completion.logprobs) * free
-    row.extras["advantages"][0, predicted] = advantage * free
+    required(row.extras.sampler_logprobs)[0, predicted] = torch.tensor(completion.logprobs) * free
+    required(row.extras.advantages)[0, predicted] = advantage * free
     if completion.routing is not None:
-        row.extras["routing"][0, place] = completion.routing.long()
+        required(row.extras.routing)[0, place] = completion.routing.long()

@@ -112,7 +112,7 @@ class EngineTeacher:
         if self.moved:
             hidden = self._redistributed(hidden, len(padded), batch.tokens.shape[1])
         if hidden is not None:
-            batch.extras["teacher_hidden"] = hidden[: len(batch)]
+            batch.extras.teacher_hidden = hidden[: len(batch)]
         return batch
 
     def _redistributed(self, hidden: Tensor | None, rows: int, seq_len: int) -> Tensor | None:

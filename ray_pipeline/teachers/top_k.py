@@ -106,8 +106,8 @@ class TopKRows:
         indices = row_order(len(self.rows), seed, step, batch_size)
         batch = self.rows.take(indices)
         found = [self._row(index) for index in indices]
-        batch.extras["teacher_topk_ids"] = torch.stack([ids for ids, _ in found]).long()
-        batch.extras["teacher_topk_logprobs"] = torch.stack([logprobs for _, logprobs in found])
+        batch.extras.teacher_topk_ids = torch.stack([ids for ids, _ in found]).long()
+        batch.extras.teacher_topk_logprobs = torch.stack([logprobs for _, logprobs in found])
         return batch
 
     def _row(self, index: int) -> tuple[Tensor, Tensor]:

@@ -108,7 +108,7 @@ class TransformersTeacher:
             states = self._hidden(tokens.to(device), mask.to(device)).float().cpu()
             for i, (row, start, stop) in enumerate(group):
                 hidden[row, start:stop] = states[i, : stop - start]
-        batch.extras["teacher_hidden"] = hidden
+        batch.extras.teacher_hidden = hidden
         return batch
 
 

@@ -98,7 +98,7 @@ class Health:
     def _cause(self, step: int, stats: StepStats, batch: Batch) -> str:
         """The likeliest cause, and what to change."""
         stage, settings = self.rank.stage, self.rank.settings
-        brought = {n for n, v in batch.extras.items() if v.is_floating_point() and not bool(v.isfinite().all())}
+        brought = {n for n, v in batch.extras.given().items() if v.is_floating_point() and not bool(v.isfinite().all())}
         everywhere = sorted(set().union(*all_ranks_gather(self.rank.mesh, brought)))
         if everywhere:
             return (

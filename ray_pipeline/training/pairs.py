@@ -59,17 +59,19 @@ def _is_whole(folder: Path, sets: Mapping[str, PairRows]) -> bool:
     return {name: len(values) for name, values in found.items()} == {name: len(rows) for name, rows in sets.items()}
 
 
+def _logprobs(model: Transformer, hidden: Tensor, embeddings: Tensor | None, part: Batch) -> Tensor:
+    """Of the labels: [rows, seq / sp]; what `Engine.per_token` is given."""
+    return label_logprobs(hidden, model.lm_head, part.local(part.labels))
+
+
 def answer_logprobs(rank: Rank, engine: Engine, rows: PairRows) -> Tensor:
     """log p of the answers of every pair in stored order, the same on every rank: [pairs, 2] fp32."""
-
-    def finish(model: Transformer, hidden: Tensor, embeddings: Tensor | None, part: Batch) -> Tensor:
-        return label_logprobs(hidden, model.lm_head, part.local(part.labels))
 
     found = []
     for start in range(0, len(rows), PAIRS_AT_ONCE):
         rank.phase("reference log-probabilities", start, len(rows))
         batch = engine.fitted(rows.slice(start, start + PAIRS_AT_ONCE))
-        logprobs = engine.per_token(batch, finish)  # zero but where this rank's rows and positions are
+        logprobs = engine.per_token(batch, _logprobs)  # zero but where this rank's rows and positions are
         table = torch.zeros(answer_lengths(batch).numel(), dtype=torch.float64)
         if logprobs is not None:
             table.index_add_(0, answer_places(batch).flatten(), logprobs.double().flatten())
@@ -86,7 +88,7 @@ def with_reference(batch: Batch, reference: Tensor) -> Batch:
     """
     per_token = (reference / answer_lengths(batch).clamp(min=1.0)).flatten()
     spread = per_token[answer_places(batch)].masked_fill(batch.labels == IGNORE, 0.0)
-    batch.extras["ref_logprobs"] = spread
+    batch.extras.ref_logprobs = spread
     return batch
 
 

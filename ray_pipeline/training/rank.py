@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,13 @@ from model.config import ModelConfig
 from model.parallel.mesh import Mesh
 from model.parallel.placement import layers_by_hand
 from ray_pipeline.engine.engine import Engine
+from ray_pipeline.engine.options import EngineOptions
 from ray_pipeline.launch.rank_errors import Place
 from ray_pipeline.launch.stage_context import StageContext
 from ray_pipeline.layout.layout import Layout, layout_of
 from ray_pipeline.records.progress import Progress
 from ray_pipeline.settings.post_training import LoraConfig
-from ray_pipeline.settings.schema import OptimizerConfig, PipelineFields, TrainingConfig
+from ray_pipeline.settings.schema import PipelineFields, TrainingConfig
 
 
 @dataclass
@@ -59,26 +60,31 @@ class Rank:
         if self.progress is not None:
             self.progress.phase(name, done, total)
 
-    def engine(self, model: ModelConfig, **options: Any) -> Engine:
-        """An engine for `model` in this run's layout."""
-        layout = self.config.layout
-        if options.get("optimizer") is not None:
-            options |= {"zero_stage": layout.zero_stage, "offload_optimizer": layout.offload_optimizer}
-        return Engine(
-            model, self.mesh, precision=self.settings.precision, micro_batch=layout.micro_batch,
-            row_length=self.config.data.seq_len, device=self.device, seed=self.config.seed, schedule=layout.schedule,
-            pp_layout=layers_by_hand(layout.pp_layout, self.config.model, model),
-            activation_checkpointing=layout.activation_checkpointing,
-            on_phase=self.place.at, **options,
-        )  # fmt: skip
+    def engine(self, model: ModelConfig, initial: dict[str, torch.Tensor] | None = None) -> Engine:
+        """An engine that only reads `model`, in this run's layout."""
+        return Engine(model, self.mesh, self._options(model), initial=initial)
 
     def trainer_engine(
         self, model: ModelConfig, initial: dict[str, torch.Tensor] | None, *, lora: LoraConfig | None = None
     ) -> Engine:
         """An engine with this stage's optimizer."""
-        optimizer: OptimizerConfig = self.settings.optimizer
-        dense = self.config.dense_steps(self.stage)
-        return self.engine(model, optimizer=optimizer, initial=initial, lora=lora, indexer_warmup_steps=dense)
+        layout, optimizer = self.config.layout, self.settings.optimizer
+        options = replace(
+            self._options(model), optimizer=optimizer, zero_stage=layout.zero_stage,
+            offload_optimizer=layout.offload_optimizer, lora=lora,
+            indexer_warmup_steps=self.config.dense_steps(self.stage),
+        )  # fmt: skip
+        return Engine(model, self.mesh, options, initial=initial)
+
+    def _options(self, model: ModelConfig) -> EngineOptions:
+        """What both kinds of engine have of the settings."""
+        layout = self.config.layout
+        return EngineOptions(
+            precision=self.settings.precision, micro_batch=layout.micro_batch, row_length=self.config.data.seq_len,
+            device=self.device, seed=self.config.seed, schedule=layout.schedule,
+            pp_layout=layers_by_hand(layout.pp_layout, self.config.model, model),
+            activation_checkpointing=layout.activation_checkpointing, on_phase=self.place.at,
+        )  # fmt: skip
 
 
 def rank_arguments(context: StageContext, stage: str) -> dict[str, Any]:

@@ -79,8 +79,8 @@ def compare(task: Task, rank: Rank, objective: Grpo, state: dict[str, Any], fold
         completions.append(Completion(prompt, answer, [0.0] * len(answer), finished=True))
     batch = pack_completions(completions, first["advantages"], task.seq_len, tokenizer.pad_id)
     reference: Engine = rank.engine(task.model, initial=state)
-    batch.extras["ref_logprobs"] = reference.per_token(batch, logprobs_at(1.0))
-    del batch.extras["sampler_logprobs"]
+    batch.extras.ref_logprobs = reference.per_token(batch, logprobs_at(1.0))
+    batch.extras.sampler_logprobs = None
     stats = rank.trainer_engine(task.model, state).train_step(batch, objective, LR)
     return {
         "loss": abs(stats.loss - first["loss"]),  # absolute: it is near zero, as advantages of a group sum to zero

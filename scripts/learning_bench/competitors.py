@@ -16,6 +16,7 @@ from model.parallel.mesh import Mesh, MeshSizes
 from ray_pipeline.data.rows.batch import Batch
 from ray_pipeline.engine.engine import Engine
 from ray_pipeline.engine.optimizer import build_optimizer, learning_rate
+from ray_pipeline.engine.options import EngineOptions
 from ray_pipeline.objectives.cross_entropy import CrossEntropy
 from ray_pipeline.settings.loading import load_config
 from ray_pipeline.settings.schema import OptimizerConfig
@@ -55,10 +56,11 @@ class Ours:
         config = load_config(recipe, given)
         self.settings, self.steps = config.pretrain, steps
         self.num_params = config.model.num_params()
-        self.engine = Engine(
-            config.model, Mesh(MeshSizes()), seed=seed, optimizer=config.pretrain.optimizer,
-            micro_batch=config.layout.micro_batch or config.pretrain.batch_size, row_length=config.data.seq_len,
+        options = EngineOptions(
+            seed=seed, optimizer=config.pretrain.optimizer, row_length=config.data.seq_len,
+            micro_batch=config.layout.micro_batch or config.pretrain.batch_size,
         )  # fmt: skip
+        self.engine = Engine(config.model, Mesh(MeshSizes()), options)
         self.objective = CrossEntropy(config.pretrain.mtp_loss_weight)
 
     def train_step(self, batch: Batch, step: int) -> float:

@@ -61,12 +61,11 @@ def ours_step(config: ModelConfig, precision: str, rows: int, device: str) -> St
     from model.parallel.mesh import Mesh, MeshSizes
     from ray_pipeline.data.rows.batch import Batch
     from ray_pipeline.engine.engine import Engine
+    from ray_pipeline.engine.options import EngineOptions
     from ray_pipeline.objectives.cross_entropy import CrossEntropy
 
-    engine = Engine(
-        config, Mesh(MeshSizes()), optimizer=OPTIMIZER, precision=precision, micro_batch=rows,
-        device=torch.device(device), initial=build(config).state_dict(),
-    )  # fmt: skip
+    options = EngineOptions(optimizer=OPTIMIZER, precision=precision, micro_batch=rows, device=torch.device(device))
+    engine = Engine(config, Mesh(MeshSizes()), options, initial=build(config).state_dict())
     objective = CrossEntropy()
 
     def step(tokens: Tensor) -> float:

@@ -88,13 +88,16 @@ def build_step(task: Task, row: Row, device: torch.device) -> Any:
 def _build_ours(task: Task, row: Row, device: torch.device) -> Any:
     from model.parallel.mesh import Mesh, MeshSizes
     from ray_pipeline.engine.engine import Engine
+    from ray_pipeline.engine.options import EngineOptions
     from ray_pipeline.objectives.cross_entropy import CrossEntropy
 
     axes = ("pp", "dp", "sp", "tp", "ep")
     mesh = Mesh(MeshSizes(**{axis: row.settings.get(axis, 1) for axis in axes}))
     others: Any = {key: value for key, value in row.settings.items() if key not in axes}
     engine = Engine(
-        task.model, mesh, seed=SEED, optimizer=task.optimizer, micro_batch=row.micro_batch, device=device, **others
+        task.model,
+        mesh,
+        EngineOptions(seed=SEED, optimizer=task.optimizer, micro_batch=row.micro_batch, device=device, **others),
     )
     objective = CrossEntropy(MTP_WEIGHT)
 

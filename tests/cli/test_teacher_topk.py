@@ -35,7 +35,7 @@ def test_a_runs_conversations_are_scored_and_learned_from(tmp_path: Path, capsys
     assert "5 log-probabilities each" in capsys.readouterr().out
     data = stage_dir(run_dir, "data_prep")
     rows = TopKRows(PackedRows(data / "sft" / "train"), data / "tokenizer", folder, 1.0)
-    assert rows.batch(0, 0, 2).extras["teacher_topk_ids"].shape == (2, rows.rows.seq_len, 5)
+    assert rows.batch(0, 0, 2).extras.teacher_topk_ids.shape == (2, rows.rows.seq_len, 5)
     assert distil(run_dir, "student", teacher=f"topk:{folder}", init="random", steps=1)
     assert main(["teacher-topk", "toy", str(folder), "--k", "5000", *place]) == 2
     assert "--k=5000: must be within 1..400, the vocabulary" in capsys.readouterr().err

@@ -17,7 +17,7 @@ from ray_pipeline.costs.kernels import kernels
 from ray_pipeline.costs.measure import LiveBytes, reachable_tensors
 from ray_pipeline.costs.memory import rank_memory
 from ray_pipeline.costs.workload import FP32, Workload
-from ray_pipeline.data.rows.batch import Batch
+from ray_pipeline.data.rows.batch import Batch, Extras
 from ray_pipeline.layout.layout import Layout
 from ray_pipeline.objectives.cross_entropy import CrossEntropy
 from ray_pipeline.objectives.distillation import Distillation
@@ -47,12 +47,12 @@ def measured(stage: str, bf16: bool) -> tuple[int, int, int]:
     part = build_part(MODEL, range(1), Mesh(MeshSizes())).train()
     hidden = torch.randn(ROWS, SEQ, MODEL.hidden_size, requires_grad=True)
     tokens = torch.randint(0, MODEL.vocab_size, (ROWS, SEQ))
-    extras = {
-        "advantages": torch.randn(ROWS, SEQ), "old_logprobs": torch.randn(ROWS, SEQ),
-        "teacher_hidden": torch.randn(ROWS, SEQ, MODEL.hidden_size), "ref_logprobs": torch.randn(ROWS, SEQ),
-        "pair": torch.arange(ROWS).float().unsqueeze(1).expand(ROWS, SEQ),
-        "chosen": (torch.arange(SEQ) < SEQ // 2).float().expand(ROWS, SEQ),
-    }  # fmt: skip
+    extras = Extras(
+        advantages=torch.randn(ROWS, SEQ), old_logprobs=torch.randn(ROWS, SEQ),
+        teacher_hidden=torch.randn(ROWS, SEQ, MODEL.hidden_size), ref_logprobs=torch.randn(ROWS, SEQ),
+        pair=torch.arange(ROWS).float().unsqueeze(1).expand(ROWS, SEQ),
+        chosen=(torch.arange(SEQ) < SEQ // 2).float().expand(ROWS, SEQ),
+    )  # fmt: skip
     batch = Batch(tokens, tokens.roll(-1, 1), torch.zeros_like(tokens), extras)
     teacher = build_part(MODEL, range(1), Mesh(MeshSizes())).lm_head.requires_grad_(False)
     objective: Any = {

@@ -15,6 +15,7 @@ from ray_pipeline.costs.memory import rank_memory, stage_memory
 from ray_pipeline.costs.workload import Workload
 from ray_pipeline.data.rows.batch import Batch
 from ray_pipeline.engine.engine import Engine
+from ray_pipeline.engine.options import EngineOptions
 from ray_pipeline.layout.layout import Layout
 from ray_pipeline.objectives.cross_entropy import CrossEntropy
 from ray_pipeline.settings.lora_targets import adapter_params
@@ -39,7 +40,9 @@ def measure(rank: int, sizes: dict[str, int], options: dict[str, Any], rows: int
     """Peak bytes of a rank's second step; the first one makes the optimizer's state."""
     torch.set_num_threads(1)
     optimizer = OptimizerConfig(lr=1e-3, warmup_steps=0)
-    engine = Engine(MODEL, Mesh(MeshSizes(**sizes)), optimizer=optimizer, micro_batch=MICRO_BATCH, **options)
+    engine = Engine(
+        MODEL, Mesh(MeshSizes(**sizes)), EngineOptions(optimizer=optimizer, micro_batch=MICRO_BATCH, **options)
+    )
     batch, objective = make_batch(rows), CrossEntropy(mtp_weight=0.3)
     engine.train_step(batch, objective, 1e-3)
     return peak_bytes(lambda: engine.train_step(batch, objective, 1e-3))
@@ -179,7 +182,7 @@ def test_live_bytes_count_storages_once_and_forget_freed_ones() -> None:
 
 
 def test_muon_keeps_one_number_of_a_matrix_and_two_of_everything_else() -> None:
-    engine = Engine(MODEL, Mesh(MeshSizes()), optimizer=OptimizerConfig(name="muon", warmup_steps=0))
+    engine = Engine(MODEL, Mesh(MeshSizes()), EngineOptions(optimizer=OptimizerConfig(name="muon", warmup_steps=0)))
     engine.train_step(make_batch(2), CrossEntropy(mtp_weight=0.3), 1e-3)
     state = engine.state()
     kept = sum(4 * tensor.numel() for name, tensor in state.items() if not name.startswith(("model.", "step")))

@@ -14,6 +14,7 @@ from ray_pipeline.costs.hardware_table import find_hardware
 from ray_pipeline.costs.timing import _play, flops_per_token, part_flops, part_launches, step_timing
 from ray_pipeline.costs.workload import Workload, workload
 from ray_pipeline.engine.engine import Engine
+from ray_pipeline.engine.options import EngineOptions
 from ray_pipeline.engine.pipeline.schedule import build_schedule
 from ray_pipeline.engine.pipeline.schedule_simulation import Costs, simulate
 from ray_pipeline.layout.layout import Layout
@@ -130,7 +131,7 @@ class Operations(TorchDispatchMode):
 @pytest.mark.parametrize("changes", [{}, {"first_k_dense_replace": 4}, {"num_nextn_predict_layers": 0}])
 def test_launches_are_about_those_of_a_real_step(changes: dict[str, int]) -> None:
     small = replace(load_config(None, {}).model, num_hidden_layers=4, n_routed_experts=4, **changes)
-    engine = Engine(small, Mesh(MeshSizes()), optimizer=OptimizerConfig(), micro_batch=4)
+    engine = Engine(small, Mesh(MeshSizes()), EngineOptions(optimizer=OptimizerConfig(), micro_batch=4))
     batch, objective = make_batch(0, seq_len=32), CrossEntropy(0.3)
     engine.train_step(batch, objective, 1e-3)
     with Operations() as operations:

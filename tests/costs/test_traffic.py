@@ -18,6 +18,7 @@ from ray_pipeline.costs.hardware_table import find_hardware
 from ray_pipeline.costs.traffic import Group, groups, rank_traffic
 from ray_pipeline.costs.workload import Workload
 from ray_pipeline.engine.engine import Engine
+from ray_pipeline.engine.options import EngineOptions
 from ray_pipeline.layout.layout import Layout
 from ray_pipeline.objectives.cross_entropy import CrossEntropy
 from ray_pipeline.settings.schema import OptimizerConfig
@@ -122,7 +123,9 @@ class _Counted(TorchDispatchMode):
 def count(rank: int, sizes: dict[str, int], zero_stage: int, model: ModelConfig = MODEL) -> dict[str, int]:
     torch.set_num_threads(1)
     optimizer = OptimizerConfig(lr=1e-3, warmup_steps=0)
-    engine = Engine(model, Mesh(MeshSizes(**sizes)), optimizer=optimizer, micro_batch=2, zero_stage=zero_stage)
+    engine = Engine(
+        model, Mesh(MeshSizes(**sizes)), EngineOptions(optimizer=optimizer, micro_batch=2, zero_stage=zero_stage)
+    )
     engine.train_step(make_batch(8), CrossEntropy(0.3), 1e-3)
     with _Counted() as counted:
         engine.train_step(make_batch(8), CrossEntropy(0.3), 1e-3)

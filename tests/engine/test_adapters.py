@@ -13,6 +13,7 @@ from model.parallel.mesh import Mesh, MeshSizes
 from ray_pipeline.data.rows.batch import Batch
 from ray_pipeline.engine.adapters import RowDropout, base_name
 from ray_pipeline.engine.engine import Engine
+from ray_pipeline.engine.options import EngineOptions
 from ray_pipeline.engine.row_noise import seed_rows
 from ray_pipeline.objectives.cross_entropy import CrossEntropy
 from ray_pipeline.settings.lora_targets import adapter_params, linear_layers, target_problem
@@ -87,18 +88,18 @@ def test_only_target_layers_move_and_biases_stay(alone, kind):
 
 
 def engine(lora: LoraConfig = ALL, **options) -> Engine:
-    return Engine(CONFIG, Mesh(MeshSizes()), optimizer=OPTIMIZER, lora=lora, **options)
+    return Engine(CONFIG, Mesh(MeshSizes()), EngineOptions(optimizer=OPTIMIZER, lora=lora, **options))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp8"])
 def test_training_starts_at_the_base_and_the_merged_model_is_what_was_trained(precision):
     adapted = engine(precision=precision)
-    base = Engine(CONFIG, Mesh(MeshSizes()), precision=precision)
+    base = Engine(CONFIG, Mesh(MeshSizes()), EngineOptions(precision=precision))
     objective = CrossEntropy(0.3)
     assert adapted.evaluate(make_batch(9), objective).loss == base.evaluate(make_batch(9), objective).loss
     for step in range(4):
         adapted.train_step(seeded(step), objective, 1e-2)
-    merged = Engine(CONFIG, Mesh(MeshSizes()), initial=adapted.full_state(), precision=precision)
+    merged = Engine(CONFIG, Mesh(MeshSizes()), EngineOptions(precision=precision), initial=adapted.full_state())
     tolerance = {"fp32": 2e-6, "bf16": 2e-3, "fp8": 1e-2}[precision]
     got, want = merged.evaluate(make_batch(9), objective).loss, adapted.evaluate(make_batch(9), objective).loss
     assert abs(want - base.evaluate(make_batch(9), objective).loss) > 1e-2
@@ -107,7 +108,7 @@ def test_training_starts_at_the_base_and_the_merged_model_is_what_was_trained(pr
 
 def test_the_first_step_moves_b_along_the_bases_own_gradient():
     """W + s B A with B = 0: dB = s dW A^T, and A has no gradient yet."""
-    adapted = Engine(CONFIG, Mesh(MeshSizes()), optimizer=SGD, lora=LORA)
+    adapted = Engine(CONFIG, Mesh(MeshSizes()), EngineOptions(optimizer=SGD, lora=LORA))
     plain = build_part(CONFIG, range(4), Mesh(MeshSizes()))
     batch, objective = make_batch(0), CrossEntropy()
     start = {name: p.detach().clone() for name, p in adapted.trained_parameters().items()}

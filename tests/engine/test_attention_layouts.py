@@ -10,6 +10,7 @@ import torch
 from model.config import ModelConfig
 from model.parallel.mesh import Mesh, MeshSizes
 from ray_pipeline.engine.engine import Engine
+from ray_pipeline.engine.options import EngineOptions
 from ray_pipeline.objectives.cross_entropy import CrossEntropy
 from ray_pipeline.settings.schema import OptimizerConfig
 from tests.distributed import run_ranks
@@ -46,7 +47,7 @@ Outcome = tuple[list[float], list[float], dict[str, torch.Tensor]]
 
 def train(config: ModelConfig, sizes: MeshSizes, **options) -> Outcome:
     torch.set_num_threads(1)
-    engine = Engine(config, Mesh(sizes), optimizer=SGD, micro_batch=2, **options)
+    engine = Engine(config, Mesh(sizes), EngineOptions(optimizer=SGD, micro_batch=2, **options))
     stats = [engine.train_step(make_batch(step, rows=4), CrossEntropy(0.3), SGD.lr) for step in range(STEPS)]
     return [s.loss for s in stats], [s.grad_norm for s in stats], engine.full_state()
 

@@ -10,6 +10,7 @@ import torch
 from model.config import ModelConfig
 from model.parallel.mesh import Mesh, MeshSizes
 from ray_pipeline.engine.engine import Engine
+from ray_pipeline.engine.options import EngineOptions
 from ray_pipeline.objectives.cross_entropy import CrossEntropy
 from ray_pipeline.settings.schema import OptimizerConfig
 from tests.distributed import run_ranks
@@ -65,7 +66,7 @@ def config_of(kind: str) -> ModelConfig:
 
 def train(kind: str, sizes: MeshSizes, micro_batch: int = 2, **options) -> dict:
     torch.set_num_threads(1)
-    engine = Engine(config_of(kind), Mesh(sizes), optimizer=SGD, micro_batch=micro_batch, **options)
+    engine = Engine(config_of(kind), Mesh(sizes), EngineOptions(optimizer=SGD, micro_batch=micro_batch, **options))
     stats = [engine.train_step(make_batch(step), CrossEntropy(0.3), SGD.lr) for step in range(STEPS)]
     return {
         "losses": [s.loss for s in stats],
@@ -145,7 +146,7 @@ def test_the_loss_evens_out_the_load(kind):
     def unevenness(alpha: float) -> float:
         changes = KINDS[kind] | {"aux_loss_alpha": alpha, "router_bias_update_rate": 0.0}
         config = replace(CONFIG, **changes, num_nextn_predict_layers=0, num_hidden_layers=2)
-        engine = Engine(config, Mesh(MeshSizes()), optimizer=OptimizerConfig(), micro_batch=32)
+        engine = Engine(config, Mesh(MeshSizes()), EngineOptions(optimizer=OptimizerConfig(), micro_batch=32))
         batches = (make_batch(step, rows=32) for step in range(48))
         entropies = [engine.train_step(batch, CrossEntropy(), 3e-3).figures["load_entropy"] for batch in batches]
         return 1 - sum(entropies[-16:]) / 16

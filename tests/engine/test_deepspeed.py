@@ -16,6 +16,7 @@ import torch.multiprocessing as mp
 from model.parallel.mesh import Mesh, MeshSizes
 from ray_pipeline.engine import zero
 from ray_pipeline.engine.engine import Engine
+from ray_pipeline.engine.options import EngineOptions
 from ray_pipeline.objectives.cross_entropy import CrossEntropy
 from tests.distributed import run_ranks
 from tests.engine.test_parity import CONFIG, OPTIMIZER, Case, Outcome, assert_equal, case, make_batch, train
@@ -96,14 +97,14 @@ def moments_in(rank: int, stage: int, relink: bool) -> dict[str, torch.Tensor]:
     torch.set_num_threads(1)
     if not relink:
         zero.ZeroUpdater._relink = nothing  # type: ignore[method-assign]
-    engine = Engine(CONFIG, Mesh(MeshSizes(dp=2)), optimizer=OPTIMIZER, zero_stage=stage, micro_batch=2)
+    engine = Engine(CONFIG, Mesh(MeshSizes(dp=2)), EngineOptions(optimizer=OPTIMIZER, zero_stage=stage, micro_batch=2))
     for step in range(2):
         engine.train_step(make_batch(step), CrossEntropy(0.3), OPTIMIZER.lr)
     return {name: tensor.clone() for name, tensor in engine.state().items()}
 
 
 def test_the_moments_of_every_parameter_group_are_read():
-    alone = Engine(CONFIG, Mesh(MeshSizes()), optimizer=OPTIMIZER, micro_batch=2)
+    alone = Engine(CONFIG, Mesh(MeshSizes()), EngineOptions(optimizer=OPTIMIZER, micro_batch=2))
     for step in range(2):
         alone.train_step(make_batch(step), CrossEntropy(0.3), OPTIMIZER.lr)
     want = alone.state()
@@ -123,7 +124,7 @@ def build_without_a_compiler(rank: int) -> bool:
     import os
 
     os.environ["PATH"] = ""
-    engine = Engine(CONFIG, Mesh(MeshSizes(dp=2)), optimizer=OPTIMIZER, zero_stage=1, micro_batch=2)
+    engine = Engine(CONFIG, Mesh(MeshSizes(dp=2)), EngineOptions(optimizer=OPTIMIZER, zero_stage=1, micro_batch=2))
     return engine.train_step(make_batch(0), CrossEntropy(0.3), OPTIMIZER.lr).loss > 0
 
 

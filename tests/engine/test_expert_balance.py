@@ -11,6 +11,7 @@ import torch
 from model.parallel.mesh import Mesh, MeshSizes
 from ray_pipeline.engine.engine import Engine
 from ray_pipeline.engine.expert_balance import ExpertBalance
+from ray_pipeline.engine.options import EngineOptions
 from ray_pipeline.objectives.cross_entropy import CrossEntropy
 from ray_pipeline.settings.schema import OptimizerConfig
 from tests.engine.test_parity import CONFIG, make_batch
@@ -52,7 +53,7 @@ def test_a_lost_token_is_our_own_mistake():
 
 def test_a_model_without_experts_reports_nothing_of_them():
     config = replace(CONFIG, first_k_dense_replace=99)
-    engine = Engine(config, Mesh(MeshSizes()), optimizer=OptimizerConfig(), micro_batch=8)
+    engine = Engine(config, Mesh(MeshSizes()), EngineOptions(optimizer=OptimizerConfig(), micro_batch=8))
     assert engine.train_step(make_batch(0), CrossEntropy(), 1e-3).figures == {}
 
 
@@ -60,7 +61,11 @@ def test_a_model_without_experts_reports_nothing_of_them():
 def test_what_routers_learned_goes_with_the_state_and_only_the_bias_with_the_model(kept):
     changes = {"aux_loss_alpha": 0.1, "seq_aux": False}
     engines = [
-        Engine(replace(CONFIG, **changes), Mesh(MeshSizes()), optimizer=OptimizerConfig(), micro_batch=8, seed=seed)
+        Engine(
+            replace(CONFIG, **changes),
+            Mesh(MeshSizes()),
+            EngineOptions(optimizer=OptimizerConfig(), micro_batch=8, seed=seed),
+        )
         for seed in (0, 1)
     ]
     engines[0].train_step(make_batch(0), CrossEntropy(), 1e-3)

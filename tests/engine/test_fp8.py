@@ -8,6 +8,7 @@ import torch
 from model.build import use_fp8
 from model.parallel.mesh import Mesh, MeshSizes
 from ray_pipeline.engine.engine import Engine
+from ray_pipeline.engine.options import EngineOptions
 from ray_pipeline.objectives.cross_entropy import CrossEntropy
 from tests.distributed import run_ranks
 from tests.engine.test_parity import CONFIG, OPTIMIZER, SGD, STEPS, Case, Outcome, case, make_batch, train
@@ -19,7 +20,7 @@ def steps_without_bf16(rank: int, found: Case) -> Outcome:
     """As `train`, but all that is not a product in 8 bits is in fp32: no other rounding tells layouts apart."""
     torch.set_num_threads(1)
     options = dict(found.options)
-    engine = Engine(CONFIG, Mesh(found.sizes), optimizer=SGD, micro_batch=found.micro_batch, **options)
+    engine = Engine(CONFIG, Mesh(found.sizes), EngineOptions(optimizer=SGD, micro_batch=found.micro_batch, **options))
     for part in engine.parts:
         use_fp8(part)
     stats = [engine.train_step(make_batch(step), CrossEntropy(0.3), SGD_RATE) for step in range(STEPS)]
@@ -33,7 +34,7 @@ def alone() -> Outcome:
 
 def thirty_losses(precision: str) -> list[float]:
     """Of a model that learns the same four batches over and over."""
-    engine = Engine(CONFIG, Mesh(MeshSizes()), optimizer=OPTIMIZER, precision=precision, micro_batch=4)
+    engine = Engine(CONFIG, Mesh(MeshSizes()), EngineOptions(optimizer=OPTIMIZER, precision=precision, micro_batch=4))
     return [engine.train_step(make_batch(step % 4), CrossEntropy(0.3), 3e-3).loss for step in range(30)]
 
 

@@ -12,6 +12,7 @@ from model.parallel.mesh import Mesh, MeshSizes
 from model.transformer import Transformer
 from ray_pipeline.data.rows.batch import Batch
 from ray_pipeline.engine.engine import Engine
+from ray_pipeline.engine.options import EngineOptions
 from ray_pipeline.objectives.cross_entropy import CrossEntropy
 from ray_pipeline.settings.schema import OptimizerConfig
 
@@ -23,10 +24,8 @@ CONFIG = ModelConfig(
 
 
 def engine(row_length: int | None) -> Engine:
-    return Engine(
-        CONFIG, Mesh(MeshSizes()), optimizer=OptimizerConfig(lr=1e-2, warmup_steps=0), micro_batch=2,
-        row_length=row_length,
-    )  # fmt: skip
+    optimizer = OptimizerConfig(lr=1e-2, warmup_steps=0)
+    return Engine(CONFIG, Mesh(MeshSizes()), EngineOptions(optimizer=optimizer, micro_batch=2, row_length=row_length))
 
 
 def batch(rows: int, seq_len: int) -> Batch:

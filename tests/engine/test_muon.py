@@ -20,6 +20,7 @@ from ray_pipeline.engine.muon import (
     orthogonalise,
 )
 from ray_pipeline.engine.optimizer import build_optimizer
+from ray_pipeline.engine.options import EngineOptions
 from ray_pipeline.objectives.cross_entropy import CrossEntropy
 from ray_pipeline.settings.schema import OptimizerConfig
 from tests.distributed import run_ranks
@@ -131,7 +132,7 @@ def train(
     sizes: MeshSizes, steps: int = 3, settings: OptimizerConfig = SETTINGS, **options
 ) -> tuple[list[float], dict[str, torch.Tensor]]:
     torch.set_num_threads(1)
-    engine = Engine(CONFIG, Mesh(sizes), optimizer=settings, micro_batch=2, **options)
+    engine = Engine(CONFIG, Mesh(sizes), EngineOptions(optimizer=settings, micro_batch=2, **options))
     losses = [engine.train_step(make_batch(step), CrossEntropy(0.3), SETTINGS.lr).loss for step in range(steps)]
     return losses, engine.full_state()
 
@@ -156,12 +157,12 @@ def test_layouts_take_the_same_steps_as_one_process():
 @pytest.mark.parametrize("settings", [SETTINGS, NEWER], ids=["newton_schulz", "polar_express"])
 def test_state_taken_over_by_another_engine_goes_on_bit_by_bit(settings):
     whole, _ = train(MeshSizes(), steps=4, settings=settings)
-    engine = Engine(CONFIG, Mesh(MeshSizes()), optimizer=settings, micro_batch=2)
+    engine = Engine(CONFIG, Mesh(MeshSizes()), EngineOptions(optimizer=settings, micro_batch=2))
     for step in range(2):
         engine.train_step(make_batch(step), CrossEntropy(0.3), SETTINGS.lr)
     state = {key: tensor.clone() for key, tensor in engine.state().items()}
     assert ("neuron_squares.layers.1.mlp.experts.down_proj" in state) == settings.muon_equalise
     assert "momentum_buffer.layers.1.mlp.experts.down_proj" in state and "exp_avg.norm.weight" in state
-    other = Engine(CONFIG, Mesh(MeshSizes()), optimizer=settings, micro_batch=2, seed=5)
+    other = Engine(CONFIG, Mesh(MeshSizes()), EngineOptions(optimizer=settings, micro_batch=2, seed=5))
     other.load_state(state)
     assert [other.train_step(make_batch(s), CrossEntropy(0.3), SETTINGS.lr).loss for s in (2, 3)] == whole[2:]

@@ -12,6 +12,7 @@ from model.config import ModelConfig
 from model.parallel.mesh import Mesh, MeshSizes
 from ray_pipeline.data.rows.batch import IGNORE, Batch
 from ray_pipeline.engine.engine import Engine
+from ray_pipeline.engine.options import EngineOptions
 from ray_pipeline.engine.row_noise import disturb_embeddings, seed_rows
 from ray_pipeline.objectives.cross_entropy import CrossEntropy
 from ray_pipeline.settings.schema import OptimizerConfig
@@ -35,7 +36,7 @@ def config_of(kind: str) -> ModelConfig:
 
 def train(config: ModelConfig, batches: list[Batch], micro_batch: int = 2, **options: Any) -> dict[str, Any]:
     torch.set_num_threads(1)
-    engine = Engine(config, Mesh(MeshSizes()), optimizer=SGD, micro_batch=micro_batch, **options)
+    engine = Engine(config, Mesh(MeshSizes()), EngineOptions(optimizer=SGD, micro_batch=micro_batch, **options))
     stats, loads = [], []
     for batch in batches:
         stats.append(engine.train_step(batch, CrossEntropy(0.3), SGD.lr))
@@ -101,7 +102,7 @@ def test_a_batch_that_says_all_is_real_takes_the_same_step_bit_for_bit(plain):
 
 def test_padding_has_no_noise_and_makes_none_weaker():
     batch = make_batch(0, rows=2)
-    quiet = disturb_embeddings(seed_rows(batch, 0, 0), 5.0, 32).extras["noise_scale"]
-    padded = disturb_embeddings(seed_rows(longer(batch, 7, seed=0), 0, 0), 5.0, 32).extras["noise_scale"]
+    quiet = disturb_embeddings(seed_rows(batch, 0, 0), 5.0, 32).extras.noise_scale
+    padded = disturb_embeddings(seed_rows(longer(batch, 7, seed=0), 0, 0), 5.0, 32).extras.noise_scale
     assert torch.equal(padded[:, :16], quiet)
     assert (padded[:, 16:] == 0).all()

@@ -15,6 +15,7 @@ from model.parallel.gather import all_ranks_gather
 from model.parallel.mesh import Mesh, MeshSizes
 from ray_pipeline.data.rows.batch import IGNORE, Batch
 from ray_pipeline.engine.engine import Engine
+from ray_pipeline.engine.options import EngineOptions
 from ray_pipeline.objectives.cross_entropy import CrossEntropy
 from ray_pipeline.settings.schema import OptimizerConfig
 from tests.distributed import run_ranks
@@ -77,7 +78,9 @@ def train(
     mesh = Mesh(case.sizes, timeout=timeout)
     settings = SETTINGS[case.optimizer]
     engine = Engine(
-        CONFIG, mesh, optimizer=settings, precision=case.precision, micro_batch=case.micro_batch, **dict(case.options)
+        CONFIG,
+        mesh,
+        EngineOptions(optimizer=settings, precision=case.precision, micro_batch=case.micro_batch, **dict(case.options)),
     )
     objective = CrossEntropy(mtp_weight=0.3)
     stats = [engine.train_step(batches(step), objective, settings.lr) for step in range(STEPS)]
@@ -215,13 +218,14 @@ def whole_hidden(engine: Engine) -> torch.Tensor | None:
 def read_in(rank: int) -> dict[str, Any]:
     """What evaluation and sampling read from a model that is spread over ranks."""
     torch.set_num_threads(1)
-    sharded = (Engine(CONFIG, Mesh(s), optimizer=OPTIMIZER, zero_stage=z, seed=7) for s, z in GATHERED)
+    sharded = (Engine(CONFIG, Mesh(s), EngineOptions(optimizer=OPTIMIZER, zero_stage=z, seed=7)) for s, z in GATHERED)
     return {
         "losses": [
-            Engine(CONFIG, Mesh(s), micro_batch=2).evaluate(make_batch(3), CrossEntropy(0.3)).loss for s in EVALUATED
+            Engine(CONFIG, Mesh(s), EngineOptions(micro_batch=2)).evaluate(make_batch(3), CrossEntropy(0.3)).loss
+            for s in EVALUATED
         ],
         "states": [engine.full_state() for engine in sharded],
-        "hidden": whole_hidden(Engine(CONFIG, Mesh(MeshSizes(dp=2, sp=2)), micro_batch=2)),
+        "hidden": whole_hidden(Engine(CONFIG, Mesh(MeshSizes(dp=2, sp=2)), EngineOptions(micro_batch=2))),
     }
 
 
@@ -231,14 +235,16 @@ def read():
 
 
 def test_evaluation_is_the_same_in_every_layout(read):
-    alone = Engine(CONFIG, Mesh(MeshSizes()), micro_batch=2).evaluate(make_batch(3), CrossEntropy(0.3)).loss
+    alone = (
+        Engine(CONFIG, Mesh(MeshSizes()), EngineOptions(micro_batch=2)).evaluate(make_batch(3), CrossEntropy(0.3)).loss
+    )
     for values in zip(*(part["losses"] for part in read), strict=True):
         assert len(set(values)) == 1
         torch.testing.assert_close(values[0], alone, rtol=2e-6, atol=0)
 
 
 def test_every_rank_gets_the_whole_model_exactly(read):
-    want = Engine(CONFIG, Mesh(MeshSizes()), seed=7).full_state()
+    want = Engine(CONFIG, Mesh(MeshSizes()), EngineOptions(seed=7)).full_state()
     for part in read:
         for state in part["states"]:
             assert state.keys() == want.keys()
@@ -246,7 +252,7 @@ def test_every_rank_gets_the_whole_model_exactly(read):
 
 
 def test_per_token_values_come_back_to_their_places(read):
-    want = whole_hidden(Engine(CONFIG, Mesh(MeshSizes()), micro_batch=8))
+    want = whole_hidden(Engine(CONFIG, Mesh(MeshSizes()), EngineOptions(micro_batch=8)))
     torch.testing.assert_close(sum(part["hidden"] for part in read), want, rtol=1e-5, atol=1e-6)
 
 
@@ -261,7 +267,7 @@ def test_rows_that_do_not_divide_over_replicas_are_refused():
 
 
 def test_a_batch_without_labels_is_refused():
-    engine = Engine(CONFIG, Mesh(MeshSizes()), optimizer=OPTIMIZER)
+    engine = Engine(CONFIG, Mesh(MeshSizes()), EngineOptions(optimizer=OPTIMIZER))
     batch = make_batch(0)
     batch.labels.fill_(IGNORE)
     with pytest.raises(ValueError, match="without a single trained token"):
@@ -273,7 +279,7 @@ def test_padding_rows_train_nothing():
     padded = batch.pad_rows(12)
     results = []
     for rows in (batch, padded):
-        engine = Engine(CONFIG, Mesh(MeshSizes()), optimizer=OPTIMIZER)
+        engine = Engine(CONFIG, Mesh(MeshSizes()), EngineOptions(optimizer=OPTIMIZER))
         results.append(engine.train_step(rows, CrossEntropy(0.3), 1e-2))
     assert len(padded) == 12 and results[0].weight == results[1].weight
     torch.testing.assert_close(results[1].loss, results[0].loss, rtol=2e-6, atol=0)

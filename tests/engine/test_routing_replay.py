@@ -11,8 +11,9 @@ from model.generate.decode import Decoder, generate
 from model.layers.loss import label_logprobs
 from model.moe.replay import FREE, columns
 from model.parallel.mesh import Mesh, MeshSizes
-from ray_pipeline.data.rows.batch import IGNORE, Batch
+from ray_pipeline.data.rows.batch import IGNORE, Batch, Extras
 from ray_pipeline.engine.engine import Engine
+from ray_pipeline.engine.options import EngineOptions
 from ray_pipeline.objectives.cross_entropy import CrossEntropy
 from tests.distributed import run_ranks
 from tests.engine.test_parity import CONFIG, SGD, Outcome, assert_equal, case, make_batch, train, train_all
@@ -40,7 +41,7 @@ def replayed(step: int, rows: int = 8) -> Batch:
     order = torch.rand(*batch.tokens.shape, layers, CONFIG.n_routed_experts, generator=generator).argsort(-1)
     routing = order[..., :k].flatten(2)
     routing[torch.rand(batch.tokens.shape, generator=generator) < 1 / 3] = FREE
-    batch.extras["routing"] = routing
+    batch.extras.routing = routing
     return batch
 
 
@@ -71,16 +72,16 @@ def test_the_trainers_logprobs_are_the_samplers_though_free_routing_has_become_a
         tokens[row, : len(text) - 1], routing[row, : len(text) - 1] = text[:-1], done.routing.long()
         labels[row, len(prompt) - 1 : len(text) - 1] = text[len(prompt) :]
     state = {n: w.flip(0) if n.endswith("e_score_correction_bias") else w for n, w in model.state_dict().items()}
-    engine = Engine(CONFIG, Mesh(MeshSizes()), optimizer=SGD, initial=state, micro_batch=2)
+    engine = Engine(CONFIG, Mesh(MeshSizes()), EngineOptions(optimizer=SGD, micro_batch=2), initial=state)
 
-    def logprobs(extras: dict[str, torch.Tensor]) -> torch.Tensor:
+    def logprobs(extras: Extras) -> torch.Tensor:
         batch = Batch(tokens, labels, torch.zeros_like(tokens), extras)
         read = engine.per_token(batch, lambda part, x, ahead, rows: label_logprobs(x, part.lm_head, rows.labels))
         return read[labels != IGNORE]
 
     sampled = torch.tensor([value for done in answers for value in done.logprobs])
-    torch.testing.assert_close(logprobs({"routing": routing}), sampled, rtol=0, atol=1e-5)
-    assert (logprobs({}) - sampled).abs().max() > 1e-3
+    torch.testing.assert_close(logprobs(Extras(routing=routing)), sampled, rtol=0, atol=1e-5)
+    assert (logprobs(Extras()) - sampled).abs().max() > 1e-3
 
 
 def test_replaying_is_not_routing_freely(alone):
@@ -92,7 +93,7 @@ def test_replaying_is_not_routing_freely(alone):
 def test_a_routing_without_ids_is_routing_freely_to_the_last_bit():
     def nothing_given(step: int) -> Batch:
         batch = make_batch(step)
-        batch.extras["routing"] = torch.full((*batch.tokens.shape, columns(CONFIG)), FREE)
+        batch.extras.routing = torch.full((*batch.tokens.shape, columns(CONFIG)), FREE)
         return batch
 
     given, free = train(case(optimizer="sgd"), batches=nothing_given), train(case(optimizer="sgd"))
@@ -102,12 +103,12 @@ def test_a_routing_without_ids_is_routing_freely_to_the_last_bit():
 
 def test_padding_rows_route_freely_and_load_no_expert_of_a_recording():
     padded = replayed(0).pad_rows(12)
-    assert (padded.extras["routing"][8:] == FREE).all() and torch.equal(padded.rows(0, 8).tokens, replayed(0).tokens)
+    assert (padded.extras.routing[8:] == FREE).all() and torch.equal(padded.rows(0, 8).tokens, replayed(0).tokens)
 
 
 def test_a_routing_of_another_model_is_refused():
-    engine = Engine(CONFIG, Mesh(MeshSizes()), optimizer=SGD)
+    engine = Engine(CONFIG, Mesh(MeshSizes()), EngineOptions(optimizer=SGD))
     batch = make_batch(0)
-    batch.extras["routing"] = torch.full((*batch.tokens.shape, 2), FREE)
+    batch.extras.routing = torch.full((*batch.tokens.shape, 2), FREE)
     with pytest.raises(ValueError, match="a routing of 2 expert ids per token: this model's has 6"):
         engine.train_step(batch, CrossEntropy(0.3), SGD.lr)

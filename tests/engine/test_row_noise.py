@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from model.parallel.mesh import Mesh, MeshSizes
 from ray_pipeline.data.rows.batch import Batch
 from ray_pipeline.engine.engine import Engine
+from ray_pipeline.engine.options import EngineOptions
 from ray_pipeline.engine.row_noise import disturb_embeddings, embedding_noise, seed_rows
 from ray_pipeline.objectives.cross_entropy import CrossEntropy
 from tests.distributed import run_ranks
@@ -53,7 +54,7 @@ def test_noise_is_uniform_within_the_papers_bound_and_new_in_every_row_step_and_
     unit = noise / bound[:, :, None]
     assert abs(float(unit.mean())) < 0.05 and abs(float(unit.square().mean()) - 1 / 3) < 0.02
     others = [noisy(1), noisy(0, seed=1)]
-    drawn = [unit, *(embedding_noise(o, WIDTH) / o.extras["noise_scale"].unsqueeze(-1) for o in others)]
+    drawn = [unit, *(embedding_noise(o, WIDTH) / o.extras.noise_scale.unsqueeze(-1) for o in others)]
     rows = torch.cat(drawn).flatten(1)
     assert len({tuple(row[:4].tolist()) for row in rows}) == 24
 
@@ -62,18 +63,18 @@ def test_noise_is_uniform_within_the_papers_bound_and_new_in_every_row_step_and_
 def test_a_documents_noise_is_as_strong_packed_as_alone(cut):
     doc_ids = (torch.arange(16)[None] >= cut).long()
     rows = Batch(torch.zeros(1, 16, dtype=torch.long), torch.zeros(1, 16, dtype=torch.long), doc_ids)
-    scale = disturb_embeddings(rows, 3.0, 4).extras["noise_scale"][0]
+    scale = disturb_embeddings(rows, 3.0, 4).extras.noise_scale[0]
     want = [3.0 / math.sqrt(cut * 4)] * cut + [3.0 / math.sqrt((16 - cut) * 4)] * (16 - cut)
     torch.testing.assert_close(scale, torch.tensor(want))
 
 
 def test_evaluation_has_no_noise_and_a_step_has():
-    engine = Engine(CONFIG, Mesh(MeshSizes()), optimizer=SGD)
+    engine = Engine(CONFIG, Mesh(MeshSizes()), EngineOptions(optimizer=SGD))
     noisy_loss, plain_loss = (engine.evaluate(b, CrossEntropy(0.3)).loss for b in (noisy(0), make_batch(0)))
     assert noisy_loss == plain_loss
     assert engine.train_step(noisy(0), CrossEntropy(0.3), 0.0).loss != plain_loss
     silent, none = (
-        Engine(CONFIG, Mesh(MeshSizes()), optimizer=SGD).train_step(batch, CrossEntropy(0.3), 0.0).loss
+        Engine(CONFIG, Mesh(MeshSizes()), EngineOptions(optimizer=SGD)).train_step(batch, CrossEntropy(0.3), 0.0).loss
         for batch in (noisy(0, alpha=0.0), make_batch(0))
     )
     assert silent == none

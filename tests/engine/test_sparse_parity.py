@@ -11,6 +11,7 @@ from model.attention.sparse import set_warm_up
 from model.parallel.gather import all_ranks_gather
 from model.parallel.mesh import Mesh
 from ray_pipeline.engine.engine import Engine
+from ray_pipeline.engine.options import EngineOptions
 from ray_pipeline.objectives.cross_entropy import CrossEntropy
 from tests.distributed import run_ranks
 from tests.engine.test_parity import CONFIG, OPTIMIZER, SGD, STEPS, Case, Outcome, assert_equal, case, make_batch
@@ -23,7 +24,9 @@ def train(case: Case) -> tuple[Outcome, list[float]]:
     torch.set_num_threads(1)
     mesh, settings = Mesh(case.sizes), SGD if case.optimizer == "sgd" else OPTIMIZER
     engine = Engine(
-        SPARSE, mesh, optimizer=settings, precision=case.precision, micro_batch=case.micro_batch, **dict(case.options)
+        SPARSE,
+        mesh,
+        EngineOptions(optimizer=settings, precision=case.precision, micro_batch=case.micro_batch, **dict(case.options)),
     )
     objective, stats = CrossEntropy(mtp_weight=0.3), []
     for step in range(STEPS):

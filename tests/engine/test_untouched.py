@@ -10,6 +10,7 @@ import torch
 from model.parallel.gather import all_ranks_gather
 from model.parallel.mesh import Mesh, MeshSizes
 from ray_pipeline.engine.engine import Engine
+from ray_pipeline.engine.options import EngineOptions
 from ray_pipeline.engine.row_noise import seed_rows
 from ray_pipeline.objectives.cross_entropy import CrossEntropy
 from ray_pipeline.settings.post_training import LoraConfig
@@ -51,7 +52,9 @@ def mtp_state(engine: Engine) -> dict[str, torch.Tensor]:
 def train(chosen: Case) -> Told:
     torch.set_num_threads(1)
     settings = SETTINGS[chosen.optimizer]
-    engine = Engine(CONFIG, Mesh(chosen.sizes), optimizer=settings, micro_batch=2, **dict(chosen.options))
+    engine = Engine(
+        CONFIG, Mesh(chosen.sizes), EngineOptions(optimizer=settings, micro_batch=2, **dict(chosen.options))
+    )
     told = Told([], [], {}, [mtp_state(engine)])
     for step, weight in enumerate(WEIGHTS):
         batch = seed_rows(make_batch(step), 0, step)
@@ -115,10 +118,10 @@ def test_every_layout_does_as_one_process(references, outcomes, world, index):
 def test_a_module_that_waited_goes_on_from_a_checkpoint_as_if_unbroken():
     """The count of steps, which corrects the averages, is the optimizer's and not the parameter's."""
     objectives = [CrossEntropy(weight) for weight in (0.0, 0.0, 0.3, 0.3)]
-    whole = Engine(CONFIG, Mesh(MeshSizes()), optimizer=OPTIMIZER)
+    whole = Engine(CONFIG, Mesh(MeshSizes()), EngineOptions(optimizer=OPTIMIZER))
     for step in range(2):
         whole.train_step(make_batch(step), objectives[step], OPTIMIZER.lr)
-    resumed = Engine(CONFIG, Mesh(MeshSizes()), optimizer=OPTIMIZER, seed=3)
+    resumed = Engine(CONFIG, Mesh(MeshSizes()), EngineOptions(optimizer=OPTIMIZER, seed=3))
     resumed.load_state({key: tensor.clone() for key, tensor in whole.state().items()})
     for step in range(2, 4):
         for engine in (whole, resumed):
@@ -129,7 +132,7 @@ def test_a_module_that_waited_goes_on_from_a_checkpoint_as_if_unbroken():
 
 def test_experts_without_a_token_in_a_step_have_a_gradient_of_zero_and_are_decayed():
     """They are a part of one stacked parameter, in one process and where a rank holds none but them."""
-    engine = Engine(CONFIG, Mesh(MeshSizes()), optimizer=OPTIMIZER)
+    engine = Engine(CONFIG, Mesh(MeshSizes()), EngineOptions(optimizer=OPTIMIZER))
     router = next(iter(engine.routers.values()))
     with torch.no_grad():
         router.e_score_correction_bias[3] = -1e4

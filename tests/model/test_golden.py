@@ -13,6 +13,7 @@ from model.config import ModelConfig
 from model.parallel.mesh import Mesh, MeshSizes
 from ray_pipeline.data.rows.batch import Batch
 from ray_pipeline.engine.engine import Engine
+from ray_pipeline.engine.options import EngineOptions
 from ray_pipeline.objectives.cross_entropy import CrossEntropy
 from ray_pipeline.settings.presets import LEARNING_RATES, PRESETS
 from ray_pipeline.settings.schema import OptimizerConfig
@@ -34,7 +35,9 @@ def batch(step: int, rows: int = 4, seq_len: int = 64) -> Batch:
 def test_the_first_50_losses_of_a_preset_are_those_written_down(name):
     config = ModelConfig(vocab_size=512, max_position_embeddings=64, **PRESETS[name])
     rate = LEARNING_RATES[name][0]
-    engine = Engine(config, Mesh(MeshSizes()), optimizer=OptimizerConfig(lr=rate, warmup_steps=0), micro_batch=4)
+    engine = Engine(
+        config, Mesh(MeshSizes()), EngineOptions(optimizer=OptimizerConfig(lr=rate, warmup_steps=0), micro_batch=4)
+    )
     objective = CrossEntropy(0.1)
     losses = [engine.train_step(batch(step), objective, rate).loss for step in range(STEPS)]
     # Kernels of other processors round differently, and 50 steps carry that on.

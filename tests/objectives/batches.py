@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -57,11 +58,12 @@ def rollouts(seed: int = 1, rows: Sequence[Sequence[tuple[int, int]]] = ROWS) ->
     """What GRPO trains on; log-probabilities about those of a model that knows nothing."""
     batch = answers(rows, seed)
     generator = torch.Generator().manual_seed(seed + 1)
-    batch.extras["advantages"] = by_document(batch, torch.randn(count(rows), generator=generator))
+    batch.extras.advantages = by_document(batch, torch.randn(count(rows), generator=generator))
     for name in ("old_logprobs", "ref_logprobs"):
-        batch.extras[name] = -4.2 + 0.8 * torch.rand(batch.labels.shape, generator=generator)
+        values = -4.2 + 0.8 * torch.rand(batch.labels.shape, generator=generator)
+        setattr(batch.extras, name, values)
     noise = 0.4 * torch.rand(batch.labels.shape, generator=generator) - 0.2
-    batch.extras["sampler_logprobs"] = batch.extras["old_logprobs"] + noise
+    batch.extras.sampler_logprobs = batch.extras.old_logprobs + noise
     return batch
 
 
@@ -71,9 +73,9 @@ def near(batch: Batch, model: Transformer, hidden: Tensor, shift: float, seed: i
     logprobs = label_logprobs(hidden, model.lm_head, batch.labels).detach()
     for name in ("old_logprobs", "ref_logprobs"):
         noise = shift * (2 * torch.rand(logprobs.shape, generator=generator) - 1)
-        batch.extras[name] = (logprobs + noise) * (batch.labels != IGNORE)
+        setattr(batch.extras, name, (logprobs + noise) * (batch.labels != IGNORE))
     noise = shift * (2 * torch.rand(logprobs.shape, generator=generator) - 1) * (batch.labels != IGNORE)
-    batch.extras["sampler_logprobs"] = batch.extras["old_logprobs"] + noise
+    batch.extras.sampler_logprobs = batch.extras.old_logprobs + noise
     return batch
 
 
@@ -88,7 +90,7 @@ def pairs(seed: int = 1, rows: Sequence[Sequence[tuple[int, int]]] = PAIR_ROWS) 
             pair[row, inside] = float(number + document // 2)
             chosen[row, inside] = float((document + number) % 2 == 0)
         number += len(documents) // 2
-    batch.extras |= {"pair": pair, "chosen": chosen}
+    batch.extras.pair, batch.extras.chosen = pair, chosen
     return batch
 
 
@@ -101,9 +103,9 @@ def unpacked(batch: Batch, keep: int = 1) -> Batch:
             inside = (whole.doc_ids >= first) & (whole.doc_ids < first + keep)
             if not bool((whole.labels[inside] != IGNORE).any()):
                 continue
-            extras = {name: _where(inside, value) for name, value in whole.extras.items()}
-            if "pair" in extras:
-                extras["pair"] = extras["pair"].masked_fill(~inside, -1.0)
+            extras = whole.extras.each(partial(_where, inside))
+            if extras.pair is not None:
+                extras.pair = extras.pair.masked_fill(~inside, -1.0)
             labels = whole.labels.masked_fill(~inside, IGNORE)
             parts.append(Batch(whole.tokens, labels, whole.doc_ids, extras, real=inside))
     return join_rows(parts)
@@ -121,7 +123,7 @@ def at_the_start(batch: Batch) -> Batch:
         kept = one.doc_ids[0, one.labels[0] != IGNORE]
         inside = (one.doc_ids >= kept.min()) & (one.doc_ids <= kept.max())
         shift = -int(inside.int().argmax())
-        extras = {name: value.roll(shift, 1) for name, value in one.extras.items()}
+        extras = one.extras.each(lambda value, shift=shift: value.roll(shift, 1))
         doc_ids = (one.doc_ids - kept.min()).masked_fill(~inside, len(kept)).roll(shift, 1)
         labels = one.labels.roll(shift, 1)
         rows.append(Batch(one.tokens.roll(shift, 1), labels, doc_ids, extras, real=inside.roll(shift, 1)))

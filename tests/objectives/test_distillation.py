@@ -15,7 +15,7 @@ from model.layers.chunked_loss import chunked_sums
 from model.layers.loss import IGNORE
 from model.parallel.collectives import LOCAL
 from model.transformer import Transformer
-from ray_pipeline.data.rows.batch import Batch
+from ray_pipeline.data.rows.batch import Batch, Extras
 from ray_pipeline.objectives.cross_entropy import CrossEntropy
 from ray_pipeline.objectives.distillation import Distillation, distillation_objective
 from ray_pipeline.objectives.divergence import Divergence, TopKTeacher, WholeTeacher
@@ -53,14 +53,14 @@ def hidden() -> torch.Tensor:
 def batch() -> Batch:
     made = batches.answers(batches.ROWS * (ROWS // len(batches.ROWS)), seed=3)
     generator = torch.Generator().manual_seed(7)
-    made.extras["teacher_hidden"] = torch.randn(*made.labels.shape, CONFIG.hidden_size, generator=generator)
+    made.extras.teacher_hidden = torch.randn(*made.labels.shape, CONFIG.hidden_size, generator=generator)
     return made
 
 
 def of_trl(models, hidden, batch, beta, temperature):
     student, teacher = models
     return generalized_jsd(
-        F.linear(hidden, student.lm_head.weight), F.linear(batch.extras["teacher_hidden"], teacher.lm_head.weight.data),
+        F.linear(hidden, student.lm_head.weight), F.linear(batch.extras.teacher_hidden, teacher.lm_head.weight.data),
         batch.labels, beta=beta, temperature=temperature,
     )  # fmt: skip
 
@@ -69,10 +69,10 @@ def gradients(loss, model, hidden):
     return torch.autograd.grad(loss, (hidden, model.lm_head.weight))
 
 
-def top_k(models, batch, k, temperature) -> dict[str, torch.Tensor]:
-    logits = F.linear(batch.extras["teacher_hidden"], models[1].lm_head.weight.data) / temperature
+def top_k(models, batch, k, temperature) -> Extras:
+    logits = F.linear(batch.extras.teacher_hidden, models[1].lm_head.weight.data) / temperature
     logprobs, ids = logits.log_softmax(-1).topk(k)
-    return {"teacher_topk_ids": ids, "teacher_topk_logprobs": logprobs}
+    return Extras(teacher_topk_ids=ids, teacher_topk_logprobs=logprobs)
 
 
 def with_top_k(models, batch, k, temperature) -> Batch:
@@ -100,7 +100,7 @@ def test_loss_and_gradients_are_trls_times_the_square_of_the_temperature(models,
 
 @pytest.mark.parametrize("beta", BETAS)
 def test_the_teacher_itself_has_nothing_to_learn(models, batch, beta):
-    own = batch.extras["teacher_hidden"].clone().requires_grad_()
+    own = batch.extras.teacher_hidden.clone().requires_grad_()
     loss = Distillation(Divergence(beta, 2.0), teacher_head=models[1].lm_head)(models[1], own, None, batch)[0]
     (gradient,) = torch.autograd.grad(loss, own)
     assert abs(loss.item()) < 1e-3 and float(gradient.abs().max()) < 1e-6
@@ -123,7 +123,7 @@ def test_a_list_is_the_divergence_with_all_others_as_one_outcome(models, hidden,
     """TRL's loss on logits of k + 1 outcomes, the last of them the others' log-sum-exp."""
     student = models[0]
     listed = with_top_k(models, batch, 5, temperature)
-    ids, teacher = listed.extras["teacher_topk_ids"], listed.extras["teacher_topk_logprobs"]
+    ids, teacher = listed.extras.teacher_topk_ids, listed.extras.teacher_topk_logprobs
 
     def outcomes(logprobs: torch.Tensor) -> torch.Tensor:
         named = torch.zeros_like(logprobs).scatter(-1, ids, 1.0).bool()
@@ -154,7 +154,7 @@ def test_hidden_states_are_compared_besides(models, hidden, batch):
     plain = Distillation(Divergence(0.0), teacher_head=head)(student, hidden, None, batch)
     both = Distillation(Divergence(0.0), hidden_weight=0.5, teacher_head=head)(student, hidden, None, batch)
     kept = batch.labels != IGNORE
-    error = F.mse_loss(hidden[kept], batch.extras["teacher_hidden"][kept], reduction="none").mean(-1).sum()
+    error = F.mse_loss(hidden[kept], batch.extras.teacher_hidden[kept], reduction="none").mean(-1).sum()
     torch.testing.assert_close(both[0], plain[0] + 0.5 * error)
     torch.testing.assert_close(both[3], error.detach())
     grads = [torch.autograd.grad(loss, hidden)[0] for loss in (both[0], plain[0] + 0.5 * error)]
@@ -197,7 +197,7 @@ def test_under_autocast_products_are_in_bf16_and_the_softmax_in_fp32(models, hid
         got = objective(models[0], hidden, None, batch)[0]
     student, teacher = (
         (states.bfloat16() @ model.lm_head.weight.bfloat16().t()).float()
-        for states, model in ((hidden, models[0]), (batch.extras["teacher_hidden"], models[1]))
+        for states, model in ((hidden, models[0]), (batch.extras.teacher_hidden, models[1]))
     )
     want = generalized_jsd(student, teacher, batch.labels, beta=0.0) * objective.weight(batch)
     torch.testing.assert_close(got, want, rtol=1e-6, atol=0)

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from model.parallel.mesh import Mesh, MeshSizes
-from ray_pipeline.data.rows.batch import Batch
+from ray_pipeline.data.rows.batch import Batch, Extras
 from ray_pipeline.engine.engine import Engine
+from ray_pipeline.engine.options import EngineOptions
 from ray_pipeline.objectives.base import Objective
 from ray_pipeline.objectives.distillation import Distillation
 from ray_pipeline.objectives.divergence import Divergence
@@ -37,7 +38,7 @@ def dpo(step: int) -> tuple[Objective, Batch]:
 
 def grpo(step: int) -> tuple[Objective, Batch]:
     batch = batches.rollouts(step, batches.ROWS[:5])
-    batch.extras["advantages"] += 1.0  # around zero the loss would be a small difference of large sums, all rounding
+    batch.extras.advantages += 1.0  # around zero the loss would be a small difference of large sums, all rounding
     return Grpo(beta=0.1, clip_low=0.2, clip_high=0.2, temperature=0.9), batch
 
 
@@ -46,7 +47,7 @@ def distillation(step: int) -> tuple[Objective, Batch]:
     generator = torch.Generator().manual_seed(step)
     logprobs = (2 * torch.randn(*batch.labels.shape, CONFIG.vocab_size, generator=generator)).log_softmax(-1)
     listed = logprobs.topk(5)
-    batch.extras = {"teacher_topk_ids": listed.indices, "teacher_topk_logprobs": listed.values}
+    batch.extras = Extras(teacher_topk_ids=listed.indices, teacher_topk_logprobs=listed.values)
     return Distillation(Divergence(0.0)), batch
 
 
@@ -57,7 +58,7 @@ MORE = [("dpo", "pp2-dualpipev"), ("distillation", "pp2-dualpipev")]
 
 def train(name: str, sizes: MeshSizes, **options) -> dict:
     torch.set_num_threads(1)
-    engine = Engine(MODEL, Mesh(sizes), optimizer=ADAMW, micro_batch=2, **options)
+    engine = Engine(MODEL, Mesh(sizes), EngineOptions(optimizer=ADAMW, micro_batch=2, **options))
     stats, loads = [], []
     for step in range(STEPS):
         objective, batch = GIVEN[name](step)

@@ -59,7 +59,7 @@ def test_loss_and_gradient_are_trls(model, hidden, loss_type, level, masked):
     batch = batches.near(batches.rollouts(), model, hidden, shift=0.4)
     if masked:
         kept = (torch.arange(batches.count(batches.ROWS)) % 3 > 0).float()
-        batch.extras["trained"] = batches.by_document(batch, kept)
+        batch.extras.trained = batches.by_document(batch, kept)
     objective = Grpo(loss_type=loss_type, importance_sampling_level=level, **SETTINGS)
     values = objective(model, hidden, None, batch)
     want, logged = of_trl(model, hidden, batch, loss_type, level)
@@ -100,7 +100,7 @@ def of_answers(batch: Batch, values: torch.Tensor) -> list[torch.Tensor]:
 def test_corrections_are_trls(model, hidden, loss_type, mode, low, high):
     batch = batches.near(batches.rollouts(), model, hidden, shift=0.4)
     kept = (torch.arange(batches.count(batches.ROWS)) % 3 > 0).float()
-    batch.extras["trained"] = batches.by_document(batch, kept)
+    batch.extras.trained = batches.by_document(batch, kept)
     gap = SamplerGap()
     objective = Grpo(loss_type=loss_type, correction=Correction(mode, low, high), gap=gap, **SETTINGS)
     given = {"mode": mode, "clip_min": low, "clip_max": high}
@@ -109,8 +109,8 @@ def test_corrections_are_trls(model, hidden, loss_type, mode, low, high):
     uncorrected = Grpo(loss_type=loss_type, **SETTINGS)(model, hidden, None, batch)[0] / objective.weight(batch)
     assert abs(uncorrected.item() - want.item()) > 1e-4
 
-    trained = batch.extras["trained"] * (batch.labels != IGNORE)
-    difference = (batch.extras["old_logprobs"] - batch.extras["sampler_logprobs"]) * trained
+    trained = batch.extras.trained * (batch.labels != IGNORE)
+    difference = (batch.extras.old_logprobs - batch.extras.sampler_logprobs) * trained
     answers = zip(of_answers(batch, difference), of_answers(batch, trained), strict=True)
     differences = [answer[free > 0] for answer, free in answers if free.any()]
     ratio = torch.stack([d.sum() for d in differences]).exp() if "sequence" in mode else torch.cat(differences).exp()
@@ -128,7 +128,7 @@ def test_corrections_are_trls(model, hidden, loss_type, mode, low, high):
 def test_bad_answers_that_are_far_off_policy_are_masked_as_trl_does(model, hidden, level, sampled):
     batch = batches.near(batches.rollouts(), model, hidden, shift=0.4)
     if not sampled:
-        del batch.extras["sampler_logprobs"]
+        batch.extras.sampler_logprobs = None
     correction = Correction("token_truncate", None, 3.0) if sampled else None
     given = {"mode": "token_truncate", "clip_min": None, "clip_max": 3.0} if sampled else None
     objective = Grpo(
@@ -149,7 +149,7 @@ def test_the_kl_estimate_is_trls_also_where_the_ratio_is_1(model, hidden, unbias
     for _ in range(2):
         want, _ = of_trl(model, hidden, batch, "dapo", level, beta=2.0, use_bias_correction_kl=unbiased)
         assert_same(objective(model, hidden, None, batch)[0] / objective.weight(batch), want, hidden)
-        batch.extras.pop("old_logprobs", None)
+        batch.extras.old_logprobs = None
 
 
 def test_our_defaults_are_trls(model, hidden):
@@ -191,7 +191,7 @@ def test_answers_in_one_row_count_as_in_rows_of_their_own(model, hidden, loss_ty
 @pytest.mark.parametrize("level", LEVELS)
 def test_without_old_logprobs_it_is_trls_first_update(model, hidden, level):
     batch = batches.near(batches.rollouts(), model, hidden, shift=0.4)
-    del batch.extras["old_logprobs"]
+    batch.extras.old_logprobs = None
     objective = Grpo(loss_type="grpo", importance_sampling_level=level, **SETTINGS)
     want, _ = of_trl(model, hidden, batch, "grpo", level)
     assert_same(objective(model, hidden, None, batch)[0] / objective.weight(batch), want, hidden)
@@ -201,7 +201,7 @@ def test_on_policy_it_has_the_policy_gradient(model, hidden):
     batch = batches.near(batches.rollouts(), model, hidden, shift=0.0)
     objective = Grpo(beta=0.0, clip_low=0.2, clip_high=0.2, temperature=1.0)
     logprobs = label_logprobs(hidden, model.lm_head, batch.labels)
-    plain = -(logprobs * batch.extras["advantages"]).sum()
+    plain = -(logprobs * batch.extras.advantages).sum()
     got = [torch.autograd.grad(value, hidden)[0] for value in (objective(model, hidden, None, batch)[0], plain)]
     torch.testing.assert_close(*got)
 
@@ -219,15 +219,15 @@ def test_rows_that_only_pad_change_nothing(model, hidden):
 def test_entropy_and_gap_are_means_over_trained_tokens(model, hidden):
     batch = batches.near(batches.rollouts(), model, hidden, shift=0.1)
     labelled = batch.labels != IGNORE
-    batch.extras["sampler_logprobs"] = batch.extras["old_logprobs"] + 0.25 * labelled
+    batch.extras.sampler_logprobs = batch.extras.old_logprobs + 0.25 * labelled
     objective = Grpo(beta=0.0, clip_low=0.2, clip_high=0.2, temperature=1.0)
     values = (objective(model, hidden, None, batch)[1:] / objective.weight(batch)).tolist()
     figures = dict(zip(objective.metric_names, values, strict=True))
     logprobs = label_logprobs(hidden, model.lm_head, batch.labels)[labelled]
     assert figures["entropy"] == pytest.approx(-logprobs.mean().item(), rel=1e-5)
     assert figures["logprob_gap"] == pytest.approx(0.25, rel=1e-5)
-    del batch.extras["sampler_logprobs"]
-    gap = (logprobs - batch.extras["old_logprobs"][labelled]).abs().mean()
+    batch.extras.sampler_logprobs = None
+    gap = (logprobs - batch.extras.old_logprobs[labelled]).abs().mean()
     assert objective(model, hidden, None, batch).tolist()[-1] / int(labelled.sum()) == pytest.approx(gap.item())
 
 

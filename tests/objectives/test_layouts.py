@@ -10,8 +10,9 @@ import torch
 
 from model.layers.vocab import Head
 from model.parallel.mesh import Mesh, MeshSizes
-from ray_pipeline.data.rows.batch import Batch
+from ray_pipeline.data.rows.batch import Batch, Extras
 from ray_pipeline.engine.engine import Engine
+from ray_pipeline.engine.options import EngineOptions
 from ray_pipeline.objectives.base import Objective
 from ray_pipeline.objectives.distillation import Distillation
 from ray_pipeline.objectives.divergence import Divergence
@@ -79,11 +80,11 @@ def given(name: str, mesh: Mesh) -> tuple[Objective, Batch]:
         generator = torch.Generator().manual_seed(9)
         logprobs = (2 * torch.randn(*batch.labels.shape, CONFIG.vocab_size, generator=generator)).log_softmax(-1)
         listed = logprobs.topk(k)
-        batch.extras = {"teacher_topk_ids": listed.indices, "teacher_topk_logprobs": listed.values}
+        batch.extras = Extras(teacher_topk_ids=listed.indices, teacher_topk_logprobs=listed.values)
         return Distillation(divergence), batch
-    teacher = Engine(CONFIG, mesh, seed=3, micro_batch=2)
+    teacher = Engine(CONFIG, mesh, EngineOptions(seed=3, micro_batch=2))
     hidden = teacher.per_token(batch, lambda model, hidden, ahead, rows: hidden)
-    batch.extras = {} if hidden is None else {"teacher_hidden": hidden}
+    batch.extras = Extras(teacher_hidden=hidden)
     head = None if teacher.last_part is None else teacher.last_part.lm_head
     if name == "whole head":
         head = Head(CONFIG.hidden_size, CONFIG.vocab_size)
@@ -95,7 +96,7 @@ def step(name: str, sizes: MeshSizes) -> Outcome:
     torch.set_num_threads(1)
     mesh = Mesh(sizes)
     objective, batch = given(name, mesh)
-    engine = Engine(CONFIG, mesh, optimizer=SGD, micro_batch=2)
+    engine = Engine(CONFIG, mesh, EngineOptions(optimizer=SGD, micro_batch=2))
     stats = engine.train_step(batch, objective, SGD.lr)
     return Outcome(stats.loss, stats.grad_norm, stats.metrics, engine.full_state())
 
@@ -155,7 +156,7 @@ def test_documents_that_share_a_row_teach_what_they_teach_in_rows_of_their_own(n
     assert len(alone) > len(packed)
     outcomes = []
     for batch in (packed, alone):
-        engine = Engine(CONFIG, mesh, optimizer=SGD, micro_batch=4)
+        engine = Engine(CONFIG, mesh, EngineOptions(optimizer=SGD, micro_batch=4))
         stats = engine.train_step(batch, objective, SGD.lr)
         trained = {key: value.detach().clone() for key, value in engine.named_parameters().items()}
         outcomes.append(Outcome(stats.loss, stats.grad_norm, stats.metrics, trained))

@@ -65,8 +65,8 @@ def test_a_pair_is_preferred_by_its_whole_answers_or_by_the_mean_of_their_tokens
     logprobs = label_logprobs(hidden, model.lm_head, batch.labels).detach()
     preferred = 0
     for pair in range(PAIRS):
-        inside = (batch.extras["pair"] == pair) & (batch.labels != IGNORE)
-        chosen, rejected = (logprobs[inside & (batch.extras["chosen"] == side)] for side in (1.0, 0.0))
+        inside = (batch.extras.pair == pair) & (batch.labels != IGNORE)
+        chosen, rejected = (logprobs[inside & (batch.extras.chosen == side)] for side in (1.0, 0.0))
         preferred += bool(chosen.sum() > rejected.sum() if loss_type == "sigmoid" else chosen.mean() > rejected.mean())
     assert Dpo(loss_type=loss_type)(model, hidden, None, batch).tolist()[1] == preferred
     assert 0 < preferred < PAIRS

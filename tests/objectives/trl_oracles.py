@@ -60,8 +60,8 @@ def grpo_loss(
         _metrics={"train": defaultdict(list)},
     )  # fmt: skip
     trainer._get_per_token_logps_and_entropies = lambda model, ids, *_, **__: (model, torch.zeros(model.shape), None)
-    given = {name: padded(values, batch) for name, values in batch.extras.items()}
-    trained = batch.extras.get("trained", torch.ones(batch.labels.shape))
+    given = {name: padded(values, batch) for name, values in batch.extras.given().items()}
+    trained = torch.ones(batch.labels.shape) if batch.extras.trained is None else batch.extras.trained
     mask, new = padded(trained, batch), padded(logprobs, batch)
     old = given.get("old_logprobs", new.detach())
     size = len(mask) // micro_batches
@@ -108,13 +108,13 @@ def dpo_loss(logprobs: Tensor, batch: Batch, **settings: Any) -> tuple[Tensor, d
     Args:
         logprobs: of the labels, [rows, seq].
     """
-    pairs = int(batch.extras["pair"].max()) + 1
+    pairs = int(batch.extras.pair.max()) + 1
 
     def joined(values: Tensor) -> Tensor:
         """A row per answer: the chosen of every pair, then the rejected."""
         labelled = batch.labels != IGNORE
         found = [
-            values[labelled & (batch.extras["pair"] == pair) & (batch.extras["chosen"] == chosen)]
+            values[labelled & (batch.extras.pair == pair) & (batch.extras.chosen == chosen)]
             for chosen in (1.0, 0.0)
             for pair in range(pairs)
         ]
@@ -132,7 +132,7 @@ def dpo_loss(logprobs: Tensor, batch: Batch, **settings: Any) -> tuple[Tensor, d
         _total_train_tokens=0, model=SimpleNamespace(training=True), accelerator=Accelerator(),
         _metrics={"train": defaultdict(list)},
     )  # fmt: skip
-    reference = joined(batch.extras["ref_logprobs"]).sum(1)
+    reference = joined(batch.extras.ref_logprobs).sum(1)
     inputs = {
         "input_ids": full_mask.long(), "attention_mask": full_mask, "completion_mask": full_mask,
         "ref_chosen_logps": reference[:pairs], "ref_rejected_logps": reference[pairs:],

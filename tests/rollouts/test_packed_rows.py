@@ -22,8 +22,8 @@ def test_a_forced_token_is_read_but_not_trained_on():
     batch = pack_completions([forced], torch.tensor([7.0]), 6, pad_id=0)
     assert batch.tokens[0].tolist() == [1, 2, 3, 4, 0, 0]
     assert batch.labels[0].tolist() == [IGNORE, 3, IGNORE, 5, IGNORE, IGNORE]
-    assert batch.extras["advantages"][0].tolist() == [0, 7, 0, 7, 0, 0]
-    assert batch.extras["sampler_logprobs"][0].tolist() == [0, -3, 0, -5, 0, 0]
+    assert batch.extras.advantages[0].tolist() == [0, 7, 0, 7, 0, 0]
+    assert batch.extras.sampler_logprobs[0].tolist() == [0, -3, 0, -5, 0, 0]
 
 
 ids = st.lists(st.integers(1, 50), min_size=1, max_size=8)
@@ -49,12 +49,12 @@ def test_every_completion_is_found_again_whole(pairs, seq_len):
             start = int(supervised.nonzero()[0])
             assert bool(supervised[start:].all())
             assert whole[start + 1 :] == completion  # position t predicts token t + 1
-            assert batch.extras["sampler_logprobs"][row, at][supervised].tolist() == [-float(t) for t in completion]
-            advantage = batch.extras["advantages"][row, at][supervised].unique()
+            assert batch.extras.sampler_logprobs[row, at][supervised].tolist() == [-float(t) for t in completion]
+            advantage = batch.extras.advantages[row, at][supervised].unique()
             assert advantage.numel() == 1
             found.append((int(advantage), whole[: start + 1], completion))
     assert sorted(found) == [(i + 1, p, c) for i, (p, c) in enumerate(pairs)]
-    assert bool((batch.extras["advantages"][batch.labels == IGNORE] == 0).all())
+    assert bool((batch.extras.advantages[batch.labels == IGNORE] == 0).all())
     assert bool((batch.doc_ids[:, 1:] >= batch.doc_ids[:, :-1]).all())
 
 
@@ -77,15 +77,15 @@ def test_advantages_must_match():
 def test_what_is_not_to_be_trained_keeps_its_labels_and_is_marked():
     batch = pack_completions([made([1, 2], [3, 4]), made([5], [6])], torch.ones(2), 6, 0, trained=[False, True])
     assert batch.labels[0].tolist() == [IGNORE, 3, 4, 6, IGNORE, IGNORE]
-    assert batch.extras["trained"][0].tolist() == [0, 0, 0, 1, 0, 0]
+    assert batch.extras.trained[0].tolist() == [0, 0, 0, 1, 0, 0]
 
 
 def test_recorded_experts_lie_at_the_tokens_that_went_to_them():
     first, second = made([1, 2], [3, 4]), made([5], [6, 7])
     first.routing = torch.tensor([[0, 1], [2, 3], [4, 5]], dtype=torch.int16)
     batch = pack_completions([first, second], torch.ones(2), 6, 0)
-    assert batch.extras["routing"].dtype == torch.int64
-    assert batch.extras["routing"][0].tolist() == [[0, 1], [2, 3], [4, 5], [-1, -1], [-1, -1], [-1, -1]]
+    assert batch.extras.routing.dtype == torch.int64
+    assert batch.extras.routing[0].tolist() == [[0, 1], [2, 3], [4, 5], [-1, -1], [-1, -1], [-1, -1]]
 
 
 @given(st.lists(st.tuples(ids, ids), min_size=1, max_size=10), st.integers(15, 80), st.sampled_from([1, 4, 6]),
@@ -135,4 +135,4 @@ def test_every_token_is_real_and_longer_rows_hold_the_same_completions(pairs, se
     assert longer.tokens.shape[1] % multiple == 0
     for whole, part in ((longer.tokens, batch.tokens), (longer.labels, batch.labels), (longer.real, batch.real)):
         assert torch.equal(whole[:, :seq_len], part)
-    assert not longer.real[:, seq_len:].any() and longer.extras["advantages"].shape == longer.tokens.shape
+    assert not longer.real[:, seq_len:].any() and longer.extras.advantages.shape == longer.tokens.shape

@@ -93,7 +93,7 @@ def test_the_reference_is_the_input_model_pair_by_pair(run_dir):
 def by_hand(model: Transformer, rows: PairRows, index: int) -> torch.Tensor:
     batch, out = rows.take([index]), []
     for side in (1.0, 0.0):
-        inside = (batch.extras["chosen"][0] == side) & (batch.extras["pair"][0] == 0)
+        inside = (batch.extras.chosen[0] == side) & (batch.extras.pair[0] == 0)
         tokens, labels = batch.tokens[:, inside], batch.labels[0, inside]
         with torch.no_grad():
             logprobs = model(tokens)[0].log_softmax(-1)
@@ -108,10 +108,10 @@ def test_the_references_share_of_an_answer_is_its_log_probability(run_dir):
     batch = with_reference(rows.take([3, 0, 7, 1]), reference)
     for pair in range(4):
         for side, chosen in enumerate((1.0, 0.0)):
-            inside = (batch.extras["pair"] == pair) & (batch.extras["chosen"] == chosen)
-            assert batch.extras["ref_logprobs"][inside].sum().item() == pytest.approx(reference[pair, side].item())
+            inside = (batch.extras.pair == pair) & (batch.extras.chosen == chosen)
+            assert batch.extras.ref_logprobs[inside].sum().item() == pytest.approx(reference[pair, side].item())
     assert answer_lengths(batch).min() > 0
-    assert not batch.extras["ref_logprobs"][batch.labels < 0].any()
+    assert not batch.extras.ref_logprobs[batch.labels < 0].any()
 
 
 def test_killed_it_resumes_to_the_same_weights_and_measures_the_reference_once(run_dir, monkeypatch):

@@ -72,7 +72,7 @@ def test_another_familys_hidden_states_are_those_of_each_document_alone(run_dir:
     student = rank.engine(MODEL)
     teacher = TransformersTeacher(llama, student)
     batch = PackedRows(stage_dir(run_dir, "data_prep") / "sft" / "train").slice(0, 2)
-    hidden = teacher.score(batch).extras["teacher_hidden"]
+    hidden = teacher.score(batch).extras.teacher_hidden
     model = AutoModelForCausalLM.from_pretrained(llama).eval()
     assert teacher.head is not None
     for row in range(2):
@@ -189,8 +189,8 @@ def test_the_likeliest_tokens_are_those_of_the_rows(run_dir: Path, tmp_path: Pat
         logits = load_model(stage_dir(run_dir, "grpo") / "model").eval()(plain.tokens, plain.doc_ids)
     expected = logits.log_softmax(-1).topk(3)
     kept = plain.labels != IGNORE
-    torch.testing.assert_close(batch.extras["teacher_topk_logprobs"][kept], expected.values[kept])
-    assert torch.equal(batch.extras["teacher_topk_ids"][kept], expected.indices[kept])
+    torch.testing.assert_close(batch.extras.teacher_topk_logprobs[kept], expected.values[kept])
+    assert torch.equal(batch.extras.teacher_topk_ids[kept], expected.indices[kept])
 
 
 def test_a_file_made_of_something_else_is_refused(run_dir: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from model.parallel.mesh import Mesh, MeshSizes
 from ray_pipeline.engine.checkpoints.checkpoint import load_checkpoint, step_name
 from ray_pipeline.engine.checkpoints.checkpoint_writer import CheckpointWriter
 from ray_pipeline.engine.engine import Engine
+from ray_pipeline.engine.options import EngineOptions
 from ray_pipeline.engine.step_stats import StepStats
 from ray_pipeline.errors import UserError
 from ray_pipeline.objectives.cross_entropy import CrossEntropy
@@ -29,7 +30,7 @@ __all__ = ["copied", "unbroken"]  # fixtures
 
 
 def build(**options: Any) -> Engine:
-    return Engine(CONFIG, Mesh(MeshSizes()), optimizer=OPTIMIZER, micro_batch=2, **options)
+    return Engine(CONFIG, Mesh(MeshSizes()), EngineOptions(optimizer=OPTIMIZER, micro_batch=2, **options))
 
 
 def spoil(folder: Path, step: int, value: float) -> None:
@@ -139,7 +140,7 @@ def test_the_likeliest_cause_is_named(tmp_path, name):
 
 def test_numbers_that_a_batch_brought_are_the_cause(tmp_path):
     batch = make_batch(0)
-    batch.extras["teacher_hidden"] = torch.full((8, 16, 2), math.inf)
+    batch.extras.teacher_hidden = torch.full((8, 16, 2), math.inf)
     with pytest.raises(UserError, match=r"Its batch brought numbers that are not finite \(teacher_hidden\)"):
         watcher(tmp_path, losses=(9.0, 99.0)).check_step(3, stats(math.nan), batch)
 
@@ -178,7 +179,7 @@ def seen(rank: int) -> list[list[str | None]]:
     torch.set_num_threads(1)
     out = []
     for sizes, zero_stage in SIZES:
-        engine = Engine(CONFIG, Mesh(sizes), optimizer=OPTIMIZER, zero_stage=zero_stage, micro_batch=2)
+        engine = Engine(CONFIG, Mesh(sizes), EngineOptions(optimizer=OPTIMIZER, zero_stage=zero_stage, micro_batch=2))
         engine.train_step(make_batch(0), CrossEntropy(0.3), 1e-3)
         told = [weights_problem(engine)]
         state = {key: tensor.clone() for key, tensor in engine.state().items()}
@@ -202,7 +203,9 @@ def nan_losses(rank: int) -> list[float]:
     torch.set_num_threads(1)
     out = []
     for stage in (1, 2, 3):
-        engine = Engine(CONFIG, Mesh(MeshSizes(dp=2)), optimizer=OPTIMIZER, zero_stage=stage, micro_batch=2)
+        engine = Engine(
+            CONFIG, Mesh(MeshSizes(dp=2)), EngineOptions(optimizer=OPTIMIZER, zero_stage=stage, micro_batch=2)
+        )
         state = {key: tensor.clone() for key, tensor in engine.state().items()}
         state["model.norm.weight"][0] = math.nan
         engine.load_state(state)

@@ -16,6 +16,7 @@ from model.convert.hf import save_hf
 from model.parallel.mesh import Mesh, MeshSizes
 from model.transformer import Transformer
 from ray_pipeline.engine.engine import Engine
+from ray_pipeline.engine.options import EngineOptions
 from ray_pipeline.launch.launchers import InlineLauncher
 from ray_pipeline.objectives.cross_entropy import CrossEntropy
 from ray_pipeline.records.artifacts import weights_digest
@@ -76,7 +77,7 @@ def trained(tmp_path_factory) -> tuple[Engine, Path]:
 
 
 def trained_engine(config: ModelConfig, lora: LoraConfig) -> Engine:
-    engine = Engine(config, Mesh(MeshSizes()), optimizer=OPTIMIZER, lora=lora)
+    engine = Engine(config, Mesh(MeshSizes()), EngineOptions(optimizer=OPTIMIZER, lora=lora))
     for step in range(4):
         engine.train_step(make_batch(step), CrossEntropy(0.3), 1e-2)
     return engine

@@ -17,6 +17,7 @@ from ray_pipeline.data.rows.loader import PackedRows
 from ray_pipeline.data.rows.packing import Row, pack_documents, pack_placed
 from ray_pipeline.data.rows.shards import RowsManifest, SourceRows, write_rows
 from ray_pipeline.engine.engine import Engine
+from ray_pipeline.engine.options import EngineOptions
 from ray_pipeline.objectives.cross_entropy import CrossEntropy
 from ray_pipeline.training import validation
 from ray_pipeline.training.validation import MAX_ROWS, sample, shares, validation_loss
@@ -50,7 +51,7 @@ def stored(folder: Path, *, apart: bool = True) -> PackedRows:
 
 
 def engine(sizes: MeshSizes = MeshSizes()) -> Engine:  # noqa: B008  frozen
-    return Engine(CONFIG, Mesh(sizes), micro_batch=8)
+    return Engine(CONFIG, Mesh(sizes), EngineOptions(micro_batch=8))
 
 
 def loss_of(indices: list[int], rows: PackedRows) -> float:
@@ -70,7 +71,7 @@ def test_few_rows_are_all_measured_and_every_source_has_its_figure(tmp_path):
 
 def test_a_sample_follows_the_whole_and_not_the_first_source(tmp_path, monkeypatch):
     """A model that was trained on the first source: its loss there is nats below that of the whole."""
-    rows, one = stored(tmp_path), Engine(CONFIG, Mesh(MeshSizes()), optimizer=OPTIMIZER)
+    rows, one = stored(tmp_path), Engine(CONFIG, Mesh(MeshSizes()), EngineOptions(optimizer=OPTIMIZER))
     for step in range(8):
         one.train_step(rows.slice(4 * step, 4 * step + 8), OBJECTIVE, OPTIMIZER.lr)
     whole = validation_loss(one, rows, OBJECTIVE)

@@ -95,7 +95,7 @@ def test_made_up_rows_have_empty_ends_and_depend_on_the_seed_alone(tmp_path: Pat
         assert torch.equal(a.tokens, b.tokens) and not torch.equal(a.tokens, c.tokens)
         assert a.real is not None and not a.real.all() and a.real[:, 0].all()
     pairs = PairRows(tmp_path / "a" / "preferences" / "train").slice(0, subject.rows)
-    assert pairs.real is not None and not pairs.real.all() and int(pairs.extras["pair"].max()) == subject.rows - 1
+    assert pairs.real is not None and not pairs.real.all() and int(pairs.extras.pair.max()) == subject.rows - 1
 
 
 def test_made_up_answers_that_are_trained_score_above_their_groups_mean() -> None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from rich.text import Text
 
 from ray_pipeline.data.chat.tokenizer import ChatTokenizer
-from ray_pipeline.data.rows.batch import IGNORE, Batch
+from ray_pipeline.data.rows.batch import IGNORE, Batch, required
 
 SUPERVISED, CONTEXT, BOUNDARY, REJECTED = "bold green", "dim", "bold magenta", "bold red"
 
@@ -20,7 +20,7 @@ def render_rows(batch: Batch, tokenizer: ChatTokenizer) -> list[Text]:
 
 def render_pairs(batch: Batch, tokenizer: ChatTokenizer) -> list[Text]:
     """One text per pair of a PairRows batch: the prompt, the chosen and the rejected answer."""
-    pairs, chosen = batch.extras["pair"], batch.extras["chosen"] == 1
+    pairs, chosen = required(batch.extras.pair), batch.extras.chosen == 1
     out = []
     for pair in range(int(pairs.max()) + 1):
         [prompt, *good], [_, *bad] = (

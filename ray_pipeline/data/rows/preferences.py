@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from ray_pipeline.data.chat.tokenizer import ChatTokenizer
 from ray_pipeline.data.files.reading import Tally
 from ray_pipeline.data.forms.preference_records import Preference
-from ray_pipeline.data.rows.batch import Batch
+from ray_pipeline.data.rows.batch import Batch, Extras
 from ray_pipeline.data.rows.conversations import Encoded, Encoder, write_split
 from ray_pipeline.data.rows.loader import PackedRows, rows_to_batch
 from ray_pipeline.data.rows.packing import Row, RowBuilder, best_fit
@@ -55,8 +55,8 @@ class PairRows(PackedRows):
             rows.append(row.finish())
             places.append(place)
         batch = rows_to_batch(*(np.stack(field) for field in zip(*rows, strict=True)))
-        extras = torch.from_numpy(np.stack(places))[:, :, :-1]
-        batch.extras = {"pair": extras[:, 0].contiguous(), "chosen": extras[:, 1].contiguous()}
+        found = torch.from_numpy(np.stack(places))[:, :, :-1]
+        batch.extras = Extras(pair=found[:, 0].contiguous(), chosen=found[:, 1].contiguous())
         return batch
 
 

@@ -1,13 +1,14 @@
 """Runs a schedule on one pipeline rank: activations go to the next stage, their gradients come back.
 
-It knows neither what a model part computes nor what travels, only how many tensors of which shapes: `run_part` does
-the rest. Tokens do not travel: every stage reads the same batch.
+It knows neither what a model part computes nor what travels, only how many tensors of which shapes: `ModelParts`
+knows the rest. Tokens do not travel: every stage reads the same batch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -21,11 +22,25 @@ from ray_pipeline.data.rows.batch import Batch
 from ray_pipeline.engine.pipeline.messages_between import Mailbox, connect
 from ray_pipeline.engine.pipeline.schedule import Action, Schedule, build_schedule, forward_only
 
-Finish = Callable[[Transformer, Tensor, Tensor | None, Batch], Tensor]
-"""(last stage, hidden after the final norm, embeddings or None, micro-batch) -> what the last stage makes of it."""
+OutputFunction = Callable[[Transformer, Tensor, Tensor | None, Batch], Tensor]
+"""(last stage, hidden after the final norm, embeddings or None, micro-batch) -> what the last stage computes of it."""
 
-RunPart = Callable[[int, list[Tensor], Batch, Finish], list[Tensor]]
-"""(local part index, carried tensors, micro-batch, finish) -> carried tensors; on the last stage, one: finish's."""
+
+class ModelParts(Protocol):
+    """What the pipeline asks of the parts of a model that a rank has."""
+
+    def run(self, index: int, carried: list[Tensor], batch: Batch, output: OutputFunction) -> list[Tensor]:
+        """Forward of the local part `index`, autocast included: carried tensors, or of the last stage [`output`'s
+        value], which in training is a scalar loss."""
+        ...
+
+    def carried_shapes(self, batch: Batch) -> list[tuple[int, ...]]:
+        """Shapes of the fp32 tensors between two stages, for a micro-batch; the same between all stages."""
+        ...
+
+    def before_backward(self) -> None:
+        """Called before every backward."""
+        ...
 
 
 @dataclass
@@ -43,7 +58,7 @@ class _Run:
     schedule: Schedule
     mailbox: Mailbox
     micro_batches: Sequence[Batch]
-    finish: Finish
+    output: OutputFunction
     train: bool
     alive: dict[tuple[int, int], _Alive] = field(default_factory=dict)
     deferred: dict[tuple[int, int], WeightGradients] = field(default_factory=dict)
@@ -54,41 +69,30 @@ class Pipeline:
     """The pipeline rank's parts of a model, run forward and backward over micro-batches in a schedule's order.
 
     Args:
-        run_part: one part's forward, autocast included; in training the last stage's value is a scalar loss.
-        carried_shapes: shapes of the fp32 tensors between two stages, for a micro-batch; the same between all stages.
-        before_backward: called before every backward.
+        schedule_name: `model.parallel.placement` and `schedule` know it. parts: this rank's, in the schedule's order.
     """
 
-    def __init__(
-        self,
-        mesh: Mesh,
-        schedule_name: str,
-        device: torch.device,
-        run_part: RunPart,
-        carried_shapes: Callable[[Batch], list[tuple[int, ...]]],
-        before_backward: Callable[[], None] | None = None,
-    ):
-        self.mesh, self.schedule_name, self.device = mesh, schedule_name, device
-        self.run_part, self.carried_shapes, self.before_backward = run_part, carried_shapes, before_backward
+    def __init__(self, mesh: Mesh, schedule_name: str, device: torch.device, parts: ModelParts):
+        self.mesh, self.schedule_name, self.device, self.parts = mesh, schedule_name, device, parts
         self.stages = parts_of(schedule_name, mesh.sizes.pp, mesh.pp_rank)
         # Kept when a run fails: a receive still in progress writes into its tensor.
         self._mailbox: Mailbox | None = None
         connect(mesh, ranks_of(schedule_name, mesh.sizes.pp), device)
 
-    def run(self, micro_batches: Sequence[Batch], finish: Finish, *, train: bool) -> list[Tensor]:
+    def run(self, micro_batches: Sequence[Batch], output: OutputFunction, *, train: bool) -> list[Tensor]:
         """Forward of every micro-batch and, with `train`, backward; gradients accumulate in the parameters' `.grad`.
 
         Returns:
-            `finish`'s values, detached, in the micro-batches' order, on the rank with the last stage; elsewhere [].
+            `output`'s values, detached, in the micro-batches' order, on the rank with the last stage; elsewhere [].
         Raises:
             CollectiveFailed: a message that did not arrive; says which.
         """
         assert self._mailbox is None, "an earlier run failed with messages on their way; build the engine anew"
         build = build_schedule if train else forward_only
         schedule = build(self.schedule_name, self.mesh.sizes.pp, len(micro_batches))
-        shapes = [self.carried_shapes(batch) for batch in micro_batches]
+        shapes = [self.parts.carried_shapes(batch) for batch in micro_batches]
         mailbox = self._mailbox = Mailbox(schedule, self.mesh, self.device, shapes)
-        run = _Run(schedule, mailbox, micro_batches, finish, train)
+        run = _Run(schedule, mailbox, micro_batches, output, train)
         needs = [schedule.needs(action) for action in schedule.actions[self.mesh.pp_rank]]
         for index, action in enumerate(schedule.actions[self.mesh.pp_rank]):
             message = needs[index]
@@ -117,7 +121,7 @@ class Pipeline:
         for tensor in carried:
             tensor.requires_grad_(run.train)
         with torch.set_grad_enabled(run.train), separable_backward(run.schedule.splits_backward):
-            outputs = self.run_part(self.stages.index(action.stage), carried, batch, run.finish)
+            outputs = self.parts.run(self.stages.index(action.stage), carried, batch, run.output)
         if last:
             run.results[action.micro_batch] = outputs[0].detach()
         else:
@@ -134,8 +138,7 @@ class Pipeline:
     def _backward(self, run: _Run, action: Action, gradients: list[Tensor]) -> list[Tensor]:
         """Gradients of the inputs for the previous stage."""
         alive = run.alive.pop((action.stage, action.micro_batch))
-        if self.before_backward is not None:
-            self.before_backward()
+        self.parts.before_backward()
         # Checkpointed layers run again in here: they must save the same tensors as the first time.
         with separable_backward(run.schedule.splits_backward):
             if action.kind == "I":

@@ -17,19 +17,19 @@ from model.transformer import Transformer
 from ray_pipeline.data.rows.batch import Batch
 from ray_pipeline.engine.checkpoints.checkpoint import list_checkpoints, step_of
 from ray_pipeline.engine.engine import Engine
-from ray_pipeline.engine.pipeline.pipeline import Finish
+from ray_pipeline.engine.pipeline.pipeline import OutputFunction
 from ray_pipeline.records.artifacts import load_model, save_model
 from ray_pipeline.settings.run_folder import CHECKPOINTS
 from ray_pipeline.training.rank import Rank
 
 
-def logprobs_at(temperature: float) -> Finish:
+def logprobs_at(temperature: float) -> OutputFunction:
     """What `Engine.per_token` is given for log p of the labels at a sampling temperature: [rows, seq / sp]."""
 
-    def finish(model: Transformer, hidden: Tensor, _: Tensor | None, rows: Batch) -> Tensor:
+    def logprobs(model: Transformer, hidden: Tensor, _: Tensor | None, rows: Batch) -> Tensor:
         return label_logprobs(hidden, model.lm_head, rows.local(rows.labels), temperature)
 
-    return finish
+    return logprobs
 
 
 def refreshed_at(step: int, every: int, updates: int) -> int:
@@ -67,7 +67,7 @@ class Reference:
         temperature: float,
     ):
         self.rank, self.config, self.every, self.updates = rank, config, every, updates
-        self._finish = logprobs_at(temperature)
+        self._logprobs = logprobs_at(temperature)
         self._since = 0
         self._engine: Engine = rank.engine(config, initial=initial)
 
@@ -93,8 +93,8 @@ class Reference:
 
         It routes freely: a replayed choice of experts is the policy's.
         """
-        extras = {name: values for name, values in batch.extras.items() if name != "routing"}
-        found = self._engine.per_token(replace(batch, extras=extras), self._finish)
+        free = replace(batch, extras=replace(batch.extras, routing=None))
+        found = self._engine.per_token(free, self._logprobs)
         return torch.zeros(batch.labels.shape) if found is None else found
 
     def _folder(self, step: int) -> Path:

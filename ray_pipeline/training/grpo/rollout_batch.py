@@ -65,12 +65,12 @@ class BatchBuilder:
             return None
         batch, settings = self.engine.fitted(packed), self.settings
         if self.reference is not None:
-            batch.extras["ref_logprobs"] = self.reference.logprobs(batch)
+            batch.extras.ref_logprobs = self.reference.logprobs(batch)
         if not settings.recompute_logprobs:
-            batch.extras["old_logprobs"] = batch.extras.pop("sampler_logprobs")
+            batch.extras.old_logprobs, batch.extras.sampler_logprobs = batch.extras.sampler_logprobs, None
         elif not untouched:
             found = self.engine.per_token(batch, logprobs_at(settings.temperature))
-            batch.extras["old_logprobs"] = torch.zeros(batch.labels.shape) if found is None else found
+            batch.extras.old_logprobs = torch.zeros(batch.labels.shape) if found is None else found
         return batch
 
     def _answers(self, groups: list[Group]) -> list[tuple[Marked, float]]:

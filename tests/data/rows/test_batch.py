@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ray_pipeline.data.rows.batch import IGNORE, Batch, join_rows
+from ray_pipeline.data.rows.batch import IGNORE, Batch, Extras, join_rows
 from ray_pipeline.data.rows.loader import rows_to_batch
 from ray_pipeline.data.rows.packing import pack_conversations, pack_documents
 
@@ -40,14 +40,16 @@ def test_of_packed_conversations_it_is_as_well_and_prompts_are_not(lengths, seq_
 
 
 def test_added_rows_are_padding_and_cut_rows_keep_what_is():
-    batch = Batch(torch.ones(3, 4).long(), torch.ones(3, 4).long(), torch.zeros(3, 4).long(), {"x": torch.ones(3, 4)})
+    batch = Batch(
+        torch.ones(3, 4).long(), torch.ones(3, 4).long(), torch.zeros(3, 4).long(), Extras(advantages=torch.ones(3, 4))
+    )
     more = batch.pad_rows(5)
     assert batch.real is None and batch.tokens_ahead(0) == more.tokens_ahead(0) == 12
     assert more.real.tolist() == [[True] * 4] * 3 + [[False] * 4] * 2
     assert more.pad_rows(6).real.sum() == 12, "what was padding stays so"
-    assert (more.labels[3:] == IGNORE).all() and (more.extras["x"][3:] == 0).all()
+    assert (more.labels[3:] == IGNORE).all() and (more.extras.advantages[3:] == 0).all()
     cut = more.rows(2, 4).to(torch.device("cpu"))
-    assert cut.real.tolist() == [[True] * 4, [False] * 4] and len(cut.extras["x"]) == 2
+    assert cut.real.tolist() == [[True] * 4, [False] * 4] and len(cut.extras.advantages) == 2
     joined = join_rows([batch, more.rows(3, 5)])
     assert torch.equal(joined.real, more.real) and torch.equal(joined.labels, more.labels)
 

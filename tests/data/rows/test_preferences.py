@@ -56,7 +56,9 @@ def documents(batch):
     for row in range(len(batch)):
         for document in batch.doc_ids[row].unique().tolist():
             place = batch.doc_ids[row] == document
-            [pair], [chosen] = (batch.extras[name][row][place].unique().tolist() for name in ("pair", "chosen"))
+            [pair], [chosen] = (
+                values[row][place].unique().tolist() for values in (batch.extras.pair, batch.extras.chosen)
+            )
             labels, tokens = batch.labels[row][place], batch.tokens[row][place]
             trained = labels != IGNORE
             if pair >= 0:
@@ -70,7 +72,7 @@ def test_every_pair_of_a_step_is_in_it_once_whole_and_together(written, tokenize
     rows = PairRows(written[0] / "train", SEQ_LEN)
     indices = data.draw(st.lists(st.integers(0, len(rows) - 1), min_size=1, max_size=12))
     batch = rows.take(indices)
-    assert batch.tokens.shape == batch.labels.shape == batch.extras["pair"].shape == (len(batch), SEQ_LEN)
+    assert batch.tokens.shape == batch.labels.shape == batch.extras.pair.shape == (len(batch), SEQ_LEN)
     found = documents(batch)
     assert sorted(found) == list(range(len(indices)))
     stored = [documents(rows.take([index]))[0] for index in indices]
@@ -82,14 +84,14 @@ def test_every_pair_of_a_step_is_in_it_once_whole_and_together(written, tokenize
         trained = tuple(tokenizer.decode(both[chosen][1], keep_special=True) for chosen in (1.0, 0.0))
         assert trained == tuple(answer + EOS for answer in known[question])
     for row in range(len(batch)):
-        for pair in set(batch.extras["pair"][row].tolist()) - {-1.0}:
-            assert {1.0, 0.0} == set(batch.extras["chosen"][row][batch.extras["pair"][row] == pair].tolist())
+        for pair in set(batch.extras.pair[row].tolist()) - {-1.0}:
+            assert {1.0, 0.0} == set(batch.extras.chosen[row][batch.extras.pair[row] == pair].tolist())
 
 
 def test_a_step_depends_on_seed_and_number_alone(written):
     rows = PairRows(written[0] / "train")
     one, two = rows.batch(3, 5, 8), PairRows(written[0] / "train").take(row_order(len(rows), 3, 5, 8))
-    assert torch.equal(one.tokens, two.tokens) and torch.equal(one.extras["pair"], two.extras["pair"])
+    assert torch.equal(one.tokens, two.tokens) and torch.equal(one.extras.pair, two.extras.pair)
     assert len(rows.batch(3, 5, 8)) < 8, "several pairs share a row"
 
 

@@ -23,6 +23,7 @@ from ray_pipeline.engine.checkpoints.checkpoint import (
 )
 from ray_pipeline.engine.checkpoints.checkpoint_writer import CheckpointWriter
 from ray_pipeline.engine.engine import Engine
+from ray_pipeline.engine.options import EngineOptions
 from ray_pipeline.errors import UserError
 from ray_pipeline.objectives.cross_entropy import CrossEntropy
 from tests.distributed import run_ranks
@@ -53,10 +54,8 @@ def build(layout: str = "one", seed: int = 0, **changes: Any) -> Engine:
     torch.set_num_threads(1)
     axes = dict(LAYOUTS[layout])
     zero_stage, schedule = axes.pop("zero", 0), axes.pop("schedule", "1f1b")
-    return Engine(
-        replace(CONFIG, **changes), Mesh(MeshSizes(**axes)), optimizer=OPTIMIZER, zero_stage=zero_stage,
-        micro_batch=2, seed=seed, schedule=schedule,
-    )  # fmt: skip
+    options = EngineOptions(optimizer=OPTIMIZER, zero_stage=zero_stage, micro_batch=2, seed=seed, schedule=schedule)
+    return Engine(replace(CONFIG, **changes), Mesh(MeshSizes(**axes)), options)
 
 
 def steps(engine: Engine, first: int, last: int) -> list[float]:

@@ -20,6 +20,7 @@ from model.parallel.mesh import Mesh, MeshSizes
 from ray_pipeline.engine.checkpoints.checkpoint import find_damage, list_checkpoints, load_checkpoint, step_of
 from ray_pipeline.engine.checkpoints.checkpoint_writer import BEST_FILE, CheckpointWriter
 from ray_pipeline.engine.engine import Engine
+from ray_pipeline.engine.options import EngineOptions
 from ray_pipeline.errors import UserError
 from ray_pipeline.objectives.cross_entropy import CrossEntropy
 from ray_pipeline.records.integrity import unsealed
@@ -27,7 +28,7 @@ from tests.engine.test_parity import CONFIG, OPTIMIZER, make_batch
 
 
 def build(seed: int = 0) -> Engine:
-    return Engine(CONFIG, Mesh(MeshSizes()), optimizer=OPTIMIZER, micro_batch=2, seed=seed)
+    return Engine(CONFIG, Mesh(MeshSizes()), EngineOptions(optimizer=OPTIMIZER, micro_batch=2, seed=seed))
 
 
 def step(engine: Engine, number: int) -> float:
@@ -68,7 +69,7 @@ def test_training_goes_on_while_the_snapshot_is_written(tmp_path):
 
 def step_again(state: dict[str, torch.Tensor]) -> float:
     """Loss of step 1 from these weights, which does not depend on the moments."""
-    return step(Engine(CONFIG, Mesh(MeshSizes()), optimizer=OPTIMIZER, micro_batch=2, initial=state), 1)
+    return step(Engine(CONFIG, Mesh(MeshSizes()), EngineOptions(optimizer=OPTIMIZER, micro_batch=2), initial=state), 1)
 
 
 def test_the_next_save_waits_for_the_one_in_flight(tmp_path):
@@ -166,7 +167,7 @@ def test_the_same_step_again_replaces_the_checkpoint(tmp_path):
 def test_weights_on_a_gpu_are_saved_beside_training_and_come_back_exactly(tmp_path):
     device = torch.device("cuda")
     engines = [
-        Engine(CONFIG, Mesh(MeshSizes()), optimizer=OPTIMIZER, micro_batch=2, seed=seed, device=device)
+        Engine(CONFIG, Mesh(MeshSizes()), EngineOptions(optimizer=OPTIMIZER, micro_batch=2, seed=seed, device=device))
         for seed in (0, 7)
     ]
     step(engines[0], 0)

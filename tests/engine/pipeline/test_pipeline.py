@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections import Counter
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -39,10 +39,10 @@ class Part(nn.Module):
         self.up, self.norm, self.down = Linear(WIDTH, 2 * WIDTH), nn.LayerNorm(2 * WIDTH), Linear(2 * WIDTH, WIDTH)
         self.head = Linear(WIDTH, VOCAB) if self.last else None
 
-    def forward(self, carried: list[torch.Tensor], batch: Batch, finish) -> list[torch.Tensor]:
+    def forward(self, carried: list[torch.Tensor], batch: Batch, output) -> list[torch.Tensor]:
         hidden, ahead = [self.embed(batch.tokens)] * 2 if self.first else carried
         hidden = checkpoint(self.layer, hidden, use_reentrant=False) if self.recompute else self.layer(hidden)
-        return [finish(self, hidden, ahead, batch)] if self.last else [hidden, ahead]
+        return [output(self, hidden, ahead, batch)] if self.last else [hidden, ahead]
 
     def layer(self, hidden: torch.Tensor) -> torch.Tensor:
         return hidden + self.down(self.norm(self.up(hidden)).tanh())
@@ -78,28 +78,36 @@ def one_process(stages: int, count: int):
     return losses, gradients(parts)
 
 
+@dataclass
+class Local:
+    """A rank's parts, and how often a backward was announced."""
+
+    parts: list[Part]
+    backwards: int = 0
+
+    def run(self, index, carried, batch, output):
+        return self.parts[index](carried, batch, output)
+
+    def carried_shapes(self, batch):
+        return [(*batch.tokens.shape, WIDTH)] * 2
+
+    def before_backward(self):
+        self.backwards += 1
+
+
 def pipeline(name: str, pp: int):
     mesh = Mesh(MeshSizes(pp=pp))
     parts = {stage: Part(stage, num_stages(name, pp)) for stage in parts_of(name, pp, mesh.pp_rank)}
-    calls: Counter[str] = Counter()
-    local = list(parts.values())
-    made = Pipeline(
-        mesh,
-        name,
-        torch.device("cpu"),
-        lambda index, carried, batch, finish: local[index](carried, batch, finish),
-        lambda batch: [(*batch.tokens.shape, WIDTH)] * 2,
-        lambda: calls.update(["backward"]),
-    )
-    return made, parts, calls
+    local = Local(list(parts.values()))
+    return Pipeline(mesh, name, torch.device("cpu"), local), parts, local
 
 
 def train_on_rank(rank: int, name: str, pp: int, count: int, recompute: bool = False):
-    executor, parts, calls = pipeline(name, pp)
+    executor, parts, local = pipeline(name, pp)
     for part in parts.values():
         part.recompute = recompute
     losses = executor.run(batches(count), loss, train=True)
-    assert calls["backward"] == count * len(parts)
+    assert local.backwards == count * len(parts)
     return losses, gradients(parts)
 
 
@@ -137,12 +145,12 @@ def test_every_schedule_gives_one_process_losses_and_gradients(pp):
 def evaluate_on_rank(rank: int, pp: int):
     found = {}
     for name in SCHEDULES:
-        executor, parts, calls = pipeline(name, pp)
+        executor, parts, local = pipeline(name, pp)
         # Any tensor may come out, and running again must find nothing left over.
         found[name] = [
             executor.run(batches(4), lambda part, hidden, ahead, batch: hidden + ahead, train=False) for _ in range(2)
         ][1]
-        assert not calls and all(p.grad is None for part in parts.values() for p in part.parameters())
+        assert not local.backwards and all(p.grad is None for part in parts.values() for p in part.parameters())
     return found
 
 
@@ -179,7 +187,7 @@ def count_unreleased(rank: int, count: int):
     def watch(*given):
         waiting.append(sum(len(sent) for sent in executor._mailbox._sent.values()))
 
-    executor.before_backward = watch
+    executor.parts.before_backward = watch
     executor.run(batches(count), loss, train=True)
     return max(waiting)
 

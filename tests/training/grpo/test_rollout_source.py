@@ -46,18 +46,18 @@ def test_the_sampler_and_the_trainer_agree_and_the_ratio_of_a_single_update_is_1
         assert figures["sampler_kl"] < 1e-9
     with opened(arguments(folder, "agree2")) as (_, source, _):
         batch = source.batch(0)
-        assert "old_logprobs" not in batch.extras
-        assert bool((batch.extras["routing"][batch.labels != IGNORE] >= 0).all())
+        assert batch.extras.old_logprobs is None
+        assert bool((batch.extras.routing[batch.labels != IGNORE] >= 0).all())
 
 
 def test_several_iterations_hold_the_ratio_to_the_trainers_own_log_probabilities(folder):
     with opened(arguments(folder, "several", num_iterations=2)) as (_, source, trainer):
         batch = source.batch(0)
         close = {"rtol": 0, "atol": 1e-5}
-        torch.testing.assert_close(batch.extras["old_logprobs"], batch.extras["sampler_logprobs"], **close)
-        old = batch.extras["old_logprobs"].clone()
+        torch.testing.assert_close(batch.extras.old_logprobs, batch.extras.sampler_logprobs, **close)
+        old = batch.extras.old_logprobs.clone()
         trainer.engine.train_step(batch, trainer.objective, 1e-2)
-        assert source.batch(1) is batch and torch.equal(batch.extras["old_logprobs"], old)
+        assert source.batch(1) is batch and torch.equal(batch.extras.old_logprobs, old)
         source.batch(2)
         figures = source.metrics()
         assert figures["sampler_gap_max"] < 1e-5, "of the first batch; the second is not trained yet"
@@ -71,7 +71,7 @@ def answers_of(batches: list[Batch | None]) -> list[tuple[int, ...]]:
             for document in batch.doc_ids[row].unique().tolist():
                 inside = batch.doc_ids[row] == document
                 if (batch.labels[row, inside] != IGNORE).any():
-                    advantages = batch.extras["advantages"][row, inside]
+                    advantages = batch.extras.advantages[row, inside]
                     found.append((*batch.tokens[row, inside].tolist(), round(float(advantages.abs().max()), 5)))
     return sorted(found)
 
@@ -91,23 +91,21 @@ def test_updates_cut_the_rollouts_into_mini_batches(folder, updates):
         counts = [len(answers_of([batch])) for batch in cut]
         assert max(counts) - min(counts) <= 1 and trained == min(updates, len(whole))
         for batch in filter(None, cut):
-            torch.testing.assert_close(
-                batch.extras["old_logprobs"], batch.extras["sampler_logprobs"], rtol=0, atol=1e-5
-            )
-            assert bool((batch.extras["ref_logprobs"][batch.labels != IGNORE] < 0).all())
+            torch.testing.assert_close(batch.extras.old_logprobs, batch.extras.sampler_logprobs, rtol=0, atol=1e-5)
+            assert bool((batch.extras.ref_logprobs[batch.labels != IGNORE] < 0).all())
 
 
 def test_the_first_mini_batch_alone_meets_the_policy_as_it_is(folder):
     with opened(arguments(folder, "first", updates_per_rollout=2)) as (_, source, _):
         first, second = source.batch(0), source.batch(1)
-        assert "old_logprobs" not in first.extras and "old_logprobs" in second.extras
+        assert first.extras.old_logprobs is None and second.extras.old_logprobs is not None
 
 
 def test_the_samplers_log_probabilities_can_be_the_denominator(folder):
     with opened(arguments(folder, "sampler", recompute_logprobs=False)) as (_, source, _):
         batch = source.batch(0)
-        assert "sampler_logprobs" not in batch.extras
-        assert bool((batch.extras["old_logprobs"][batch.labels != IGNORE] < 0).all())
+        assert batch.extras.sampler_logprobs is None
+        assert bool((batch.extras.old_logprobs[batch.labels != IGNORE] < 0).all())
 
 
 @pytest.mark.parametrize(
@@ -164,7 +162,7 @@ def test_a_step_without_a_group_to_learn_from_trains_nothing_and_says_so(folder)
 def test_answers_cut_off_can_be_kept_from_training(folder):
     with opened(arguments(folder, "masked", mask_truncated=True, prompts_per_step=11)) as (_, source, trainer):
         batch = source.batch(0)
-        free = batch.extras["trained"] > 0
+        free = batch.extras.trained > 0
         assert 0 < int(free.sum()) < int((batch.labels != IGNORE).sum())
         assert trainer.engine.train_step(batch, trainer.objective, 1e-3).weight == float(free.sum())
 
