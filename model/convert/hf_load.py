@@ -18,8 +18,8 @@ from model.config import ModelConfig
 from model.convert.folder import Selection, describe
 from model.convert.fp8_blocks import SCALE_SUFFIX, block_size, dequantise
 from model.convert.names import Slot, published_slots
+from model.convert.selected import fresh_parameter
 from model.convert.weight_files import LoadLimits, StoredTensor
-from model.init import initial_weight
 from model.transformer import Transformer
 
 MOST_EXPERTS = 200_000  # of all layers; the largest published model has 15,000
@@ -145,7 +145,7 @@ def read_state(folder: ModelFolder, *, dtype: torch.dtype = torch.float32, seed:
     state = {}
     for name, shape in folder.shapes.items():
         if name in folder.fresh:
-            state[name] = _fresh(name, shape, folder.config, seed).to(dtype)
+            state[name] = fresh_parameter(name, shape, folder.config, seed).to(dtype)
         else:
             state[name] = torch.empty(shape, dtype=dtype)
     by_file: dict[Path, list[str]] = {}
@@ -159,12 +159,6 @@ def read_state(folder: ModelFolder, *, dtype: torch.dtype = torch.float32, seed:
             slot = folder.slots[name]
             slot.view(state[slot.name]).copy_(value)
     return state
-
-
-def _fresh(name: str, shape: torch.Size, config: ModelConfig, seed: int) -> Tensor:
-    if name.endswith("e_score_correction_bias"):
-        return torch.zeros(shape)
-    return initial_weight(name, shape, config, seed)
 
 
 def _read(folder: ModelFolder, path: Path, name: str) -> Tensor:

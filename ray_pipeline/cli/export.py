@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import click
 
 from ray_pipeline.cli.runs import output_dir
-from ray_pipeline.errors import StageFailed, UserError, did_you_mean
+from ray_pipeline.errors import StageFailed, UserError, command, did_you_mean
 from ray_pipeline.settings.run_folder import CONFIG_FILE, PROGRESS_FILE
 
 if TYPE_CHECKING:
@@ -132,7 +132,10 @@ def stage_context(source: ModelSource, given: str, wanted: Wanted, out: Path, li
     folder, run_dir = source.folder.parent, source.folder.parent.parent
     record = read_record(folder) if source.form == "stage" else None
     if record is None or not (run_dir / CONFIG_FILE).is_file():
-        raise UserError(f"{given}: names no training stage of a run. Give a run, or RUN:STAGE.")
+        raise UserError(
+            f"{given}: names no training stage of a run. Give a run or RUN:STAGE; `{command('convert', given)} OUT` "
+            "writes a model folder in another form."
+        )
     overrides: dict[str, Any] = {
         "run_name": run_dir.name, "output_dir": str(run_dir.parent), "export.source": record.stage
     }  # fmt: skip

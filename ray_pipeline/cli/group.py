@@ -30,6 +30,7 @@ VERBS = {
     "explain": ("explain", "explain"),
     "eval": ("eval", "evaluate"),
     "export": ("export", "export"),
+    "convert": ("convert", "convert"),
     "teacher-topk": ("teacher_topk", "teacher_topk"),
     "inspect-batch": ("inspect_batch", "inspect_batch"),
     "config-show": ("config_show", "config_show"),

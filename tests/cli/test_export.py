@@ -93,14 +93,14 @@ def test_mistakes_are_told_before_anything_is_written(runs, tmp_path, capsys, ar
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_model_that_is_no_stage_of_a_run_is_refused(runs, tmp_path, capsys):
+def test_a_model_that_is_no_stage_of_a_run_is_shown_the_other_verb(runs, tmp_path, capsys):
     (model,) = runs.glob("toy/sft-*/model")
     (tokenizer,) = runs.glob("toy/data_prep-*/tokenizer")
     folder = shutil.copytree(model, tmp_path / "folder")
     for path in tokenizer.iterdir():
         shutil.copyfile(path, folder / path.name)
     (folder / "manifest.json").unlink()
-    assert "names no training stage of a run" in refused(capsys, "export", folder, "--out", tmp_path / "out")
+    assert "convert" in refused(capsys, "export", folder, "--out", tmp_path / "out")
 
 
 def test_the_kinds_are_those_that_the_stage_writes():
