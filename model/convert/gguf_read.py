@@ -119,7 +119,10 @@ def gguf_config(path: Path, fields: dict[str, Any]) -> ModelConfig:
         )
     except (TypeError, KeyError, OverflowError) as error:
         raise ValueError(f"{path}: a key of {architecture} is of another kind than it should be ({error})") from None
-    config.validate()
+    try:
+        config.validate()
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     return config
 
 
