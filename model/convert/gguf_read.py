@@ -68,7 +68,9 @@ def read_gguf(path: Path, selection: Selection | None = None, *, seed: int = 0) 
     _check_tensors(path, gguf_tensors(config, meta), reader)
     state = {name: torch.empty(shape) for name, shape in shapes.items()}
     held = _fill(path, gguf_tensors(config, state), reader)
-    published = {name for target, names in published_in_gguf(config).items() if target in held for name in names}
+    places = published_in_gguf(config)
+    partial = {name for target, names in places.items() if target not in held for name in names}
+    published = {name for names in places.values() for name in names} - partial  # some lie in two tensors
     try:
         return config, select(config, state, selection or Selection(), published, seed=seed)
     except ValueError as error:

@@ -70,7 +70,7 @@ def test_tensors_are_chosen_by_published_names_and_the_others_start_anew(tmp_pat
     assert set(selected.omitted) == {"model.layers.1.mlp.experts.2.up_proj.weight", "lm_head.weight"}
     name = "layers.1.mlp.experts.gate_up_proj"
     ours, found = model.state_dict()[name], selected.state[name]
-    anew = fresh_parameter(name, ours.shape, PLAIN, 9)
+    anew = fresh_parameter(name, ours.shape, ModelConfig(), 9)  # the file does not say how it was initialised
     width = PLAIN.moe_intermediate_size
     assert torch.equal(found[2, width:], anew[2, width:]) and torch.equal(found[2, :width], ours[2, :width])
     assert torch.equal(found[3], ours[3])
@@ -101,7 +101,7 @@ def test_what_is_missing_is_refused_by_its_published_name_unless_it_may(tmp_path
     _, selected = read_gguf(other, Selection(allow_missing=["*kv_b_proj*"]), seed=1)
     assert selected.missing == ("model.layers.1.self_attn.kv_b_proj.weight",)
     name = "layers.1.self_attn.kv_b_proj.weight"
-    assert torch.equal(selected.state[name], fresh_parameter(name, selected.state[name].shape, PLAIN, 1))
+    assert torch.equal(selected.state[name], fresh_parameter(name, selected.state[name].shape, ModelConfig(), 1))
 
 
 def test_other_files_are_refused(tmp_path):
