@@ -39,7 +39,7 @@ def wait_for_ranks(folder: Path, driver: subprocess.Popen) -> None:
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_driver_killed_in_pretrain_resumes_from_its_checkpoint_to_the_same_result(tmp_path, number):
     (tmp_path / "toy").mkdir()
     (tmp_path / "toy" / "slow").write_text("")
