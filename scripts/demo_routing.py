@@ -73,7 +73,7 @@ def train(console: Console, config: ModelConfig, steps: int, title: str) -> None
             line = Text(f"step {step:4d}  loss {stats.loss:.3f}  ")
             for name, load in engine.expert_loads.items():
                 line.append(f"{name.split('.')[1]}: ").append(drawn(load / load.sum())).append("  ")
-            console.print(line, f"busiest {stats.figures['largest_load']:.1f}x", sep="")
+            console.print(line, f"busiest {stats.figures['moe/largest_load']:.1f}x", sep="")
 
 
 def main() -> None:

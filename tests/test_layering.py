@@ -23,7 +23,11 @@ OWNERS = {
         "ray_pipeline.rollouts.ray_engine",
     ),
     "deepspeed": ("ray_pipeline.engine.zero",),
-    "wandb": ("ray_pipeline.records.trackers",),
+    "wandb": ("ray_pipeline.records.trackers.wandb_tracker",),
+    "trackio": ("ray_pipeline.records.trackers.trackio_tracker",),
+    "tensorboardX": ("ray_pipeline.records.trackers.tensorboard_tracker",),
+    "mlflow": ("ray_pipeline.records.trackers.mlflow_tracker",),
+    "textual": ("ray_pipeline.cli.dashboard",),
     "modal": ("modal_gpu",),
     "click": ("ray_pipeline.cli",),
     "pydantic_settings": ("ray_pipeline.settings.loading",),
@@ -141,7 +145,7 @@ def test_no_circle_of_rooms(name_of: Callable[[str], str]) -> None:
     while free := [name for name, to in waiting.items() if not to & waiting.keys()]:
         for name in free:
             del waiting[name]
-    assert not waiting, f"a circle: {({name: sorted(to & waiting.keys()) for name, to in waiting.items()})}"
+    assert not waiting, f"a circle: { ({name: sorted(to & waiting.keys()) for name, to in waiting.items()}) }"
 
 
 def test_the_map_has_every_room_and_imports_go_down_it() -> None:

@@ -23,6 +23,8 @@ VERBS = {
     "resume": ("resume", "resume"),
     "plan": ("plan", "plan"),
     "status": ("status", "status"),
+    "watch": ("watch", "watch"),
+    "logs": ("logs", "logs"),
     "generate": ("generate", "generate"),
     "chat": ("chat", "chat"),
     "serve": ("serve", "serve"),

@@ -28,9 +28,12 @@ def check_inputs(request: RunRequest, cluster: Cluster | None = None) -> None:
     """
     from ray_pipeline.dag.plan import plan
     from ray_pipeline.data.sources.source_checks import check_sources
+    from ray_pipeline.records.trackers.tracking import check_trackers
     from ray_pipeline.settings.chain import reads_folder, trained
 
     config, layout = request.config, request.layout
+    if config.backend != "modal":
+        check_trackers(config.tracking)
     rows = plan(config, layout, request.run_dir, request.stages)
     working = [row.stage for row in rows if row.action in ("run", "resume")]
     _check_memory(config, layout, working, cluster)

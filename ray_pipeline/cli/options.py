@@ -39,6 +39,8 @@ FLAG_KEYS: dict[str, tuple[str, ...]] = {
     "output_dir": ("output_dir",),
     "backend": ("backend",),
     "wandb": ("tracking.wandb",),
+    "log_level": ("tracking.log_level",),
+    "budget_usd": ("cost.budget_usd",),
     "sft_data": ("data.sft",),
     "prompt_data": ("data.prompts",),
     "preference_data": ("data.preferences",),
@@ -126,6 +128,13 @@ layout_options = _options(
     click.option("--backend", metavar="[auto|cpu|cuda|modal]", help="Where to compute. auto: GPUs if there are any."),
     click.option("--gpu-type", help="With --backend modal: the GPU to rent, for example H100."),
     click.option("--wandb/--no-wandb", default=None, help="Weights & Biases (offline without an API key)."),
+    click.option(
+        "--log-level",
+        envvar="RAY_PIPELINE_LOG",
+        metavar="[debug|info|warning|error]",
+        help="Least that a stage's logs hold; debug: seconds of every phase too. Or RAY_PIPELINE_LOG.",
+    ),
+    click.option("--budget-usd", type=float, help="Save and stop before more than this is spent; see cost."),
     click.option("--time-sliced", is_flag=True, hidden=True),
 )
 chain_options = _options(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -31,7 +32,9 @@ def status(run: str | None, as_json: bool, **options: str | None) -> int:
     from ray_pipeline.dag.ledger import read_status
 
     folder = output_dir(options["output_dir"])
-    facts = read_status(find_run(run, folder) if run else latest_run(folder))
+    run_dir = find_run(run, folder) if run else latest_run(folder)
+    facts = read_status(run_dir)
+    facts["cost"] = cost_text(run_dir, facts["stages"])
     if as_json:
         click.echo(json.dumps(facts, indent=2))
     else:
@@ -39,20 +42,39 @@ def status(run: str | None, as_json: bool, **options: str | None) -> int:
     return 0
 
 
+def cost_text(run_dir: Path, stages: list[dict[str, Any]]) -> str | None:
+    """What the run has cost so far; None where no price is known."""
+    from ray_pipeline.cli.options import Request
+    from ray_pipeline.costs.prices import spent_text
+    from ray_pipeline.errors import UserError
+
+    try:
+        return spent_text(Request(None, {}, None).load_stored(run_dir), stages)
+    except UserError:  # of settings that are damaged, or of another version
+        return None
+
+
 def show(facts: dict[str, Any]) -> None:
     """Print the run as a table with the outputs below it."""
     from rich.console import Console
+
+    from ray_pipeline.records.guard_file import interventions_text
 
     console = Console(width=None if Console().is_terminal else 150)
     holder = facts["worked_on_by"]
     at_work = f", process {holder['pid']} on {holder['host']} is working on it" if holder and "pid" in holder else ""
     console.print(f"run {facts['run']}{at_work}", style="bold", highlight=False)
     console.print(table(facts["stages"]))
+    if facts.get("cost"):
+        console.print(facts["cost"], highlight=False, markup=False)
     # Paths and errors stand below the table: a table would cut or wrap them.
     for stage in facts["stages"]:
         if stage.get("error"):
             log = f" (log: {stage['error_log']})" if stage.get("error_log") else ""
             console.print(f"{stage['stage']} failed: {stage['error']}{log}", style="red", markup=False, soft_wrap=True)
+    for stage in facts["stages"]:
+        for text in interventions_text(stage.get("guards", [])):
+            console.print(f"{stage['stage']}: {text}", style="yellow", markup=False, highlight=False, soft_wrap=True)
     for text in (text for stage in facts["stages"] for text in stage.get("damaged", [])):
         console.print(text, style="red", markup=False, highlight=False, soft_wrap=True)
     for stage in facts["stages"]:

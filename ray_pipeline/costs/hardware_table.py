@@ -85,6 +85,13 @@ def find_hardware(name: str) -> Hardware:
     raise UserError(f"--hardware {name}: not in the table{did_you_mean(asked, NAMES)}. It has {known}.")
 
 
+def peak_of(title: str, precision: str) -> float | None:
+    """Peak FLOP/s of the GPU that the driver calls `title` ("NVIDIA H100 80GB HBM3"); None where it is not known."""
+    words = title.lower().replace("-", " ").split()
+    device = next((d for d in _DEVICES if d.name.partition("-")[0] in words), None)
+    return None if device is None else device.peak(precision != "fp32")
+
+
 def default_hardware(config: PipelineFields) -> Hardware:
     """What the settings would run on: this machine's CPU, or the GPU that `modal.gpu_type` names."""
     if config.backend == "cpu":

@@ -33,9 +33,10 @@ from typing_extensions import TypedDict  # what pydantic reads before Python 3.1
 from ray_pipeline.errors import UserError
 from ray_pipeline.launch.stage_context import StageResult
 from ray_pipeline.records.artifacts import write_sealed, writing
+from ray_pipeline.records.guard_file import read_interventions
 from ray_pipeline.records.integrity import read_sealed
+from ray_pipeline.records.metrics_file import damaged_files
 from ray_pipeline.records.progress import read_progress
-from ray_pipeline.records.trackers import damaged_files
 from ray_pipeline.settings.run_folder import CONFIG_FILE, LOCK, RECORD, REPORT_FILE, RUN_FILE, rerun_folder
 from ray_pipeline.settings.schema import STAGES, PipelineFields
 
@@ -262,6 +263,7 @@ def read_status(run_dir: Path) -> dict[str, Any]:
             if record.status == "running" and holder is None:
                 entry["status"] = "interrupted"
         entry |= {"folder": str(folder), "progress": read_progress(folder), "damaged": damaged_files(folder)}
+        entry["guards"] = read_interventions(folder)
         stages.append(entry | _rerun(folder, holder))
     return {
         "run": run_dir.name,

@@ -11,13 +11,18 @@ from pathlib import Path
 
 from ray_pipeline.dag.ledger import Record, begin_record, close_record, read_record, settle
 from ray_pipeline.dag.plan import PlannedStage
+from ray_pipeline.dag.tracked_stage import bad_ending, good_ending, tracked_run
+from ray_pipeline.errors import UserError, resume_command
 from ray_pipeline.launch.launchers import RayLauncher, prepare_folder, worker_environment
 from ray_pipeline.launch.stage_context import StageContext, StageFunction, StageResult
 from ray_pipeline.layout.layout import Layout
 from ray_pipeline.layout.rules import elastic_layouts
 from ray_pipeline.records.artifacts import weights_digest
+from ray_pipeline.records.event_log import recorded
 from ray_pipeline.records.input_files import Digests, InputGuard
-from ray_pipeline.records.rank_output import LOGS, output_file, output_to
+from ray_pipeline.records.rank_output import LOGS
+from ray_pipeline.records.stop_request import stop_reason
+from ray_pipeline.records.trackers.tracking import Tracking
 from ray_pipeline.settings.run_folder import MODEL
 from ray_pipeline.settings.schema import TRAINING_STAGES, PipelineFields
 
@@ -64,6 +69,8 @@ def run_stage(job: StageJob, *upstream: StageResult) -> StageResult:
         row.work.mkdir()
     shutil.rmtree(row.work / LOGS, ignore_errors=True)  # of an earlier attempt
     os.environ.update(worker_environment(1, os.cpu_count() or 1, job.layout.device))
+    if (reason := stop_reason(job.run_dir)) is not None:
+        raise UserError(f"{row.stage} was not started: {reason}. Go on with: {resume_command(job.run_dir)}")
     inputs = dict(zip(job.inputs, upstream, strict=True))
     record = begin_record(
         row.work,
@@ -85,14 +92,25 @@ def run_stage(job: StageJob, *upstream: StageResult) -> StageResult:
     context = StageContext(
         job.config, job.run_dir.name, job.run_dir, row.work, inputs, launcher, wandb_id=job.wandb_id, guard=guard
     )
-    with output_to(output_file(row.work, "stage")):
-        result = function(context)
-    guard.check()  # what was read is what the identity names, or the stage did not happen
-    model = row.work / MODEL
-    digest = weights_digest(model) if row.stage in TRAINING_STAGES and model.is_dir() else None
-    close_record(
-        row.work, record, "learned_nothing" if result.learned is False else "done",
-        metrics=dict(result.metrics), baselines=dict(result.baselines), learned=result.learned, weights_digest=digest,
-    )  # fmt: skip
+    with recorded(row.work, "stage", job.config.tracking.log_level):
+        tracking = Tracking(job.config.tracking, tracked_run(context, record)).start()
+        try:
+            result = function(context)
+            guard.check()  # what was read is what the identity names, or the stage did not happen
+            model = row.work / MODEL
+            digest = weights_digest(model) if row.stage in TRAINING_STAGES and model.is_dir() else None
+            _close(record, result, row.work, digest)
+        except BaseException as error:
+            tracking.finish(bad_ending(error))
+            raise
+        tracking.finish(good_ending(context, result, digest))
     settle(row.folder)
     return StageResult(row.folder, result.metrics, result.baselines, result.learned)
+
+
+def _close(record: Record, result: StageResult, folder: Path, digest: str | None) -> None:
+    """Enter what came of the stage."""
+    close_record(
+        folder, record, "learned_nothing" if result.learned is False else "done",
+        metrics=dict(result.metrics), baselines=dict(result.baselines), learned=result.learned, weights_digest=digest,
+    )  # fmt: skip

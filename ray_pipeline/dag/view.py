@@ -40,6 +40,12 @@ def print_plan(console: Console, rows: Sequence[PlannedStage], run_dir: Path, la
     console.print(table)
 
 
+def print_lines(console: Console, lines: Sequence[str]) -> None:
+    """Plain lines below the plan."""
+    for line in lines:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
 def outcome_text(record: Record) -> str:
     """A finished stage's line: `DONE in 12 s  held-out accuracy 61.0%  (input 20.0% (+41.0 points))`."""
     text = f"{STATUS_NAMES[record.status]} in {seconds_text(record.seconds)}"

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from ray_pipeline.dag.budget import Budget, estimate_lines
 from ray_pipeline.dag.identity import (
     absolute_name,
     identities,
@@ -39,7 +40,7 @@ from ray_pipeline.dag.plan import (
 from ray_pipeline.dag.progress_view import ProgressView
 from ray_pipeline.dag.request import RunRequest
 from ray_pipeline.dag.stage_task import StageJob, run_stage
-from ray_pipeline.dag.view import outcome_text, print_failure, print_plan
+from ray_pipeline.dag.view import outcome_text, print_failure, print_lines, print_plan
 from ray_pipeline.data.rows.manifest import notices_of
 from ray_pipeline.errors import StageFailed, UserError
 from ray_pipeline.launch.cluster import cluster_address, connect, refuse_unshared, wait_for
@@ -48,6 +49,7 @@ from ray_pipeline.launch.stage_context import StageResult
 from ray_pipeline.layout.layout import Layout, with_layout
 from ray_pipeline.records.artifacts import write_text
 from ray_pipeline.records.input_files import note_digests
+from ray_pipeline.records.stop_request import go_on
 from ray_pipeline.report.run_page import write_report
 from ray_pipeline.report.summary import print_summary, summary_rows
 from ray_pipeline.settings.chain import upstream
@@ -77,7 +79,9 @@ def execute(request: RunRequest) -> int:
     config = _with_absolute_paths(with_layout(request.config, layout))
     refuse_foreign_run(run_dir)
     if request.dry_run:
-        print_plan(console, plan(config, layout, run_dir, selection), run_dir, layout)
+        rows = plan(config, layout, run_dir, selection)
+        print_plan(console, rows, run_dir, layout)
+        print_lines(console, estimate_lines(config, layout, rows))
         return 0
     selection.check()
     with RunLock(run_dir):
@@ -85,6 +89,8 @@ def execute(request: RunRequest) -> int:
             settle(run_dir / entry["folder"])
         rows = plan(config, layout, run_dir, selection)
         print_plan(console, rows, run_dir, layout)
+        print_lines(console, estimate_lines(config, layout, rows))
+        go_on(run_dir)
         jobs = _jobs(replace(request, config=config), rows)
         failed = False
         if any(job.runs for job in jobs):
@@ -100,7 +106,8 @@ def execute(request: RunRequest) -> int:
                         done[job.row.stage] = task.options(name=job.row.stage).remote(job, *inputs)
                     elif job.row.action == "reuse":
                         done[job.row.stage] = job.earlier_result()
-                failed = not _watch([(job.row, done[job.row.stage]) for job in jobs if job.runs], console)
+                pending = [(job.row, done[job.row.stage]) for job in jobs if job.runs]
+                failed = not _watch(pending, console, config, run_dir)
         return _finish(run_dir, [row for row in rows if selection.selects(row.stage)], failed, console)
 
 
@@ -194,16 +201,20 @@ def connected_ray(layout: Layout, run_dir: Path, wait: float = 0.0) -> Iterator[
             ray.shutdown()
 
 
-def _watch(pending: Sequence[tuple[PlannedStage, Any]], console: Console) -> bool:
+def _watch(
+    pending: Sequence[tuple[PlannedStage, Any]], console: Console, config: PipelineFields, run_dir: Path
+) -> bool:
     """Show progress until every task has ended; False when a stage failed, after telling which and why."""
     import ray
     from ray.exceptions import RayError
 
     with ProgressView(console, {row.stage: row.work for row, _ in pending}) as view:
+        budget = Budget(config, run_dir, view.say)
         for row, ref in pending:  # a chain: a stage starts when the one before it has ended
             view.start(row.stage)
             while not ray.wait([ref], timeout=POLL)[0]:
                 view.refresh()
+                budget.look()
             try:
                 ray.get(ref)
             except RayError as error:

@@ -128,8 +128,15 @@ class Engine:
         """Put the model into the phase of training step `step` (from 0)."""
         set_warm_up(self.module, step < self.options.indexer_warmup_steps)
 
-    def train_step(self, batch: Batch, objective: Objective, lr: float) -> StepStats:
-        """One optimizer step on a global batch (every rank is given the same one)."""
+    def train_step(
+        self, batch: Batch, objective: Objective, lr: float, accept: Callable[[float, float], bool] | None = None
+    ) -> StepStats:
+        """One optimizer step on a global batch (every rank is given the same one).
+
+        Args:
+            accept: asked with loss and gradient norm before the weights are moved; False leaves them as they are. The
+                same on every rank. Without ZeRO alone.
+        """
         assert self.updater is not None
         mine = self.my_rows(batch)
         weight = objective.weight(batch)  # of all ranks: each is given the whole batch
@@ -144,13 +151,21 @@ class Engine:
             self.pipeline.run(micro_batches, loss, train=True)
         self.options.on_phase("optimizer step")
         set_rate(self.updater.optimizer, lr)
-        norm = self.updater.step()
-        self.experts.step()
         totals = objective_sums(loss.sums, 1 + len(objective.metric_names), self.device)
+        taken = True
+
+        def accepts(norm: float) -> bool:
+            nonlocal taken
+            assert accept is not None
+            taken = accept(float(over_ranks(self.mesh, totals[:1].clone())[0]) / weight, norm)
+            return taken
+
+        norm = self.updater.step(None if accept is None else accepts)
+        self.experts.step(taken=taken)
         own = torch.cat([totals, auxiliary_sums(auxiliary, self.device)])
         own, measured = over_ranks(self.mesh, own, self.experts.measured(counts).flatten())
         total, metrics = self._named(own[: len(totals)], objective)
-        figures = layer_figures(own[len(totals) :].tolist(), measured.view(-1, 3).tolist(), self.experts)
+        figures = layer_figures(own[len(totals) :].tolist(), measured.view(-1, 4).tolist(), self.experts)
         return StepStats(total / weight, norm, weight, metrics, figures)
 
     def evaluate(self, batch: Batch, objective: Objective) -> StepStats:

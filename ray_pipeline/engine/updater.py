@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
@@ -30,8 +30,12 @@ class Updater(Protocol):
         """A step begins in which each part of the model runs this many backwards."""
         ...
 
-    def step(self) -> float:
-        """Reduce gradients over replicas, clip, update, clear. Returns the global norm before clipping."""
+    def step(self, accept: Callable[[float], bool] | None = None) -> float:
+        """Reduce gradients over replicas, clip, update, clear. Returns the global norm before clipping.
+
+        Args:
+            accept: asked with that norm; False: nothing is updated. ZeRO 0 alone.
+        """
         ...
 
     def weights(self) -> dict[str, Tensor]:
@@ -81,7 +85,7 @@ class PlainUpdater:
         for reduction in self.reductions:
             reduction.expect(backwards)
 
-    def step(self) -> float:
+    def step(self, accept: Callable[[float], bool] | None = None) -> float:
         here = self.arrivals.here()
         for reduction in self.reductions:
             reduction.finish()
@@ -95,9 +99,10 @@ class PlainUpdater:
                 parameter.grad = torch.zeros_like(parameter)
             gradients[name] = parameter.grad
         norm = global_norm(gradients, self.mesh, self.device)
-        clipped_step(self.optimizer, norm, self.grad_clip)
-        for name in missed:
-            pass_over(self.optimizer, self.named[name], self.moments[name])
+        if accept is None or accept(float(norm)):
+            clipped_step(self.optimizer, norm, self.grad_clip)
+            for name in missed:
+                pass_over(self.optimizer, self.named[name], self.moments[name])
         self.optimizer.zero_grad(set_to_none=True)
         return float(norm)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -86,7 +86,8 @@ class ZeroUpdater:
     def expect(self, backwards: int) -> None:
         """DeepSpeed reduces after every backward (ZeRO 2, 3), or at the step (ZeRO 1)."""
 
-    def step(self) -> float:
+    def step(self, accept: Callable[[float], bool] | None = None) -> float:
+        assert accept is None, "the settings refuse it: DeepSpeed moves the weights at once"
         self._keep(self.arrivals.missed(self.arrivals.here()))
         if self.zero_stage == 1:
             for parameter in self.named.values():

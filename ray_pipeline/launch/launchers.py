@@ -32,7 +32,7 @@ from ray_pipeline.launch.rank_errors import (
 )
 from ray_pipeline.launch.stage_context import RankFunction
 from ray_pipeline.records.artifacts import writing
-from ray_pipeline.records.rank_output import output_file, output_to
+from ray_pipeline.records.event_log import recorded
 
 LOCK_WAIT = 60.0  # seconds a new attempt waits for the workers of a killed one to go
 FAREWELL = 3.0  # seconds ranks have to record their errors after one of them ended
@@ -104,7 +104,7 @@ def _process_rank(
     """Body of one forked process."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
     folder = Path(arguments["folder"])
-    with output_to(output_file(folder, f"rank-{rank}")), RankScope(folder, rank):
+    with recorded(folder, f"rank-{rank}", arguments.get("log_level", "info")), RankScope(folder, rank):
         import torch.distributed as dist
 
         dist.init_process_group(
@@ -157,7 +157,8 @@ def _ray_rank(job: dict[str, Any]) -> dict[str, Any] | None:
         return None
     context = ray.train.get_context()
     rank = context.get_world_rank()
-    with output_to(output_file(folder, f"rank-{rank}")), RankScope(folder, rank):
+    level = job["arguments"].get("log_level", "info")
+    with recorded(folder, f"rank-{rank}", level), RankScope(folder, rank):
         usable = max((size for size in job["sizes"] if size <= context.get_world_size()), default=0)
         if usable < context.get_world_size() and not _go_on_with(usable, job["timeout"]):
             return None  # a spare rank: it waits for nothing, and is used again when a lost one comes back

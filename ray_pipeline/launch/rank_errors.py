@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
 import re
 import time
@@ -23,6 +24,7 @@ from ray_pipeline.errors import StageFailed, UserError
 from ray_pipeline.launch.heartbeat import STACKS_WANTED, Heartbeat, beat_file
 from ray_pipeline.records.artifacts import write_json
 
+LOG = logging.getLogger(__name__)
 WORKERS_LOCK = ".workers.lock"
 ERRORS = "errors"
 FROZEN = "frozen.json"  # what `frozen_ranks` found in this attempt; those of earlier ones get a number
@@ -31,7 +33,10 @@ _SOURCE_LINE = re.compile(r"\[[^\]]*\.(cc|cpp|h|hpp):\d+\] ")  # where in gloo o
 
 
 class Place:
-    """Where a rank stands, in a file: one small write per change, readable after the process is gone."""
+    """Where a rank stands, in a file: one small write per change, readable after the process is gone.
+
+    It also counts the seconds of each phase, and logs them as spans.
+    """
 
     def __init__(self, folder: Path, rank: int, coordinate: Mapping[str, int], stage: str):
         (folder / ERRORS).mkdir(parents=True, exist_ok=True)
@@ -39,14 +44,28 @@ class Place:
         self._state: dict[str, Any] = {
             "stage": stage, "step": None, "phase": "starting", "coordinate": dict(coordinate)
         }  # fmt: skip
+        self._seconds: dict[str, float] = {}
+        self._since = time.monotonic()
         self.at("starting")
 
     def at(self, phase: str, step: int | None = None) -> None:
         """The rank begins `phase` ("forward/backward", "optimizer step", ...) of `step`; None: the step goes on."""
+        now = time.monotonic()
+        phase_before, seconds, self._since = self._state["phase"], now - self._since, now
+        self._seconds[phase_before] = self._seconds.get(phase_before, 0.0) + seconds
+        LOG.debug("%s", phase_before, extra={"span": {"seconds": round(seconds, 6)}, "place": self._told()})
         self._state["phase"] = phase
         if step is not None:
             self._state["step"] = step
         os.pwrite(self._file, json.dumps(self._state).ljust(_PLACE_BYTES).encode(), 0)
+
+    def _told(self) -> dict[str, Any]:
+        return {key: self._state[key] for key in ("stage", "step", "phase")}
+
+    def take_seconds(self) -> dict[str, float]:
+        """Seconds spent in each phase since this was asked last."""
+        taken, self._seconds = self._seconds, {}
+        return taken
 
 
 def _place_file(folder: Path, rank: int) -> Path:

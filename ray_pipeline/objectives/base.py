@@ -16,8 +16,13 @@ class Objective(Protocol):
     """A loss on the last pipeline stage."""
 
     @property
+    def section(self) -> str:
+        """Where its figures and those of its batches are logged: `train`, `grpo`."""
+        ...
+
+    @property
     def metric_names(self) -> tuple[str, ...]:
-        """Names of the sums that `__call__` returns besides the loss."""
+        """Names of the sums that `__call__` returns besides the loss; `mtp/tokens` names a section of its own."""
         ...
 
     def weight(self, batch: Batch) -> float:

@@ -13,7 +13,8 @@ from ray_pipeline.data.rows.batch import Batch
 class CrossEntropy:
     """Sum over labelled tokens of -log p, plus `mtp_weight` times the mean over depths of the MTP modules' sums."""
 
-    metric_names = ("cross_entropy", "mtp_cross_entropy", "mtp_tokens")
+    section = "train"
+    metric_names = ("cross_entropy", "mtp/cross_entropy", "mtp/tokens")
 
     def __init__(self, mtp_weight: float = 0.0):
         self.mtp_weight = mtp_weight

@@ -33,6 +33,7 @@ class Distillation:
         teacher_head: of the teacher whose hidden states the batch brings; cut as the student's, or whole.
     """
 
+    section = "train"
     metric_names = ("divergence", "cross_entropy", "hidden_error")
 
     def __init__(self, divergence: Divergence, *, hidden_weight: float = 0.0, teacher_head: Head | None = None):

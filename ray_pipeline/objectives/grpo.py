@@ -56,6 +56,7 @@ class Grpo:
         gap: is told how far the trainer's log-probabilities are from the sampler's, and of the correction's weights.
     """
 
+    section = "grpo"
     metric_names = ("policy_loss", "kl", "clipped_low", "clipped_high", "off_policy_masked", "entropy", "logprob_gap")
 
     def __init__(

@@ -38,6 +38,7 @@ class Dpo:
             estimate of the one without such pairs (robust DPO, arXiv:2403.00409, eq. 12). Not with ipo.
     """
 
+    section = "train"
     metric_names = ("preference_accuracy", "reward_accuracy", "margin", "chosen_logprob", "rejected_logprob")
 
     def __init__(self, *, loss_type: PreferenceLoss = "sigmoid", beta: float = 0.1, label_smoothing: float = 0.0):

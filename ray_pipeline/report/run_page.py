@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from ray_pipeline.records.artifacts import write_text
-from ray_pipeline.records.trackers import read_metrics, read_samples
+from ray_pipeline.records.metrics_file import read_metrics, read_samples
 from ray_pipeline.records.units import seconds_text
 from ray_pipeline.report.curves import chart
 from ray_pipeline.report.summary import summary_rows
@@ -19,20 +19,20 @@ from ray_pipeline.settings.run_folder import REPORT_FILE
 MOST_SAMPLES = 12
 # Charts of a stage: title, logged names of its lines, baselines drawn as levels.
 CHARTS = (
-    ("Loss", ("train/loss", "eval/validation_loss"), ("ln_vocab", "unigram_entropy", "input_loss")),
-    ("Held-out accuracy", ("eval/accuracy",), ("input_accuracy", "teacher_accuracy")),
-    ("Held-out preference accuracy", ("eval/preference_accuracy",), ("input_preference_accuracy",)),
-    ("Margin of the chosen answer", ("train/margin", "eval/margin"), ()),
+    ("Loss", ("train/loss", "val/validation_loss"), ("ln_vocab", "unigram_entropy", "input_loss")),
+    ("Held-out accuracy", ("val/accuracy",), ("input_accuracy", "teacher_accuracy")),
+    ("Held-out preference accuracy", ("val/preference_accuracy",), ("input_preference_accuracy",)),
+    ("Margin of the chosen answer", ("train/margin", "val/margin"), ()),
     ("Divergence from the teacher", ("train/divergence",), ()),
-    ("Reward", ("train/reward", "train/answer_reward", "train/format_reward"), ()),
-    ("KL to the reference", ("train/kl",), ()),
-    ("Gap of the sampler's log-probabilities to the trainer's", ("train/logprob_gap",), ()),
-    ("Tokens of an answer", ("train/completion_tokens", "train/answer_tokens"), ()),
+    ("Reward", ("grpo/reward", "grpo/answer_reward", "grpo/format_reward"), ()),
+    ("KL to the reference", ("grpo/kl",), ()),
+    ("Gap of the sampler's log-probabilities to the trainer's", ("grpo/logprob_gap",), ()),
+    ("Tokens of an answer", ("grpo/completion_tokens", "train/answer_tokens"), ()),
     ("Gradient norm", ("train/grad_norm",), ()),
     ("Losses of layers", ("train/aux_loss", "train/indexer_kl"), ()),
-    ("Experts: entropy of the load, least even layer", ("train/load_entropy",), ()),
-    ("Experts: busiest over the mean, least even layer", ("train/largest_load",), ()),
-    ("Tokens per second", ("tokens_per_second",), ()),
+    ("Experts: entropy of the load, least even layer", ("moe/load_entropy",), ()),
+    ("Experts: busiest over the mean, least even layer", ("moe/largest_load",), ()),
+    ("Tokens per second", ("perf/tokens_per_second",), ()),
 )
 TEMPLATES = Environment(
     loader=FileSystemLoader(Path(__file__).parent / "templates"),
@@ -81,7 +81,7 @@ def _charts(lines: Sequence[Mapping[str, Any]], baselines: Mapping[str, float]) 
     """Each of `CHARTS` that the logged lines have points for, as a figure in HTML."""
     charts = []
     for title, names, levels in CHARTS:
-        drawn_names = [*names, *(_of_sources(lines) if "eval/validation_loss" in names else ())]
+        drawn_names = [*names, *(_of_sources(lines) if "val/validation_loss" in names else ())]
         series = {_short(name): [(line["step"], line[name]) for line in lines if name in line] for name in drawn_names}
         held = {level.replace("_", " "): baselines[level] for level in levels if level in baselines}
         charts.append(chart(title, series, held))
@@ -90,12 +90,12 @@ def _charts(lines: Sequence[Mapping[str, Any]], baselines: Mapping[str, float]) 
 
 def _of_sources(lines: Sequence[Mapping[str, Any]]) -> list[str]:
     """Logged names of the held-out loss of single sources, as far as there are colours."""
-    names = dict.fromkeys(name for line in lines for name in line if name.startswith("eval/validation_loss/"))
+    names = dict.fromkeys(name for line in lines for name in line if name.startswith("val/validation_loss/"))
     return list(names)[:2]
 
 
 def _short(name: str) -> str:
-    return name.removeprefix("train/").removeprefix("eval/").replace("_", " ")
+    return name.removeprefix("train/").removeprefix("val/").replace("_", " ")
 
 
 def _samples(folder: Path) -> list[dict[str, Any]]:

@@ -26,6 +26,8 @@ def problems(config: PipelineFields) -> list[str]:
         *_data(config),
         *_init_from(config),
         *_indexer(config),
+        *_guards(config),
+        *_budget(config),
         *post_training_problems(config),
     ]
 
@@ -199,6 +201,24 @@ def _indexer(config: PipelineFields) -> Iterator[str]:
         )
     elif steps > total:
         yield f"pretrain.indexer_warmup_steps={steps}: more than pretrain.steps={total}. Use at most {total}."
+
+
+def _guards(config: PipelineFields) -> Iterator[str]:
+    zero = config.layout.zero_stage
+    for name, policy in config.guards.model_dump().items():
+        if policy == "skip" and zero:
+            yield (
+                f"guards.{name}=skip: with layout.zero_stage={zero} weights are moved as soon as gradients are known. "
+                f"Use guards.{name}=rewind, or --zero-stage 0."
+            )
+
+
+def _budget(config: PipelineFields) -> Iterator[str]:
+    if config.cost.budget_usd is not None and config.cost.usd_per_gpu_hour is None and config.backend != "modal":
+        yield (
+            f"cost.budget_usd={config.cost.budget_usd:g}: what a GPU costs here is not known. Give "
+            "--set cost.usd_per_gpu_hour=... as well."
+        )
 
 
 def _init_from(config: PipelineFields) -> Iterator[str]:

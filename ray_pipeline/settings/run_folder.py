@@ -1,8 +1,8 @@
 """Names of what lies in a run's folder, each written here alone.
 
     RUN/config.yaml, run.json, .lock, report.html
-    RUN/<stage>-<identity>/   record.json, progress.json, metrics.jsonl, samples.json, error.log, checkpoints/, and of
-                              what the stage makes manifest.json, tokenizer/, model/, adapter/
+    RUN/<stage>-<identity>/   record.json, progress.json, metrics.jsonl, samples.json, guards.json, error.log, logs/,
+                              checkpoints/, and of what the stage makes manifest.json, tokenizer/, model/, adapter/
 
 In this room because a run's settings are among them.
 """
@@ -15,11 +15,13 @@ RUN_FILE = "run.json"  # the run's uid, and per stage its present identity and t
 CONFIG_FILE = "config.yaml"  # the settings that the run was accepted with
 LOCK = ".lock"  # held by the one process that works on the run
 REPORT_FILE = "report.html"
+STOP_FILE = "stop.json"  # a wish that the run saves and stops
 
 RECORD = "record.json"  # of a stage, beside its outputs
 PROGRESS_FILE = "progress.json"
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.json"
+GUARDS_FILE = "guards.json"  # what guards of training did
 ERROR_LOG = "error.log"  # the traceback of an attempt that failed
 MANIFEST = "manifest.json"  # SHA-256 sums of a folder's files
 CHECKPOINTS = "checkpoints"
@@ -27,7 +29,9 @@ TOKENIZER = "tokenizer"
 MODEL = "model"
 ADAPTER = "adapter"  # peft's own files of low-rank adapters
 
-NOT_OUTPUTS = (PROGRESS_FILE, METRICS_FILE, RECORD, ERROR_LOG)  # written while a stage works, and by the workflow
+# Written while a stage works, and by the workflow.
+NOT_OUTPUTS = (PROGRESS_FILE, METRICS_FILE, GUARDS_FILE, RECORD, ERROR_LOG)
+NOT_OUTPUT_FOLDERS = ("logs", "wandb", "tensorboard")
 RERUN = ".again"  # behind the name of a stage's folder: an attempt that is to replace a finished one
 
 

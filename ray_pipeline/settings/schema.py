@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from model.config import ModelConfig
+from ray_pipeline.settings.guards_config import GuardsConfig
 from ray_pipeline.settings.layout_config import LayoutConfig
 from ray_pipeline.settings.post_training import (
     DistillationConfig,
@@ -40,12 +41,14 @@ from ray_pipeline.settings.section import (
 __all__ = [
     "STAGES",
     "TRAINING_STAGES",
+    "CostConfig",
     "DataConfig",
     "DistillationConfig",
     "DpoConfig",
     "EvaluationConfig",
     "ExportConfig",
     "GrpoConfig",
+    "GuardsConfig",
     "InitFromConfig",
     "LayoutConfig",
     "LoraConfig",
@@ -177,11 +180,29 @@ class ExportConfig(Section):
 
 
 class TrackingConfig(Section):
-    """Weights & Biases. Offline where there is no API key; the JSONL file in the run folder is always written."""
+    """Where figures go besides metrics.jsonl in the stage's folder, which is always written; several at once."""
 
-    wandb: bool = True
+    wandb: bool = Field(True, description="Weights & Biases; offline where there is no API key")
+    trackio: bool = Field(False, description="a local database, or the Space that TRACKIO_SPACE_ID names")
+    tensorboard: bool = Field(False, description="event files in tensorboard/ of each stage's folder")
+    mlflow: bool = Field(False, description="MLFLOW_TRACKING_URI, or mlruns/ beside the runs")
     project: str = "deepseek-from-scratch"
     entity: str | None = None
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="least that logs/*.jsonl of a stage hold; debug: the seconds of each phase of each step too"
+    )
+
+
+class CostConfig(Section):
+    """What a GPU costs, and how much may be spent."""
+
+    usd_per_gpu_hour: PositiveFloat | None = Field(
+        None,
+        description="of one's own cluster or contract; default: Modal's list price with --backend modal, else none",
+    )
+    budget_usd: PositiveFloat | None = Field(
+        None, description="of the whole run: told at 50, 75 and 90%; at 99% it saves and stops"
+    )
 
 
 class ModalConfig(Section):
@@ -223,6 +244,8 @@ class PipelineFields(Section):
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     export: ExportConfig = Field(default_factory=ExportConfig)
     tracking: TrackingConfig = Field(default_factory=TrackingConfig)
+    guards: GuardsConfig = Field(default_factory=GuardsConfig)
+    cost: CostConfig = Field(default_factory=CostConfig)
     modal: ModalConfig = Field(default_factory=ModalConfig)
 
     def dense_steps(self, stage: str) -> int:

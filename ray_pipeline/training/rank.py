@@ -96,6 +96,7 @@ def rank_arguments(context: StageContext, stage: str) -> dict[str, Any]:
         "upstream": {name: str(result.folder) for name, result in context.inputs.items()},
         "wandb_id": context.wandb_id,
         "run_name": context.run_name,
+        "log_level": context.config.tracking.log_level,
     }
 
 

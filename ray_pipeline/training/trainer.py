@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import math
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict
 from typing import Protocol, runtime_checkable
 
-from model.layers.auxiliary import LOSSES
 from model.parallel.gather import all_ranks_gather
 from ray_pipeline.data.rows.batch import Batch
 from ray_pipeline.engine.checkpoints.checkpoint import (
@@ -26,14 +22,14 @@ from ray_pipeline.engine.optimizer import learning_rate
 from ray_pipeline.engine.step_stats import StepStats
 from ray_pipeline.errors import UserError
 from ray_pipeline.objectives.base import Objective
-from ray_pipeline.records.trackers import Tracker
-from ray_pipeline.settings.run_folder import CHECKPOINTS
+from ray_pipeline.settings.run_folder import CHECKPOINTS, MANIFEST
+from ray_pipeline.training.best import Best
+from ray_pipeline.training.guards.guards import Finding, Guards, Judge
 from ray_pipeline.training.health import Health
 from ray_pipeline.training.rank import Rank
+from ray_pipeline.training.reporting import Reporter
 
 Evaluate = Callable[[], dict[str, float]]
-FIGURES = ("preference_accuracy", "accuracy", "validation_loss")  # the first that is measured tells the best checkpoint
-TIES = ("preference_loss", "validation_loss")  # and of equal accuracies the lower of the first of these
 NOTHING_LEARNED = StepStats(loss=0.0, grad_norm=0.0, weight=1.0, metrics={})  # a step without a batch
 
 
@@ -66,70 +62,6 @@ class SourceWithState(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Best:
-    """The best evaluation so far: of preferences or of answers where they are measured, else of the validation loss.
-
-    Attributes:
-        loss: held-out, which decides between equal accuracies; None where none is measured.
-    """
-
-    step: int
-    figure: str
-    value: float
-    loss: float | None = None
-
-    @classmethod
-    def of(cls, step: int, figures: dict[str, float]) -> Best | None:
-        """From an evaluation's figures; None where there is nothing to compare."""
-        figure = next((name for name in FIGURES if name in figures), None)
-        if figure is None or math.isnan(figures[figure]):
-            return None
-        return cls(step, figure, figures[figure], next((figures[name] for name in TIES if name in figures), None))
-
-    def beats(self, other: Best | None) -> bool:
-        """Whether it is truly better; the earlier of equals stays."""
-        if other is None or other.figure != self.figure:
-            return True
-        if self.figure == "validation_loss":
-            return self.value < other.value
-        if self.value != other.value or self.loss is None or other.loss is None:
-            return self.value > other.value
-        return self.loss < other.loss
-
-
-class Interval:
-    """Losses and tokens of the steps since figures were logged last, and the time they took."""
-
-    def __init__(self) -> None:
-        self.restart()
-
-    def restart(self) -> None:
-        """Begin with nothing."""
-        self.losses: list[float] = []
-        self.tokens, self.since = 0, time.monotonic()
-
-    def add(self, stats: StepStats, batch: Batch) -> None:
-        """Count a step."""
-        self.losses.append(stats.loss)
-        self.tokens += batch.tokens_ahead(0)
-
-    def loss(self) -> float:
-        """Mean over the steps that learned something; 0 where none did."""
-        return sum(self.losses) / len(self.losses) if self.losses else 0.0
-
-    def speed(self) -> float:
-        """Tokens per second."""
-        return self.tokens / max(time.monotonic() - self.since, 1e-9)
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Leave what is done inside out of the time."""
-        start = time.monotonic()
-        yield
-        self.since += time.monotonic() - start
-
-
 class Trainer:
     """Runs optimizer steps, evaluates, checkpoints, reports; goes on from the newest whole checkpoint by itself."""
 
@@ -140,6 +72,7 @@ class Trainer:
         self.history: dict[str, float] = {}
         self.best: Best | None = None
         self.health = Health(rank, engine, self.checkpoints)
+        self.guards = Guards(rank.config.guards, rank.mesh, rank.folder, rank.stage, self.health.resume)
         self._evaluated = True  # whether the checkpoint that training goes on from had its evaluation
 
     def fit(self, source: BatchSource, evaluate: Evaluate) -> dict[str, float]:
@@ -153,31 +86,109 @@ class Trainer:
         self.health.check_start(start)
         if start and isinstance(source, SourceWithState):
             source.load_state(source_files(self.checkpoints, start))
-        tracker = self._tracker(start)
+        report = Reporter(self.rank, self.engine, self.objective, start=start, evaluated=self._evaluated)
         with CheckpointWriter(self.rank.mesh, self.checkpoints, keep=self.settings.keep_checkpoints) as writer:
-            if not self._evaluated and self._is_better(tracker, start, source, evaluate):
+            if not self._evaluated and self._is_better(report, start, source, evaluate):
                 self._name_best(writer)
-            interval = Interval()
-            for step in range(start, self.settings.steps):
-                self.rank.place.at("next batch", step + 1)
-                batch, rate = source.batch(step), learning_rate(self.settings.optimizer, step, self.settings.steps)
-                self.rank.place.at("forward/backward")
-                self.engine.before_step(step)
-                stats = NOTHING_LEARNED
-                if batch is not None:
-                    stats = self.engine.train_step(batch, self.objective, rate)
-                    self.health.check_step(step + 1, stats, batch)
-                    interval.add(stats, batch)
-                self._log(tracker, step + 1, stats, rate, interval, source)
-                with interval.paused():
-                    self._save_and_evaluate(step + 1, source, evaluate, tracker, writer)
+            report.interval.restart()
+            step = start
+            while step < self.settings.steps:
+                back = self._step(step, source, report)
+                if back is not None:
+                    step = self._rewind(back, source, evaluate, report, writer)
+                    continue
+                step += 1
+                with report.interval.paused():
+                    self._save_and_evaluate(step, source, evaluate, report, writer)
+                    if report.stop_reason is not None and step < self.settings.steps and self._can_resume(source, step):
+                        self._stop(step, source, report, writer)
             self.rank.place.at("saving")
-        if tracker is not None:
-            tracker.finish(self.history)
+        report.close()
         return dict(self.history)
 
+    def _step(self, step: int, source: BatchSource, report: Reporter) -> Finding | None:
+        """Take optimizer step `step` (from 0) and tell of it; what was found where training is to go back for it.
+
+        Raises:
+            UserError: a guard stops the stage.
+        """
+        place, settings, done = self.rank.place, self.settings, step + 1
+        place.at("next batch", done)
+        batch, rate = source.batch(step), learning_rate(settings.optimizer, step, settings.steps)
+        place.at("forward/backward")
+        self.engine.before_step(step)
+        stats, judge = NOTHING_LEARNED, Judge(self.guards, done)
+        if batch is not None and done not in self.guards.left_out:
+            stats = self.engine.train_step(batch, self.objective, rate, judge.accept if self.guards.skips else None)
+            judge.look(stats)
+            if judge.stops is not None:
+                stopped = self.guards.stop(judge.stops)
+                self.health.check_step(done, stats, batch)  # names the likeliest cause of what is no number
+                raise stopped
+            if judge.skipped or judge.rewinds is not None:
+                stats, batch = NOTHING_LEARNED, None
+            else:
+                self.health.check_step(done, stats, batch)
+        report.interval.add(stats, batch)
+        measured: dict[str, float] = {}
+        if done % settings.log_every == 0 or done == settings.steps:
+            measured = source.metrics()
+            self.history |= report.step(done, stats, batch, rate, measured)
+        judge.look_after(stats, measured)
+        if judge.stops is not None:
+            raise self.guards.stop(judge.stops)
+        return judge.rewinds
+
+    def _can_resume(self, source: BatchSource, step: int) -> bool:
+        return not isinstance(source, SourceWithState) or source.resumable(step)
+
+    def _stop(self, step: int, source: BatchSource, report: Reporter, writer: CheckpointWriter) -> None:
+        """Save what step `step` left, and end the stage as was wished."""
+        writer.wait()
+        if not any(step_of(path) == step for path in list_checkpoints(self.checkpoints)):
+            self.health.check_weights(step)
+            self._save(writer, step, source, evaluated=True)
+            writer.wait()
+        report.close()
+        raise UserError(
+            f"{self.rank.stage}: saved at step {step} and stopped: {report.stop_reason}. Go on with:\n"
+            f"  {self.health.resume}"
+        )
+
+    def _rewind(
+        self, found: Finding, source: BatchSource, evaluate: Evaluate, report: Reporter, writer: CheckpointWriter
+    ) -> int:
+        """Load the newest checkpoint from before the fault began; the steps it has taken.
+
+        Raises:
+            UserError: there is none, or training went back too often.
+        """
+        writer.wait()
+        healthy = [path for path in list_checkpoints(self.checkpoints) if step_of(path) < found.began]
+        if not healthy:
+            raise self.guards.stop(found, "There is no checkpoint of before to go back to.")
+        self.guards.rewound(found, step_of(healthy[-1]))
+        start = self._resume()
+        if isinstance(source, SourceWithState):
+            source.load_state(source_files(self.checkpoints, start))
+        self.health.start = start
+        report.go_back(start, evaluated=self._evaluated)
+        if not self._evaluated and self._is_better(report, start, source, evaluate):
+            self._name_best(writer)
+        return start
+
+    def _drop_spoiled(self) -> None:
+        """Take their names from checkpoints that training went back behind; also after a kill halfway through."""
+        if self.guards.rewinds and self.rank.is_main:
+            last = self.guards.rewinds[-1]
+            for path in list_checkpoints(self.checkpoints):
+                if step_of(path) > last["back_to"] and (path / MANIFEST).stat().st_mtime < last["time"]:
+                    path.rename(path.with_name(f".{path.name}.spoiled"))  # the writer clears such names away
+        if self.guards.rewinds:
+            all_ranks_gather(self.rank.mesh, None)  # nobody looks before that is done
+
     def _save_and_evaluate(
-        self, done: int, source: BatchSource, evaluate: Evaluate, tracker: Tracker | None, writer: CheckpointWriter
+        self, done: int, source: BatchSource, evaluate: Evaluate, report: Reporter, writer: CheckpointWriter
     ) -> None:
         """What is due after step `done`. A checkpoint is saved first: an evaluation may fail, or be killed."""
         settings, last = self.settings, done == self.settings.steps
@@ -186,7 +197,7 @@ class Trainer:
             self.health.check_weights(done)
         if saves:
             self._save(writer, done, source, evaluated=not evaluates)
-        if evaluates and self._is_better(tracker, done, source, evaluate):
+        if evaluates and self._is_better(report, done, source, evaluate):
             if saves:
                 self._name_best(writer)
             else:
@@ -211,6 +222,7 @@ class Trainer:
         Raises:
             UserError: it is damaged or of another model; names the file and says how to go on without it.
         """
+        self._drop_spoiled()
         found = list_checkpoints(self.checkpoints)
         if not found:
             return 0
@@ -237,45 +249,15 @@ class Trainer:
             aside = f"mv {bad.parent} {bad.parent.with_name('unusable-' + bad.parent.name)}"
         return f"{goes_on}:\n  {aside}\n  {self.health.resume}"
 
-    def _tracker(self, start: int) -> Tracker | None:
-        rank = self.rank
-        if not rank.is_main:
-            return None
-        return Tracker(
-            rank.folder, rank.stage, rank.config, wandb_id=rank.wandb_id, group=rank.run_name, resume_step=start,
-            evaluated=self._evaluated,
-        )  # fmt: skip
-
-    def _log(
-        self, tracker: Tracker | None, done: int, stats: StepStats, rate: float, interval: Interval, source: BatchSource
-    ) -> None:
-        """Report the interval that ends with step `done`, if one does, and begin the next."""
-        if done % self.settings.log_every and done != self.settings.steps:
-            return
-        speed, more = interval.speed(), source.metrics()
-        self.history["train_loss"] = interval.loss()
-        self.history |= {name: value for name, value in stats.figures.items() if "/" not in name}
-        interval.restart()
-        if tracker is None:
-            return
-        figures = {"loss": self.history["train_loss"], "grad_norm": stats.grad_norm, "lr": rate}
-        figures |= {name: value / stats.weight for name, value in stats.metrics.items()}
-        figures |= stats.figures
-        tracker.log(done, {f"train/{k}": v for k, v in (figures | more).items()} | {"tokens_per_second": speed})
-        if self.rank.progress is not None:
-            layers = {name: figures[name] for name in LOSSES if name in figures}
-            self.rank.progress.update(done, loss=figures["loss"], tokens_per_second=speed, layer_losses=layers)
-
-    def _is_better(self, tracker: Tracker | None, done: int, source: BatchSource, evaluate: Evaluate) -> bool:
+    def _is_better(self, report: Reporter, done: int, source: BatchSource, evaluate: Evaluate) -> bool:
         """Evaluate and take note; whether the checkpoint of this step is to be kept as the best so far."""
         self.rank.place.at("evaluating")
         figures = evaluate()
         self.history |= figures
-        if tracker is not None:
-            tracker.log(done, {f"eval/{name}": value for name, value in figures.items()})
+        report.evaluation(done, figures)
         # Rank 0 decides: a figure that differs in its last bit must not make some ranks save and others not.
         found: Best | None = all_ranks_gather(self.rank.mesh, Best.of(done, figures))[0]
-        resumable = done == self.settings.steps or not isinstance(source, SourceWithState) or source.resumable(done)
+        resumable = done == self.settings.steps or self._can_resume(source, done)
         if not self.settings.keep_best or not resumable or found is None or not found.beats(self.best):
             return False
         self.best = found

@@ -148,7 +148,7 @@ def test_the_loss_evens_out_the_load(kind):
         config = replace(CONFIG, **changes, num_nextn_predict_layers=0, num_hidden_layers=2)
         engine = Engine(config, Mesh(MeshSizes()), EngineOptions(optimizer=OptimizerConfig(), micro_batch=32))
         batches = (make_batch(step, rows=32) for step in range(48))
-        entropies = [engine.train_step(batch, CrossEntropy(), 3e-3).figures["load_entropy"] for batch in batches]
+        entropies = [engine.train_step(batch, CrossEntropy(), 3e-3).figures["moe/load_entropy"] for batch in batches]
         return 1 - sum(entropies[-16:]) / 16
 
     assert unevenness(0.03) < 0.5 * unevenness(1e-9)

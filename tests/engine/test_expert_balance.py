@@ -37,10 +37,10 @@ def test_entropy_is_one_where_all_are_equal_and_the_worst_layer_is_told():
         "mtp.0.block.mlp.gate.": torch.tensor([0, 0, 0, 0]),  # it did not run
     }
     figures = found.figures(found.measured([16, 15]).tolist())
-    assert figures["experts/layers.1/load_entropy"] == pytest.approx(1) == figures["experts/layers.1/largest_load"]
-    assert figures["experts/layers.2/load_entropy"] == pytest.approx(math.log(2) / math.log(4))
-    assert figures["largest_load"] == figures["experts/layers.3/largest_load"] == pytest.approx(2.5)
-    assert figures["load_entropy"] == pytest.approx(0.5) and figures["dropped_tokens"] == 0
+    assert figures["moe/layers.1/load_entropy"] == pytest.approx(1) == figures["moe/layers.1/largest_load"]
+    assert figures["moe/layers.2/load_entropy"] == pytest.approx(math.log(2) / math.log(4))
+    assert figures["moe/largest_load"] == figures["moe/layers.3/largest_load"] == pytest.approx(2.5)
+    assert figures["moe/load_entropy"] == pytest.approx(0.5) and figures["moe/dropped_tokens"] == 0
     assert not any("mtp" in name for name in figures)
 
 

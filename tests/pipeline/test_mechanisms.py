@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ray_pipeline.records.trackers import read_metrics
+from ray_pipeline.records.metrics_file import read_metrics
 from tests.pipeline.driving import finish, stages, start
 
 STEPS = 50

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ray_pipeline.records.trackers import read_metrics, read_samples
+from ray_pipeline.records.metrics_file import read_metrics, read_samples
 from ray_pipeline.settings.chain import chain
 from ray_pipeline.settings.schema import PipelineFields
 from tests.pipeline.driving import TOY, digests, finish, kill, stages, start, wait_until_stage_works

@@ -41,7 +41,7 @@ def make_run(run_dir: Path) -> Path:
         close_record(folder, record, status, metrics=metrics, baselines=baselines, learned=learned)
     run.save()
     lines = [{"stage": "pretrain", "step": s, "time": 0, "train/loss": 6 / s} for s in range(1, 40)]
-    lines.append({"stage": "pretrain", "step": 40, "time": 0, "train/loss": math.nan, "eval/validation_loss": 1.931})
+    lines.append({"stage": "pretrain", "step": 40, "time": 0, "train/loss": math.nan, "val/validation_loss": 1.931})
     (run_dir / "pretrain-a" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     sample = {"prompt": "2 + 2 = <b>?</b>", "completion": "<think>2 + 2</think>4", "correct": True}
     (run_dir / "sft-a" / "samples.json").write_text(json.dumps([sample]))
@@ -88,7 +88,7 @@ def test_the_loss_of_each_source_stands_beside_that_of_the_whole(tmp_path):
     assert figure_text("pretrain", figures | many).endswith("2 2.000, 3 3.000, and 4 more)")
     run_dir = make_run(tmp_path)
     with (run_dir / "pretrain-a" / "metrics.jsonl").open("a") as log:
-        log.write(json.dumps({"stage": "pretrain", "step": 40, "time": 0, "eval/validation_loss/sea": 2.25}) + "\n")
+        log.write(json.dumps({"stage": "pretrain", "step": 40, "time": 0, "val/validation_loss/sea": 2.25}) + "\n")
     assert "validation loss/sea" in write_page(run_dir).read_text()
 
 

@@ -88,7 +88,7 @@ def test_weights_that_blow_up_in_the_last_step_are_neither_saved_nor_measured(tm
     assert "the largest weight is 1e+03, beyond 500" in said and "after step 1, and are not saved" in said
     assert "Lower pretrain.optimizer.lr (1000)" in said and "There is no checkpoint yet" in said
     assert names(tmp_path) == []
-    assert not (checkpoints(tmp_path).parent / "metrics.jsonl").read_text().count("eval/")
+    assert not (checkpoints(tmp_path).parent / "metrics.jsonl").read_text().count("val/")
 
 
 def test_a_run_whose_rate_is_absurd_is_told_that_and_keeps_healthy_checkpoints(tmp_path, monkeypatch):

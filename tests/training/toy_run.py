@@ -23,13 +23,14 @@ from tests.engine.test_parity import CONFIG, make_batch
 def arguments(folder: Path, *, layout: dict[str, Any] | None = None, **settings: Any) -> dict[str, Any]:
     """What `train` is given, as launchers pass it on; `fault` is {kind, rank, step, where}, `pace` seconds a step."""
     fault, pace = settings.pop("fault", None), settings.pop("pace", 0.0)
+    guards = settings.pop("guards", {})
     pretrain = {
         "steps": 8, "batch_size": 8, "eval_every": 4, "checkpoint_every": 2, "log_every": 2,
         "optimizer": {"warmup_steps": 0, "lr": 1e-2},
     } | settings  # fmt: skip
     config = PipelineFields.model_validate(
         {"model": asdict(CONFIG), "layout": {"micro_batch": 2, **(layout or {})}, "pretrain": pretrain,
-         "tracking": {"wandb": False}, "data": {"seq_len": 16}}
+         "tracking": {"wandb": False}, "data": {"seq_len": 16}, "guards": guards}
     )  # fmt: skip
     stage = folder / "toy" / "pretrain-0"
     return {
@@ -46,11 +47,27 @@ class Batches:
 
     def batch(self, step: int) -> Batch:
         time.sleep(self.pace)
+        self.step = step
         strike(self.fault, self.rank, step, "batch")
+        if self.fault is not None and step == self.fault.get("later"):
+            raise ZeroDivisionError("a bug")
         return make_batch(step)
 
     def metrics(self) -> dict[str, float]:
         return {}
+
+
+class Disturbed(CrossEntropy):
+    """Cross-entropy that one batch makes a thousand times as large, or no number, if that is the fault."""
+
+    def __init__(self, batches: Batches):
+        super().__init__(0.3)
+        self.batches = batches
+
+    def __call__(self, *args: Any) -> torch.Tensor:
+        values, fault = super().__call__(*args), self.batches.fault or {}
+        factor = {"spike": 1000.0, "nan": float("nan")}.get(fault.get("kind", ""))
+        return values if factor is None or self.batches.step != fault["step"] else values * factor
 
 
 def strike(fault: dict[str, Any] | None, rank: Rank, step: int, where: str) -> None:
@@ -78,10 +95,10 @@ def train(arguments: dict[str, Any]) -> dict[str, Any]:
     rank = start_rank(arguments)
     torch.set_num_threads(1)
     engine = rank.trainer_engine(rank.config.model, None)
-    objective = CrossEntropy(0.3)
+    batches = Batches(rank, arguments["fault"], arguments["pace"])
+    objective = Disturbed(batches)
     started: list[int] = []
     trainer = Trainer(rank, engine, objective)
-    batches = Batches(rank, arguments["fault"], arguments["pace"])
 
     def evaluate() -> dict[str, float]:
         strike(arguments["fault"], rank, 0, "evaluate")

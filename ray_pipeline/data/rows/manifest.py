@@ -14,8 +14,7 @@ from ray_pipeline.data.rows.shards import MANIFEST as ROWS
 from ray_pipeline.data.rows.shards import read_manifest
 from ray_pipeline.records.artifacts import write_sealed
 from ray_pipeline.records.integrity import file_sha256, make_again, read_sealed
-from ray_pipeline.records.rank_output import LOGS
-from ray_pipeline.settings.run_folder import MANIFEST, NOT_OUTPUTS
+from ray_pipeline.settings.run_folder import MANIFEST, NOT_OUTPUT_FOLDERS, NOT_OUTPUTS
 
 FORMAT = 1
 # Written while the stage runs, or after it, of its attempts and for people to watch; not part of the result.
@@ -45,7 +44,12 @@ def folder_files(folder: Path) -> dict[str, dict[str, Any]]:
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         name = path.relative_to(folder).as_posix()
         hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        if name != MANIFEST and name not in NOT_OUTPUTS and not name.startswith(f"{LOGS}/") and not hidden:
+        if (
+            name != MANIFEST
+            and name not in NOT_OUTPUTS
+            and name.partition("/")[0] not in NOT_OUTPUT_FOLDERS
+            and not hidden
+        ):
             sha256 = known[path].sha256 if path in known else file_sha256(path)
             files[name] = {"sha256": sha256, "bytes": path.stat().st_size}
     return files

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from ray_pipeline.rollouts.collector import Collected, is_informative
 from ray_pipeline.rollouts.rollout import Marked
@@ -34,7 +34,9 @@ def rollout_metrics(collected: Collected) -> dict[str, float]:
         **({} if right is None else {"accuracy": right}),
         **({"format_rate": parts["format"]} if "format" in parts else {}),
         "completion_tokens": mean(lengths),
+        "completion_tokens_min": float(min(lengths, default=0)),
         "completion_tokens_max": float(max(lengths, default=0)),
+        "repetition": mean(repeated(one.completion.tokens) for one in marked),
         "truncated": mean(not one.completion.finished for one in marked),
         "zero_variance_groups": collected.alike / max(collected.drawn, 1),
         "drawn_groups": float(collected.drawn),
@@ -44,6 +46,12 @@ def rollout_metrics(collected: Collected) -> dict[str, float]:
         **tool_metrics(marked),
         **{f"{name}_seconds": seconds for name, seconds in collected.seconds.items()},
     }
+
+
+def repeated(tokens: Sequence[int], size: int = 4) -> float:
+    """Share of an answer's runs of `size` tokens that stood in it before; 0 of a short one."""
+    runs = [tuple(tokens[i : i + size]) for i in range(len(tokens) - size + 1)]
+    return 1 - len(set(runs)) / len(runs) if runs else 0.0
 
 
 def tool_metrics(marked: Iterable[Marked]) -> dict[str, float]:

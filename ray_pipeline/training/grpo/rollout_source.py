@@ -93,7 +93,8 @@ class RolloutSource:
         return {STATE_FILE: contents.getvalue()}
 
     def load_state(self, files: dict[str, bytes]) -> None:
-        """Go on from what `state` gave."""
+        """Go on from what `state` gave; also in the middle of training, whose rollouts are then forgotten."""
+        self._pending, self._iteration, self._batches = None, -1, []
         saved = torch.load(io.BytesIO(files[STATE_FILE]), weights_only=True)
         self._place = saved["place"]
         self._ready = None if saved["ahead"] is None else Collected.of(saved["ahead"])

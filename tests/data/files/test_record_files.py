@@ -88,6 +88,7 @@ def test_parquet_gives_rows_and_damage_is_named(tmp_path):
     with pytest.raises(UserError, match="not a whole parquet file"):
         list(read_records(path))
 
+
 @example([-0.0, 1e300, 12, 1.5e-7], 2, None, False)
 @given(st.lists(json_values, max_size=6), st.integers(1, 9), st.sampled_from([None, 1]), st.booleans())
 def test_an_array_is_read_whole_however_the_pieces_fall(values, size, indent, ascii_only):
