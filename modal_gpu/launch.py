@@ -10,7 +10,10 @@ from modal.config import config as modal_settings
 
 from modal_gpu.app import RUNS, app, configured
 from modal_gpu.files import fetch, local_inputs, remote_name
+from ray_pipeline.costs.prices import with_price
+from ray_pipeline.dag.budget import estimate_lines
 from ray_pipeline.dag.identity import moved_name, with_source_names
+from ray_pipeline.dag.plan import plan as plan_stages
 from ray_pipeline.errors import UserError, did_you_mean
 from ray_pipeline.layout.layout import Layout, with_layout
 from ray_pipeline.settings.loading import config_yaml
@@ -75,10 +78,12 @@ def execute_on_modal(request: RunRequest) -> int:
     if request.dry_run:
         return plan(request)
     check_credentials()
-    config = with_layout(request.config, layout)
+    config = with_price(with_layout(request.config, layout))
     assert config.run_name is not None
     function = configured(config.modal, layout.gpus, wandb=config.tracking.wandb)
     print(f"Modal: {config.modal.gpu_type} x {layout.gpus}, run {config.run_name}, volume {config.modal.volume}")
+    for line in estimate_lines(config, layout, plan_stages(config, layout, request.run_dir, request.stages)):
+        print(line)
     try:
         with modal.enable_output():
             volume = modal.Volume.from_name(config.modal.volume, create_if_missing=True)

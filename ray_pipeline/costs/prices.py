@@ -43,11 +43,20 @@ def price(config: PipelineFields) -> Price | None:
     """What a GPU of this run costs; None where that is not known, or it costs nothing."""
     modal = config.backend == "modal"
     if config.cost.usd_per_gpu_hour is not None:
-        return Price(config.cost.usd_per_gpu_hour, "cost.usd_per_gpu_hour", modal)
+        return Price(config.cost.usd_per_gpu_hour, "cost.usd_per_gpu_hour", modal or config.cost.whole_run)
     if not modal:
         return None
     found = MODAL_USD_PER_SECOND.get(config.modal.gpu_type.lower().split(":")[0].rstrip("!"))
     return None if found is None else Price(found * 3600, f"{SOURCE}, {DATE}", True)
+
+
+def with_price(config: PipelineFields) -> PipelineFields:
+    """The same settings with the price in them, for a machine that does not know where it is rented."""
+    each = price(config)
+    if each is None:
+        return config
+    known = config.cost.model_copy(update={"usd_per_gpu_hour": each.usd_per_hour, "whole_run": each.whole_run})
+    return config.model_copy(update={"cost": known})
 
 
 def spent(config: PipelineFields, stages: Sequence[Mapping[str, Any]]) -> float | None:

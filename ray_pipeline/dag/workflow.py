@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from ray_pipeline.costs.prices import spent_text
 from ray_pipeline.dag.budget import Budget, estimate_lines
 from ray_pipeline.dag.identity import (
     absolute_name,
@@ -108,7 +109,7 @@ def execute(request: RunRequest) -> int:
                         done[job.row.stage] = job.earlier_result()
                 pending = [(job.row, done[job.row.stage]) for job in jobs if job.runs]
                 failed = not _watch(pending, console, config, run_dir)
-        return _finish(run_dir, [row for row in rows if selection.selects(row.stage)], failed, console)
+        return _finish(config, run_dir, [row for row in rows if selection.selects(row.stage)], failed, console)
 
 
 def _jobs(request: RunRequest, rows: Sequence[PlannedStage]) -> list[StageJob]:
@@ -155,11 +156,13 @@ def _accept(config: PipelineFields, run_dir: Path, rows: Sequence[PlannedStage])
     return run
 
 
-def _finish(run_dir: Path, rows: Sequence[PlannedStage], failed: bool, console: Console) -> int:
+def _finish(config: PipelineFields, run_dir: Path, rows: Sequence[PlannedStage], failed: bool, console: Console) -> int:
     status = read_status(run_dir)
     reused = frozenset(row.stage for row in rows if row.action == "reuse")
+    status["cost"] = spent_text(config, status["stages"])
     write_report(run_dir, status)
     print_summary(console, summary_rows(status["stages"], reused), run_dir)
+    print_lines(console, [status["cost"]] if status["cost"] else [])
     for text in (text for entry in status["stages"] for text in entry.get("damaged", [])):
         console.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
     ours = {row.stage for row in rows}

@@ -23,6 +23,7 @@ from typing import Any, TextIO
 from ray_pipeline.errors import StageFailed, UserError
 from ray_pipeline.launch.heartbeat import STACKS_WANTED, Heartbeat, beat_file
 from ray_pipeline.records.artifacts import write_json
+from ray_pipeline.records.event_log import stand_at
 
 LOG = logging.getLogger(__name__)
 WORKERS_LOCK = ".workers.lock"
@@ -53,14 +54,12 @@ class Place:
         now = time.monotonic()
         phase_before, seconds, self._since = self._state["phase"], now - self._since, now
         self._seconds[phase_before] = self._seconds.get(phase_before, 0.0) + seconds
-        LOG.debug("%s", phase_before, extra={"span": {"seconds": round(seconds, 6)}, "place": self._told()})
+        LOG.debug("%s", phase_before, extra={"span": {"seconds": round(seconds, 6)}})
         self._state["phase"] = phase
         if step is not None:
             self._state["step"] = step
+        stand_at(stage=self._state["stage"], step=self._state["step"], phase=phase)
         os.pwrite(self._file, json.dumps(self._state).ljust(_PLACE_BYTES).encode(), 0)
-
-    def _told(self) -> dict[str, Any]:
-        return {key: self._state[key] for key in ("stage", "step", "phase")}
 
     def take_seconds(self) -> dict[str, float]:
         """Seconds spent in each phase since this was asked last."""

@@ -29,12 +29,11 @@ class EventLog(logging.Handler):
         super().__init__()
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("a", buffering=1, encoding="utf-8")
-        self._fields: dict[str, Any] = {"rank": None, "stage": None, "step": None, "phase": None, **fields}
+        self.fields: dict[str, Any] = {"rank": None, "stage": None, "step": None, "phase": None, **fields}
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._fields |= getattr(record, "place", {})
         event = {
-            "time": round(record.created, 3), "level": record.levelname.lower(), **self._fields,
+            "time": round(record.created, 3), "level": record.levelname.lower(), **self.fields,
             "message": record.getMessage()[:_MOST_TEXT], **getattr(record, "span", {}),
         }  # fmt: skip
         try:
@@ -48,6 +47,13 @@ class EventLog(logging.Handler):
     def close(self) -> None:
         self._file.close()
         super().close()
+
+
+def stand_at(**place: Any) -> None:
+    """What this process logs from now on is said at this stage, step and phase."""
+    for handler in PACKAGE.handlers:
+        if isinstance(handler, EventLog):
+            handler.fields |= place
 
 
 class _Told:

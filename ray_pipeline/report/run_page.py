@@ -58,6 +58,7 @@ def render(status: Mapping[str, Any]) -> str:
     return TEMPLATES.get_template("run.html").render(
         title=status["run"],
         folder=status["run_dir"],
+        cost=status.get("cost") or "",
         written=time.strftime("%Y-%m-%d %H:%M", time.localtime()),
         rows=list(zip(summary_rows(entries), digests, strict=True)),
         stages=[stage for stage in stages if any(stage[part] for part in ("error", "damaged", "charts", "samples"))],

@@ -15,6 +15,7 @@ from ray_pipeline.settings.presets import PRESETS, preset
 
 _CHECKSUM = "# sha256 of the lines below: "
 ENV_PREFIX = "RAY_PIPELINE_"
+_SHORT = {"log": "tracking.log_level"}  # names in the environment that are shorter than their key
 # Settings need far less. PyYAML reads some 100 KB a second.
 MAX_YAML, MAX_DEPTH, MAX_VALUES = 200_000, 40, 100_000
 MAX_KEY_PARTS = 12  # "a.b.c" has three
@@ -210,7 +211,8 @@ def _string_keys_within(value: Any) -> Any:
 def env_layer(env: Mapping[str, str]) -> Layer:
     """Settings named RAY_PIPELINE_A__B=value; every name with the prefix counts, so typing errors are noticed."""
     ours = [name for name in env if name.startswith(ENV_PREFIX)]
-    names = {name.removeprefix(ENV_PREFIX).lower().replace("__", "."): name for name in ours}
+    keys = {name: name.removeprefix(ENV_PREFIX).lower().replace("__", ".") for name in ours}
+    names = {_SHORT.get(key, key): name for name, key in keys.items()}
     return Layer("environment", nest({key: parse_text(env[name]) for key, name in names.items()}), names)
 
 

@@ -200,6 +200,9 @@ class CostConfig(Section):
         None,
         description="of one's own cluster or contract; default: Modal's list price with --backend modal, else none",
     )
+    whole_run: bool = Field(
+        False, description="GPUs are paid for in every stage, as on Modal, not where ranks train alone"
+    )
     budget_usd: PositiveFloat | None = Field(
         None, description="of the whole run: told at 50, 75 and 90%; at 99% it saves and stops"
     )

@@ -24,14 +24,17 @@ def test_what_is_logged_and_printed_has_rank_stage_step_and_phase(tmp_path):
     with recorded(folder, "rank-3"):
         place = Place(folder, 3, ORIGIN, "sft")
         place.at("forward/backward", 7)
-        LOG.info("hidden: it is said before the place is known")
         print("half a ", end="")
         print("line")
         LOG.warning("look %s", "here")
     assert before == (sys.stdout, sys.stderr, logging.getLogger("ray_pipeline").level)
     told = events(folder, "rank-3")
-    assert [event["message"] for event in told][1:] == ["half a line", "look here"]
-    assert told[1]["printed"] and told[2]["level"] == "warning" and told[2]["rank"] == 3
+    assert [event["message"] for event in told] == ["half a line", "look here"]
+    assert told[0]["printed"] and told[1]["level"] == "warning"
+    assert all(
+        (event["rank"], event["stage"], event["step"], event["phase"]) == (3, "sft", 7, "forward/backward")
+        for event in told
+    )
     assert (folder / "logs" / "rank-3.log").read_text() == "half a line\n"
 
 

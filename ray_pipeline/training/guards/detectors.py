@@ -95,7 +95,10 @@ def _in_a_row(settings: GuardsConfig, look: Detector, *names: str) -> Detector:
             return None
         found = look(figures)
         times = times + 1 if found else 0
-        return found if times >= settings.patience else None
+        if times < settings.patience:
+            return None
+        times = 0  # what follows, after a rewind say, is counted anew
+        return found
 
     return patient
 
