@@ -8,7 +8,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 from textual.app import App, ComposeResult
-from textual.containers import Horizontal, Vertical, VerticalScroll
+from textual.containers import Horizontal, VerticalScroll
 from textual.widgets import DataTable, Footer, Header, RichLog, Static
 
 from ray_pipeline.dag.ledger import read_status
@@ -56,8 +56,7 @@ class Dashboard(App[None]):
             with VerticalScroll(id="right"):
                 yield Static(id="ranks")
                 yield Static(id="experts")
-        with Vertical():
-            yield RichLog(id="log", max_lines=500, wrap=True)
+        yield RichLog(id="log", max_lines=500, wrap=True)
         yield Footer()
 
     def on_mount(self) -> None:
@@ -129,7 +128,10 @@ class Dashboard(App[None]):
 
 def main_figures(entry: dict[str, Any]) -> str:
     """The first figures of a finished stage."""
-    return "  ".join(f"{name} {number_text(value)}" for name, value in list((entry.get("metrics") or {}).items())[:3])
+    return "  ".join(
+        f"{name.replace('_', ' ')} {number_text(value)}"
+        for name, value in list((entry.get("metrics") or {}).items())[:3]
+    )
 
 
 def curves(view: StageView, entry: dict[str, Any]) -> Table:

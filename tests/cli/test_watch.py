@@ -55,7 +55,9 @@ def grpo_at_work(work: Path) -> None:
         figures |= {"grpo/reward": step / 24, "memory/rank_0_gb": 1.2, "memory/rank_1_gb": 0.8}
         lines.log(step, figures | {"moe/layers.1/load": [0, 10, 20, 10], "system/cpu_percent": 50.0})
     lines.log(24, {"val/accuracy": 0.615})
-    Progress(work, "grpo", 40).update(24, loss=0.04, tokens_per_second=900.0)
+    progress = Progress(work, "grpo", 40)
+    progress._written = 0.0  # it writes at most every 0.3 s
+    progress.update(24, loss=0.04, tokens_per_second=900.0)
     shown = {"prompt": "What is 47+38?", "completion": "47+38 = 85", "answer": "85", "correct": True}
     write_sealed(work / SAMPLES_FILE, {"samples": [shown]})
     add_intervention(work, step=9, guard="loss spike", policy="rewind", text="it rose", skipped=[9], back_to=8)

@@ -35,7 +35,6 @@ def test_what_is_logged_and_printed_has_rank_stage_step_and_phase(tmp_path):
         (event["rank"], event["stage"], event["step"], event["phase"]) == (3, "sft", 7, "forward/backward")
         for event in told
     )
-    assert (folder / "logs" / "rank-3.log").read_text() == "half a line\n"
 
 
 def test_spans_are_told_at_level_debug_with_their_seconds(tmp_path):
