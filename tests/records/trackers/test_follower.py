@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -15,7 +18,7 @@ from ray_pipeline.records.trackers.follower import Follower
 from ray_pipeline.records.trackers.tracker import Ending, TrackedRun
 from ray_pipeline.records.trackers.tracking import KNOWN, Tracking
 from ray_pipeline.settings.schema import TrackingConfig
-from tests.records.trackers.history import HISTORIES, session, wandb_records
+from tests.records.trackers.history import HISTORIES, ROOT, session, wandb_records
 
 
 def run_in(folder: Path) -> TrackedRun:
@@ -143,3 +146,40 @@ def test_what_guards_did_is_an_alert(tmp_path):
     add_intervention(tmp_path, step=7, guard="loss spike", policy="warn", text="it rose", skipped=[], back_to=None)
     tracking.finish(Ending("DONE", 0))
     assert tracker.alerts == [(7, "loss spike")]
+
+
+DYING = """
+import os, psutil, sys, time
+from pathlib import Path
+from ray_pipeline.records.metrics_file import MetricsFile, read_metrics
+from ray_pipeline.records.trackers.tracker import Ending, TrackedRun
+from ray_pipeline.records.trackers.tracking import Tracking
+from ray_pipeline.settings.schema import TrackingConfig
+
+folder = Path(sys.argv[1])
+run = TrackedRun(folder, "sft", "run-1-sft-abc", "abc123", "run-1", "tests", None, {})
+tracking = Tracking(TrackingConfig(), run).start()
+lines = MetricsFile(folder, "sft")
+lines.log(1, {"train/loss": 1.0})
+(follower,) = tracking.followers
+while follower.sent is None or follower.sent["train"] < 1:
+    time.sleep(0.05)
+for child in psutil.Process().children(recursive=True):
+    child.kill()
+    child.wait()
+for step in (2, 3):
+    lines.log(step, {"train/loss": 1.0})
+tracking.finish(Ending("DONE", 0), seconds=60)
+assert [line["step"] for line in read_metrics(folder)] == [1, 2, 3]
+os._exit(0)  # W&B's own words at the end of a process are not ours
+"""
+
+
+@pytest.mark.slow
+def test_a_tracker_whose_process_is_killed_changes_nothing_in_training(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", DYING, str(tmp_path)], env=os.environ | {"WANDB_MODE": "offline"}, cwd=ROOT,
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "Weights & Biases stopped" in done.stderr or "did not reach Weights & Biases" in done.stderr
