@@ -118,7 +118,9 @@ class Trainer:
         place.at("forward/backward")
         self.engine.before_step(step)
         stats, judge = NOTHING_LEARNED, Judge(self.guards, done)
-        if batch is not None and done not in self.guards.left_out:
+        if done in self.guards.left_out:
+            batch = None
+        if batch is not None:
             stats = self.engine.train_step(batch, self.objective, rate, judge.accept if self.guards.skips else None)
             judge.look(stats)
             if judge.stops is not None:
