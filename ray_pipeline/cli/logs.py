@@ -17,7 +17,9 @@ LEVELS = {"debug": 0, "info": 1, "warning": 2, "error": 3, "critical": 3}
 @click.command()
 @click.argument("run", required=False)
 @click.option("--stage", help="Of this stage. Default: the one that works, or was worked on last.")
-@click.option("--rank", type=click.IntRange(0), help="Of this rank alone. Default: of all, and of the stage itself.")
+@click.option(
+    "--rank", type=click.IntRange(0, 1 << 16), help="Of this rank alone. Default: of all, and of the stage itself."
+)
 @click.option("--level", type=click.Choice(["debug", "info", "warning", "error"]), default="info", help="Least shown.")
 @click.option("--follow", is_flag=True, help="Go on showing what comes, until Ctrl-C.")
 @click.option("--json", "as_json", is_flag=True, help="The lines as they are in the files.")
