@@ -33,7 +33,7 @@ class EventLog(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         event = {
-            "time": round(record.created, 3), "level": record.levelname.lower(), **self.fields,
+            "time": round(record.created, 6), "level": record.levelname.lower(), **self.fields,
             "message": record.getMessage()[:_MOST_TEXT], **getattr(record, "span", {}),
         }  # fmt: skip
         try:

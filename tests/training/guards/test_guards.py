@@ -11,6 +11,7 @@ import torch
 
 from model.parallel.mesh import Mesh, MeshSizes
 from ray_pipeline.engine.engine import Engine
+from ray_pipeline.engine.options import EngineOptions
 from ray_pipeline.errors import UserError
 from ray_pipeline.launch.launchers import InlineLauncher, ProcessLauncher
 from ray_pipeline.objectives.cross_entropy import CrossEntropy
@@ -67,7 +68,7 @@ def test_a_skip_where_weights_move_at_once_is_refused():
 
 
 def test_a_step_that_is_not_accepted_leaves_weights_moments_and_routers_as_they_were():
-    engine = Engine(CONFIG, Mesh(MeshSizes()), optimizer=OptimizerConfig(), micro_batch=8)
+    engine = Engine(CONFIG, Mesh(MeshSizes()), EngineOptions(optimizer=OptimizerConfig(), micro_batch=8))
     engine.train_step(make_batch(0), CrossEntropy(), 1e-2)
     before = {name: tensor.clone() for name, tensor in engine.state().items()}
     asked: list[tuple[float, float]] = []
