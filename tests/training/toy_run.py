@@ -105,6 +105,6 @@ def train(arguments: dict[str, Any]) -> dict[str, Any]:
         return {"validation_loss": engine.evaluate(make_batch(1000), objective).loss}
 
     resume = trainer._resume
-    trainer._resume = lambda: started.append(resume()) or started[0]  # type: ignore[method-assign,func-returns-value]
+    trainer._resume = lambda: started.append(resume()) or started[-1]  # type: ignore[method-assign,func-returns-value]
     figures = trainer.fit(batches, evaluate)
     return figures | {"started": started[0], "digest": weights_digest(engine.full_state()), "world": rank.mesh.world}
