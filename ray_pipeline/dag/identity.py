@@ -50,6 +50,18 @@ _NO_RESULT |= {"grpo.batch_size", "grpo.rollout.workers", "grpo.scoring.processe
 _NO_RESULT |= {"grpo.scoring.without_landlock", "tools.without_landlock"}
 _NO_RESULT |= {"data.max_bad_records"}  # a bound that is kept changes nothing
 _NO_RESULT |= {"init_from.max_vocab_size", "init_from.max_file_bytes", "distillation.teacher_layout"}
+# Settings that came later, at the values of what was done before they existed: there they are no part of it, so that
+# finished stages stay finished.
+_AS_BEFORE: dict[str, Any] = {
+    "model.initialisation": "fixed", "model.embedding_init": None, "model.head_init": None,
+    "model.zero_init_outputs": False,
+}  # fmt: skip
+for _stage in TRAINING_STAGES:
+    _AS_BEFORE |= {
+        f"{_stage}.optimizer.muon_iteration": "newton_schulz", f"{_stage}.optimizer.muon_equalise": False,
+        f"{_stage}.optimizer.cautious_decay": False, f"{_stage}.optimizer.embedding_lr_factor": 1.0,
+        f"{_stage}.optimizer.head_lr_factor": 1.0, f"{_stage}.optimizer.vector_lr_factor": 1.0,
+    }  # fmt: skip
 _TEACHER = "distillation.teacher"
 # Of the data, these decide pretraining's rows alone, and a tokenizer that is trained; and DPO's pairs alone.
 _TEXT = ("data.pretrain.", "data.builtin_documents", "data.tokens_per_shard", "data.text_", "data.max_epochs")
@@ -226,7 +238,11 @@ def identities(config: PipelineFields, digests: Mapping[str, str] | None = None)
         hidden += _TEXT
     if config.data.on_bad_record == "fail":  # nothing was left out, as before the key existed
         hidden.append("data.on_bad_record")
-    everything = {key: value for key, value in everything.items() if not key.startswith(tuple(hidden))}
+    everything = {
+        key: value
+        for key, value in everything.items()
+        if not key.startswith(tuple(hidden)) and not (key in _AS_BEFORE and value == _AS_BEFORE[key])
+    }
     for key, name in source_names(config).items():
         if (
             name in digests and key in everything

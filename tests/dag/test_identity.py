@@ -21,9 +21,15 @@ from ray_pipeline.dag.identity import (
 )
 from ray_pipeline.errors import UserError
 from ray_pipeline.settings.chain import upstream
+from ray_pipeline.settings.loading import load_config
 from ray_pipeline.settings.schema import STAGES, PipelineFields
 
 BASE = PipelineFields(stages=list(STAGES))
+# Of the tiny recipe: a change of it changes them, a new setting at its default must not.
+BEFORE = {
+    "data_prep": "be67147d24", "pretrain": "7712b46c11", "sft": "885755f126", "grpo": "3cd74d60af",
+    "distillation": "f8daee4f6f", "export": "8ca66a0e48",
+}  # fmt: skip
 # The stage whose own settings hold the key; a key that several stages read belongs to the first of them.
 OWNER = {
     "data": "data_prep", "tokenizer": "data_prep", "seed": "data_prep", "model": "pretrain", "pretrain": "pretrain",
@@ -120,6 +126,15 @@ OTHER_KEYS = sorted(key for key in set(everything(BASE)) - set(RESULT_KEYS) if n
 @pytest.mark.parametrize("key", OTHER_KEYS)
 def test_layout_paths_names_and_logging_change_nothing(key):
     assert keys_of(with_value(key, other(everything(BASE)[key], key))) == keys_of(BASE)
+
+
+def test_settings_that_came_later_leave_finished_stages_finished_where_they_change_nothing():
+    found = identities(load_config(Path("configs/tiny.yaml"), {}), {})
+    assert {stage: one.key[:10] for stage, one in found.items()} == BEFORE
+    changed = load_config(Path("configs/tiny.yaml"), {"model.initialisation": "fan_in"})
+    assert identities(changed, {})["pretrain"].key != found["pretrain"].key
+    changed = load_config(Path("configs/tiny.yaml"), {"sft.optimizer.head_lr_factor": 2})
+    assert next(s for s, one in identities(changed, {}).items() if one.key != found[s].key) == "sft"
 
 
 def test_layout_and_cadence_are_among_the_keys_that_change_nothing():
