@@ -7,11 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ray_pipeline.costs.estimate import make_plan
-from ray_pipeline.costs.hardware_table import find_hardware, running_hardware
+from ray_pipeline.costs.hardware_table import Hardware, find_hardware, running_hardware
 from ray_pipeline.costs.prices import price, spent, usd
 from ray_pipeline.dag.ledger import read_status
 from ray_pipeline.dag.plan import PlannedStage
 from ray_pipeline.errors import UserError
+from ray_pipeline.launch.cluster import named_cluster
 from ray_pipeline.layout.layout import Layout
 from ray_pipeline.records.stop_request import ask_to_stop
 from ray_pipeline.records.units import seconds_text
@@ -56,10 +57,12 @@ def estimate_lines(config: PipelineFields, layout: Layout, rows: list[PlannedSta
     each = price(config)
     if each is None:
         return []
+    hardware: Hardware | None
     try:
-        hardware = find_hardware(config.modal.gpu_type) if config.backend == "modal" else running_hardware(
-            config, layout.device
-        )  # fmt: skip
+        if config.backend == "modal":
+            hardware = find_hardware(config.modal.gpu_type)
+        else:
+            hardware = running_hardware(config, layout.device, named_cluster())
     except UserError:
         hardware = None
     if hardware is None:
