@@ -1,8 +1,9 @@
 """What GPUs cost, and what a run has cost so far. The only place with prices; they change, so they carry their date.
 
-Modal's prices per GPU and second, as pages of mid-2026 quote modal.com/pricing; several agree on H100, A100 80 GB, L40S, L4
-and T4, the others stand in one alone. Look there before you rely on them. Choosing a region multiplies them by 1.25 to 2.5,
-and CPU and memory beyond what comes with a GPU are billed as well; neither is counted here. A price of one's own, for a cluster or for a contract, is `cost.usd_per_gpu_hour`.
+Modal's prices per GPU and second, as pages of mid-2026 quote modal.com/pricing; several agree on H100, A100 80 GB,
+L40S, L4 and T4, the others stand in one alone: look there before you rely on them. Choosing a region multiplies them by
+1.25 to 2.5, and CPU and memory beyond what comes with a GPU are billed as well; neither is counted here. A price of
+one's own, for a cluster or for a contract, is `cost.usd_per_gpu_hour`.
 """
 
 from __future__ import annotations
