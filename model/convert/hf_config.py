@@ -221,6 +221,8 @@ def check_types(kept: Mapping[str, Any]) -> None:
             raise ValueError(f"config.json: {key}={short(value)}: must be a whole number")
         if kind is float and not whole and not isinstance(value, float):
             raise ValueError(f"config.json: {key}={short(value)}: must be a number")
+        if kind is type(None) and key != "rope_scaling" and not (value is None or whole or isinstance(value, float)):
+            raise ValueError(f"config.json: {key}={short(value)}: must be a number or null")
         if kind is str and not isinstance(value, str):
             raise ValueError(f"config.json: {key}={short(value)}: must be a name")
 

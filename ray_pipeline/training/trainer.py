@@ -93,7 +93,12 @@ class Trainer:
             report.interval.restart()
             step = start
             while step < self.settings.steps:
-                back = self._step(step, source, report)
+                batch, rate, judge = self._next(step, source)
+                stats = NOTHING_LEARNED
+                if batch is not None:
+                    accept = judge.accept if self.guards.skips else None
+                    stats = self.engine.train_step(batch, self.objective, rate, accept)
+                back = self._settle(step, stats, batch, rate, judge, source, report)
                 if back is not None:
                     step = self._rewind(back, source, evaluate, report, writer)
                     continue
@@ -106,22 +111,26 @@ class Trainer:
         report.close()
         return dict(self.history)
 
-    def _step(self, step: int, source: BatchSource, report: Reporter) -> Finding | None:
-        """Take optimizer step `step` (from 0) and tell of it; what was found where training is to go back for it.
-
-        Raises:
-            UserError: a guard stops the stage.
-        """
+    def _next(self, step: int, source: BatchSource) -> tuple[Batch | None, float, Judge]:
+        """What optimizer step `step` (from 0) learns from, None where it is left out; its rate, and who judges it."""
         place, settings, done = self.rank.place, self.settings, step + 1
         place.at("next batch", done)
         batch, rate = source.batch(step), learning_rate(settings.optimizer, step, settings.steps)
         place.at("forward/backward")
         self.engine.before_step(step)
-        stats, judge = NOTHING_LEARNED, Judge(self.guards, done)
-        if done in self.guards.left_out:
-            batch = None
+        return None if done in self.guards.left_out else batch, rate, Judge(self.guards, done)
+
+    def _settle(
+        self, step: int, stats: StepStats, batch: Batch | None, rate: float, judge: Judge, source: BatchSource,
+        report: Reporter,
+    ) -> Finding | None:  # fmt: skip
+        """Look at step `step` (from 0) and tell of it; what was found where training is to go back for it.
+
+        Raises:
+            UserError: a guard stops the stage.
+        """
+        settings, done = self.settings, step + 1
         if batch is not None:
-            stats = self.engine.train_step(batch, self.objective, rate, judge.accept if self.guards.skips else None)
             judge.look(stats)
             if judge.stops is not None:
                 stopped = self.guards.stop(judge.stops)

@@ -133,7 +133,7 @@ def test_micro_batches_and_recomputation_change_nothing(alone, kind):
 def test_the_losses_are_reported_and_nothing_is_dropped(alone):
     for kind in ("sequence", "groups", "recursion"):
         for figures in alone[kind]["figures"]:
-            assert 0.5 < figures["aux_loss"] < CONFIG.n_routed_experts and figures["dropped_tokens"] == 0
+            assert 0.5 < figures["aux_loss"] < CONFIG.n_routed_experts and figures["moe/dropped_tokens"] == 0
     first, *later = (figures["aux_loss"] for figures in alone["batch"]["figures"])
     assert first == 0 and all(0.5 < value < CONFIG.n_routed_experts for value in later)
     assert not any("aux_loss" in figures for figures in alone["dyt"]["figures"])

@@ -65,7 +65,7 @@ def assert_equal(got: dict[str, Any], want: dict[str, Any]) -> None:
         for name, load in other.items():
             assert torch.equal(mine[name], load), name
     for mine, other in zip(got["figures"], want["figures"], strict=True):
-        assert mine.keys() == other.keys() and other["dropped_tokens"] == 0
+        assert mine.keys() == other.keys() and other["moe/dropped_tokens"] == 0
         torch.testing.assert_close(list(mine.values()), list(other.values()), rtol=1e-5, atol=1e-7)
     for name, tensor in got["weights"].items():
         torch.testing.assert_close(
