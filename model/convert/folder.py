@@ -29,14 +29,15 @@ class Selection:
 
     def takes(self, name: str) -> bool:
         """Whether a tensor is read where the files have it."""
-        return (not self.include or _matches(name, self.include)) and not _matches(name, self.exclude)
+        return (not self.include or matches(name, self.include)) and not matches(name, self.exclude)
 
     def may_miss(self, name: str) -> bool:
         """Whether the model does without a tensor from the files."""
-        return not self.takes(name) or _matches(name, self.allow_missing)
+        return not self.takes(name) or matches(name, self.allow_missing)
 
 
-def _matches(name: str, patterns: Sequence[str]) -> bool:
+def matches(name: str, patterns: Sequence[str]) -> bool:
+    """Whether one of the patterns is a glob or the beginning of the name."""
     return any(name.startswith(pattern) or fnmatchcase(name, pattern) for pattern in patterns)
 
 
@@ -73,7 +74,7 @@ def describe(path: Path, selection: Selection | None = None, limits: LoadLimits 
     stored = stored_tensors(path, limits)
     first_mtp = f"model.layers.{config.num_hidden_layers}."
     held = native or any(name.startswith(first_mtp) for name in stored)
-    if not held and not _matches(first_mtp + "eh_proj.weight", selection.allow_missing):
+    if not held and not matches(first_mtp + "eh_proj.weight", selection.allow_missing):
         config = replace(config, num_nextn_predict_layers=0)
     return Description(values, native, config, stored)
 

@@ -13,7 +13,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from model.config import ModelConfig, RopeScaling
 from model.convert.json_values import list_of_text, number, object_of, short
@@ -210,20 +210,19 @@ def check_types(kept: Mapping[str, Any]) -> None:
     Raises:
         ValueError: naming the first key of ModelConfig whose value is of another type.
     """
-    defaults = ModelConfig()
+    hints = get_type_hints(ModelConfig)
     for key, value in kept.items():
-        kind = type(getattr(defaults, key))
-        if kind is bool and not isinstance(value, bool):
-            raise ValueError(f"config.json: {key}={short(value)}: must be true or false")
+        kinds = get_args(hints[key]) or (hints[key],)
         whole = isinstance(value, int) and not isinstance(value, bool)
-        whole = whole or (key in ("q_lora_rank", "num_key_value_heads") and value is None)
-        if (kind is int or key == "num_key_value_heads") and not whole:
+        if value is None and type(None) in kinds:
+            continue
+        if bool in kinds and not isinstance(value, bool):
+            raise ValueError(f"config.json: {key}={short(value)}: must be true or false")
+        if int in kinds and not whole:
             raise ValueError(f"config.json: {key}={short(value)}: must be a whole number")
-        if kind is float and not whole and not isinstance(value, float):
+        if float in kinds and not whole and not isinstance(value, float):
             raise ValueError(f"config.json: {key}={short(value)}: must be a number")
-        if kind is type(None) and key != "rope_scaling" and not (value is None or whole or isinstance(value, float)):
-            raise ValueError(f"config.json: {key}={short(value)}: must be a number or null")
-        if kind is str and not isinstance(value, str):
+        if (str in kinds or isinstance(kinds[0], str)) and not isinstance(value, str):
             raise ValueError(f"config.json: {key}={short(value)}: must be a name")
 
 

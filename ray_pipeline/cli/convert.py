@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -133,11 +132,13 @@ def report(read: Read, selection: Selection, seed: int) -> None:
     Raises:
         UserError: a pattern that fits no tensor.
     """
+    from model.convert.folder import matches
+
     found = read.selected
     every = (*found.taken, *found.omitted, *found.missing)
     for option, patterns in (("include", selection.include), ("exclude", selection.exclude)):
         for pattern in patterns:
-            if not any(name.startswith(pattern) or fnmatchcase(name, pattern) for name in every):
+            if not any(matches(name, [pattern]) for name in every):
                 raise UserError(
                     f"--{option} {pattern}: fits none of the {len(every)} tensors, which are called like {every[0]}. "
                     "Give a glob of such names."

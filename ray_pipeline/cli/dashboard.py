@@ -11,7 +11,7 @@ from textual.app import App, ComposeResult
 from textual.containers import Horizontal, VerticalScroll
 from textual.widgets import DataTable, Footer, Header, RichLog, Static
 
-from ray_pipeline.dag.ledger import read_status
+from ray_pipeline.dag.ledger import attempt_folder, read_status, worked_on_last
 from ray_pipeline.errors import UserError
 from ray_pipeline.launch.rank_errors import last_place, place_text
 from ray_pipeline.records.guard_file import interventions_text
@@ -93,10 +93,8 @@ class Dashboard(App[None]):
             self.notify(str(error), severity="error")
             return
         self._show_stages(stages)
-        begun = [entry for entry in stages if "attempt" in entry]
-        wanted = [entry for entry in begun if entry["stage"] == self.chosen] or begun
-        if wanted:
-            self._show(max(wanted, key=lambda entry: entry.get("started") or 0.0))
+        if (entry := worked_on_last(stages, self.chosen) or worked_on_last(stages)) is not None:
+            self._show(entry)
 
     def _show_stages(self, stages: list[dict[str, Any]]) -> None:
         table = self.query_one("#stages", DataTable)
@@ -111,7 +109,7 @@ class Dashboard(App[None]):
         table.move_cursor(row=row)
 
     def _show(self, entry: dict[str, Any]) -> None:
-        folder = Path(entry["again"]["folder"] if "again" in entry else entry["folder"])
+        folder = attempt_folder(entry)
         view = self._views.setdefault(folder, StageView(folder))
         fresh, log = view.refresh(), self.query_one("#log", RichLog)
         if folder != self._shown:

@@ -57,12 +57,9 @@ def stage_folder_of(run_dir: Path, stage: str | None) -> Path:
     Raises:
         UserError: it has not begun.
     """
-    from ray_pipeline.dag.ledger import read_status
+    from ray_pipeline.dag.ledger import attempt_folder, read_status, worked_on_last
 
-    begun = [entry for entry in read_status(run_dir)["stages"] if "attempt" in entry]
-    if stage is not None:
-        begun = [entry for entry in begun if entry["stage"] == stage]
-    if not begun:
+    last = worked_on_last(read_status(run_dir)["stages"], stage)
+    if last is None:
         raise UserError(f"run {run_dir.name}: {stage or 'no stage'} has not begun, so nothing was logged yet.")
-    last = max(begun, key=lambda entry: entry.get("started") or 0.0)
-    return Path(last["again"]["folder"] if "again" in last else last["folder"])
+    return attempt_folder(last)

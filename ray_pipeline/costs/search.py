@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import count
-from typing import Any
+from typing import Any, get_args
 
 from ray_pipeline.costs.fit import Fit, judge
 from ray_pipeline.costs.hardware_table import Hardware, for_ranks
@@ -23,14 +23,15 @@ from ray_pipeline.costs.workload import Workload, workload
 from ray_pipeline.layout.choice import sizes_up_to
 from ray_pipeline.layout.layout import Device, Layout
 from ray_pipeline.layout.rules import refusal
+from ray_pipeline.settings.layout_config import Schedule, ZeroStage
 from ray_pipeline.settings.schema import PipelineFields
 
 SHOWN = 8  # layouts
 LIMIT = 25.0  # seconds
 _SIZES = ("pp", "dp", "tp", "sp", "ep")
-_SCHEDULES = ("1f1b", "zbv", "interleaved_1f1b", "dualpipev")
+_SCHEDULES = get_args(Schedule)
 _MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
-_ZERO_STAGES = (0, 1, 2, 3)
+_ZERO_STAGES = get_args(ZeroStage)
 _CHECKPOINTING = ("none", "selective", "full")
 
 
@@ -107,7 +108,8 @@ class LayoutSearch:
         self.config, self.stage, self.keep = config, stage, {key.removesuffix("_size") for key in keep}
         self.start = replace(start, device=device, pp_layout=None, min_gpus=None)
         self.hardware = for_ranks(hardware, start.gpus)
-        self._number, self._judged, self._least = count(), 0, 0
+        self._number = count()
+        self._fits: dict[tuple[Layout, int], Fit] = {}  # by layout and rows at once
 
     def run(self, *, shown: int = SHOWN, limit: float = LIMIT) -> Search:
         """The `shown` fastest that fit; after `limit` seconds, what was found until then."""
@@ -126,8 +128,8 @@ class LayoutSearch:
             best, tried = self._fastest(work, slowest), tried + 1
             if best is not None:
                 found = sorted([*found, best], key=lambda one: one.timing.seconds)[:shown]
-        usable = self.hardware.memory - self.hardware.reserved
-        return Search(found, len(sizes), tried, self._judged, self._least, usable)
+        usable, least = self.hardware.memory - self.hardware.reserved, min(map(_needs, self._fits.values()), default=0)
+        return Search(found, len(sizes), tried, len(self._fits), least, usable)
 
     def _fastest(self, work: Workload, below: float) -> Found | None:
         """Of layouts with these sizes that fit; None where no step takes less than `below` seconds."""
@@ -153,9 +155,10 @@ class LayoutSearch:
             yield timing.seconds, Found(work, fit, timing)
 
     def _judge(self, work: Workload) -> Fit:
-        fit = judge(work, self.hardware)
-        self._judged, self._least = self._judged + 1, min(self._least or max(fit.needs), max(fit.needs))
-        return fit
+        key = (work.layout, work.micro_batch)
+        if key not in self._fits:
+            self._fits[key] = judge(work, self.hardware)
+        return self._fits[key]
 
     def _sizes(self) -> Iterator[Workload]:
         """Every legal arrangement of the ranks, tensor parallelism within a node; nothing is recomputed."""
@@ -207,3 +210,7 @@ class LayoutSearch:
     def _legal(self, work: Workload) -> bool:
         layout = self.config.layout.model_copy(update={"micro_batch": work.micro_batch})
         return refusal(self.config.model_copy(update={"layout": layout}), work.layout) is None
+
+
+def _needs(fit: Fit) -> int:
+    return max(fit.needs)

@@ -282,3 +282,14 @@ def _rerun(folder: Path, holder: dict[str, Any] | None) -> dict[str, Any]:
     status = "interrupted" if record.status == "running" and holder is None else record.status
     place = rerun_folder(folder)
     return {"again": {"status": status, "error": record.error, "folder": str(place), "progress": read_progress(place)}}
+
+
+def worked_on_last(stages: list[dict[str, Any]], stage: str | None = None) -> dict[str, Any] | None:
+    """Of `read_status`'s stages the one that works, or was worked on last; of `stage` alone where it is given."""
+    begun = [entry for entry in stages if "attempt" in entry and stage in (None, entry["stage"])]
+    return max(begun, key=lambda entry: entry.get("started") or 0.0, default=None)
+
+
+def attempt_folder(entry: dict[str, Any]) -> Path:
+    """Where such a stage works, or has worked: beside its finished attempt while that is being replaced."""
+    return Path(entry["again"]["folder"] if "again" in entry else entry["folder"])

@@ -146,31 +146,36 @@ def wait_for(ranks: int, least: int, device: str, seconds: float) -> None:
     Raises:
         UserError: after `seconds` the cluster still cannot hold them.
     """
+    until, told = time.monotonic() + seconds, False
+    try:
+        while True:
+            try:
+                return alive().refuse_too_small(ranks, least, device)
+            except UserError as error:
+                if time.monotonic() >= until:
+                    raise
+                if not told:
+                    print(f"{str(error).partition('. ')[0]}: waiting up to {seconds:.0f} s for more", flush=True)
+                    _ask_for([{"GPU" if device == "cuda" else "CPU": 1}] * ranks)
+                told = True
+                time.sleep(1.0)
+    finally:
+        if told:
+            _ask_for([])
+
+
+def _ask_for(bundles: list[dict[str, int]]) -> None:
+    """What the autoscaler is to have ready from now on."""
     from ray.autoscaler.sdk import request_resources
 
-    until = time.monotonic() + seconds
-    told = False
-    while True:
-        try:
-            alive().refuse_too_small(ranks, least, device)
-            break
-        except UserError as error:
-            if time.monotonic() >= until:
-                raise
-            if not told:
-                print(f"{str(error).partition('. ')[0]}: waiting up to {seconds:.0f} s for more", flush=True)
-                request_resources(bundles=[{"GPU" if device == "cuda" else "CPU": 1}] * ranks)
-            told = True
-            time.sleep(1.0)
-    if told:
-        request_resources(bundles=[])
+    request_resources(bundles=bundles)
 
 
 def refuse_unshared(folder: Path) -> None:
     """Let every machine read and write a small file in a run's folder.
 
     Raises:
-        UserError: one of them cannot, or has another release of this package, or none.
+        UserError: one of them cannot, or does not have this package.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy

@@ -19,8 +19,6 @@ _MARKS: dict[Kind, str] = {"train": "train/step", "val": "val/step"}
 class MlflowTracker:
     """One run of MLflow, found again by a tag; figures it has already are not sent twice."""
 
-    title = "MLflow"
-
     def open(self, run: TrackedRun) -> Mapping[Kind, int]:
         os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
         from mlflow.entities import Metric, Param

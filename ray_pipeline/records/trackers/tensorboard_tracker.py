@@ -17,8 +17,6 @@ FOLDER = "tensorboard"
 class TensorBoardTracker:
     """Event files cannot be gone on with exactly, so they are written anew from what metrics.jsonl has."""
 
-    title = "TensorBoard"
-
     def open(self, run: TrackedRun) -> Mapping[Kind, int]:
         shutil.rmtree(run.folder / FOLDER, ignore_errors=True)
         self._writer = SummaryWriter(str(run.folder / FOLDER))

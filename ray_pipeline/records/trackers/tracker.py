@@ -55,13 +55,7 @@ class Ending:
 
 
 class Tracker(Protocol):
-    """Called from one thread. May raise anything at any time, and take as long as it likes: nobody waits for it.
-
-    Attributes:
-        title: what messages call it.
-    """
-
-    title: str
+    """Called from one thread. May raise anything at any time, and take as long as it likes: nobody waits for it."""
 
     def open(self, run: TrackedRun) -> Mapping[Kind, int]:
         """Begin, or go on with the run of this id.

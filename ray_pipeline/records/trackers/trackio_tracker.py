@@ -19,8 +19,6 @@ ENDING = "ending"  # prefix of what is told once, at the end
 class TrackioTracker:
     """One run of trackio, found again by its name, which has the run's id in it."""
 
-    title = "Trackio"
-
     def open(self, run: TrackedRun) -> Mapping[Kind, int]:
         with redirect_stdout(StringIO()):  # advice on its dashboard
             self._run: Any = trackio.init(

@@ -40,8 +40,6 @@ class WandbTracker:
     steps that arrived are asked for; offline one file holds the whole history, and is written anew.
     """
 
-    title = "Weights & Biases"
-
     def open(self, run: TrackedRun) -> Mapping[Kind, int]:
         online = can_log_in(os.environ, Path(os.path.expanduser("~")))
         mode: Any = os.environ.get("WANDB_MODE") or ("online" if online else "offline")

@@ -49,10 +49,9 @@ class Guards:
     def __init__(self, settings: GuardsConfig, mesh: Mesh, folder: Path, stage: str, resume: str):
         self.settings, self.mesh, self.folder, self.stage, self.resume = settings, mesh, folder, stage, resume
         self.before, self.after = (self._detectors(kinds) for kinds in (BEFORE_THE_STEP, AFTER_IT))
-        self.acts = any(self._policy(name) in ("skip", "rewind") for name in self.before) or any(
-            self._policy(name) in ("rewind", "stop") for name in self.after
-        )  # a stop on numbers that are not finite needs no agreement: they are so everywhere
-        self.acts |= any(self._policy(name) == "stop" for name in self.before if name != "not_finite")
+        policies = {(name, self._policy(name)) for name in (*self.before, *self.after)}
+        # A stop on numbers that are not finite needs no agreement: they are so everywhere.
+        self.acts = any(policy != "warn" for _, policy in policies - {("not_finite", "stop")})
         past = all_ranks_gather(mesh, read_interventions(folder) if mesh.rank == 0 else None)[0]
         self.left_out: set[int] = {step for event in past for step in event["skipped"]}
         self.rewinds = [event for event in past if event["back_to"] is not None]
