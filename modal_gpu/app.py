@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import PurePosixPath
+from typing import Any
 
 import modal
 
@@ -46,7 +47,7 @@ def _committer(volume: str) -> Callable[[], None]:
     return modal.Volume.from_name(volume).commit
 
 
-def configured(settings: ModalConfig, gpus: int, *, wandb: bool) -> modal.Function:
+def configured(settings: ModalConfig, gpus: int, *, wandb: bool) -> modal.Function[Any, Any, Any]:
     """The function with this run's GPUs, volumes, time limit and secret."""
     volumes: dict[str | PurePosixPath, modal.Volume | modal.CloudBucketMount] = {
         RUNS: modal.Volume.from_name(settings.volume, create_if_missing=True),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -70,10 +71,10 @@ def _broadcast_stages(tensors: dict[str, Tensor], mesh: Mesh) -> dict[str, Tenso
     return out
 
 
-def all_ranks_gather(mesh: Mesh, value: object) -> list:
+def all_ranks_gather(mesh: Mesh, value: object) -> list[Any]:
     """`value` of every rank, in rank order."""
     if mesh.world == 1:
         return [value]
-    out: list = [None] * mesh.world
+    out: list[Any] = [None] * mesh.world
     dist.all_gather_object(out, value)
     return out

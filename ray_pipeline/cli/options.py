@@ -96,8 +96,8 @@ class Request:
         return load_config(path, overrides, os.environ, max_steps=self.max_steps, skip=self.skip, dpo=self.dpo)
 
 
-def _options(*decorators: Callable) -> Callable:
-    def decorate(function: Callable) -> Callable:
+def _options(*decorators: Callable[..., Any]) -> Callable[..., Any]:
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         for decorator in reversed(decorators):
             function = decorator(function)
         return function

@@ -24,9 +24,9 @@ class LiveBytes(TorchDispatchMode):
     """
 
     def __init__(self, existing: Iterable[Tensor] = ()):
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.live = self.peak = 0
-        self._storages: dict[int, tuple[weakref.ref, int]] = {}
+        self._storages: dict[int, tuple[weakref.ref[Any], int]] = {}
         for tensor in existing:
             self.watch(tensor)
 
@@ -71,6 +71,7 @@ def reachable_tensors() -> list[Tensor]:
 
 def peak_bytes(step: Callable[[], object]) -> int:
     """Most bytes that tensors of this process held at once while `step()` ran, those made before it included."""
-    with LiveBytes(reachable_tensors()) as live:
+    live = LiveBytes(reachable_tensors())
+    with live:
         step()
     return live.peak

@@ -218,7 +218,7 @@ def _announce_experts(module: nn.Module, named: dict[str, nn.Parameter], mesh: M
     groups._EXPERT_DATA_PARALLEL_GROUP[name] = mesh.group_or_alone("expert_replica")
     groups._EXPERT_DATA_PARALLEL_GROUP_RANKS[name] = list(replicas.ranks)
 
-    class Marker(MoE):
+    class Marker(MoE):  # type: ignore[misc]  # DeepSpeed has no types
         """Makes DeepSpeed treat the model as one with experts, without its own MoE layer."""
 
         def __init__(self, num_experts: int):

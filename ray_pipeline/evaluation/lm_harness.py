@@ -25,7 +25,7 @@ def adapter_class() -> Any:
     base: Any = importlib.import_module("lm_eval.api.model").LM
     utils: Any = importlib.import_module("lm_eval.utils")
 
-    class HarnessModel(base):
+    class HarnessModel(base):  # type: ignore[misc]  # known at run time
         """Contexts come with the chat template written out: its control tokens are read as such, those that a question
         spells are marked as text (`data.control_text`)."""
 

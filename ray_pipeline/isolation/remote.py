@@ -161,7 +161,7 @@ class Peer:
             if name == "__call__":
                 return target(*arguments, **named)
             if name in _BUILTIN:
-                return _BUILTIN[name](target, *arguments)  # type: ignore[operator]
+                return _BUILTIN[name](target, *arguments)
             if name not in _OTHERS and name not in _COMPARED and name not in _COMBINING:
                 raise PermissionError(f"{name} is not called from afar")
             method = getattr(type(target), name, None)
@@ -226,7 +226,7 @@ class Peer:
             return data
         ((kind, inner),) = data.items()
         if kind in _SEQUENCES:
-            return _SEQUENCES[kind](self.decode(item) for item in inner)  # type: ignore[call-arg]
+            return _SEQUENCES[kind](self.decode(item) for item in inner)
         if kind == "dict":
             return {self.decode(key): self.decode(value) for key, value in inner}
         if kind == "yours":

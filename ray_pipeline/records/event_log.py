@@ -86,7 +86,7 @@ def recorded(folder: Path, name: str, level: str = "info") -> Iterator[None]:
         PACKAGE.addHandler(events)
         PACKAGE.setLevel(level.upper())
         PACKAGE.propagate = False
-        sys.stdout, sys.stderr = _Told(sys.stdout, logging.INFO), _Told(sys.stderr, logging.INFO)  # type: ignore[assignment]
+        sys.stdout, sys.stderr = _Told(sys.stdout, logging.INFO), _Told(sys.stderr, logging.INFO)
         try:
             yield
         finally:

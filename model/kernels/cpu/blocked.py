@@ -48,12 +48,13 @@ def blocked_attention(
     batch, _, seq, width = q.shape
     reach = seq if window is None else min(window, seq)
     keeps = keeps_probabilities(width, v.shape[-1], reach, bf16=q.dtype == torch.bfloat16, longest=LONGEST)
-    form = BlockedAttention if keeps else FusedBlocks
     if mask is None or documents:
-        parts = document_parts(mask, batch, seq, alone=form is FusedBlocks)
+        parts = document_parts(mask, batch, seq, alone=not keeps)
     else:
         parts = visible_parts(mask, batch, window)
-    return form.apply(q, k, v, mask, scale, parts)
+    if keeps:
+        return BlockedAttention.apply(q, k, v, mask, scale, parts)
+    return FusedBlocks.apply(q, k, v, mask, scale, parts)
 
 
 class BlockedAttention(torch.autograd.Function):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from ray_pipeline.data.files import hub, local_files
+from ray_pipeline.data.files import hub
 from ray_pipeline.data.files.fields import BadRecord, Record
 from ray_pipeline.data.files.local_files import OnRead
 from ray_pipeline.data.files.reading import Tally, converted, limited
@@ -24,7 +24,7 @@ from ray_pipeline.data.forms.turns import Conversation
 from ray_pipeline.data.tasks.question import Question
 from ray_pipeline.data.tasks.reasoning_gym_source import parse_gym_name
 from ray_pipeline.errors import UserError, did_you_mean
-from ray_pipeline.records.input_files import data_files, form, is_pattern, split_columns
+from ray_pipeline.records.input_files import SUFFIXES, data_files, form, is_pattern, split_columns
 
 BUILTIN = "builtin"
 # Questions that a calculator is needed for: answered with one, and without.
@@ -79,17 +79,17 @@ def parse_source(given: str, builtin: Sequence[str] = (BUILTIN,)) -> Source:
     name, mapping = split_columns(given)
     columns = parse_columns(given, mapping) if mapping else ()
     head, _, column = name.rpartition(":")
-    if form(Path(head)) in local_files.SUFFIXES and not Path(name).exists():
+    if form(Path(head)) in SUFFIXES and not Path(name).exists():
         return Source(given, "file", str(Path(head).expanduser()), column=column, columns=columns)
     path = Path(name)
-    looks_local = form(path) in local_files.SUFFIXES or name.startswith((".", "/", "~"))
+    looks_local = form(path) in SUFFIXES or name.startswith((".", "/", "~"))
     if looks_local or (name and (path.exists() or is_pattern(name))):
         return Source(given, "file", str(path.expanduser()), columns=columns)
     match = HUB_NAME.match(name)
     if match is None:
         raise UserError(
             f'"{given}": no such file{did_you_mean(given, builtin)}. Give {_quoted(builtin)}, a '
-            f"{', '.join(local_files.SUFFIXES)} file, a folder or glob of such files, or a datasets name like "
+            f"{', '.join(SUFFIXES)} file, a folder or glob of such files, or a datasets name like "
             "roneneldan/TinyStories:train:text."
         )
     return Source(given, "hub", match["name"], match["split"] or "train", match["column"], columns=columns)
@@ -107,7 +107,7 @@ def figure_names(names: Sequence[str]) -> list[str]:
     out: list[str] = []
     for name in names:
         path = Path(name)
-        is_file = name.startswith((".", "/", "~")) or path.suffix in local_files.SUFFIXES
+        is_file = name.startswith((".", "/", "~")) or path.suffix in SUFFIXES
         own = path.name.split(".")[0] if is_file else name
         short = re.sub(r"[^A-Za-z0-9._-]+", "-", own).strip("-.")[:50] or "source"
         taken, number = short, 2

@@ -65,7 +65,7 @@ def sampled_texts(figures: Mapping[str, Any]) -> dict[str, str]:
 def model_text(report: Report) -> str:
     """`quickstart (grpo), 1.31M parameters`"""
     parameters = report.model.get("parameters")
-    return report.model["name"] + (f", {count_text(parameters)} parameters" if parameters else "")
+    return str(report.model["name"]) + (f", {count_text(parameters)} parameters" if parameters else "")
 
 
 def settings_text(report: Report) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,7 +62,7 @@ class Guards:
         """Whether a step may be left out after its gradients are known."""
         return any(self._policy(name) == "skip" for name in self.before)
 
-    def _detectors(self, kinds: tuple) -> dict[str, Detector]:
+    def _detectors(self, kinds: Iterable[Callable[[GuardsConfig], Detector]]) -> dict[str, Detector]:
         return {make.__name__: make(self.settings) for make in kinds if self._policy(make.__name__) != "off"}
 
     def _policy(self, name: str) -> str:
