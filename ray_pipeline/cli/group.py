@@ -28,6 +28,7 @@ VERBS = {
     "generate": ("generate", "generate"),
     "chat": ("chat", "chat"),
     "serve": ("serve", "serve"),
+    "engine": ("engine", "engine"),
     "solve": ("solve", "solve"),
     "explain": ("explain", "explain"),
     "eval": ("eval", "evaluate"),

@@ -13,7 +13,7 @@ from ray_pipeline.errors import UserError
 if TYPE_CHECKING:
     from ray_pipeline.serving.engines import RunningEngine, ServedModel
 
-ENGINES = ("auto", "llamacpp", "native")
+ENGINES = ("auto", "llamacpp", "vllm", "native")
 
 
 @click.command()

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import httpx
@@ -35,7 +35,7 @@ class Upstream:
 
     Attributes:
         model: the served model's name. context: its tokens. thinking: prompts end with `<think>`.
-        chat_extra: fields that every chat with tools is sent with.
+        with_tools: a chat with tools as the engine is to get it. socket: where it listens, if not on a port.
     """
 
     engine: str
@@ -44,7 +44,8 @@ class Upstream:
     key: str
     context: int
     thinking: bool = False
-    chat_extra: dict[str, Any] = field(default_factory=dict)
+    with_tools: Callable[[dict[str, Any]], dict[str, Any]] = dict
+    socket: str | None = None
 
 
 class Door:
@@ -52,11 +53,12 @@ class Door:
 
     def __init__(self, upstream: Upstream):
         self.upstream = upstream
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
         self.client = httpx.AsyncClient(
             base_url=upstream.address,
-            headers={"Authorization": f"Bearer {upstream.key}"},
+            headers={"Authorization": f"Bearer {upstream.key}"} if upstream.key else {},
             timeout=httpx.Timeout(None, connect=SECONDS_TO_CONNECT),
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=0),
+            transport=httpx.AsyncHTTPTransport(uds=upstream.socket, limits=limits),
             trust_env=False,  # a proxy from the environment must not see requests to this machine
         )
 
@@ -207,9 +209,8 @@ def door_app(upstream: Upstream) -> FastAPI:
             return body
         tools = bool(body.get("tools")) and body.get("tool_choice") != "none"
         splitter = ChatSplitter(thinking=upstream.thinking, tools=tools)
-        return await door.relay(
-            request, "/v1/chat/completions", body | (upstream.chat_extra if tools else {}), splitter
-        )
+        sent = upstream.with_tools(body) if tools else body
+        return await door.relay(request, "/v1/chat/completions", sent, splitter)
 
     @app.post("/v1/messages")
     async def messages(request: Request) -> Response:

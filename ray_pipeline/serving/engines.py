@@ -67,6 +67,10 @@ class Engine(Protocol):
 
     name: str
 
+    def missing(self) -> str | None:
+        """What has to be installed before it serves anything, and how; None where nothing is missing."""
+        ...
+
     def why_not(self, model: ServedModel) -> str | None:
         """Why it cannot serve the model, and what would help; None where it can. Loads nothing."""
         ...
@@ -84,13 +88,15 @@ def known_engines() -> dict[str, Engine]:
     """By name."""
     from ray_pipeline.serving.llamacpp_engine import LlamaCppEngine
     from ray_pipeline.serving.native_engine import NativeEngine
+    from ray_pipeline.serving.vllm_engine import VllmEngine
 
-    return {engine.name: engine for engine in (LlamaCppEngine(), NativeEngine())}
+    engines: tuple[Engine, ...] = (LlamaCppEngine(), VllmEngine(), NativeEngine())
+    return {engine.name: engine for engine in engines}
 
 
 def preference(*, has_gpu: bool) -> tuple[str, ...]:
     """The order in which `auto` tries engines."""
-    return ("native", "llamacpp") if has_gpu else ("llamacpp", "native")
+    return ("vllm", "native", "llamacpp") if has_gpu else ("llamacpp", "native", "vllm")
 
 
 def choose_engine(model: ServedModel, wanted: str, engines: Mapping[str, Engine], order: tuple[str, ...]) -> Engine:

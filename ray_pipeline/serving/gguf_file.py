@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ray_pipeline.errors import UserError
 from ray_pipeline.serving.engines import ServedModel
+from ray_pipeline.serving.environments import cache_folder
 
 if TYPE_CHECKING:
     from ray_pipeline.evaluation.model_source import ModelSource
@@ -57,8 +57,7 @@ def gguf_of(model: ServedModel) -> Path:
         return model.gguf
     source = model.source
     assert source is not None
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ray-pipeline"
-    path = cache / "gguf" / f"{_digest(source, bos=model.bos)}-f16.gguf"
+    path = cache_folder() / "gguf" / f"{source_digest(source, bos=model.bos)}-f16.gguf"
     if not path.is_file():
         _convert(model, source, path)
     return path
@@ -89,7 +88,7 @@ def _convert(model: ServedModel, source: ModelSource, path: Path) -> None:
             raise UserError(f"{model.name}: cannot be written as GGUF: {error}") from None
 
 
-def _digest(source: ModelSource, *, bos: bool) -> str:
+def source_digest(source: ModelSource, *, bos: bool) -> str:
     """Names the weights and tokenizer: changes when a file of theirs does."""
     digest = hashlib.sha256(f"1 {bos}".encode())
     for folder in (source.folder, source.tokenizer):

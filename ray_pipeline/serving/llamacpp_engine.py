@@ -25,10 +25,14 @@ class LlamaCppEngine:
 
     name = "llamacpp"
 
+    def missing(self) -> str | None:
+        """See `Engine`."""
+        return INSTALL if importlib.util.find_spec("xllamacpp") is None else None
+
     def why_not(self, model: ServedModel) -> str | None:
         """It runs .gguf files, and models of ours that GGUF can hold."""
-        if importlib.util.find_spec("xllamacpp") is None:
-            return INSTALL
+        if (missing := self.missing()) is not None:
+            return missing
         if model.gguf is not None:
             return None
         if model.config is None:
@@ -62,10 +66,12 @@ class LlamaCppEngine:
         address = str(server.listening_address)
         running = [server]
         thinking = _opens_thinking(address, key)
-        upstream = Upstream(
-            self.name, model.name, address, key, context, thinking, {"preserved_tokens": list(TOOL_TOKENS)}
-        )
+        upstream = Upstream(self.name, model.name, address, key, context, thinking, _with_tools)
         return RunningEngine(self.name, door_app(upstream), running.clear)
+
+
+def _with_tools(body: dict[str, Any]) -> dict[str, Any]:
+    return body | {"preserved_tokens": list(TOOL_TOKENS)}
 
 
 def _opens_thinking(address: str, key: str) -> bool:

@@ -11,6 +11,10 @@ class NativeEngine:
 
     name = "native"
 
+    def missing(self) -> str | None:
+        """See `Engine`: it is part of this program."""
+        return None
+
     def why_not(self, model: ServedModel) -> str | None:
         """It reads checkpoints and Hugging Face folders of our architectures."""
         if model.source is None:
