@@ -44,6 +44,7 @@ def write_wheel(folder: Path, files: dict[str, str]) -> None:
             wheel.writestr(name, text)
 
 
+@pytest.mark.slow
 def test_an_engine_is_added_once_listed_and_removed(engines, tmp_path, capfd):
     write_wheel(tmp_path / "wheels", WHEEL)
     foreign = engines / "vllm-of-mine"
@@ -68,6 +69,7 @@ def test_an_engine_is_added_once_listed_and_removed(engines, tmp_path, capfd):
     assert main(["engine", "remove", "vllm"]) == 0 and "nothing to remove" in capfd.readouterr().out
 
 
+@pytest.mark.slow
 def test_an_installation_that_fails_or_does_not_start_leaves_its_log_alone(engines, tmp_path, capfd):
     assert main(["engine", "add", "vllm"]) == 2
     said = capfd.readouterr().err
