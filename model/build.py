@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from model.config import ModelConfig
 from model.init import initial_weight
+from model.kernels.weight_gradients import BackwardSplit
 from model.layers.fp8 import fp8_grouped_linear, fp8_linear
 from model.layers.linear import Linear
 from model.layers.rope import rotary_table
@@ -74,3 +75,10 @@ def use_fp8(model: Transformer) -> None:
             module.product = fp8_grouped_linear
         elif isinstance(module, Linear) and "indexer" not in name:
             module.product = fp8_linear
+
+
+def split_backward(model: nn.Module, split: BackwardSplit) -> None:
+    """Let every layer with a matrix product put off its weight gradient while `split` says so."""
+    for module in model.modules():
+        if hasattr(module, "backward_split"):
+            module.backward_split = split

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from model.config import ModelConfig
+from model.layers.auxiliary import EVERY_TOKEN, Counting
 from model.layers.linear import Linear
 from model.layers.norm import build_norm
 
@@ -22,13 +23,18 @@ class MultiTokenPredictor(nn.Module):
         self.shared_head_norm = build_norm(config)
 
     def forward(
-        self, hidden: Tensor, embeddings: Tensor, rotation: Tensor, mask: Tensor | None, counted: Tensor | None = None
+        self,
+        hidden: Tensor,
+        embeddings: Tensor,
+        rotation: Tensor,
+        mask: Tensor | None,
+        counting: Counting = EVERY_TOKEN,
     ) -> Tensor:
         """hidden and embeddings (already shifted), both [batch, seq, hidden_size] -> [batch, seq, hidden_size].
 
-        `counted` as the block takes it.
+        `counting` as the block takes it.
         """
-        return self.shared_head_norm(self.block(self.join(hidden, embeddings), rotation, mask, None, counted))
+        return self.shared_head_norm(self.block(self.join(hidden, embeddings), rotation, mask, None, counting))
 
     def join(self, hidden: Tensor, embeddings: Tensor) -> Tensor:
         """What the block reads (eq. 21): both [..., hidden_size] -> same."""

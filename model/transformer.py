@@ -5,8 +5,10 @@ A stage keeps global layer indices in its parameter names, so the stages' state 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import chain, repeat
 from typing import Literal
 
 import torch
@@ -16,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from model.attention.core import document_positions
 from model.attention.kinds import build_attention, visible_tokens
 from model.config import ModelConfig
-from model.layers import auxiliary
+from model.layers.auxiliary import EVERY_TOKEN, Counting, LayerLosses
 from model.layers.feed_forward import FeedForward
 from model.layers.linear import as_operand
 from model.layers.loss import tokens_ahead
@@ -55,59 +57,53 @@ class Block(nn.Module):
         rotation: Tensor,
         mask: Tensor | None,
         routing: Tensor | None = None,
-        counted: Tensor | None = None,
+        counting: Counting = EVERY_TOKEN,
     ) -> Tensor:
-        """x [batch, seq / sp, hidden_size] -> same; `routing` and `counted` as `MixtureOfExperts` takes them."""
+        """x [batch, seq / sp, hidden_size] -> same; `routing` and `counting` as `MixtureOfExperts` takes them."""
         if self.recompute == "full" and torch.is_grad_enabled():
-            return self._checkpointed(self._run, x, rotation, mask, routing, counted)
-        return self._run(x, rotation, mask, routing, counted)
+            return _checkpointed(self._run, counting, x, rotation, mask, routing)
+        return self._run(counting, x, rotation, mask, routing)
 
     def _run(
-        self, x: Tensor, rotation: Tensor, mask: Tensor | None, routing: Tensor | None, counted: Tensor | None
+        self, counting: Counting, x: Tensor, rotation: Tensor, mask: Tensor | None, routing: Tensor | None
     ) -> Tensor:
         if self.recompute == "selective" and torch.is_grad_enabled():
-            x = self._checkpointed(self._attend, x, rotation, mask, counted)
+            x = _checkpointed(self._attend, counting, x, rotation, mask)
         else:
-            x = self._attend(x, rotation, mask, counted)
+            x = self._attend(counting, x, rotation, mask)
         x, y = self.post_attention_layernorm.beside(x)
-        return x + (self.mlp(y, routing, counted) if isinstance(self.mlp, MixtureOfExperts) else self.mlp(y))
+        return x + (self.mlp(y, routing, counting) if isinstance(self.mlp, MixtureOfExperts) else self.mlp(y))
 
-    def _attend(self, x: Tensor, rotation: Tensor, mask: Tensor | None, counted: Tensor | None) -> Tensor:
+    def _attend(self, counting: Counting, x: Tensor, rotation: Tensor, mask: Tensor | None) -> Tensor:
         x, y = self.input_layernorm.beside(x)
-        return x + self.self_attn(as_operand(y), rotation, mask, counted)
+        return x + self.self_attn(as_operand(y), rotation, mask, counting)
 
-    def _checkpointed(self, function: Callable[..., Tensor], *args: Tensor | None) -> Tensor:
-        # The model draws no random numbers, so there is no state to keep; and a parameter that ZeRO 3 gathers for the
-        # recomputation differs in shape from its empty self at the check, not in value.
-        out = checkpoint(
-            function, *args, use_reentrant=False, preserve_rng_state=False, determinism_check="none",
-            context_fn=lambda: (nullcontext(), self._not_counting()),
-        )  # fmt: skip
-        assert isinstance(out, Tensor)
-        return out
 
-    @contextmanager
-    def _not_counting(self) -> Iterator[None]:
-        """Tokens that pass the router again were counted the first time, and so were the layer's own losses."""
-        routers = [self.mlp.gate] if isinstance(self.mlp, MixtureOfExperts) else []
-        for router in routers:
-            router.counting = False
-        try:
-            with auxiliary.not_recording():
-                yield
-        finally:
-            for router in routers:
-                router.counting = True
+def _checkpointed(function: Callable[..., Tensor], counting: Counting, *args: Tensor | None) -> Tensor:
+    """`function(counting, *args)`, whose activations backward computes again, without counting them again."""
+    countings = chain([counting], repeat(replace(counting, repeated=True)))
+    # The model draws no random numbers, so there is no state to keep; and a parameter that ZeRO 3 gathers for the
+    # recomputation differs in shape from its empty self at the check, not in value.
+    out = checkpoint(
+        lambda *given: function(next(countings), *given), *args,
+        use_reentrant=False, preserve_rng_state=False, determinism_check="none",
+    )  # fmt: skip
+    assert isinstance(out, Tensor)
+    return out
 
 
 class Transformer(nn.Module):
     """Layers `layers` of the model: all of them by default.
 
     The first stage also holds the embedding; the last one the final norm, the head and the MTP modules.
+
+    Attributes:
+        losses: of the training step that runs, for layers with losses of their own; None outside of one.
     """
 
     rotary: Tensor
     sp: Axis = LOCAL
+    losses: LayerLosses | None = None
 
     def __init__(self, config: ModelConfig, layers: range | None = None):
         super().__init__()
@@ -188,21 +184,22 @@ class Transformer(nn.Module):
         rotation: Tensor,
         mask: Tensor | None,
         routing: Tensor | None = None,
-        counted: Tensor | None = None,
+        real: Tensor | None = None,
     ) -> Tensor:
         """This stage's blocks, `recursion_depth` times: [batch, seq / sp, hidden_size] -> same.
 
         Args:
             routing: [batch, seq / sp, columns] experts to use in all layers of the model (`model.moe.replay`).
-            counted: bool [batch, seq / sp], False for padding, which no layer's own loss and no load counts; None: all
+            real: bool [batch, seq / sp], False for padding, which no layer's own loss and no load counts; None: all
                 are tokens.
         Raises:
             ValueError: a routing of another model.
         """
+        counting = Counting(real, self.losses)
         for index, given in enumerate(split_routing(self.config, self.layer_range, routing)):
             before = hidden
             for block, experts in zip(self.layers.values(), given, strict=True):
-                hidden = block(hidden, rotation, mask, experts, counted)
+                hidden = block(hidden, rotation, mask, experts, counting)
             if self.recursion is not None:
                 hidden = self.recursion(before, hidden, index)
         return hidden
@@ -237,6 +234,20 @@ class Transformer(nn.Module):
             ahead = embeddings[:, depth : depth + length]
             past_the_end = ahead.new_zeros(ahead.shape[0], length - ahead.shape[1], ahead.shape[2])
             counted = tokens_ahead(doc_ids, real, depth)[:, self.window(doc_ids.shape[1])]
-            hidden = module(hidden, torch.cat([ahead, past_the_end], 1), rotation, mask, counted)
+            counting = Counting(counted, self.losses)
+            hidden = module(hidden, torch.cat([ahead, past_the_end], 1), rotation, mask, counting)
             out.append(hidden)
         return out
+
+
+@contextmanager
+def layer_losses(parts: Iterable[Transformer], scale: float) -> Iterator[LayerLosses]:
+    """Forwards of these parts within compute the losses of single layers; yields what they add up to."""
+    losses, parts = LayerLosses(scale), list(parts)
+    for part in parts:
+        part.losses = losses
+    try:
+        yield losses
+    finally:
+        for part in parts:
+            part.losses = None

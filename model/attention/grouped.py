@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from model.attention.cope import contextual_attention
 from model.attention.core import softmax_attention
 from model.config import ModelConfig
+from model.layers.auxiliary import EVERY_TOKEN, Counting
 from model.layers.linear import Linear
 from model.layers.rope import apply_rotary, softmax_scale
 from model.parallel.collectives import LOCAL, Axis, copy_to, heads_for_positions, positions_for_heads, reduce_from
@@ -59,14 +60,14 @@ class GroupedAttention(nn.Module):
             return k, v
         return self.k_proj(entered), self.v_proj(entered)
 
-    def forward(self, x: Tensor, rotation: Tensor, mask: Tensor | None, counted: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, rotation: Tensor, mask: Tensor | None, counting: Counting = EVERY_TOKEN) -> Tensor:
         """Attend within documents.
 
         Args:
             x: [batch, seq / sp, hidden_size].
             rotation: complex [batch or 1, seq / sp, head_dim / 2]; contextual positions leave it aside.
             mask: bool [batch or 1, 1, seq, seq], or None for plain causal attention.
-            counted: of no use here, as there is no loss of this layer alone.
+            counting: of no use here, as there is no loss of this layer alone.
         """
         entered = copy_to(x, self.tp)
         flat = (self.q_proj(entered), *self.keys_and_values(x, entered))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from model.attention.cope import contextual_attention
 from model.attention.core import softmax_attention
 from model.config import ModelConfig
+from model.layers.auxiliary import EVERY_TOKEN, Counting
 from model.layers.linear import Linear
 from model.layers.norm import RMSNorm
 from model.layers.rope import apply_rotary, softmax_scale
@@ -74,14 +75,14 @@ class MultiHeadLatentAttention(nn.Module):
         q, k, v = heads_for_positions(torch.cat([q, k, v], -1), self.sp).split(widths, -1)
         return q, k, v
 
-    def forward(self, x: Tensor, rotation: Tensor, mask: Tensor | None, counted: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, rotation: Tensor, mask: Tensor | None, counting: Counting = EVERY_TOKEN) -> Tensor:
         """Attend within documents.
 
         Args:
             x: [batch, seq / sp, hidden_size].
             rotation: complex [batch or 1, seq / sp, qk_rope_head_dim / 2]; contextual positions leave it aside.
             mask: bool [batch, 1, seq, seq], or None for plain causal attention.
-            counted: of no use here, as there is no loss of this layer alone.
+            counting: of no use here, as there is no loss of this layer alone.
         """
         q, k, v = (t.transpose(1, 2) for t in self.heads(self.query_latent(x), x, rotation))
         if self.config.position == "cope":

@@ -16,7 +16,7 @@ from model.attention.index_loss import Index, indexer_kl
 from model.attention.indexer import Indexer, select
 from model.attention.mla import MultiHeadLatentAttention
 from model.config import ModelConfig
-from model.layers.auxiliary import add_loss, current_scale
+from model.layers.auxiliary import EVERY_TOKEN, Counting
 from model.parallel.collectives import heads_for_positions, positions_for_heads, reduce_from
 
 
@@ -37,14 +37,13 @@ class SparseAttention(MultiHeadLatentAttention):
         super().__init__(config)
         self.indexer = Indexer(config)
 
-    def forward(self, x: Tensor, rotation: Tensor, mask: Tensor | None, counted: Tensor | None = None) -> Tensor:
-        """Attend within documents; arguments as MLA's. The indexer learns from the queries that are `counted`."""
+    def forward(self, x: Tensor, rotation: Tensor, mask: Tensor | None, counting: Counting = EVERY_TOKEN) -> Tensor:
+        """Attend within documents; arguments as MLA's. The indexer learns from the queries that count."""
         query_latent = self.query_latent(x)
         q, k, v = self.heads(query_latent, x, rotation)
         seq = q.shape[1]
         dense = seq <= self.config.index_topk or (self.warming_up and self.training)
-        wants_loss = current_scale() is not None
-        if not dense or wants_loss:
+        if not dense or counting.wants_losses:
             index = self.indexer(x.detach(), query_latent.detach(), rotation)
             read = _causal(seq, x.device) if mask is None else mask[:, 0]
             if not dense:
@@ -54,10 +53,12 @@ class SparseAttention(MultiHeadLatentAttention):
         out = softmax_attention(*heads_first, scale=self.scale, mask=mask, documents=dense)
         out = positions_for_heads(out.transpose(1, 2), self.sp)
         out = reduce_from(self.o_proj(out.flatten(2)), self.tp)
-        if not wants_loss:
+        if not counting.wants_losses:
             return out
-        loss = indexer_kl(index, q.detach(), k.detach(), read, self.scale, tp=self.tp, sp=self.sp, counted=counted)
-        return add_loss(out, loss, "indexer_kl", counted=counted)
+        loss = indexer_kl(
+            index, q.detach(), k.detach(), read, self.scale, tp=self.tp, sp=self.sp, counted=counting.real
+        )
+        return counting.add_loss(out, loss, "indexer_kl")
 
     def _selected(self, index: Index, visible: Tensor) -> Tensor:
         """What every query of whole rows reads: bool [batch, seq, seq]."""

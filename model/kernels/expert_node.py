@@ -16,7 +16,7 @@ from torch import Tensor
 
 from model.kernels.rows import Plan, spread_scales, sum_of_choices
 from model.kernels.swiglu import swiglu, swiglu_backward
-from model.kernels.weight_gradients import weight_gradient_queue
+from model.kernels.weight_gradients import BackwardSplit
 
 
 class Parts(Protocol):
@@ -64,9 +64,9 @@ class _Rows:
 class _WeightGradient:
     """That of a parameter [experts, a, b], part by part: at once, or later if the backward puts off what can wait."""
 
-    def __init__(self, parts: Parts, owner: Tensor, cast: Tensor, needed: bool):
+    def __init__(self, parts: Parts, owner: Tensor, cast: Tensor, needed: bool, split: BackwardSplit | None):
         self._parts, self._owner, self._shape, self._needed = parts, owner, cast.shape, needed
-        self._queue = weight_gradient_queue()
+        self._queue = None if split is None else split.queue
         self._work: deque[tuple[Tensor, Tensor, Tensor | None]] = deque()
         self._whole: Tensor | None = None
 
@@ -103,7 +103,14 @@ def _cast(parts: Parts, weight: Tensor, into: Tensor) -> Iterator[Tensor]:
 class _FeedForward(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, plan: Plan, parts: Parts
+        ctx: Any,
+        x: Tensor,
+        gate_up: Tensor,
+        down: Tensor,
+        weights: Tensor,
+        plan: Plan,
+        parts: Parts,
+        split: BackwardSplit | None,
     ) -> Tensor:
         wide, tall = (w if w.dtype == x.dtype else torch.empty_like(w, dtype=x.dtype) for w in (gate_up, down))
         rows = len(plan.source)
@@ -114,7 +121,7 @@ class _FeedForward(torch.autograd.Function):
             out.add(swiglu(both), second.mT)
         scales = spread_scales(weights, plan)
         ctx.save_for_backward(x, wide, tall, scales, inner.whole, plan.source, plan.place)
-        ctx.parts, ctx.owners = parts, (gate_up, down)
+        ctx.parts, ctx.owners, ctx.split = parts, (gate_up, down), split
         return sum_of_choices(out.whole, plan.place, weights)
 
     @staticmethod
@@ -122,8 +129,8 @@ class _FeedForward(torch.autograd.Function):
         x, wide, tall, scales, inner, sources, place = ctx.saved_tensors
         parts = ctx.parts
         need_x, need_wide, need_tall, *_ = ctx.needs_input_grad
-        dwide = _WeightGradient(parts, ctx.owners[0], wide, need_wide)
-        dtall = _WeightGradient(parts, ctx.owners[1], tall, need_tall)
+        dwide = _WeightGradient(parts, ctx.owners[0], wide, need_wide, ctx.split)
+        dtall = _WeightGradient(parts, ctx.owners[1], tall, need_tall, ctx.split)
         dx, dscales = _Rows(parts, x, len(sources), x.shape[1]), torch.empty_like(scales)
         rows = [parts.rows(t) for t in (sources, scales, inner, dscales)]
         for source, scale, both, dscale, first, second in zip(
@@ -137,9 +144,17 @@ class _FeedForward(torch.autograd.Function):
             if need_x:
                 dx.add(dboth, first)
         tokens = sum_of_choices(dx.whole, place) if need_x else None
-        return tokens, dwide.value(), dtall.value(), dscales.squeeze(1)[place], None, None
+        return tokens, dwide.value(), dtall.value(), dscales.squeeze(1)[place], None, None, None
 
 
-def feed_forward(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, plan: Plan, parts: Parts) -> Tensor:
+def feed_forward(
+    x: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    weights: Tensor,
+    plan: Plan,
+    parts: Parts,
+    split: BackwardSplit | None = None,
+) -> Tensor:
     """As `model.kernels.plain.experts`, part by part. `gate_up` and `down` are parameters."""
-    return _FeedForward.apply(x, gate_up, down, weights.to(x.dtype), plan, parts)
+    return _FeedForward.apply(x, gate_up, down, weights.to(x.dtype), plan, parts, split)

@@ -15,6 +15,7 @@ from model.kernels import plain
 from model.kernels.cpu import blocked, expert_loop, fast_softmax, products
 from model.kernels.cuda import fused_attention, grouped_experts
 from model.kernels.rows import Plan
+from model.kernels.weight_gradients import BackwardSplit
 
 OVERRIDES: dict[tuple[str, str], Callable[..., Any]] = {
     ("product", "cpu"): products.product,
@@ -50,10 +51,12 @@ def attention(
     return chosen("attention", q.device)(q, k, v, mask, scale, window, documents)
 
 
-def experts(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, plan: Plan) -> Tensor:
+def experts(
+    x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, plan: Plan, split: BackwardSplit | None = None
+) -> Tensor:
     """Weighted sum of every token's experts: [tokens, hidden] -> same. `gate_up` and `down` are parameters, read in the
-    dtype of x; their gradients may be put off (`model.kernels.weight_gradients`)."""
-    return chosen("experts", x.device)(x, gate_up, down, weights, plan)
+    dtype of x; `split` lets their gradients be computed later (`model.kernels.weight_gradients`)."""
+    return chosen("experts", x.device)(x, gate_up, down, weights, plan, split)
 
 
 def softmax_loss(logits: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.kernels.rows import Plan
+from model.kernels.weight_gradients import BackwardSplit
 
 
 def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
@@ -41,13 +42,16 @@ def attention(
     return torch.softmax(scores.masked_fill(~mask, -torch.inf), -1).to(v.dtype) @ v
 
 
-def experts(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, plan: Plan) -> Tensor:
+def experts(
+    x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, plan: Plan, split: BackwardSplit | None = None
+) -> Tensor:
     """Sum over a token's experts of weight * down(silu(gate(x)) * up(x)) (arXiv:2412.19437, eq. 12): [tokens, hidden]
     -> same.
 
     Args:
         gate_up: [experts, 2 * inner, hidden], gate first. down: [experts, hidden, inner].
         weights: [tokens, k] of the experts that the plan sends them to.
+        split: of no use here, where autograd computes all gradients at once.
     """
     out = []
     for rows, first, second in zip(x[plan.source].split(plan.counts.tolist()), gate_up, down, strict=True):

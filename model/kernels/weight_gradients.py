@@ -38,44 +38,32 @@ class WeightGradients:
             parameter.grad = value if parameter.grad is None else parameter.grad.add_(value)
 
 
-class _Mode:
-    """Of the whole process, not of a thread: autograd runs a GPU's backwards in threads of its own."""
+class BackwardSplit:
+    """Cuts backwards in two: one object for all layers that a rank has.
 
-    separable = False
-    queue: WeightGradients | None = None
+    A layer that was given one builds a graph whose backward can be cut. What has none (norms, embeddings) gets its
+    gradient at once.
 
-
-@contextmanager
-def separable_backward(enabled: bool = True) -> Iterator[None]:
-    """Forwards within build a graph whose backward `deferred_weight_gradients` can cut in two.
-
-    Backwards of layers that are checkpointed run their forward again: they must be within too.
+    Attributes:
+        queue: where a backward that runs now puts its weight gradients; None if it is to compute them itself.
     """
-    before, _Mode.separable = _Mode.separable, enabled
-    try:
-        yield
-    finally:
-        _Mode.separable = before
+
+    def __init__(self) -> None:
+        self.queue: WeightGradients | None = None
+
+    @contextmanager
+    def deferred(self) -> Iterator[WeightGradients]:
+        """Backwards within compute input gradients at once and put weight gradients into the queue that this yields."""
+        before, self.queue = self.queue, WeightGradients()
+        try:
+            yield self.queue
+        finally:
+            self.queue = before
 
 
-@contextmanager
-def deferred_weight_gradients() -> Iterator[WeightGradients]:
-    """Backwards within compute input gradients at once and put weight gradients into the queue that this yields.
-
-    Needs a forward under `separable_backward`; what was not built there (norms, embeddings) gets its gradient at once.
-    """
-    before, _Mode.queue = _Mode.queue, WeightGradients()
-    try:
-        yield _Mode.queue
-    finally:
-        _Mode.queue = before
-
-
-def backward_is_separable() -> bool:
-    """Whether what is computed now must be able to put off its weight gradient."""
-    return _Mode.separable and torch.is_grad_enabled()
-
-
-def weight_gradient_queue() -> WeightGradients | None:
-    """Where a backward puts its weight gradients now; None if it is to compute them itself."""
-    return _Mode.queue
+def weight_gradient(split: BackwardSplit | None, parameter: Tensor, gradient: Callable[[], Tensor]) -> Tensor | None:
+    """What a layer's backward returns for its parameter: `gradient()`, or None where that is put off."""
+    if split is None or split.queue is None:
+        return gradient()
+    split.queue.add(parameter, gradient)
+    return None

@@ -1,14 +1,14 @@
 """Losses of single layers (balance of experts, the indexer of sparse attention) beside the model's main one.
 
-Such a loss never travels to the end of the model: `add_loss` ties it to an activation of its layer, whose backward
-starts it. So it works on every pipeline stage and is the same in every layout: it is a *sum* over the tokens of this
-rank and micro-batch, padding left out, and the engine says what one token's share of the mean over the global batch is.
+Such a loss never travels to the end of the model: `Counting.add_loss` ties it to an activation of its layer, whose
+backward starts it. So it works on every pipeline stage and is the same in every layout: it is a *sum* over the tokens
+of this rank and micro-batch, padding left out, and the engine says what one token's share of the mean over the global
+batch is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,10 +17,15 @@ from torch import Tensor
 LOSSES = ("aux_loss", "indexer_kl")  # balance of experts; the indexer of sparse attention
 
 
-class AuxiliarySums:
-    """Losses of a training step by name, for its report: sums over layers and this rank's tokens, and how many."""
+class LayerLosses:
+    """Losses of single layers during a training step: what they are scaled with, and their sums for its report.
 
-    def __init__(self) -> None:
+    Args:
+        scale: gradient of every such loss (a sum over tokens): the engine's loss scale / tokens of the global batch.
+    """
+
+    def __init__(self, scale: float):
+        self.scale = scale
         self._sums: dict[str, tuple[Tensor, Tensor | int]] = {}
 
     def add(self, name: str, total: Tensor, tokens: Tensor | int) -> None:
@@ -34,43 +39,6 @@ class AuxiliarySums:
         return float(total), int(tokens)
 
 
-class _Step:
-    """Of the whole process, not of a thread: autograd recomputes a GPU's checkpointed layers in threads of its own."""
-
-    scale: float | None = None
-    sums: AuxiliarySums | None = None
-
-
-@contextmanager
-def auxiliary_scale(scale: float) -> Iterator[AuxiliarySums]:
-    """Forwards within compute the losses of single layers; yields what they add up to.
-
-    Args:
-        scale: gradient of every such loss (a sum over tokens): the engine's loss scale / tokens of the global batch.
-    """
-    before = _Step.scale, _Step.sums
-    _Step.scale, _Step.sums = scale, AuxiliarySums()
-    try:
-        yield _Step.sums
-    finally:
-        _Step.scale, _Step.sums = before
-
-
-@contextmanager
-def not_recording() -> Iterator[None]:
-    """Losses within were taken note of before: a checkpointed layer runs again."""
-    before, _Step.sums = _Step.sums, None
-    try:
-        yield
-    finally:
-        _Step.sums = before
-
-
-def current_scale() -> float | None:
-    """The gradient of a loss of the step that runs; None where none is wanted (inference, evaluation)."""
-    return _Step.scale if torch.is_grad_enabled() else None
-
-
 class _AddLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, loss: Tensor, scale: float) -> Tensor:
@@ -82,22 +50,39 @@ class _AddLoss(torch.autograd.Function):
         return grads[0], torch.full_like(ctx.like, ctx.scale), None
 
 
-def add_loss(x: Tensor, loss: Tensor, name: str, *, weight: float = 1.0, counted: Tensor | None = None) -> Tensor:
-    """Tie a loss to an activation of the same layer that the main loss depends on: x -> x.
+@dataclass(frozen=True)
+class Counting:
+    """What layers count of a pass beside computing their output: loads of experts, and losses of their own.
 
-    Check `current_scale() is not None` before computing the loss at all.
-
-    Args:
-        x: [..., width]; its leading dimensions are positions.
-        loss: scalar, a sum over the positions that count, before `weight`.
-        name: one of `LOSSES`, under which it is reported, unweighted, as a mean per token and layer.
-        weight: what its gradient is multiplied by.
-        counted: bool, of x's leading dimensions, False for padding; None: all are tokens.
+    Attributes:
+        real: bool [batch, seq / sp], False for padding, which no load and no such loss counts; None: all are tokens.
+        losses: of the training step; None where none are wanted (inference, evaluation).
+        repeated: a checkpointed layer runs again in the backward pass: everything was counted the first time.
     """
-    scale = current_scale()
-    assert name in LOSSES, name
-    if scale is None:
-        return x
-    if _Step.sums is not None:
-        _Step.sums.add(name, loss.detach(), x.shape[:-1].numel() if counted is None else counted.sum())
-    return _AddLoss.apply(x, loss, scale * weight)
+
+    real: Tensor | None = None
+    losses: LayerLosses | None = None
+    repeated: bool = False
+
+    @property
+    def wants_losses(self) -> bool:
+        """Whether a layer is to compute its loss at all."""
+        return self.losses is not None and torch.is_grad_enabled()
+
+    def add_loss(self, x: Tensor, loss: Tensor, name: str, *, weight: float = 1.0) -> Tensor:
+        """Tie a wanted loss to an activation of the same layer that the main loss depends on: x -> x.
+
+        Args:
+            x: [..., width]; its leading dimensions are positions.
+            loss: scalar, a sum over the positions that count, before `weight`.
+            name: one of `LOSSES`, under which it is reported, unweighted, as a mean per token and layer.
+            weight: what its gradient is multiplied by.
+        """
+        assert name in LOSSES, name
+        assert self.losses is not None
+        if not self.repeated:
+            self.losses.add(name, loss.detach(), x.shape[:-1].numel() if self.real is None else self.real.sum())
+        return _AddLoss.apply(x, loss, self.losses.scale * weight)
+
+
+EVERY_TOKEN = Counting()  # and no loss of a layer

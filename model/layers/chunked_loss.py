@@ -17,7 +17,7 @@ from torch import Tensor
 from model.kernels.cpu.products import by_onednn
 from model.kernels.limits import COLUMNS, chunk_rows
 from model.kernels.operations import product, transposed_product
-from model.kernels.weight_gradients import weight_gradient_queue
+from model.kernels.weight_gradients import BackwardSplit, weight_gradient
 from model.layers.block_loss import label_losses, slices
 from model.layers.linear import as_operand, without_autocast
 from model.parallel.collectives import Axis
@@ -57,13 +57,9 @@ class _WeightGradient:
         return torch.zeros(self.weight.shape, device=self.weight.device) if self._sum is None else self._sum
 
 
-def _hand_over(weight_gradient: Tensor | None, owner: Tensor) -> Tensor | None:
-    """To autograd, or to the queue of a backward that leaves weight gradients for later."""
-    queue = weight_gradient_queue()
-    if queue is None or weight_gradient is None:
-        return weight_gradient
-    queue.add(owner, lambda: weight_gradient)
-    return None
+def _hand_over(made: Tensor | None, owner: Tensor, split: BackwardSplit | None) -> Tensor | None:
+    """A weight gradient that is there already, to autograd or to where backwards put theirs."""
+    return None if made is None else weight_gradient(split, owner, lambda: made)
 
 
 class ChunkLoss(Protocol):
@@ -88,7 +84,7 @@ class ChunkLoss(Protocol):
 
 class _Sums(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, loss: ChunkLoss) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, loss: ChunkLoss, split: BackwardSplit | None) -> Tensor:
         need_input, need_weight, *_ = ctx.needs_input_grad
         matrix = weight.to(x.dtype)
         sums = torch.zeros(loss.count, dtype=torch.float32, device=x.device)
@@ -104,7 +100,7 @@ class _Sums(torch.autograd.Function):
                     product(gradient, matrix, dx[rows])
                 dweight.add(gradient, part)
             del gradient  # before the next chunk's distributions are there
-        ctx.gradients, ctx.owner = [dx, dweight.value], weight
+        ctx.gradients, ctx.owner, ctx.split = [dx, dweight.value], weight, split
         return sums
 
     @staticmethod
@@ -114,8 +110,8 @@ class _Sums(torch.autograd.Function):
         if dx is not None:
             dx.mul_(grads[0][0])
         if dweight is not None:
-            dweight = _hand_over(dweight.mul_(grads[0][0]), ctx.owner)
-        return dx, dweight, None
+            dweight = _hand_over(dweight.mul_(grads[0][0]), ctx.owner, ctx.split)
+        return dx, dweight, None, None
 
 
 class _LabelLoss:
@@ -139,7 +135,15 @@ class _PerToken(torch.autograd.Function):
     """One value per row; backward computes the logits again, because only then is each row's weight known."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, axis: Axis, temperature: float) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        axis: Axis,
+        temperature: float,
+        split: BackwardSplit | None,
+    ) -> Tensor:
         matrix = weight.to(x.dtype)
         out = torch.empty(len(x), dtype=torch.float32, device=x.device)
         for rows in _chunks(x, weight.shape[0]):
@@ -147,7 +151,7 @@ class _PerToken(torch.autograd.Function):
             out[rows] = label_losses(logits, labels[rows], axis, gradient=False, temperature=temperature)
             del logits  # before the next ones are there
         ctx.save_for_backward(x, matrix, labels)
-        ctx.axis, ctx.owner, ctx.temperature = axis, weight, temperature
+        ctx.axis, ctx.owner, ctx.temperature, ctx.split = axis, weight, temperature, split
         return out
 
     @staticmethod
@@ -164,31 +168,35 @@ class _PerToken(torch.autograd.Function):
                 product(logits, matrix, dx[rows])
             dweight.add(logits, x[rows])
             del logits
-        return dx, _hand_over(dweight.value, ctx.owner), None, None, None
+        return dx, _hand_over(dweight.value, ctx.owner, ctx.split), None, None, None, None
 
 
-def chunked_sums(x: Tensor, weight: Tensor, loss: ChunkLoss) -> Tensor:
+def chunked_sums(x: Tensor, weight: Tensor, loss: ChunkLoss, split: BackwardSplit | None = None) -> Tensor:
     """The loss's sums [count], fp32; gradients flow through the first alone.
 
     Args:
         x: [rows, hidden_size]. weight: a parameter [vocab_size / tp, hidden_size].
+        split: lets the weight gradient be handed over later.
     """
     x = as_operand(x)
     with without_autocast(x):
-        return _Sums.apply(x, weight, loss)
+        return _Sums.apply(x, weight, loss, split)
 
 
-def loss_sum(x: Tensor, weight: Tensor, labels: Tensor, axis: Axis) -> Tensor:
+def loss_sum(x: Tensor, weight: Tensor, labels: Tensor, axis: Axis, split: BackwardSplit | None = None) -> Tensor:
     """Sum of -log p(label) in nats, fp32.
 
     Args:
         x: [rows, hidden_size]. weight: a parameter [vocab_size / tp, hidden_size]. labels: [rows], all to be counted.
+        split: as `chunked_sums` takes it.
     """
-    return chunked_sums(x, weight, _LabelLoss(labels, axis))[0]
+    return chunked_sums(x, weight, _LabelLoss(labels, axis), split)[0]
 
 
-def loss_per_token(x: Tensor, weight: Tensor, labels: Tensor, axis: Axis, temperature: float) -> Tensor:
+def loss_per_token(
+    x: Tensor, weight: Tensor, labels: Tensor, axis: Axis, temperature: float, split: BackwardSplit | None = None
+) -> Tensor:
     """-log p(label) at the given temperature, fp32 [rows]; arguments as in `loss_sum`."""
     x = as_operand(x)
     with without_autocast(x):
-        return _PerToken.apply(x, weight, labels, axis, temperature)
+        return _PerToken.apply(x, weight, labels, axis, temperature, split)

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.kernels.cuda.fp8_kernel import kernel_for, kernel_product
-from model.kernels.weight_gradients import weight_gradient_queue
+from model.kernels.weight_gradients import BackwardSplit, weight_gradient
 from model.layers.linear import operand_dtype, without_autocast
 
 TILE = 128
@@ -113,17 +113,23 @@ class _Fp8Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, groups: list[int], dtype: torch.dtype, owner: tuple[Tensor]
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        groups: list[int],
+        dtype: torch.dtype,
+        owner: tuple[Tensor],
+        split: BackwardSplit | None,
     ) -> Tensor:
         with without_autocast(x):
             quantised = quantise_tiles(x)
             ctx.save_for_backward(quantised.values, quantised.scale, weight)
-            ctx.groups, ctx.owner, ctx.x_dtype = groups, owner, x.dtype
+            ctx.groups, ctx.owner, ctx.split, ctx.x_dtype = groups, owner, split, x.dtype
             matrices = quantise_blocks(weight if weight.dim() == 3 else weight.unsqueeze(0))
             return _products(quantised, matrices, groups, dtype)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
         values, scale, weight = ctx.saved_tensors
         grad, groups, x = grads[0].contiguous(), ctx.groups, Quantised(values, scale)
         need_input, need_weight, *_ = ctx.needs_input_grad
@@ -133,30 +139,26 @@ class _Fp8Linear(torch.autograd.Function):
                 matrices = quantise_blocks(weight if weight.dim() == 3 else weight.unsqueeze(0))
                 dx = _products(quantise_tiles(grad), _transposed(matrices), groups, ctx.x_dtype)
         if not need_weight:
-            return dx, None, None, None, None
+            return dx, None, None, None, None, None
 
         def gradient() -> Tensor:
             with without_autocast(grad):
                 return _weight_gradient(grad, x, groups).view(weight.shape)
 
-        queue = weight_gradient_queue()
-        if queue is None:
-            return dx, gradient(), None, None, None
-        queue.add(ctx.owner[0], gradient)
-        return dx, None, None, None, None
+        return dx, weight_gradient(ctx.split, ctx.owner[0], gradient), None, None, None, None
 
 
-def fp8_linear(x: Tensor, weight: Tensor) -> Tensor:
+def fp8_linear(x: Tensor, weight: Tensor, split: BackwardSplit | None = None) -> Tensor:
     """[..., in] x [out, in] -> [..., out] in autocast's dtype, or that of `x`. `weight` is a parameter."""
     rows = x.reshape(-1, x.shape[-1])
-    out = _Fp8Linear.apply(rows, weight, [len(rows)], operand_dtype(x), (weight,))
+    out = _Fp8Linear.apply(rows, weight, [len(rows)], operand_dtype(x), (weight,), split)
     return out.view(*x.shape[:-1], -1)
 
 
-def fp8_grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+def fp8_grouped_linear(x: Tensor, weight: Tensor, counts: Tensor, split: BackwardSplit | None = None) -> Tensor:
     """Expert e's weight on its rows.
 
     Args:
         x: [rows, in], sorted by expert. weight: [experts, out, in], a parameter. counts: [experts] rows of each.
     """
-    return _Fp8Linear.apply(x, weight, counts.tolist(), operand_dtype(x), (weight,))
+    return _Fp8Linear.apply(x, weight, counts.tolist(), operand_dtype(x), (weight,), split)

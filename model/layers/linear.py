@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from model.kernels.cpu.products import by_onednn
 from model.kernels.limits import LEAST
 from model.kernels.operations import product, transposed_product
-from model.kernels.weight_gradients import backward_is_separable, weight_gradient_queue
+from model.kernels.weight_gradients import BackwardSplit, weight_gradient
 
 
 class _SeparableLinear(torch.autograd.Function):
@@ -22,28 +22,24 @@ class _SeparableLinear(torch.autograd.Function):
     of, under autocast)."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, owner: tuple[Tensor]) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, owner: tuple[Tensor], split: BackwardSplit | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.owner = owner
+        ctx.owner, ctx.split = owner, split
         return _rows(x, weight.t())
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         x, weight = ctx.saved_tensors
-        need_input, need_weight, _ = ctx.needs_input_grad
+        need_input, need_weight, *_ = ctx.needs_input_grad
         grad = grads[0]
         dx = _rows(grad, weight) if need_input else None
         if not need_weight:
-            return dx, None, None
+            return dx, None, None, None
 
         def gradient() -> Tensor:
             return transposed_product(grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1]))
 
-        queue = weight_gradient_queue()
-        if queue is None:
-            return dx, gradient(), None
-        queue.add(ctx.owner[0], gradient)
-        return dx, None, None
+        return dx, weight_gradient(ctx.split, ctx.owner[0], gradient), None, None
 
 
 def _rows(x: Tensor, matrix: Tensor) -> Tensor:
@@ -73,26 +69,29 @@ def _is_better_by_product(x: Tensor, weight: Tensor) -> bool:
     return x.numel() * weight.shape[0] >= LEAST and operand_dtype(x) == torch.float32 and by_onednn(x)
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
+def linear(x: Tensor, weight: Tensor, split: BackwardSplit | None = None) -> Tensor:
     """[..., in] x [out, in] -> [..., out]; `weight` is a parameter. Follows autocast as `F.linear` does."""
-    if not backward_is_separable() and not _is_better_by_product(x, weight):
+    separable = split is not None and torch.is_grad_enabled()
+    if not separable and not _is_better_by_product(x, weight):
         return F.linear(x, weight)
     dtype = operand_dtype(x)
-    return _SeparableLinear.apply(x.to(dtype), weight.to(dtype), (weight,))
+    return _SeparableLinear.apply(x.to(dtype), weight.to(dtype), (weight,), split)
 
 
 class Linear(nn.Linear):
     """`nn.Linear` without bias, whose weight gradient can be computed apart.
 
     Attributes:
-        product: the matrix product, (x, weight parameter) -> output.
+        product: the matrix product, (x, weight parameter, backward_split) -> output.
+        backward_split: lets the weight gradient be computed later.
     """
 
-    product: Callable[[Tensor, Tensor], Tensor] = staticmethod(linear)
+    product: Callable[[Tensor, Tensor, BackwardSplit | None], Tensor] = staticmethod(linear)
+    backward_split: BackwardSplit | None = None
 
     def __init__(self, in_features: int, out_features: int):
         super().__init__(in_features, out_features, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features]."""
-        return self.product(x, self.weight)
+        return self.product(x, self.weight, self.backward_split)

@@ -21,13 +21,13 @@ def cross_entropy_sum(hidden: Tensor, head: Head, labels: Tensor) -> Tensor:
         hidden: [batch, seq, hidden_size]; labels: [batch, seq].
     """
     kept = labels != IGNORE
-    return head(hidden[kept], labels[kept])
+    return head.loss_sum(hidden[kept], labels[kept])
 
 
 def label_logprobs(hidden: Tensor, head: Head, labels: Tensor, temperature: float = 1.0) -> Tensor:
     """log p(label) at the given temperature: [batch, seq], zero where the label is IGNORE."""
     kept = labels != IGNORE
-    chosen = -head(hidden[kept], labels[kept], temperature=temperature, per_token=True)
+    chosen = -head.loss_per_token(hidden[kept], labels[kept], temperature)
     return torch.zeros(labels.shape, dtype=chosen.dtype, device=labels.device).masked_scatter(kept, chosen)
 
 

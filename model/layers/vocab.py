@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -33,32 +36,25 @@ class Embedding(nn.Module):
 class Head(Linear):
     """[..., hidden_size] -> logits [..., vocab_size / tp]: this rank's slice, never gathered.
 
-    With labels: -log p(label) instead, without the logits. All go through the module's call, in which ZeRO 3 gathers
-    the weight.
+    Its losses never hold all logits. They go through the module's call too, in which ZeRO 3 gathers the weight.
     """
 
     tp: Axis = LOCAL
 
-    def forward(
-        self,
-        x: Tensor,
-        labels: Tensor | None = None,
-        *,
-        temperature: float = 1.0,
-        per_token: bool = False,
-        chunk_loss: ChunkLoss | None = None,
-    ) -> Tensor:
-        """
-        Args:
-            labels: [rows] for x [rows, hidden_size]. chunk_loss: of the logits of such an x.
-        Returns:
-            Logits, the sum of -log p(label), or `per_token` [rows] of them at the temperature, or `chunk_loss`'s sums.
-        """
+    def forward(self, x: Tensor, loss: Callable[[Tensor, Tensor], Tensor] | None = None) -> Tensor:
+        """Logits, or what `loss` makes of x and the weight."""
         x = copy_to(x, self.tp)
-        if chunk_loss is not None:
-            return chunked_sums(x, self.weight, chunk_loss)
-        if labels is None:
-            return super().forward(x)
-        if per_token:
-            return loss_per_token(x, self.weight, labels, self.tp, temperature)
-        return loss_sum(x, self.weight, labels, self.tp)
+        return super().forward(x) if loss is None else loss(x, self.weight)
+
+    def loss_sum(self, x: Tensor, labels: Tensor) -> Tensor:
+        """Sum of -log p(label) in nats, a scalar: x [rows, hidden_size], labels [rows]."""
+        return self(x, partial(loss_sum, labels=labels, axis=self.tp, split=self.backward_split))
+
+    def loss_per_token(self, x: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:
+        """-log p(label) at the temperature, [rows]: x [rows, hidden_size], labels [rows]."""
+        split = self.backward_split
+        return self(x, partial(loss_per_token, labels=labels, axis=self.tp, temperature=temperature, split=split))
+
+    def chunked_sums(self, x: Tensor, loss: ChunkLoss) -> Tensor:
+        """The sums [loss.count] of a loss of x [rows, hidden_size]."""
+        return self(x, partial(chunked_sums, loss=loss, split=self.backward_split))

@@ -14,6 +14,8 @@ from model.kernels import operations
 from model.kernels.cpu.products import row_multiple
 from model.kernels.rows import collect, plan_rows, spread, spread_scales
 from model.kernels.swiglu import scaled_swiglu
+from model.kernels.weight_gradients import BackwardSplit
+from model.layers.auxiliary import EVERY_TOKEN, Counting
 from model.layers.feed_forward import FeedForward
 from model.layers.linear import as_operand
 from model.moe.router import Router
@@ -26,11 +28,14 @@ class RoutedExperts(nn.Module):
     Experts are cut over ep, each one's inner features over tp.
 
     Attributes:
-        product: another matrix product, (rows sorted by expert, weight parameter, rows of each expert) -> output.
+        product: another matrix product, (rows sorted by expert, weight parameter, rows of each expert, backward_split)
+            -> output.
+        backward_split: lets weight gradients be computed later.
     """
 
     ep: Axis = LOCAL
-    product: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
+    product: Callable[[Tensor, Tensor, Tensor, BackwardSplit | None], Tensor] | None = None
+    backward_split: BackwardSplit | None = None
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -49,11 +54,11 @@ class RoutedExperts(nn.Module):
         x, (experts, *matrix) = as_operand(x), self.gate_up_proj.shape
         plan = plan_rows(indices, experts, row_multiple(x, prod(matrix), indices.numel() / experts))
         if self.product is None:
-            return operations.experts(x, self.gate_up_proj, self.down_proj, weights, plan)
-        gate_up = self.product(spread(x, plan), self.gate_up_proj, plan.counts)
+            return operations.experts(x, self.gate_up_proj, self.down_proj, weights, plan, self.backward_split)
+        gate_up = self.product(spread(x, plan), self.gate_up_proj, plan.counts, self.backward_split)
         # The routing weight multiplies the narrow inner activation, not the wide output: same product, less work.
         inner = scaled_swiglu(gate_up, spread_scales(weights, plan))
-        return collect(self.product(inner, self.down_proj, plan.counts), plan)
+        return collect(self.product(inner, self.down_proj, plan.counts, self.backward_split), plan)
 
     def _elsewhere(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
         """Send every row to the rank that holds its expert, compute there, and bring the results back in order."""
@@ -84,16 +89,15 @@ class MixtureOfExperts(nn.Module):
         width = config.n_shared_experts * config.moe_intermediate_size
         self.shared_experts = FeedForward(config.hidden_size, width) if width else None
 
-    def forward(self, x: Tensor, routing: Tensor | None = None, counted: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, routing: Tensor | None = None, counting: Counting = EVERY_TOKEN) -> Tensor:
         """
         Args:
             routing: [batch, seq, num_experts_per_tok] experts to use where they are not FREE.
-            counted: bool [batch, seq], False for padding, which the router does not count; None: all are tokens.
+            counting: what the router counts.
         """
         tokens = x.flatten(0, -2)
         given = None if routing is None else routing.flatten(0, -2)
-        present = None if counted is None else counted.flatten()
-        indices, weights = self.gate(tokens, rows=x.shape[0], given=given, counted=present)
+        indices, weights = self.gate(tokens, rows=x.shape[0], given=given, counting=counting)
         entered = copy_to(as_operand(tokens), self.tp)  # once for routed and shared experts: one message backward
         out = self.experts(entered, indices, copy_to(weights, self.tp)).view_as(x)
         if self.shared_experts is not None:

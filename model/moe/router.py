@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from model.config import ModelConfig
-from model.layers.auxiliary import add_loss, current_scale
+from model.kernels.weight_gradients import BackwardSplit
+from model.layers.auxiliary import EVERY_TOKEN, Counting
 from model.layers.linear import linear, without_autocast
 from model.moe.balance import batch_loss, sequence_loss
 from model.moe.replay import FREE
@@ -42,13 +43,14 @@ class Router(nn.Module):
             zeros before the first. Training state: checkpoints have it, a saved model has not.
         load: tokens each expert got since the last optimizer step, once per pass, padding left out; not part of the
             model.
+        backward_split: lets the weight gradient be computed later.
     """
 
     e_score_correction_bias: Tensor
     expert_fraction: Tensor
     load: Tensor
     sp: Axis = LOCAL
-    counting: bool = True  # off while a checkpointed block runs again
+    backward_split: BackwardSplit | None = None
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -72,7 +74,7 @@ class Router(nn.Module):
         return self.config.aux_loss_alpha > 0 and not self.config.seq_aux
 
     def forward(
-        self, x: Tensor, rows: int = 1, given: Tensor | None = None, counted: Tensor | None = None
+        self, x: Tensor, rows: int = 1, given: Tensor | None = None, counting: Counting = EVERY_TOKEN
     ) -> tuple[Tensor, Tensor]:
         """Choose experts for x [tokens, hidden_size].
 
@@ -80,14 +82,15 @@ class Router(nn.Module):
             rows: sequences that the tokens belong to, one after another, of equal length.
             given: [tokens, num_experts_per_tok] experts to use in place of a choice, with the weights that their
                 scores have now; a token whose ids are FREE chooses by itself.
-            counted: bool [tokens], those that the load and the balancing loss are of; the others are padding, which
-                is routed and otherwise nothing. None: all.
+            counting: which tokens the load and the balancing loss are of; the others are padding, which is routed and
+                otherwise nothing.
         Returns:
             indices [tokens, num_experts_per_tok] int64, and weights of the same shape in fp32 (V3, eqs. 12-16).
         """
         config = self.config
+        counted = None if counting.real is None else counting.real.flatten()
         with without_autocast(x):
-            logits = linear(x.float(), self.weight.float())
+            logits = linear(x.float(), self.weight.float(), self.backward_split)
             scores = logits.sigmoid() if config.scoring_func == "sigmoid" else logits.softmax(-1)
             indices = self._choose(scores.detach())
             if given is not None:
@@ -97,10 +100,10 @@ class Router(nn.Module):
                 weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
             if config.routed_scaling_factor != 1:
                 weights = weights * config.routed_scaling_factor
-            if config.aux_loss_alpha > 0 and current_scale() is not None:
+            if config.aux_loss_alpha > 0 and counting.wants_losses:
                 loss = self._loss(scores, indices, rows, counted)
-                weights = add_loss(weights, loss, "aux_loss", weight=config.aux_loss_alpha, counted=counted)
-        if self.training and self.counting and torch.is_grad_enabled():
+                weights = counting.add_loss(weights, loss, "aux_loss", weight=config.aux_loss_alpha)
+        if self.training and not counting.repeated and torch.is_grad_enabled():
             self._count(indices, counted)
         return indices, weights
 

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from model.attention.sparse import set_warm_up
-from model.build import build_part, use_fp8
+from model.build import build_part, split_backward, use_fp8
 from model.config import ModelConfig
-from model.layers.auxiliary import auxiliary_scale
+from model.kernels.weight_gradients import BackwardSplit
 from model.moe.router import Router
 from model.parallel.gather import gather_state
 from model.parallel.mesh import Mesh
-from model.parallel.placement import parts_of, stage_layers
-from model.transformer import Transformer
+from model.parallel.placement import V_SHAPED, parts_of, stage_layers
+from model.transformer import Transformer, layer_losses
 from ray_pipeline.data.rows.batch import Batch
 from ray_pipeline.engine.adapters import Adapters, base_name
 from ray_pipeline.engine.expert_balance import KEPT, SAVED, ExpertBalance
@@ -63,9 +63,12 @@ class Engine:
         self.module.train(trained)
         self.experts = ExpertBalance(config, self.parts, mesh)
         self.updater: Updater | None = None
+        split = BackwardSplit() if self.options.schedule in V_SHAPED else None  # both leave weight gradients for later
+        if split is not None:
+            split_backward(self.module, split)
         runner = PartRunner(self.module)
         if self.options.optimizer is not None and self.options.zero_stage == 0:
-            self.updater = PlainUpdater(self.trained_parameters(), mesh, self.options.optimizer)
+            self.updater = PlainUpdater(self.trained_parameters(), mesh, self.options.optimizer, split)
         elif self.options.optimizer is not None:
             from ray_pipeline.engine.zero import ZeroUpdater  # DeepSpeed takes seconds to import
 
@@ -74,7 +77,7 @@ class Engine:
                 zero_stage=self.options.zero_stage, offload_optimizer=self.options.offload_optimizer,
             )  # fmt: skip
             self.updater, runner = zero, ZeroPartRunner(self.module, zero)
-        self.pipeline = Pipeline(mesh, self.options.schedule, self.device, runner)
+        self.pipeline = Pipeline(mesh, self.options.schedule, self.device, runner, split)
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """This rank's parameters, or slices of them, by their names in the whole model; not those of adapters."""
@@ -148,7 +151,7 @@ class Engine:
         micro_batches = self._micro_batches(mine)
         self.updater.expect(len(micro_batches))
         counts = [batch.tokens_ahead(depth) for depth in range(self.config.num_nextn_predict_layers + 1)]
-        with auxiliary_scale(scale / counts[0]) as auxiliary:
+        with layer_losses(self.parts, scale / counts[0]) as auxiliary:
             self.pipeline.run(micro_batches, loss, train=True)
         self.options.on_phase("optimizer step")
         set_rate(self.updater.optimizer, lr)

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from model.kernels.weight_gradients import weight_gradient_queue
+from model.kernels.weight_gradients import BackwardSplit
 from model.parallel.collectives import Axis, collective
 from ray_pipeline.engine import zero_settings
 
@@ -23,10 +23,11 @@ class GradientReduction:
 
     Args:
         parameters: in the order of the forward pass; the backward reaches the last ones first.
+        split: puts weight gradients off, if the schedule has such backwards.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], axis: Axis):
-        self.axis = axis
+    def __init__(self, parameters: Iterable[nn.Parameter], axis: Axis, split: BackwardSplit | None = None):
+        self.axis, self.split = axis, split
         in_order = reversed(list(parameters)) if axis.size > 1 else []
         self._messages = [_Message(held) for held in split_into_messages(in_order)]
         self._message_of: dict[Tensor, _Message] = {
@@ -58,7 +59,7 @@ class GradientReduction:
     @torch.no_grad()
     def _arrived(self, parameter: Tensor) -> None:
         # Outside of a step, or only half of a backward: the hook runs though the gradient was put off.
-        if parameter not in self._missing or weight_gradient_queue() is not None:
+        if parameter not in self._missing or (self.split is not None and self.split.queue is not None):
             return
         self._missing[parameter] -= 1
         if self._missing[parameter] == 0:

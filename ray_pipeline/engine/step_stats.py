@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from model.layers.auxiliary import LOSSES, AuxiliarySums
+from model.layers.auxiliary import LOSSES, LayerLosses
 from model.parallel.collectives import all_reduce
 from model.parallel.mesh import Mesh
 from ray_pipeline.engine.expert_balance import ExpertBalance
@@ -70,6 +70,6 @@ def layer_figures(auxiliary: list[float], measured: list[list[float]], experts: 
     return {name: total / count for name, total, count in pairs if count} | experts.figures(measured)
 
 
-def auxiliary_sums(auxiliary: AuxiliarySums, device: torch.device) -> Tensor:
+def auxiliary_sums(losses: LayerLosses, device: torch.device) -> Tensor:
     """Sum and count of each of `LOSSES` on this rank, one after another: fp64 [2 * len(LOSSES)]."""
-    return torch.tensor([auxiliary.pair(name) for name in LOSSES], dtype=torch.float64, device=device).flatten()
+    return torch.tensor([losses.pair(name) for name in LOSSES], dtype=torch.float64, device=device).flatten()

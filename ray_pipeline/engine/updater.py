@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from model.kernels.weight_gradients import BackwardSplit
 from model.parallel.mesh import Mesh
 from ray_pipeline.engine.optimizer import build_optimizer, clipped_step, global_norm, is_cut_expert, moments_of
 from ray_pipeline.engine.reduction import GradientReduction
@@ -63,12 +64,14 @@ class PlainUpdater:
     """ZeRO 0: every replica keeps everything; gradients are summed while the last backward runs.
 
     Args:
-        named: this rank's parameters by global name.
+        named: this rank's parameters by global name. split: as the model's layers have it.
     """
 
     loss_scale = 1.0
 
-    def __init__(self, named: dict[str, nn.Parameter], mesh: Mesh, config: OptimizerConfig):
+    def __init__(
+        self, named: dict[str, nn.Parameter], mesh: Mesh, config: OptimizerConfig, split: BackwardSplit | None = None
+    ):
         self.named, self.mesh, self.grad_clip = named, mesh, config.grad_clip
         self.moments = {name: moments_of(name, parameter, config) for name, parameter in named.items()}
         self.optimizer = build_optimizer(named, config, mesh)
@@ -77,8 +80,8 @@ class PlainUpdater:
         dense = [p for name, p in named.items() if not is_cut_expert(name, mesh)]
         experts = [p for name, p in named.items() if is_cut_expert(name, mesh)]
         self.reductions = [
-            GradientReduction(dense, mesh.axis("replica")),
-            GradientReduction(experts, mesh.axis("expert_replica")),
+            GradientReduction(dense, mesh.axis("replica"), split),
+            GradientReduction(experts, mesh.axis("expert_replica"), split),
         ]
 
     def expect(self, backwards: int) -> None:

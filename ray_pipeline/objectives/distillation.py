@@ -48,7 +48,7 @@ class Distillation:
         student = hidden[kept]
         teacher = batch.extras.each(lambda values: batch.local(values)[kept])
         chunk_loss = self._chunk_loss(teacher, labels[kept], model.lm_head.tp)
-        loss, cross_entropy = model.lm_head(student, chunk_loss=chunk_loss)
+        loss, cross_entropy = model.lm_head.chunked_sums(student, chunk_loss)
         error = torch.zeros_like(loss)
         if self.hidden_weight:
             error = (student.float() - required(teacher.teacher_hidden).float()).square().mean(-1).sum()

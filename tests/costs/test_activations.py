@@ -16,10 +16,10 @@ from model.kernels.cpu import blocked, products
 from model.kernels.cuda import fused_attention
 from model.kernels.limits import LONGEST, row_step
 from model.kernels.operations import OVERRIDES
-from model.layers.auxiliary import auxiliary_scale
+from model.layers.auxiliary import EVERY_TOKEN, Counting, LayerLosses
 from model.layers.rope import rotary_table
 from model.parallel.mesh import Mesh, MeshSizes
-from model.transformer import Block
+from model.transformer import Block, layer_losses
 from ray_pipeline.costs import activations
 from ray_pipeline.costs.activations import cast_weights, layer_bytes, part_bytes
 from ray_pipeline.costs.head_loss import kept_bytes as kept_by_loss
@@ -71,7 +71,9 @@ def one_size_of_padded_rows(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     assert asked[activations] >= asked[products]
 
 
-def kept_bytes(model: ModelConfig, layer: int, bf16: bool, recompute: Any, seq: int = 32) -> int:
+def kept_bytes(
+    model: ModelConfig, layer: int, bf16: bool, recompute: Any, seq: int = 32, counting: Counting = EVERY_TOKEN
+) -> int:
     """Bytes of the distinct storages that one block's graph keeps, parameters and what layers share left out."""
     block, rows = Block(model, layer), 2
     block.recompute = recompute
@@ -94,7 +96,7 @@ def kept_bytes(model: ModelConfig, layer: int, bf16: bool, recompute: Any, seq: 
         torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
         torch.autocast("cpu", torch.bfloat16, enabled=bf16),
     ):
-        block(x, rotation, mask)
+        block(x, rotation, mask, counting=counting)
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
@@ -166,8 +168,7 @@ def test_sparse_attention_keeps_the_gradients_of_its_indexer(topk: int, bf16: bo
     model = replace(SMALL, attention="dsa", index_n_heads=3, index_head_dim=12, index_topk=topk)
     work = of(model, bf16)
     weights = cast_weights(work, layer_weights(model, 1))
-    with auxiliary_scale(1.0):
-        kept = kept_bytes(model, 1, bf16, "none")
+    kept = kept_bytes(model, 1, bf16, "none", counting=Counting(losses=LayerLosses(1.0)))
     assert layer_bytes(work, kernels("cpu"), 1) + weights == kept
 
 
@@ -188,11 +189,12 @@ def nodes(last: Any) -> set[Any]:
 
 def last_part_bytes(bf16: bool, mtp_weight: float, model: ModelConfig = SMALL) -> int:
     """Like `kept_bytes`, for the whole model with its loss, which holds gradients where autograd does not see them."""
-    parts = Parts([build_part(model, range(model.num_hidden_layers), Mesh(MeshSizes())).train()], None)
+    part = build_part(model, range(model.num_hidden_layers), Mesh(MeshSizes())).train()
+    parts = Parts([part], None)
     parts.autocast_dtype = torch.bfloat16 if bf16 else None
     tokens = torch.randint(0, model.vocab_size, (2, 32))
     batch = Batch(tokens, tokens.roll(-1, 1), torch.zeros_like(tokens))
-    shared = {t.untyped_storage().data_ptr() for t in (*parts.parameters(), parts.parts[0].rotary, tokens)}
+    shared = {t.untyped_storage().data_ptr() for t in (*parts.parameters(), part.rotary, tokens)}
     kept: dict[int, torch.Tensor] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -200,7 +202,7 @@ def last_part_bytes(bf16: bool, mtp_weight: float, model: ModelConfig = SMALL) -
             kept[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), auxiliary_scale(1.0):
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), layer_losses([part], 1.0):
         [loss] = parts(0, [], batch, CrossEntropy(mtp_weight))
     for node in nodes(loss.grad_fn):
         for tensor in getattr(node, "gradients", ()):

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from model.attention import indexer
 from model.attention.kinds import build_attention
 from model.build import attach_axes
-from model.layers.auxiliary import auxiliary_scale
+from model.layers.auxiliary import Counting, LayerLosses
 from model.layers.rope import rotary_table
 from model.parallel.mesh import Mesh, MeshSizes
 from ray_pipeline.costs import attention_costs
@@ -50,8 +50,8 @@ def given(rank: int, sizes: dict[str, int]) -> list[list[int]]:
         attach_axes(attention, mesh)
         window = SEQ // mesh.sizes.sp
         x = torch.randn(2, window, model.hidden_size, requires_grad=True)
-        with _Counted() as forward, auxiliary_scale(1.0):
-            y = attention(x, rotary_table(model)[None, :window], None)
+        with _Counted() as forward:
+            y = attention(x, rotary_table(model)[None, :window], None, Counting(losses=LayerLosses(1.0)))
         with _Counted() as backward:
             y.sum().backward()
         out.append([forward.total, backward.total])
@@ -78,8 +78,8 @@ def test_arithmetic_of_the_loss_is_what_torch_counts_in_one_block() -> None:
     work = Workload("pretrain", model, Layout(), rows=2, seq_len=SEQ, micro_batch=2, steps=1)
     attention = build_attention(model)
     x, rotation = torch.randn(2, SEQ, model.hidden_size), rotary_table(model)[None, :SEQ]
-    with FlopCounterMode(display=False) as with_loss, auxiliary_scale(1.0):
-        attention(x, rotation, None)
+    with FlopCounterMode(display=False) as with_loss:
+        attention(x, rotation, None, Counting(losses=LayerLosses(1.0)))
     with FlopCounterMode(display=False) as without:
         attention(x, rotation, None)
     assert model.q_lora_rank is not None

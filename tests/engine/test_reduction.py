@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from model.kernels.weight_gradients import deferred_weight_gradients, separable_backward
+from model.build import split_backward
+from model.kernels.weight_gradients import BackwardSplit
 from model.layers.linear import Linear
 from model.parallel.collectives import Axis
 from model.parallel.mesh import Mesh, MeshSizes
@@ -67,16 +68,17 @@ def inputs(rank: int, step: int, backward: int) -> torch.Tensor:
 
 def two_replicas(rank: int, deferred: bool) -> Seen:
     zero_settings.MESSAGE = 16  # a message per layer
-    model = Model()
-    summed = reduction.GradientReduction(model.parameters(), Mesh(MeshSizes(dp=2)).axis("replica"))
+    model, split = Model(), BackwardSplit()
+    if deferred:
+        split_backward(model, split)
+    summed = reduction.GradientReduction(model.parameters(), Mesh(MeshSizes(dp=2)).axis("replica"), split)
     seen = Seen([], [])
     for step in range(2):
         summed.expect(2)
         for backward in range(2):
-            with separable_backward(deferred):
-                loss = model(inputs(rank, step, backward))
+            loss = model(inputs(rank, step, backward))
             if deferred and backward == 1:
-                with deferred_weight_gradients() as work:
+                with split.deferred() as work:
                     loss.backward()
                 work.run()
             else:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from model.init import init_weights
 from model.kernels import limits
-from model.kernels.weight_gradients import deferred_weight_gradients
+from model.kernels.weight_gradients import BackwardSplit
 from model.layers.chunked_loss import chunked_sums
 from model.layers.loss import IGNORE
 from model.parallel.collectives import LOCAL
@@ -181,10 +181,10 @@ def test_a_deferred_weight_gradient_is_the_same(models, hidden, batch):
         values: Any = Distillation(Divergence(0.5), teacher_head=models[1].lm_head)(student, hidden, None, batch)
         return values[0]
 
-    head.weight.grad = None
+    head.weight.grad, head.backward_split = None, BackwardSplit()
     loss().backward()
     expected, head.weight.grad = head.weight.grad, None
-    with deferred_weight_gradients() as queue:
+    with head.backward_split.deferred() as queue:
         loss().backward()
     assert head.weight.grad is None
     queue.run()

@@ -8,6 +8,7 @@ from torch import Tensor
 from model.kernels.cpu.products import product, transposed_product
 from model.kernels.expert_node import feed_forward
 from model.kernels.rows import Plan
+from model.kernels.weight_gradients import BackwardSplit
 
 
 class OneByOne:
@@ -42,6 +43,8 @@ class OneByOne:
             into.copy_(transposed_product(grad, x))
 
 
-def experts(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, plan: Plan) -> Tensor:
+def experts(
+    x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, plan: Plan, split: BackwardSplit | None = None
+) -> Tensor:
     """As `model.kernels.plain.experts`."""
-    return feed_forward(x, gate_up, down, weights, plan, OneByOne(plan.counts))
+    return feed_forward(x, gate_up, down, weights, plan, OneByOne(plan.counts), split)

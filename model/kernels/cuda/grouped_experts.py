@@ -9,6 +9,7 @@ from torch import Tensor
 from model.kernels.cpu.expert_loop import OneByOne
 from model.kernels.expert_node import feed_forward
 from model.kernels.rows import Plan
+from model.kernels.weight_gradients import BackwardSplit
 
 
 class AllAtOnce:
@@ -40,7 +41,9 @@ class AllAtOnce:
         into.copy_(F.grouped_mm(grad.t(), x, offs=self._ends))
 
 
-def experts(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, plan: Plan) -> Tensor:
+def experts(
+    x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, plan: Plan, split: BackwardSplit | None = None
+) -> Tensor:
     """As `model.kernels.plain.experts`."""
     parts = AllAtOnce(plan.counts) if x.dtype == torch.bfloat16 else OneByOne(plan.counts)
-    return feed_forward(x, gate_up, down, weights, plan, parts)
+    return feed_forward(x, gate_up, down, weights, plan, parts, split)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from model.kernels.weight_gradients import WeightGradients, deferred_weight_gradients, separable_backward
+from model.kernels.weight_gradients import BackwardSplit, WeightGradients
 from model.parallel.mesh import Mesh
 from model.parallel.placement import parts_of, ranks_of
 from model.transformer import Transformer
@@ -70,10 +70,19 @@ class Pipeline:
 
     Args:
         schedule_name: `model.parallel.placement` and `schedule` know it. parts: this rank's, in the schedule's order.
+        split: what the parts' layers have, where the schedule cuts backwards in two.
     """
 
-    def __init__(self, mesh: Mesh, schedule_name: str, device: torch.device, parts: ModelParts):
+    def __init__(
+        self,
+        mesh: Mesh,
+        schedule_name: str,
+        device: torch.device,
+        parts: ModelParts,
+        split: BackwardSplit | None = None,
+    ):
         self.mesh, self.schedule_name, self.device, self.parts = mesh, schedule_name, device, parts
+        self.split = split
         self.stages = parts_of(schedule_name, mesh.sizes.pp, mesh.pp_rank)
         # Kept when a run fails: a receive still in progress writes into its tensor.
         self._mailbox: Mailbox | None = None
@@ -120,7 +129,7 @@ class Pipeline:
         batch, last = run.micro_batches[action.micro_batch], action.stage == run.schedule.stages - 1
         for tensor in carried:
             tensor.requires_grad_(run.train)
-        with torch.set_grad_enabled(run.train), separable_backward(run.schedule.splits_backward):
+        with torch.set_grad_enabled(run.train):
             outputs = self.parts.run(self.stages.index(action.stage), carried, batch, run.output)
         if last:
             run.results[action.micro_batch] = outputs[0].detach()
@@ -139,13 +148,12 @@ class Pipeline:
         """Gradients of the inputs for the previous stage."""
         alive = run.alive.pop((action.stage, action.micro_batch))
         self.parts.before_backward()
-        # Checkpointed layers run again in here: they must save the same tensors as the first time.
-        with separable_backward(run.schedule.splits_backward):
-            if action.kind == "I":
-                with deferred_weight_gradients() as run.deferred[action.stage, action.micro_batch]:
-                    _backpropagate(alive.outputs, gradients)
-            else:
+        if action.kind == "I":
+            assert self.split is not None
+            with self.split.deferred() as run.deferred[action.stage, action.micro_batch]:
                 _backpropagate(alive.outputs, gradients)
+        else:
+            _backpropagate(alive.outputs, gradients)
         return [torch.zeros_like(t) if t.grad is None else t.grad for t in alive.inputs]
 
 

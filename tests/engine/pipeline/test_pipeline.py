@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from model.build import split_backward
+from model.kernels.weight_gradients import BackwardSplit
 from model.layers.linear import Linear
 from model.parallel.collectives import CollectiveFailed
 from model.parallel.mesh import Mesh, MeshSizes
@@ -98,8 +100,10 @@ class Local:
 def pipeline(name: str, pp: int):
     mesh = Mesh(MeshSizes(pp=pp))
     parts = {stage: Part(stage, num_stages(name, pp)) for stage in parts_of(name, pp, mesh.pp_rank)}
-    local = Local(list(parts.values()))
-    return Pipeline(mesh, name, torch.device("cpu"), local), parts, local
+    local, split = Local(list(parts.values())), BackwardSplit()
+    for part in parts.values():
+        split_backward(part, split)
+    return Pipeline(mesh, name, torch.device("cpu"), local, split), parts, local
 
 
 def train_on_rank(rank: int, name: str, pp: int, count: int, recompute: bool = False):

@@ -16,8 +16,7 @@ from model.attention.indexer import highest, index_scores, select
 from model.attention.sparse import SparseAttention, set_warm_up
 from model.config import ModelConfig, RopeScaling
 from model.init import init_weights
-from model.layers.auxiliary import auxiliary_scale
-from model.transformer import Transformer
+from model.transformer import Transformer, layer_losses
 from tests.model.probes import assert_causal, assert_packed_equals_alone
 
 # 16 heads: with few of them, relu makes scores of exactly zero, and which of equals a sort takes is nobody's rule.
@@ -199,7 +198,7 @@ def test_the_indexer_learns_from_its_own_loss_alone_and_the_model_from_the_main_
         if scale is None:
             model(ids).logsumexp(-1).sum().backward()
         else:
-            with auxiliary_scale(scale) as sums:
+            with layer_losses([model], scale) as sums:
                 model(ids).logsumexp(-1).sum().backward()
             total, count = sums.pair("indexer_kl")
             assert total > 0 and count == 3 * ids.numel()
@@ -232,7 +231,7 @@ def test_recomputing_activations_changes_no_gradient_and_counts_the_loss_once(re
     for kind in ("none", recompute):
         model.zero_grad()
         model.set_recompute(kind)
-        with auxiliary_scale(0.1) as sums:
+        with layer_losses([model], 0.1) as sums:
             model(ids).logsumexp(-1).sum().backward()
         grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
         found.append((sums.pair("indexer_kl"), grads))
@@ -250,7 +249,7 @@ def test_training_the_indexer_brings_its_choice_to_what_attention_reads():
         losses = []
         for _ in range(10):
             model.zero_grad()
-            with auxiliary_scale(1 / ids.numel()) as sums:
+            with layer_losses([model], 1 / ids.numel()) as sums:
                 model(ids).sum().backward()
             losses.append(sums.pair("indexer_kl")[0])
             optimizer.step()

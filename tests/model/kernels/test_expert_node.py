@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from model.kernels.cpu.expert_loop import experts as loop
 from model.kernels.cuda.grouped_experts import experts as grouped
 from model.kernels.rows import plan_rows
-from model.kernels.weight_gradients import deferred_weight_gradients
+from model.kernels.weight_gradients import BackwardSplit
 
 TOKENS, HIDDEN, INNER, EXPERTS = 6, 16, 8, 4
 
@@ -35,9 +35,9 @@ def one_by_one(x, gate_up, down, weights, chosen):
     return out
 
 
-def ours(leaves, chosen, multiple: int = 1, bf16: bool = False):
+def ours(leaves, chosen, multiple: int = 1, bf16: bool = False, split: BackwardSplit | None = None):
     x, *others = leaves
-    return loop(x.bfloat16() if bf16 else x, *others, plan_rows(chosen, EXPERTS, multiple))
+    return loop(x.bfloat16() if bf16 else x, *others, plan_rows(chosen, EXPERTS, multiple), split)
 
 
 @pytest.mark.parametrize("multiple", [1, 4])
@@ -54,9 +54,9 @@ def test_experts_equal_one_after_the_other(multiple):
 
 @pytest.mark.parametrize("bf16", [False, True])
 def test_weight_gradients_of_experts_can_wait(bf16):
-    (leaves, chosen), (others, _) = tensors(), tensors()
-    with deferred_weight_gradients() as queue:
-        ours(leaves, chosen, 4, bf16).float().square().sum().backward()
+    (leaves, chosen), (others, _), split = tensors(), tensors(), BackwardSplit()
+    with split.deferred() as queue:
+        ours(leaves, chosen, 4, bf16, split).float().square().sum().backward()
     ours(others, chosen, 4, bf16).float().square().sum().backward()
     assert leaves[1].grad is None and leaves[2].grad is None and len(queue) == 2
     for i in (0, 3):
@@ -87,11 +87,11 @@ def test_tokens_are_kept_and_neither_their_rows_nor_the_inner_activations(bf16):
 
 @pytest.mark.parametrize("frozen", [(0,), (1,), (2,), (1, 2), (3,)])
 def test_what_is_frozen_gets_no_gradient_and_the_others_the_same(frozen):
-    (leaves, chosen), (others, _) = tensors(), tensors()
+    (leaves, chosen), (others, _), split = tensors(), tensors(), BackwardSplit()
     for i in frozen:
         leaves[i].requires_grad_(False)
-    with deferred_weight_gradients() as queue:
-        ours(leaves, chosen).square().sum().backward()
+    with split.deferred() as queue:
+        ours(leaves, chosen, split=split).square().sum().backward()
     assert len(queue) == 2 - len({1, 2} & set(frozen))
     queue.run()
     ours(others, chosen).square().sum().backward()

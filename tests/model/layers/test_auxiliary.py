@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from model.layers.auxiliary import add_loss, auxiliary_scale, current_scale, not_recording
+from model.layers.auxiliary import EVERY_TOKEN, Counting, LayerLosses
 
 
 def losses() -> tuple[torch.Tensor, torch.Tensor]:
@@ -15,37 +15,40 @@ def losses() -> tuple[torch.Tensor, torch.Tensor]:
 
 def test_the_loss_gets_the_scale_and_its_weight_and_the_activation_its_own_gradient():
     x, inner = losses()
-    with auxiliary_scale(0.25):
-        out = add_loss(x * 2, (inner**2).sum(), "aux_loss", weight=3.0)
-        (7 * out).sum().backward()
+    out = Counting(losses=LayerLosses(0.25)).add_loss(x * 2, (inner**2).sum(), "aux_loss", weight=3.0)
+    (7 * out).sum().backward()
     assert torch.equal(out, x * 2) and torch.equal(x.grad, torch.full_like(x, 14.0))
     torch.testing.assert_close(inner.grad, 0.25 * 3.0 * 2 * inner.detach())
 
 
-def test_without_a_scale_or_without_gradients_nothing_is_computed():
-    x, inner = losses()
-    assert current_scale() is None
-    assert add_loss(x, inner.sum(), "aux_loss") is x
-    with auxiliary_scale(1.0) as sums, torch.no_grad():
-        assert current_scale() is None
-        assert add_loss(x, inner.sum(), "aux_loss") is x
-    assert sums.pair("aux_loss") == (0.0, 0)
+def test_outside_of_a_training_step_and_without_gradients_none_is_wanted():
+    counting = Counting(losses=LayerLosses(1.0))
+    assert counting.wants_losses and not EVERY_TOKEN.wants_losses
+    with torch.no_grad():
+        assert not counting.wants_losses
+    assert LayerLosses(1.0).pair("aux_loss") == (0.0, 0)
 
 
 def test_sums_are_unweighted_over_layers_and_tokens_and_a_second_run_is_not_recorded():
-    x, inner = losses()
-    with auxiliary_scale(1.0) as sums:
-        add_loss(x, inner.sum(), "aux_loss", weight=0.1)
-        add_loss(x, inner.sum(), "aux_loss", weight=0.1)
-        add_loss(x[0], inner.prod(), "indexer_kl")
-        with not_recording():
-            add_loss(x, inner.sum(), "aux_loss")
+    (x, inner), sums = losses(), LayerLosses(1.0)
+    for weight in (0.1, 0.2):
+        Counting(losses=sums).add_loss(x, inner.sum(), "aux_loss", weight=weight)
+    Counting(losses=sums).add_loss(x[0], inner.prod(), "indexer_kl")
+    again = Counting(losses=sums, repeated=True).add_loss(x, inner.sum(), "aux_loss")
+    again.sum().backward()
     assert sums.pair("aux_loss") == (10.0, 12)
     assert sums.pair("indexer_kl") == (6.0, 3)
-    assert current_scale() is None
+    assert torch.equal(inner.grad, torch.ones(2)), "it is trained on nevertheless"
+
+
+def test_padding_is_not_among_the_tokens():
+    (x, inner), sums = losses(), LayerLosses(1.0)
+    real = torch.tensor([[True, True, False], [True, False, False]])
+    Counting(real, sums).add_loss(x, inner.sum(), "aux_loss")
+    assert sums.pair("aux_loss") == (5.0, 3)
 
 
 def test_a_name_that_is_not_reported_is_refused():
     x, inner = losses()
-    with auxiliary_scale(1.0), pytest.raises(AssertionError, match="other_loss"):
-        add_loss(x, inner.sum(), "other_loss")
+    with pytest.raises(AssertionError, match="other_loss"):
+        Counting(losses=LayerLosses(1.0)).add_loss(x, inner.sum(), "other_loss")

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.kernels import limits
-from model.kernels.weight_gradients import deferred_weight_gradients
+from model.kernels.weight_gradients import BackwardSplit
 from model.layers.block_loss import label_losses, loss_of_logits
 from model.layers.chunked_loss import loss_per_token, loss_sum
 from model.parallel.collectives import LOCAL
@@ -77,14 +77,16 @@ def test_under_autocast_the_heads_gradient_is_added_up_in_fp32():
 
 @pytest.mark.parametrize("per_token", [False, True])
 def test_a_deferred_weight_gradient_is_the_same(per_token):
-    x, weight, labels = inputs()
+    (x, weight, labels), split = inputs(), BackwardSplit()
 
     def loss():
-        return loss_per_token(x, weight, labels, LOCAL, 1.0).sum() if per_token else loss_sum(x, weight, labels, LOCAL)
+        if per_token:
+            return loss_per_token(x, weight, labels, LOCAL, 1.0, split).sum()
+        return loss_sum(x, weight, labels, LOCAL, split)
 
     loss().backward()
     expected, weight.grad = weight.grad, None
-    with deferred_weight_gradients() as queue:
+    with split.deferred() as queue:
         loss().backward()
     assert weight.grad is None
     queue.run()

@@ -13,7 +13,7 @@ from torch import Tensor
 from model.build import use_fp8
 from model.config import ModelConfig
 from model.kernels.cuda.fp8_kernel import kernel_for, kernel_product
-from model.kernels.weight_gradients import deferred_weight_gradients, separable_backward
+from model.kernels.weight_gradients import BackwardSplit
 from model.layers.fp8 import (
     LARGEST,
     TILE,
@@ -124,16 +124,17 @@ def test_each_expert_multiplies_its_own_rows():
 def test_weight_gradients_can_wait(experts):
     x, weight = random(9, 20), random(2, 16, 20, seed=1)
 
+    split = BackwardSplit()
+
     def run(parameter: torch.nn.Parameter) -> Tensor:
         if experts:
-            return fp8_grouped_linear(x, parameter, torch.tensor([4, 5]))
-        return fp8_linear(x, parameter)
+            return fp8_grouped_linear(x, parameter, torch.tensor([4, 5]), split)
+        return fp8_linear(x, parameter, split)
 
     whole, parts = (torch.nn.Parameter((weight if experts else weight[0]).clone()) for _ in range(2))
     run(whole).square().sum().backward()
-    with separable_backward():
-        out = run(parts)
-    with deferred_weight_gradients() as queue:
+    out = run(parts)
+    with split.deferred() as queue:
         out.square().sum().backward()
     assert parts.grad is None and len(queue) == 1
     queue.run()

@@ -10,14 +10,15 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from model.kernels.cpu import products
-from model.kernels.weight_gradients import deferred_weight_gradients, separable_backward
+from model.kernels.weight_gradients import BackwardSplit
 from model.layers.linear import Linear
 
 
-def pair(seed: int = 0) -> tuple[nn.Module, nn.Linear]:
-    """Ours and torch's with equal weights."""
+def pair(seed: int = 0) -> tuple[Linear, nn.Linear]:
+    """Ours, whose backward can be cut, and torch's, with equal weights."""
     torch.manual_seed(seed)
     ours = Linear(6, 4)
+    ours.backward_split = BackwardSplit()
     theirs = nn.Linear(6, 4, bias=False)
     theirs.load_state_dict(ours.state_dict())
     return ours, theirs
@@ -46,11 +47,10 @@ def test_both_halves_together_are_the_whole_backward(bf16):
     (x, y) = inputs()
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         for _ in range(2):  # gradients accumulate over micro-batches
-            with separable_backward():
-                out = ours(x)
+            out = ours(x)
             reference = theirs(y)
             assert torch.equal(out, reference) and out.dtype == reference.dtype
-            with deferred_weight_gradients() as queue:
+            with ours.backward_split.deferred() as queue:
                 out.float().square().sum().backward()
             before = None if ours.weight.grad is None else ours.weight.grad.clone()
             reference.float().square().sum().backward()
@@ -62,11 +62,10 @@ def test_both_halves_together_are_the_whole_backward(bf16):
     torch.testing.assert_close(ours.weight.grad, theirs.weight.grad)
 
 
-def test_without_the_context_a_separable_graph_goes_back_whole():
+def test_a_graph_that_can_be_cut_goes_back_whole_if_it_is_not():
     ours, theirs = pair()
     (x, y) = inputs()
-    with separable_backward():
-        out = ours(x)
+    out = ours(x)
     out.square().sum().backward()
     theirs(y).square().sum().backward()
     torch.testing.assert_close(ours.weight.grad, theirs.weight.grad)
@@ -77,9 +76,8 @@ def test_the_weight_waits_and_the_rest_does_not():
     ours, _ = pair()
     norm = nn.LayerNorm(4)
     (x, _) = inputs()
-    with separable_backward():
-        out = norm(ours(x))
-    with deferred_weight_gradients() as queue:
+    out = norm(ours(x))
+    with ours.backward_split.deferred() as queue:
         out.square().sum().backward()
     assert ours.weight.grad is None and x.grad is not None and norm.weight.grad is not None
     queue.run()
@@ -89,9 +87,8 @@ def test_the_weight_waits_and_the_rest_does_not():
 def test_recomputed_layers_can_wait_too():
     ours, theirs = pair()
     (x, y) = inputs()
-    with separable_backward():
-        out = checkpoint(ours, x, use_reentrant=False)
-    with separable_backward(), deferred_weight_gradients() as queue:
+    out = checkpoint(ours, x, use_reentrant=False)
+    with ours.backward_split.deferred() as queue:
         out.square().sum().backward()
     assert ours.weight.grad is None and len(queue) == 1
     queue.run()
@@ -103,9 +100,8 @@ def test_frozen_weights_leave_no_work():
     ours, _ = pair()
     ours.weight.requires_grad_(False)
     (x, _) = inputs()
-    with separable_backward():
-        out = ours(x)
-    with deferred_weight_gradients() as queue:
+    out = ours(x)
+    with ours.backward_split.deferred() as queue:
         out.sum().backward()
     assert len(queue) == 0 and ours.weight.grad is None and x.grad is not None
 
@@ -113,11 +109,10 @@ def test_frozen_weights_leave_no_work():
 def test_what_waits_lets_go_of_its_inputs_when_done():
     ours, _ = pair()
     x, _ = inputs()
-    with separable_backward():
-        inner = x * 2
-        out = ours(inner)
+    inner = x * 2
+    out = ours(inner)
     held = weakref.ref(inner)
-    with deferred_weight_gradients() as queue:
+    with ours.backward_split.deferred() as queue:
         out.square().sum().backward()
     del inner, out
     assert held() is not None
@@ -130,10 +125,10 @@ def test_a_gradient_put_off_lies_in_memory_as_its_parameter(monkeypatch):
     monkeypatch.setattr(products, "onednn_is_quicker", lambda: True)
     monkeypatch.setattr(products, "LEAST", 1)
     ours = Linear(6, 40)
+    ours.backward_split = BackwardSplit()
     x = torch.randn(200, 6)
-    with separable_backward():
-        out = ours(x)
-    with deferred_weight_gradients() as queue:
+    out = ours(x)
+    with ours.backward_split.deferred() as queue:
         out.sum().backward()
     queue.run()
     assert ours.weight.grad.stride() == ours.weight.stride()

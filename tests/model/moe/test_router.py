@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from model.config import ModelConfig
-from model.layers.auxiliary import auxiliary_scale
+from model.layers.auxiliary import Counting, LayerLosses
 from model.moe.router import Router
 
 HIDDEN = 24
@@ -146,10 +146,10 @@ def test_the_share_of_the_step_before_is_kept_and_is_not_part_of_the_model():
 def test_the_loss_changes_no_output_and_counts_only_in_training(method):
     router = build(topk_method=method, aux_loss_alpha=0.1).train()
     indices, weights = router(tokens())
-    with auxiliary_scale(1.0) as sums:
-        with_loss = router(tokens(), rows=4)
-        with torch.no_grad():
-            router(tokens(), rows=4)
+    sums = LayerLosses(1.0)
+    with_loss = router(tokens(), rows=4, counting=Counting(losses=sums))
+    with torch.no_grad():
+        router(tokens(), rows=4, counting=Counting(losses=sums))
     assert torch.equal(with_loss[0], indices) and torch.equal(with_loss[1], weights)
     total, count = sums.pair("aux_loss")
     assert count == 64 and 0.5 * 64 < total < 8 * 64
@@ -160,8 +160,8 @@ def test_v3s_loss_counts_what_the_scores_choose_and_not_what_the_bias_makes_of_i
     sums = []
     for scale in (0.0, 100.0):
         router.e_score_correction_bias.mul_(scale)
-        with auxiliary_scale(1.0) as found:
-            router(tokens(), rows=4)
+        found = LayerLosses(1.0)
+        router(tokens(), rows=4, counting=Counting(losses=found))
         sums.append(found.pair("aux_loss"))
         router.e_score_correction_bias.copy_(torch.arange(8.0))
     assert sums[0] == sums[1]
