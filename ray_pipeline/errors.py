@@ -10,6 +10,8 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+EXIT_FAILED, EXIT_USER_ERROR = 1, 2  # codes of the command line
+
 
 class UserError(Exception):
     """A mistake the user can fix. The message gives the value, the reason and the way out."""

@@ -93,9 +93,19 @@ def load_asked(model: str, options: Mapping[str, Any]) -> tuple[LanguageModel, M
     return load(source), source
 
 
-def ask(model: LanguageModel, source: ModelSource, question: str, options: Mapping[str, Any]) -> Asked:
+def ask(
+    model: LanguageModel,
+    source: ModelSource,
+    question: str,
+    options: Mapping[str, Any],
+    *,
+    subject: str = "The question",
+    hint: str = "Shorten it.",
+) -> Asked:
     """The model's answer to one question.
 
+    Args:
+        subject, hint: what is too long, and what to do about it, if it is.
     Raises:
         UserError: the question does not fit into the context, or the model computes no numbers.
     """
@@ -105,8 +115,8 @@ def ask(model: LanguageModel, source: ModelSource, question: str, options: Mappi
     prompt = model.prompt(question)
     if len(prompt) >= model.backend.context:
         raise UserError(
-            f"The question is {len(prompt)} tokens long: {model.name} reads {model.backend.context}, answer included. "
-            "Shorten it."
+            f"{subject} is {len(prompt)} tokens long: {model.name} reads {model.backend.context}, answer included. "
+            f"{hint}"
         )
     with finite_logits(f"the model {model.name}", "Take an earlier stage's, or train it again."):
         [written] = model.backend.generate(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ray_pipeline.cli.runs import output_dir
+from ray_pipeline.errors import EXIT_FAILED
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -26,7 +27,7 @@ def doctor(folder: str | None, as_json: bool) -> int:
     diagnosis = diagnose(facts)
     if as_json:
         click.echo(json.dumps(as_dict(facts, diagnosis), indent=2))
-        return 1 if diagnosis.missing else 0
+        return EXIT_FAILED if diagnosis.missing else 0
     from rich.console import Console
 
     console = Console()
@@ -40,7 +41,7 @@ def doctor(folder: str | None, as_json: bool) -> int:
             console.print(f"[bold {style}]{title}[/]")
             for line in lines:
                 console.print(f"  - {line}", markup=False, highlight=False)
-    return 1 if diagnosis.missing else 0
+    return EXIT_FAILED if diagnosis.missing else 0
 
 
 def _table(facts: Facts) -> Table:

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 import click
 
 from ray_pipeline.cli.asked import Asked, ask, asking_options, load_asked
-from ray_pipeline.errors import UserError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -36,13 +35,8 @@ def explain(model: str, file: Path, as_json: bool, **options: object) -> int:
     facts = code_facts(text, str(file))
     question = QUESTION.format(text.strip("\n"))
     loaded, source = load_asked(model, options)
-    tokens, context = len(loaded.prompt(question)), loaded.backend.context
-    if tokens >= context:
-        raise UserError(
-            f"{file}: {tokens} tokens with the question: {loaded.name} reads {context}, answer included. Give a "
-            "smaller file, or a model with a longer context."
-        )
-    asked = ask(loaded, source, question, options)
+    hint = "Give a smaller file, or a model with a longer context."
+    asked = ask(loaded, source, question, options, subject=f"{file} with the question", hint=hint)
     if as_json:
         click.echo(json.dumps(as_values(file, asked, facts), indent=2, ensure_ascii=False))
     else:

@@ -15,7 +15,7 @@ from typing import Any
 
 import click
 
-from ray_pipeline.errors import StageFailed, UserError, did_you_mean, program
+from ray_pipeline.errors import EXIT_FAILED, EXIT_USER_ERROR, StageFailed, UserError, did_you_mean, program
 
 # verb -> (module, command). The order is the order of `--help`.
 VERBS = {
@@ -53,8 +53,6 @@ RETIRED = {
 PATH_ERRORS = frozenset(
     (errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO)
 )
-EXIT_FAILED = 1
-EXIT_USER_ERROR = 2
 SIGNAL_BASE = 128  # shells report a program that a signal ended as 128 + the signal's number
 STOPPING = (signal.SIGTERM, signal.SIGHUP)  # of a scheduler, `kill`, or a terminal that closes; Ctrl-C is Python's own
 

@@ -21,8 +21,7 @@ from typing import Any
 
 import click
 
-from ray_pipeline.cli.group import EXIT_FAILED
-from ray_pipeline.errors import StageFailed, UserError
+from ray_pipeline.errors import EXIT_FAILED, StageFailed, UserError
 from ray_pipeline.settings.run_folder import CONFIG_FILE, RUN_FILE
 
 RECIPE = RUN = "smoke"

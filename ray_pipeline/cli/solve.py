@@ -9,8 +9,7 @@ from dataclasses import asdict
 import click
 
 from ray_pipeline.cli.asked import ask, asking_options, load_asked
-from ray_pipeline.cli.group import EXIT_FAILED
-from ray_pipeline.errors import UserError
+from ray_pipeline.errors import EXIT_FAILED, UserError
 
 STYLES = {"VERIFIED": "bold green", "WRONG": "bold red", "CANNOT CHECK": "bold yellow"}
 

@@ -25,6 +25,7 @@ from ray_pipeline.settings.chain import (
     teacher_path,
     upstream,
 )
+from ray_pipeline.settings.layers import flat
 from ray_pipeline.settings.schema import STAGES, TRAINING_STAGES, PipelineFields
 
 # Raised when a stage's code writes something else for the same settings, so that old outputs are not taken for new.
@@ -74,18 +75,6 @@ class Identity:
 
     key: str
     decides: Mapping[str, Any]
-
-
-def flat(values: Any, prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": [1]}} -> {"a.b.0": 1}; an empty group or list stays as it is."""
-    items = values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, list) else ()
-    pairs = list(items)
-    if not pairs:
-        return {prefix: values}
-    out: dict[str, Any] = {}
-    for key, value in pairs:
-        out |= flat(value, f"{prefix}.{key}" if prefix else str(key))
-    return out
 
 
 def source_names(config: PipelineFields) -> dict[str, str]:

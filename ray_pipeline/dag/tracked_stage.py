@@ -7,14 +7,12 @@ import subprocess
 from pathlib import Path
 
 from ray_pipeline.dag.ledger import Record, read_record
-from ray_pipeline.errors import UserError
+from ray_pipeline.errors import EXIT_FAILED, EXIT_USER_ERROR, UserError
 from ray_pipeline.hardware import machine, versions
 from ray_pipeline.launch.stage_context import StageContext, StageResult
 from ray_pipeline.records.trackers.tracker import Ending, TrackedRun
 from ray_pipeline.settings.run_folder import CHECKPOINTS, MANIFEST, MODEL
 from ray_pipeline.settings.schema import TRAINING_STAGES
-
-EXIT_FAILED, EXIT_USER_ERROR = 1, 2  # of the command line
 
 
 def tracked_run(context: StageContext, record: Record) -> TrackedRun:

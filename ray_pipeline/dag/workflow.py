@@ -43,7 +43,7 @@ from ray_pipeline.dag.request import RunRequest
 from ray_pipeline.dag.stage_task import StageJob, run_stage
 from ray_pipeline.dag.view import outcome_text, print_failure, print_lines, print_plan
 from ray_pipeline.data.rows.manifest import notices_of
-from ray_pipeline.errors import StageFailed, UserError
+from ray_pipeline.errors import EXIT_FAILED, StageFailed, UserError
 from ray_pipeline.launch.cluster import cluster_address, connect, refuse_unshared, wait_for
 from ray_pipeline.launch.local_ray import start_local_ray
 from ray_pipeline.launch.stage_context import StageResult
@@ -169,7 +169,7 @@ def _finish(config: PipelineFields, run_dir: Path, rows: Sequence[PlannedStage],
     nothing = [e["stage"] for e in status["stages"] if e["status"] == "learned_nothing" and e["stage"] in ours]
     if nothing:
         console.print(f"LEARNED NOTHING: {', '.join(nothing)} did not beat the input.", style="yellow", markup=False)
-    return 1 if failed or nothing else 0
+    return EXIT_FAILED if failed or nothing else 0
 
 
 @contextmanager

@@ -15,7 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
-from ray_pipeline.records.rank_output import LOGS, output_file, output_to
+from ray_pipeline.records.rank_output import output_file, output_to
+from ray_pipeline.settings.run_folder import LOGS
 
 PACKAGE = logging.getLogger("ray_pipeline")
 LEVELS = ("debug", "info", "warning", "error")

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-LOGS = "logs"
+from ray_pipeline.settings.run_folder import LOGS
+
 _STREAMS = (1, 2)  # file descriptors of stdout and stderr
 
 

@@ -271,3 +271,15 @@ def with_presets(layers: list[Layer]) -> list[Layer]:
             added = [Layer(f"preset {size}", preset(size), {})] if known else []
             return layers[: index + 1] + added + layers[index + 1 :]
     return layers
+
+
+def flat(values: Any, prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": [1]}} -> {"a.b.0": 1}; an empty group or list stays as it is."""
+    items = values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, list) else ()
+    pairs = list(items)
+    if not pairs:
+        return {prefix: values}
+    out: dict[str, Any] = {}
+    for key, value in pairs:
+        out |= flat(value, f"{prefix}.{key}" if prefix else str(key))
+    return out

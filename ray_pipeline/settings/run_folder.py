@@ -25,13 +25,14 @@ GUARDS_FILE = "guards.json"  # what guards of training did
 ERROR_LOG = "error.log"  # the traceback of an attempt that failed
 MANIFEST = "manifest.json"  # SHA-256 sums of a folder's files
 CHECKPOINTS = "checkpoints"
+LOGS = "logs"  # what a stage's processes print
 TOKENIZER = "tokenizer"
 MODEL = "model"
 ADAPTER = "adapter"  # peft's own files of low-rank adapters
 
 # Written while a stage works, and by the workflow.
 NOT_OUTPUTS = (PROGRESS_FILE, METRICS_FILE, GUARDS_FILE, RECORD, ERROR_LOG)
-NOT_OUTPUT_FOLDERS = ("logs", "wandb", "tensorboard")
+NOT_OUTPUT_FOLDERS = (LOGS, "wandb", "tensorboard")
 RERUN = ".again"  # behind the name of a stage's folder: an attempt that is to replace a finished one
 
 

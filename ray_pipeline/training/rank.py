@@ -41,8 +41,6 @@ class Rank:
     device: torch.device
     place: Place
     progress: Progress | None
-    wandb_id: str
-    run_name: str
 
     @property
     def settings(self) -> TrainingConfig:
@@ -94,8 +92,6 @@ def rank_arguments(context: StageContext, stage: str) -> dict[str, Any]:
         "stage": stage,
         "folder": str(context.folder),
         "upstream": {name: str(result.folder) for name, result in context.inputs.items()},
-        "wandb_id": context.wandb_id,
-        "run_name": context.run_name,
         "log_level": context.config.tracking.log_level,
     }
 
@@ -120,10 +116,7 @@ def start_rank(arguments: dict[str, Any]) -> Rank:
     progress = None
     if mesh.rank == 0:
         progress = Progress(folder, stage, getattr(config, stage).steps, note=lost_ranks(wanted, layout))
-    return Rank(
-        config, stage, folder, upstream["data_prep"], upstream, mesh, device, place, progress,
-        arguments["wandb_id"], arguments["run_name"],
-    )  # fmt: skip
+    return Rank(config, stage, folder, upstream["data_prep"], upstream, mesh, device, place, progress)
 
 
 def lost_ranks(wanted: Layout, here: Layout) -> str | None:

@@ -64,7 +64,7 @@ def _rank(task: Task, folder: Path) -> Rank:
     place.mkdir(exist_ok=True)
     return start_rank({
         "config": config.model_dump(mode="json") | {"model": dataclasses.asdict(task.model)}, "stage": "grpo",
-        "folder": str(place), "upstream": {"data_prep": str(folder)}, "wandb_id": "", "run_name": "bench",
+        "folder": str(place), "upstream": {"data_prep": str(folder)},
     })  # fmt: skip
 
 

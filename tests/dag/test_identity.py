@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from ray_pipeline.dag.identity import (
     content_digest,
     default_run_name,
-    flat,
     identities,
     local_path,
     moved_name,
@@ -21,6 +20,7 @@ from ray_pipeline.dag.identity import (
 )
 from ray_pipeline.errors import UserError
 from ray_pipeline.settings.chain import upstream
+from ray_pipeline.settings.layers import flat
 from ray_pipeline.settings.loading import load_config
 from ray_pipeline.settings.schema import STAGES, PipelineFields
 

@@ -52,8 +52,8 @@ def arguments(run_dir: Path, name: str = "out", **settings: Any) -> dict[str, An
     config = settings_of(run_dir, **settings)
     stages = RunFile(run_dir).stages
     return {
-        "config": config.model_dump(mode="json"), "stage": STAGE, "folder": str(run_dir / name), "wandb_id": "",
-        "upstream": {stage: str(run_dir / entry["folder"]) for stage, entry in stages.items()}, "run_name": "toy",
+        "config": config.model_dump(mode="json"), "stage": STAGE, "folder": str(run_dir / name),
+        "upstream": {stage: str(run_dir / entry["folder"]) for stage, entry in stages.items()},
     }  # fmt: skip
 
 

@@ -65,8 +65,8 @@ def arguments(
          "tracking": {"wandb": False}, "data": {"seq_len": 64}, "evaluation": {"questions": 4, "max_new_tokens": 4}}
     )  # fmt: skip
     return {
-        "config": config.model_dump(mode="json"), "stage": "grpo", "folder": str(folder / name), "wandb_id": "",
-        "upstream": {"data_prep": str(folder / "data"), "sft": str(folder / "sft")}, "run_name": "toy",
+        "config": config.model_dump(mode="json"), "stage": "grpo", "folder": str(folder / name),
+        "upstream": {"data_prep": str(folder / "data"), "sft": str(folder / "sft")},
     }  # fmt: skip
 
 

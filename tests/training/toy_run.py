@@ -34,8 +34,8 @@ def arguments(folder: Path, *, layout: dict[str, Any] | None = None, **settings:
     )  # fmt: skip
     stage = folder / "toy" / "pretrain-0"
     return {
-        "config": config.model_dump(mode="json"), "stage": "pretrain", "folder": str(stage), "wandb_id": "",
-        "upstream": {"data_prep": str(folder / "data")}, "run_name": "toy", "fault": fault, "pace": pace,
+        "config": config.model_dump(mode="json"), "stage": "pretrain", "folder": str(stage),
+        "upstream": {"data_prep": str(folder / "data")}, "fault": fault, "pace": pace,
     }  # fmt: skip
 
 

@@ -8,7 +8,8 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ray_pipeline.records.trackers.tracker import Ending, Kind, TrackedRun, flat_text, numbers
+from ray_pipeline.records.trackers.tracker import Ending, Kind, TrackedRun, numbers
+from ray_pipeline.settings.layers import flat
 
 ID = "ray_pipeline.id"  # tag by which a run is found again
 _MOST_METRICS, _MOST_PARAMS, _MOST_TEXT = 1000, 100, 500  # of one request, one request, one value
@@ -36,7 +37,8 @@ class MlflowTracker:
         else:
             tags = {ID: run.run_id, "group": run.group, "stage": run.stage}
             self._id = self._client.create_run(experiment, run_name=run.name, tags=tags).info.run_id
-            pairs = [Param(key, value[:_MOST_TEXT]) for key, value in flat_text(run.config).items() if value]
+            texts = {key: str(value)[:_MOST_TEXT] for key, value in flat(dict(run.config)).items()}
+            pairs = [Param(key, text) for key, text in texts.items() if text]
             for start in range(0, len(pairs), _MOST_PARAMS):
                 self._client.log_batch(self._id, params=pairs[start : start + _MOST_PARAMS])
         names = self._client.get_run(self._id).data.metrics

@@ -9,7 +9,8 @@ from typing import Any
 
 from tensorboardX import SummaryWriter
 
-from ray_pipeline.records.trackers.tracker import Ending, Kind, TrackedRun, flat_text, lists, numbers
+from ray_pipeline.records.trackers.tracker import Ending, Kind, TrackedRun, lists, numbers
+from ray_pipeline.settings.layers import flat
 
 FOLDER = "tensorboard"
 
@@ -20,7 +21,7 @@ class TensorBoardTracker:
     def open(self, run: TrackedRun) -> Mapping[Kind, int]:
         shutil.rmtree(run.folder / FOLDER, ignore_errors=True)
         self._writer = SummaryWriter(str(run.folder / FOLDER))
-        rows = "\n".join(f"| {key} | `{value}` |" for key, value in flat_text(run.config).items())
+        rows = "\n".join(f"| {key} | `{value}` |" for key, value in flat(dict(run.config)).items())
         self._writer.add_text("config", f"| setting | value |\n| --- | --- |\n{rows}", 0)
         return {}
 

@@ -90,13 +90,3 @@ def numbers(figures: Mapping[str, Any]) -> dict[str, float]:
 def lists(figures: Mapping[str, Any]) -> dict[str, list[float]]:
     """Those that are lists of numbers."""
     return {name: value for name, value in figures.items() if isinstance(value, list)}
-
-
-def flat_text(values: Any, prefix: str = "") -> dict[str, str]:
-    """{"a": {"b": 1}} -> {"a.b": "1"}, for trackers whose settings are pairs of texts."""
-    if not isinstance(values, Mapping):
-        return {prefix: str(values)}
-    out: dict[str, str] = {}
-    for key, value in values.items():
-        out |= flat_text(value, f"{prefix}.{key}" if prefix else str(key))
-    return out
