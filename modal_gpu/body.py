@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ray_pipeline.errors import UserError
+from ray_pipeline.errors import EXIT_USER_ERROR, UserError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -59,7 +59,7 @@ def execute_here(
             code = execute(RunRequest(config, layout, StageSelection(**_selection(stages)), resume, dry_run))
         return RemoteResult(code)
     except UserError as error:
-        return RemoteResult(2, str(error))
+        return RemoteResult(EXIT_USER_ERROR, str(error))
     finally:
         recipe.unlink(missing_ok=True)
 

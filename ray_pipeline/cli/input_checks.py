@@ -18,11 +18,9 @@ if TYPE_CHECKING:
 EVALUATED = ("sft", "dpo", "grpo", "distillation")  # whose models answer questions, with tools if there are any
 
 
-def check_inputs(request: RunRequest, cluster: Cluster | None = None) -> None:
+def check_inputs(request: RunRequest) -> None:
     """Look at the input files and names now, if a stage is going to read them.
 
-    Args:
-        cluster: where the ranks will run, if that is not this machine.
     Raises:
         UserError: naming the file, and the line where there is one.
     """
@@ -36,7 +34,7 @@ def check_inputs(request: RunRequest, cluster: Cluster | None = None) -> None:
         check_trackers(config.tracking)
     rows = plan(config, layout, request.run_dir, request.stages)
     working = [row.stage for row in rows if row.action in ("run", "resume")]
-    _check_memory(config, layout, working, cluster)
+    _check_memory(config, layout, working, request.cluster)
     if "data_prep" in working:
         for text in check_sources(config):
             click.echo(text)

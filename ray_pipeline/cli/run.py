@@ -56,8 +56,8 @@ def checked(config: PipelineFields, options: dict[str, Any], *, resume: bool = F
     notices(config)
     config = config.model_copy(update={"run_name": config.run_name or default_run_name(config)})
     cluster = named_cluster() if config.backend != "modal" else None
-    request = RunRequest(config, layout_there(config, cluster), stages, resume, options["dry_run"])
-    check_inputs(request, cluster)
+    request = RunRequest(config, layout_there(config, cluster), stages, resume, options["dry_run"], cluster)
+    check_inputs(request)
     return request
 
 

@@ -12,7 +12,7 @@ from ray_pipeline.costs.prices import price, spent, usd
 from ray_pipeline.dag.ledger import read_status
 from ray_pipeline.dag.plan import PlannedStage
 from ray_pipeline.errors import UserError
-from ray_pipeline.launch.cluster import named_cluster
+from ray_pipeline.launch.cluster import Cluster
 from ray_pipeline.layout.layout import Layout
 from ray_pipeline.records.stop_request import ask_to_stop
 from ray_pipeline.records.units import seconds_text
@@ -51,7 +51,9 @@ class Budget:
             ask_to_stop(self.run_dir, reason)
 
 
-def estimate_lines(config: PipelineFields, layout: Layout, rows: list[PlannedStage]) -> list[str]:
+def estimate_lines(
+    config: PipelineFields, layout: Layout, rows: list[PlannedStage], cluster: Cluster | None = None
+) -> list[str]:
     """Hours and money of the training stages that will run; nothing without a price. Sampling and evaluations, whose
     length nobody knows before, are not in it."""
     each = price(config)
@@ -62,7 +64,7 @@ def estimate_lines(config: PipelineFields, layout: Layout, rows: list[PlannedSta
         if config.backend == "modal":
             hardware = find_hardware(config.modal.gpu_type)
         else:
-            hardware = running_hardware(config, layout.device, named_cluster())
+            hardware = running_hardware(config, layout.device, cluster)
     except UserError:
         hardware = None
     if hardware is None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ray_pipeline.errors import UserError, did_you_mean
+from ray_pipeline.launch.cluster import Cluster
 from ray_pipeline.launch.stage_context import StageFunction
 from ray_pipeline.layout.layout import Layout
 from ray_pipeline.settings.schema import STAGES, PipelineFields
@@ -70,6 +71,7 @@ class RunRequest:
     Attributes:
         config: with `run_name`. layout: legal for it.
         resume: apply settings that changed since the run was started; else they are refused.
+        cluster: what the Ray cluster has that is to run it; None for a machine alone.
         dry_run: print the plan alone. stage_functions: in place of the stages' own `run`, by name, for tests.
     """
 
@@ -78,6 +80,7 @@ class RunRequest:
     stages: StageSelection = field(default_factory=StageSelection)
     resume: bool = False
     dry_run: bool = False
+    cluster: Cluster | None = None
     stage_functions: Mapping[str, StageFunction] = field(default_factory=dict)
 
     @property

@@ -82,7 +82,7 @@ def execute(request: RunRequest) -> int:
     if request.dry_run:
         rows = plan(config, layout, run_dir, selection)
         print_plan(console, rows, run_dir, layout)
-        print_lines(console, estimate_lines(config, layout, rows))
+        print_lines(console, estimate_lines(config, layout, rows, request.cluster))
         return 0
     selection.check()
     with RunLock(run_dir):
@@ -90,7 +90,7 @@ def execute(request: RunRequest) -> int:
             settle(run_dir / entry["folder"])
         rows = plan(config, layout, run_dir, selection)
         print_plan(console, rows, run_dir, layout)
-        print_lines(console, estimate_lines(config, layout, rows))
+        print_lines(console, estimate_lines(config, layout, rows, request.cluster))
         go_on(run_dir)
         jobs = _jobs(replace(request, config=config), rows)
         failed = False
