@@ -13,7 +13,7 @@ from textual.widgets import DataTable, Footer, Header, RichLog, Static
 
 from ray_pipeline.dag.ledger import attempt_folder, read_status, worked_on_last
 from ray_pipeline.errors import UserError
-from ray_pipeline.launch.rank_errors import last_place, place_text
+from ray_pipeline.launch.rank_errors import last_status, status_text
 from ray_pipeline.records.guard_file import interventions_text
 from ray_pipeline.records.progress import progress_text
 from ray_pipeline.records.units import number_text, seconds_text
@@ -162,9 +162,9 @@ def ranks(view: StageView, folder: Path) -> Table:
     table, memory = Table.grid(padding=(0, 2)), view.memory()
     most = max((used for _, used in memory), default=1.0) or 1.0
     for rank, used in memory[:MOST_RANKS]:
-        place = last_place(folder, rank)
+        status = last_status(folder, rank)
         bar = Text("█" * max(1, round(12 * used / most)), style="magenta")
-        table.add_row(f"rank {rank}", bar, f"{used:.2f} GB", "" if place is None else place_text(place))
+        table.add_row(f"rank {rank}", bar, f"{used:.2f} GB", "" if status is None else status_text(status))
     if len(memory) > MOST_RANKS:
         table.add_row(f"and {len(memory) - MOST_RANKS} more")
     for name in ("system/cpu_percent", "system/memory_percent"):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ray_pipeline.cli.asked import Asked, ask, asking_options, load_asked
+from ray_pipeline.cli.model_answer import ModelAnswer, answer_options, ask, open_model
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -23,7 +23,7 @@ QUESTION = "Explain what this Python code does.\n\n```python\n{}\n```"
 @click.command()
 @click.argument("model")
 @click.argument("file", type=click.Path(path_type=Path))
-@asking_options
+@answer_options
 def explain(model: str, file: Path, as_json: bool, **options: object) -> int:
     """Let MODEL (a run, RUN:STAGE or a model folder) explain a Python FILE, beside facts of its syntax tree.
 
@@ -34,13 +34,13 @@ def explain(model: str, file: Path, as_json: bool, **options: object) -> int:
     text = read_source(file)
     facts = code_facts(text, str(file))
     question = QUESTION.format(text.strip("\n"))
-    loaded, source = load_asked(model, options)
+    loaded, source = open_model(model, options)
     hint = "Give a smaller file, or a model with a longer context."
-    asked = ask(loaded, source, question, options, subject=f"{file} with the question", hint=hint)
+    reply = ask(loaded, source, question, options, subject=f"{file} with the question", hint=hint)
     if as_json:
-        click.echo(json.dumps(as_values(file, asked, facts), indent=2, ensure_ascii=False))
+        click.echo(json.dumps(as_values(file, reply, facts), indent=2, ensure_ascii=False))
     else:
-        show(file, asked, facts)
+        show(file, reply, facts)
     return 0
 
 
@@ -49,23 +49,23 @@ def mentioned(name: str, text: str) -> bool:
     return re.search(rf"\b{re.escape(name.rpartition('.')[2])}\b", text) is not None
 
 
-def as_values(file: Path, asked: Asked, facts: CodeFacts) -> dict[str, object]:
+def as_values(file: Path, reply: ModelAnswer, facts: CodeFacts) -> dict[str, object]:
     """What `--json` prints."""
-    functions = [asdict(f) | {"mentioned": mentioned(f.name, asked.text)} for f in facts.functions]
+    functions = [asdict(f) | {"mentioned": mentioned(f.name, reply.text)} for f in facts.functions]
     return {
         "kind": "explanation",
         "file": str(file),
-        **asked.as_values(),
+        **reply.as_values(),
         "facts": asdict(facts) | {"functions": functions},
     }
 
 
-def show(file: Path, asked: Asked, facts: CodeFacts) -> None:
+def show(file: Path, reply: ModelAnswer, facts: CodeFacts) -> None:
     """The explanation, then the facts."""
     from rich.console import Console
 
     console = Console(width=None if Console().is_terminal else 120)
-    asked.show(console)
+    reply.show(console)
     classes = ", ".join(f"{name}({', '.join(bases)})" if bases else name for name, bases in facts.classes.items())
     console.print(
         f"\n{file}: {facts.lines} lines, {len(facts.functions)} functions, {len(facts.classes)} classes"
@@ -75,10 +75,10 @@ def show(file: Path, asked: Asked, facts: CodeFacts) -> None:
         highlight=False,
     )
     if facts.functions:
-        console.print(_table(asked, facts))
+        console.print(_table(reply, facts))
 
 
-def _table(asked: Asked, facts: CodeFacts) -> Table:
+def _table(reply: ModelAnswer, facts: CodeFacts) -> Table:
     from rich.markup import escape
     from rich.table import Table
 
@@ -87,6 +87,6 @@ def _table(asked: Asked, facts: CodeFacts) -> Table:
     for f in facts.functions:
         table.add_row(
             escape(f.name), str(f.line), str(f.lines), escape(", ".join(f.arguments)), str(f.branches), str(f.loops),
-            str(f.complexity), str(f.nesting), "named" if mentioned(f.name, asked.text) else "not named",
+            str(f.complexity), str(f.nesting), "named" if mentioned(f.name, reply.text) else "not named",
         )  # fmt: skip
     return table

@@ -24,7 +24,7 @@ POSITIVE = click.FloatRange(0, 1e3, min_open=True)
 
 
 @dataclass(frozen=True)
-class Wishes:
+class GenerateOptions:
     """How to write; the options of the same names. `temperature` is 0 with beams, else as asked for or by stage."""
 
     raw: bool
@@ -76,7 +76,7 @@ def generate(
     raw: bool | None,
     temperature: float | None,
     runs_dir: str | None,
-    **wishes: Any,
+    **options: Any,
 ) -> int:
     """Continue PROMPT with the pretrained model of RUN, or answer it (--chat) with the post-trained one."""
     from ray_pipeline.cli.runs import choose_stage, finished_stages
@@ -84,7 +84,7 @@ def generate(
 
     if not prompt.strip():
         raise UserError('PROMPT is empty: give some text, for example "To be, or not to be".')
-    check_wishes(temperature, wishes)
+    check_options(temperature, options)
     run_dir = find_run(run, output_dir(runs_dir))
     # Post-trained models answer; the one that was only pretrained writes text. The student is asked for by name.
     candidates: tuple[str, ...] = ("pretrain", "sft", "dpo", "grpo", "distillation")
@@ -95,14 +95,14 @@ def generate(
     raw = name == "pretrain" if raw is None else raw
     data = finished_stages(run_dir)["data_prep"]
     if temperature is None:
-        temperature = 0.8 if raw and wishes["num_beams"] == 1 else 0.0
-    check_cuts(temperature, wishes)
-    settings = Wishes(raw=raw, temperature=temperature, **wishes)
+        temperature = 0.8 if raw and options["num_beams"] == 1 else 0.0
+    check_cuts(temperature, options)
+    settings = GenerateOptions(raw=raw, temperature=temperature, **options)
     write(folder / MODEL, data / TOKENIZER, prompt, settings, pretrained="pretrain" in RunFile(run_dir).chain)
     return 0
 
 
-def check_wishes(temperature: float | None, wishes: dict[str, Any]) -> None:
+def check_options(temperature: float | None, options: dict[str, Any]) -> None:
     """Refuse what contradicts itself or is no number.
 
     Raises:
@@ -110,28 +110,28 @@ def check_wishes(temperature: float | None, wishes: dict[str, Any]) -> None:
     """
     if temperature is not None:
         check_temperature(temperature)
-    for name, value in wishes.items():
+    for name, value in options.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"--{name.replace('_', '-')} {value}: must be a finite number.")
-    if not all(wishes["stop"]):
+    if not all(options["stop"]):
         raise UserError('--stop "": an empty text is part of every answer. Give at least a letter, or leave it out.')
-    beams = wishes["num_beams"]
+    beams = options["num_beams"]
     if beams == 1:
-        if wishes["length_penalty"] != 1:
+        if options["length_penalty"] != 1:
             raise UserError(
-                f"--length-penalty {wishes['length_penalty']:g} ranks the answers of a beam search, and there is none. "
-                "Add --num-beams 4, or leave it out."
+                f"--length-penalty {options['length_penalty']:g} ranks the answers of a beam search, and there is "
+                "none. Add --num-beams 4, or omit it."
             )
         return
     given = {
         f"--temperature {temperature}": bool(temperature),
-        f"--top-k {wishes['top_k']}": wishes["top_k"] > 0,
-        f"--top-p {wishes['top_p']:g}": wishes["top_p"] < 1,
-        f"--min-p {wishes['min_p']:g}": wishes["min_p"] > 0,
-        f"--repetition-penalty {wishes['repetition_penalty']:g}": wishes["repetition_penalty"] != 1,
-        "--stop": bool(wishes["stop"]),
-        f"--think-budget {wishes['think_budget']}": wishes["think_budget"] is not None,
-        "--speculative": wishes["speculative"],
+        f"--top-k {options['top_k']}": options["top_k"] > 0,
+        f"--top-p {options['top_p']:g}": options["top_p"] < 1,
+        f"--min-p {options['min_p']:g}": options["min_p"] > 0,
+        f"--repetition-penalty {options['repetition_penalty']:g}": options["repetition_penalty"] != 1,
+        "--stop": bool(options["stop"]),
+        f"--think-budget {options['think_budget']}": options["think_budget"] is not None,
+        "--speculative": options["speculative"],
     }
     for option, is_given in given.items():
         if is_given:
@@ -141,22 +141,24 @@ def check_wishes(temperature: float | None, wishes: dict[str, Any]) -> None:
             )
 
 
-def check_cuts(temperature: float, wishes: dict[str, Any]) -> None:
+def check_cuts(temperature: float, options: dict[str, Any]) -> None:
     """Refuse cuts of a distribution that nothing is drawn from.
 
     Raises:
         UserError: naming the option.
     """
-    cuts = {"top-k": wishes["top_k"] > 0, "top-p": wishes["top_p"] < 1, "min-p": wishes["min_p"] > 0}
+    cuts = {"top-k": options["top_k"] > 0, "top-p": options["top_p"] < 1, "min-p": options["min_p"] > 0}
     for name, is_given in cuts.items():
         if is_given and temperature == 0:
             raise UserError(
-                f"--{name} {wishes[name.replace('-', '_')]:g} changes nothing at temperature 0, where the likeliest "
+                f"--{name} {options[name.replace('-', '_')]:g} changes nothing at temperature 0, where the likeliest "
                 "token is always taken. Add --temperature 0.8, or leave it out."
             )
 
 
-def write(model_folder: Path, tokenizer_folder: Path, prompt: str, wishes: Wishes, *, pretrained: bool) -> None:
+def write(
+    model_folder: Path, tokenizer_folder: Path, prompt: str, options: GenerateOptions, *, pretrained: bool
+) -> None:
     """Load, then print the text as it is made.
 
     Args:
@@ -174,7 +176,7 @@ def write(model_folder: Path, tokenizer_folder: Path, prompt: str, wishes: Wishe
     from ray_pipeline.records.artifacts import load_model
 
     tokenizer = load_tokenizer(tokenizer_folder)
-    tokens = prompt_tokens(tokenizer, prompt, raw=wishes.raw, begins=pretrained or begins_with_bos(tokenizer_folder))
+    tokens = prompt_tokens(tokenizer, prompt, raw=options.raw, begins=pretrained or begins_with_bos(tokenizer_folder))
     model = load_model(model_folder).eval()
     context = model.config.max_position_embeddings
     if len(tokens) >= context:
@@ -183,66 +185,66 @@ def write(model_folder: Path, tokenizer_folder: Path, prompt: str, wishes: Wishe
         check_prompts(context, model.config.vocab_size, [tokens])
     except ValueError as error:
         raise UserError(f"{tokenizer_folder} does not belong to {model_folder}: {error}.") from None
-    if wishes.speculative and not model.config.num_nextn_predict_layers:
+    if options.speculative and not model.config.num_nextn_predict_layers:
         raise UserError(
             f"--speculative: the model in {model_folder} has num_nextn_predict_layers=0, no MTP module to draft with. "
             "Leave it out."
         )
     if torch.cuda.is_available():
         model.cuda()
-    if wishes.raw:
+    if options.raw:
         click.echo(prompt, nl=False)
     elif opens_thinking(tokenizer, tokens):
         click.echo(THINK_OPEN, nl=False)
-    run = search if wishes.num_beams > 1 else stream
+    run = search if options.num_beams > 1 else stream
     with finite_logits(f"the model in {model_folder}", "Take an earlier stage's with --stage, or train it again."):
-        run(Decoder(model), tokenizer, tokens, wishes)
+        run(Decoder(model), tokenizer, tokens, options)
 
 
-def stream(decoder: Decoder, tokenizer: ChatTokenizer, tokens: list[int], wishes: Wishes) -> None:
+def stream(decoder: Decoder, tokenizer: ChatTokenizer, tokens: list[int], options: GenerateOptions) -> None:
     """Print the answer token by token."""
     from model.generate.decode import generate as decode
     from model.generate.stopping import StopStrings
     from ray_pipeline.data.chat.completion_text import think_budget
 
-    stop = StopStrings(wishes.stop, tokenizer.decode) if wishes.stop else None
-    printer = Printer(tokenizer, tokens if wishes.raw else [], wishes.stop)
+    stop = StopStrings(options.stop, tokenizer.decode) if options.stop else None
+    printer = Printer(tokenizer, tokens if options.raw else [], options.stop)
     [completion] = decode(
         decoder,
         [tokens],
-        max_new_tokens=wishes.max_new_tokens,
+        max_new_tokens=options.max_new_tokens,
         eos_ids={tokenizer.eos_id},
-        temperature=wishes.temperature,
-        top_k=wishes.top_k,
-        top_p=wishes.top_p,
-        min_p=wishes.min_p,
-        repetition_penalty=wishes.repetition_penalty,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        min_p=options.min_p,
+        repetition_penalty=options.repetition_penalty,
         stop=stop,
-        think=think_budget(tokenizer, wishes.think_budget),
-        speculative=wishes.speculative,
-        seeds=[wishes.seed],
+        think=think_budget(tokenizer, options.think_budget),
+        speculative=options.speculative,
+        seeds=[options.seed],
         on_token=lambda _, token: printer.add(token),
     )
     printer.finish()
-    if wishes.speculative:
+    if options.speculative:
         drafted, accepted = completion.drafted, completion.accepted
         share = f" ({accepted / drafted:.0%})" if drafted else ""
         click.echo(f"{accepted} of {drafted} drafted tokens accepted{share}", err=True)
 
 
-def search(decoder: Decoder, tokenizer: ChatTokenizer, tokens: list[int], wishes: Wishes) -> None:
+def search(decoder: Decoder, tokenizer: ChatTokenizer, tokens: list[int], options: GenerateOptions) -> None:
     """Print the best answer that a beam search finds."""
     from model.generate.beam import beam_search
 
     [found] = beam_search(
         decoder,
         [tokens],
-        num_beams=wishes.num_beams,
-        max_new_tokens=wishes.max_new_tokens,
+        num_beams=options.num_beams,
+        max_new_tokens=options.max_new_tokens,
         eos_ids={tokenizer.eos_id},
-        length_penalty=wishes.length_penalty,
+        length_penalty=options.length_penalty,
     )
-    printer = Printer(tokenizer, tokens if wishes.raw else [])
+    printer = Printer(tokenizer, tokens if options.raw else [])
     for token in found[0].completion.tokens:
         printer.add(token)
     printer.finish()

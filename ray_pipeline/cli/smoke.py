@@ -177,8 +177,8 @@ def _last_words(log: Path) -> str:
 
 def answer_parts(folder: Path) -> list[Part]:
     """The exported model read back, and one answer of it."""
-    from ray_pipeline.cli.asked import ask
     from ray_pipeline.cli.eval_target import find_model
+    from ray_pipeline.cli.model_answer import ask
     from ray_pipeline.evaluation.models import load
 
     started = time.monotonic()
@@ -190,8 +190,8 @@ def answer_parts(folder: Path) -> list[Part]:
     loaded = time.monotonic()
     rows = [Part("reload", "passed", loaded - started, f"{model.backend.parameters:,} weights of {source.folder.name}")]
     try:
-        asked = ask(model, source, QUESTION, {"max_new_tokens": 8, "temperature": 0.0, "seed": 0})
+        reply = ask(model, source, QUESTION, {"max_new_tokens": 8, "temperature": 0.0, "seed": 0})
     except UserError as error:
         return [*rows, Part("answer", "failed", time.monotonic() - loaded, str(error))]
-    said = f"{QUESTION} {asked.text!r} (after three steps it is noise)"
+    said = f"{QUESTION} {reply.text!r} (after three steps it is noise)"
     return [*rows, Part("answer", "passed", time.monotonic() - loaded, said)]

@@ -8,7 +8,7 @@ from dataclasses import asdict
 
 import click
 
-from ray_pipeline.cli.asked import ask, asking_options, load_asked
+from ray_pipeline.cli.model_answer import answer_options, ask, open_model
 from ray_pipeline.errors import EXIT_FAILED, UserError
 
 STYLES = {"VERIFIED": "bold green", "WRONG": "bold red", "CANNOT CHECK": "bold yellow"}
@@ -20,7 +20,7 @@ STYLES = {"VERIFIED": "bold green", "WRONG": "bold red", "CANNOT CHECK": "bold y
 @click.option(
     "--check-seconds", type=click.FloatRange(0.1, 3600), default=10.0, show_default=True, help="For sympy to think."
 )
-@asking_options
+@answer_options
 def solve(model: str, question: str, check_seconds: float, as_json: bool, **options: object) -> int:
     """Let MODEL answer QUESTION, for example "3x + 5 = 20", and check the answer with sympy.
 
@@ -30,22 +30,22 @@ def solve(model: str, question: str, check_seconds: float, as_json: bool, **opti
 
     if not question.strip():
         raise UserError('QUESTION is empty: give an equation or a formula, for example "3x + 5 = 20".')
-    loaded, source = load_asked(model, options)
+    loaded, source = open_model(model, options)
 
     from ray_pipeline.evaluation.solution_check import Verdict, check_solution
     from ray_pipeline.rewards.answer import extract
 
-    asked = ask(loaded, source, worded(question), options)
-    if asked.answer is None:
+    reply = ask(loaded, source, worded(question), options)
+    if reply.answer is None:
         found = Verdict("CANNOT CHECK", "the model was still thinking where it was cut, so there is no answer.")
     else:
-        found = check_solution(question, extract(asked.answer), check_seconds)
+        found = check_solution(question, extract(reply.answer), check_seconds)
     if as_json:
-        click.echo(json.dumps({"kind": "solution", **asked.as_values(), "check": asdict(found)}, ensure_ascii=False))
+        click.echo(json.dumps({"kind": "solution", **reply.as_values(), "check": asdict(found)}, ensure_ascii=False))
     else:
         console = Console(width=None if Console().is_terminal else 120)
-        console.print(f"{asked.model}: {asked.question}", markup=False, highlight=False)
-        asked.show(console)
+        console.print(f"{reply.model}: {reply.question}", markup=False, highlight=False)
+        reply.show(console)
         console.print(f"{found.status}: {found.detail}", style=STYLES[found.status], markup=False, highlight=False)
         if found.status == "CANNOT CHECK" and found.right is not None:
             console.print(f"sympy finds {found.right}.", markup=False, highlight=False)

@@ -24,7 +24,7 @@ from ray_pipeline.launch.heartbeat import (
     python_stack,
     stack_file,
 )
-from ray_pipeline.launch.rank_errors import ERRORS, FROZEN, last_place, place_text, rank_text
+from ray_pipeline.launch.rank_errors import ERRORS, FROZEN, last_status, rank_text, status_text
 from ray_pipeline.records.artifacts import write_json
 
 SECONDS = 40.0
@@ -150,9 +150,9 @@ class FrozenWatch:
     def _report(self, frozen: Mapping[int, str], stacks: Mapping[int, str]) -> None:
         texts = []
         for rank, why in frozen.items():
-            place = last_place(self.folder, rank)
-            where = "before its work began" if place is None else f"in {place_text(place)}"
-            texts.append(f"{rank_text(rank, place)} is frozen {where}: {why}")
+            status = last_status(self.folder, rank)
+            where = "before its work began" if status is None else f"in {status_text(status)}"
+            texts.append(f"{rank_text(rank, status)} is frozen {where}: {why}")
         whole = "\n\n".join(f"rank {rank}:\n{stack}" for rank, stack in stacks.items())
         page = {"ranks": sorted(frozen), "text": "; ".join(texts), "stacks": whole, "time": time.time()}
         write_json(self.errors / FROZEN, page, durable=False)

@@ -1,8 +1,8 @@
 """How a rank's end is told: where it stood, what it ended in, and which rank's error is the cause of the others'.
 
-A rank writes its place (stage, step, phase) and its error into `<stage folder>/errors`, so that the launcher can tell
+A rank writes its status (stage, step, phase) and its error into `<stage folder>/errors`, so that the launcher can tell
 the cause from its echoes on the other ranks, and a user's mistake from a bug, whichever way the ranks were started.
-The place outlives a rank that is killed.
+The status outlives a rank that is killed.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ LOG = logging.getLogger(__name__)
 WORKERS_LOCK = ".workers.lock"
 ERRORS = "errors"
 FROZEN = "frozen.json"  # what `frozen_ranks` found in this attempt; those of earlier ones get a number
-_PLACE_BYTES = 512
+_STATUS_BYTES = 512
 _SOURCE_LINE = re.compile(r"\[[^\]]*\.(cc|cpp|h|hpp):\d+\] ")  # where in gloo or NCCL the error was raised
 
 
-class Place:
+class RankStatus:
     """Where a rank stands, in a file: one small write per change, readable after the process is gone.
 
     It also counts the seconds of each phase, and logs them as spans.
@@ -41,7 +41,7 @@ class Place:
 
     def __init__(self, folder: Path, rank: int, coordinate: Mapping[str, int], stage: str):
         (folder / ERRORS).mkdir(parents=True, exist_ok=True)
-        self._file = os.open(_place_file(folder, rank), os.O_WRONLY | os.O_CREAT, 0o644)
+        self._file = os.open(_status_file(folder, rank), os.O_WRONLY | os.O_CREAT, 0o644)
         self._state: dict[str, Any] = {
             "stage": stage, "step": None, "phase": "starting", "coordinate": dict(coordinate)
         }  # fmt: skip
@@ -59,7 +59,7 @@ class Place:
         if step is not None:
             self._state["step"] = step
         stand_at(stage=self._state["stage"], step=self._state["step"], phase=phase)
-        os.pwrite(self._file, json.dumps(self._state).ljust(_PLACE_BYTES).encode(), 0)
+        os.pwrite(self._file, json.dumps(self._state).ljust(_STATUS_BYTES).encode(), 0)
 
     def take_seconds(self) -> dict[str, float]:
         """Seconds spent in each phase since this was asked last."""
@@ -67,29 +67,29 @@ class Place:
         return taken
 
 
-def _place_file(folder: Path, rank: int) -> Path:
-    return folder / ERRORS / f"place-{rank}.json"
+def _status_file(folder: Path, rank: int) -> Path:
+    return folder / ERRORS / f"status-{rank}.json"
 
 
-def last_place(folder: Path, rank: int) -> dict[str, Any] | None:
+def last_status(folder: Path, rank: int) -> dict[str, Any] | None:
     """Where the rank stood last, or None if it never got to say."""
     try:
-        return json.loads(_place_file(folder, rank).read_text(encoding="utf-8"))
+        return json.loads(_status_file(folder, rank).read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):  # not written yet, half written, or damaged
         return None
 
 
-def place_text(place: Mapping[str, Any]) -> str:
+def status_text(status: Mapping[str, Any]) -> str:
     """`pretrain, step 3, forward/backward`."""
-    step = [] if place["step"] is None else [f"step {place['step']}"]
-    return ", ".join([place["stage"], *step, place["phase"]])
+    step = [] if status["step"] is None else [f"step {status['step']}"]
+    return ", ".join([status["stage"], *step, status["phase"]])
 
 
-def rank_text(rank: int, place: Mapping[str, Any] | None) -> str:
+def rank_text(rank: int, status: Mapping[str, Any] | None) -> str:
     """`rank 1 (pp=0 dp=1 sp=0 tp=0)`."""
-    if place is None:
+    if status is None:
         return f"rank {rank}"
-    coordinate = place["coordinate"]
+    coordinate = status["coordinate"]
     return f"rank {rank} ({' '.join(f'{axis}={coordinate[axis]}' for axis in ('pp', 'dp', 'sp', 'tp'))})"
 
 
@@ -134,7 +134,7 @@ class RankScope:
         fcntl.flock(self._lock, fcntl.LOCK_SH)
         errors = self.folder / ERRORS
         errors.mkdir(exist_ok=True)
-        earlier = [_error_file(self.folder, self.rank), _place_file(self.folder, self.rank)]
+        earlier = [_error_file(self.folder, self.rank), _status_file(self.folder, self.rank)]
         for path in (*earlier, beat_file(errors, self.rank)):
             path.unlink(missing_ok=True)  # of an attempt that Ray Train has restarted
         if self.rank == 0:
@@ -198,7 +198,7 @@ def raise_user_error(folder: Path) -> None:
 
 
 def explain_failure(folder: Path, fallback: str, details: str) -> StageFailed:
-    """The error a stage ended in, from what its ranks recorded; a rank that was killed recorded its place alone."""
+    """The error a stage ended in, from what its ranks recorded; a rank that was killed recorded its status alone."""
     raise_user_error(folder)
     errors = rank_errors(folder)
     silent = _silent_ranks(folder, errors)
@@ -212,18 +212,18 @@ def explain_failure(folder: Path, fallback: str, details: str) -> StageFailed:
     text = "\n\n".join(f"rank {entry['rank']}:\n{entry['traceback']}" for entry in errors)
     if first["lost_message"] is None:
         return StageFailed(f"rank {first['rank']}: {first['cause']} ({first['line']})", f"{text}\n\n{details}")
-    place = last_place(folder, first["rank"])
-    where = "" if place is None else f" in {place_text(place)}"
-    cause = f"{rank_text(first['rank'], place)}: no answer{where}: {first['lost_message']}"
+    status = last_status(folder, first["rank"])
+    where = "" if status is None else f" in {status_text(status)}"
+    cause = f"{rank_text(first['rank'], status)}: no answer{where}: {first['lost_message']}"
     return StageFailed(cause + silent, f"{text}\n\n{details}")
 
 
 def _silent_ranks(folder: Path, errors: list[dict[str, Any]]) -> str:
     """`. No error from rank 1 (...), killed or hanging in pretrain, step 3, forward/backward`."""
     told = {entry["rank"] for entry in errors}
-    ranks = sorted(int(path.stem.removeprefix("place-")) for path in (folder / ERRORS).glob("place-*.json"))
-    places = {rank: last_place(folder, rank) for rank in ranks if rank not in told}
-    texts = [f"{rank_text(rank, place)}: {place_text(place)}" for rank, place in places.items() if place is not None]
+    ranks = sorted(int(path.stem.removeprefix("status-")) for path in (folder / ERRORS).glob("status-*.json"))
+    found = ((rank, last_status(folder, rank)) for rank in ranks if rank not in told)
+    texts = [f"{rank_text(rank, status)}: {status_text(status)}" for rank, status in found if status is not None]
     if not texts:
         return ""
     more = f"; and {len(texts) - 4} more" if len(texts) > 4 else ""

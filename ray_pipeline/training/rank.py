@@ -16,7 +16,7 @@ from model.parallel.mesh import Mesh
 from model.parallel.placement import layers_by_hand
 from ray_pipeline.engine.engine import Engine
 from ray_pipeline.engine.options import EngineOptions
-from ray_pipeline.launch.rank_errors import Place
+from ray_pipeline.launch.rank_errors import RankStatus
 from ray_pipeline.launch.stage_context import StageContext
 from ray_pipeline.layout.layout import Layout, layout_of
 from ray_pipeline.records.progress import Progress
@@ -39,7 +39,7 @@ class Rank:
     upstream: dict[str, Path]
     mesh: Mesh
     device: torch.device
-    place: Place
+    status: RankStatus
     progress: Progress | None
 
     @property
@@ -54,7 +54,7 @@ class Rank:
 
     def phase(self, name: str, done: int = 0, total: int = 0) -> None:
         """Tell the progress line, and whoever looks for a lost rank, what goes on besides training steps."""
-        self.place.at(name)
+        self.status.at(name)
         if self.progress is not None:
             self.progress.phase(name, done, total)
 
@@ -81,7 +81,7 @@ class Rank:
             precision=self.settings.precision, micro_batch=layout.micro_batch, row_length=self.config.data.seq_len,
             device=self.device, seed=self.config.seed, schedule=layout.schedule,
             pp_layout=layers_by_hand(layout.pp_layout, self.config.model, model),
-            activation_checkpointing=layout.activation_checkpointing, on_phase=self.place.at,
+            activation_checkpointing=layout.activation_checkpointing, on_phase=self.status.at,
         )  # fmt: skip
 
 
@@ -110,13 +110,13 @@ def start_rank(arguments: dict[str, Any]) -> Rank:
     layout = wanted.on_ranks(world)
     folder, stage = Path(arguments["folder"]), arguments["stage"]
     rank = dist.get_rank() if dist.is_initialized() else 0
-    place = Place(folder, rank, layout.coordinate(rank), stage)
+    status = RankStatus(folder, rank, layout.coordinate(rank), stage)
     mesh = Mesh(layout, timeout=timedelta(seconds=config.layout.timeout_seconds))
     upstream = {name: Path(path) for name, path in arguments["upstream"].items()}
     progress = None
     if mesh.rank == 0:
         progress = Progress(folder, stage, getattr(config, stage).steps, note=lost_ranks(wanted, layout))
-    return Rank(config, stage, folder, upstream["data_prep"], upstream, mesh, device, place, progress)
+    return Rank(config, stage, folder, upstream["data_prep"], upstream, mesh, device, status, progress)
 
 
 def lost_ranks(wanted: Layout, here: Layout) -> str | None:

@@ -132,7 +132,7 @@ class Reporter:
         """Tokens per second, seconds of a step and of its phases on rank 0, and the share of the peak that is used."""
         steps = max(self.interval.steps, 1)
         out = {"perf/tokens_per_second": speed, "perf/step_seconds": seconds / steps}
-        for phase, spent in self.rank.place.take_seconds().items():
+        for phase, spent in self.rank.status.take_seconds().items():
             out[f"perf/{phase.replace(' ', '_').replace('/', '_')}_seconds"] = spent / steps
         peak = (
             peak_of(torch.cuda.get_device_name(), self.settings.precision) if self.rank.device.type == "cuda" else None

@@ -107,16 +107,16 @@ class Trainer:
                     self._save_and_evaluate(step, source, evaluate, report, writer)
                     if report.stop_reason is not None and step < self.settings.steps and self._can_resume(source, step):
                         self._stop(step, source, report, writer)
-            self.rank.place.at("saving")
+            self.rank.status.at("saving")
         report.close()
         return dict(self.history)
 
     def _next(self, step: int, source: BatchSource) -> tuple[Batch | None, float, Judge]:
         """What optimizer step `step` (from 0) learns from, None where it is left out; its rate, and who judges it."""
-        place, settings, done = self.rank.place, self.settings, step + 1
-        place.at("next batch", done)
+        status, settings, done = self.rank.status, self.settings, step + 1
+        status.at("next batch", done)
         batch, rate = source.batch(step), learning_rate(settings.optimizer, step, settings.steps)
-        place.at("forward/backward")
+        status.at("forward/backward")
         self.engine.before_step(step)
         return None if done in self.guards.left_out else batch, rate, Judge(self.guards, done)
 
@@ -216,7 +216,7 @@ class Trainer:
 
     def _save(self, writer: CheckpointWriter, done: int, source: BatchSource, *, evaluated: bool) -> None:
         """`evaluated`: nothing is owed at this step; else a run that goes on from it evaluates first."""
-        self.rank.place.at("saving")
+        self.rank.status.at("saving")
         best = None if self.best is None else asdict(self.best)
         # A copy: the checkpoint is written beside training, whose later figures are none of its.
         extra = {"history": dict(self.history), "best": best, "evaluated": evaluated}
@@ -237,7 +237,7 @@ class Trainer:
         found = list_checkpoints(self.checkpoints)
         if not found:
             return 0
-        self.rank.place.at("loading a checkpoint")
+        self.rank.status.at("loading a checkpoint")
         try:
             saved = load_checkpoint(self.engine, found[-1])
         except UnusableCheckpoint as error:
@@ -262,7 +262,7 @@ class Trainer:
 
     def _is_better(self, report: Reporter, done: int, source: BatchSource, evaluate: Evaluate) -> bool:
         """Evaluate and take note; whether the checkpoint of this step is to be kept as the best so far."""
-        self.rank.place.at("evaluating")
+        self.rank.status.at("evaluating")
         figures = evaluate()
         self.history |= figures
         report.evaluation(done, figures)

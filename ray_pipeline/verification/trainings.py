@@ -15,7 +15,7 @@ from ray_pipeline.data.rows.batch import Batch
 from ray_pipeline.data.rows.loader import PackedRows
 from ray_pipeline.data.rows.preferences import PairRows
 from ray_pipeline.engine.engine import Engine
-from ray_pipeline.launch.rank_errors import Place
+from ray_pipeline.launch.rank_errors import RankStatus
 from ray_pipeline.layout.layout import with_layout
 from ray_pipeline.objectives.base import Objective
 from ray_pipeline.objectives.cross_entropy import CrossEntropy
@@ -77,9 +77,9 @@ def made_rank(
         whole_batch: one forward pass for all rows, as the reference does it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    place = Place(folder, mesh.rank, mesh.sizes.coordinate(mesh.rank), case.stage)
+    status = RankStatus(folder, mesh.rank, mesh.sizes.coordinate(mesh.rank), case.stage)
     config = stage_config(case, whole_batch=whole_batch)
-    return Rank(config, case.stage, folder, data, {}, mesh, device, place, None, "", "verify-parallel")
+    return Rank(config, case.stage, folder, data, {}, mesh, device, status, None)
 
 
 def stage_config(case: Case, *, whole_batch: bool = False) -> PipelineFields:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ray_pipeline.cli import explain, main
-from ray_pipeline.cli.asked import load_asked
+from ray_pipeline.cli.model_answer import open_model
 from ray_pipeline.cli.solve import worded
 from ray_pipeline.evaluation.models import LanguageModel
 from tests.cli.made_run import make_run
@@ -60,7 +60,7 @@ def test_a_file_is_explained_beside_its_facts(runs, monkeypatch, capsys, tmp_pat
     path.write_text("def f(a):\n    if a:\n        return 1\n    return 2\n\ndef g():\n    pass\n")
     answers(monkeypatch, "It defines f.")
     words = ["explain", "toy:sft", str(path), "--output-dir", str(runs), "--max-new-tokens", "4"]
-    monkeypatch.setattr(explain, "load_asked", roomy(load_asked))
+    monkeypatch.setattr(explain, "open_model", roomy(open_model))
     assert main(words) == 0
     out = capsys.readouterr().out
     assert "It defines f." in out and "2 functions" in out and "not named" in out

@@ -12,7 +12,7 @@ import pytest
 
 from ray_pipeline.cli.group import main
 from ray_pipeline.dag.ledger import Record, RunFile, begin_record, close_record
-from ray_pipeline.launch.rank_errors import Place
+from ray_pipeline.launch.rank_errors import RankStatus
 from ray_pipeline.records.artifacts import write_sealed, write_text
 from ray_pipeline.records.event_log import recorded
 from ray_pipeline.records.guard_file import add_intervention
@@ -63,7 +63,7 @@ def grpo_at_work(work: Path) -> None:
     add_intervention(work, step=9, guard="loss spike", policy="rewind", text="it rose", skipped=[9], back_to=8)
     for rank in (0, 1):
         with recorded(work, f"rank-{rank}"):
-            Place(work, rank, {"pp": rank, "dp": 0, "sp": 0, "tp": 0}, "grpo").at("sampling", 25)
+            RankStatus(work, rank, {"pp": rank, "dp": 0, "sp": 0, "tp": 0}, "grpo").at("sampling", 25)
             logging.getLogger("ray_pipeline.tests").warning("rank %d says so", rank)
             print(f"printed by {rank}")
 

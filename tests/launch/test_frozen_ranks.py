@@ -20,7 +20,7 @@ from ray_pipeline.launch import heartbeat
 from ray_pipeline.launch.frozen_ranks import FrozenWatch
 from ray_pipeline.launch.heartbeat import Heartbeat, is_here, machine, process_stat, python_stack
 from ray_pipeline.launch.launchers import InlineLauncher, ProcessLauncher, RayLauncher
-from ray_pipeline.launch.rank_errors import ERRORS, FROZEN, Place, RankScope, frozen_reports
+from ray_pipeline.launch.rank_errors import ERRORS, FROZEN, RankScope, RankStatus, frozen_reports
 from tests.training.toy_run import arguments, train
 
 SECONDS = 6.0
@@ -30,7 +30,7 @@ def fail(job: dict[str, Any], function: Any = train, seconds: float = SECONDS) -
     """The error of two ranks, and seconds from when rank 1 wrote down its last place."""
     with pytest.raises(StageFailed) as caught:
         ProcessLauncher(2, frozen_seconds=seconds).run("pretrain", function, job)
-    struck = (Path(job["folder"]) / ERRORS / "place-1.json").stat().st_mtime
+    struck = (Path(job["folder"]) / ERRORS / "status-1.json").stat().st_mtime
     return caught.value, time.time() - struck
 
 
@@ -52,7 +52,7 @@ def hangs(arguments: dict[str, Any]) -> dict[str, Any]:
     import torch.distributed as dist
 
     rank = dist.get_rank()
-    Place(Path(arguments["folder"]), rank, {"pp": 0, "dp": rank, "sp": 0, "tp": 0}, "sft").at("evaluating", 7)
+    RankStatus(Path(arguments["folder"]), rank, {"pp": 0, "dp": rank, "sp": 0, "tp": 0}, "sft").at("evaluating", 7)
     if rank == 1:
         time.sleep(3600)
     dist.barrier()

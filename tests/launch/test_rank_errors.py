@@ -12,13 +12,13 @@ from model.parallel.collectives import Axis, CollectiveFailed, collective
 from ray_pipeline.errors import UserError
 from ray_pipeline.launch.rank_errors import (
     ERRORS,
-    Place,
     RankScope,
+    RankStatus,
     explain_failure,
-    last_place,
+    last_status,
     lost_message,
-    place_text,
     rank_errors,
+    status_text,
 )
 
 GLOO = (
@@ -36,7 +36,7 @@ def end(folder: Path, rank: int, error: Exception) -> None:
 
 
 def stand(folder: Path, rank: int) -> None:
-    Place(folder, rank, ORIGIN | {"dp": rank}, "sft").at("forward/backward", 3)
+    RankStatus(folder, rank, ORIGIN | {"dp": rank}, "sft").at("forward/backward", 3)
 
 
 def failed() -> CollectiveFailed:
@@ -73,7 +73,7 @@ def test_a_users_mistake_outranks_everything(tmp_path):
         explain_failure(tmp_path, "", "")
 
 
-def test_when_no_rank_said_anything_their_places_are_told(tmp_path):
+def test_when_no_rank_said_anything_their_statuses_are_told(tmp_path):
     stand(tmp_path, 0)
     assert str(explain_failure(tmp_path, "sft: died", "")) == (
         "sft: died. Killed or hanging, last seen in: rank 0 (pp=0 dp=0 sp=0 tp=0): sft, step 3, forward/backward"
@@ -93,15 +93,15 @@ def test_an_error_that_a_restarting_rank_takes_away_under_the_reader_is_left_out
 
 
 @given(st.lists(st.tuples(st.text(max_size=40), st.none() | st.integers(0, 10**9)), min_size=1, max_size=8))
-def test_the_place_in_the_file_is_the_latest(tmp_path_factory, changes):
-    folder = tmp_path_factory.mktemp("place")
-    place, step = Place(folder, 2, ORIGIN, "grpo"), None
+def test_the_status_in_the_file_is_the_latest(tmp_path_factory, changes):
+    folder = tmp_path_factory.mktemp("status")
+    status, step = RankStatus(folder, 2, ORIGIN, "grpo"), None
     for phase, given_step in changes:
-        place.at(phase, given_step)
+        status.at(phase, given_step)
         step = step if given_step is None else given_step
-        found = last_place(folder, 2)
+        found = last_status(folder, 2)
         assert found is not None and (found["phase"], found["step"]) == (phase, step)
-    assert place_text({"stage": "grpo", "step": None, "phase": "starting"}) == "grpo, starting"
+    assert status_text({"stage": "grpo", "step": None, "phase": "starting"}) == "grpo, starting"
 
 
 def test_only_messages_between_ranks_count_as_lost():

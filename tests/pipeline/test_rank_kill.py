@@ -19,7 +19,7 @@ import pytest
 from ray_pipeline.engine.checkpoints.checkpoint import find_damage, list_checkpoints
 from ray_pipeline.launch.fork_server import start_ranks
 from ray_pipeline.launch.launchers import _process_rank, prepare_folder, worker_environment
-from ray_pipeline.launch.rank_errors import last_place, place_text
+from ray_pipeline.launch.rank_errors import last_status, status_text
 from tests.training.toy_run import arguments, train
 
 KILLS = 20
@@ -63,7 +63,7 @@ def kill_one(ranks: list[Any], stage: Path) -> str | None:
     index, steps, while_saving = random.randrange(2), random.randrange(5), random.random() < 0.5
     first: int | None = None
     while all(process.is_alive() for process in ranks):
-        step = (last_place(stage, index) or {}).get("step")
+        step = (last_status(stage, index) or {}).get("step")
         first = step if first is None else first
         saving = bool(list((stage / "checkpoints").glob(".step_*.partial")))
         if first is not None and step >= first + steps and (saving or not while_saving):
@@ -81,7 +81,7 @@ def kill_one(ranks: list[Any], stage: Path) -> str | None:
     assert time.monotonic() - killed < 30, "the other rank ends in seconds"
     if other.exitcode == 0:  # it was past its last message
         return None
-    where = place_text(last_place(stage, index) or {"stage": "", "step": None, "phase": "?"})
+    where = status_text(last_status(stage, index) or {"stage": "", "step": None, "phase": "?"})
     return where + (", a checkpoint in flight" if saving else "")
 
 

@@ -7,7 +7,7 @@ import logging
 import sys
 from pathlib import Path
 
-from ray_pipeline.launch.rank_errors import Place
+from ray_pipeline.launch.rank_errors import RankStatus
 from ray_pipeline.records.event_log import EventFiles, event_text, recorded
 
 LOG = logging.getLogger("ray_pipeline.tests")
@@ -22,8 +22,8 @@ def test_what_is_logged_and_printed_has_rank_stage_step_and_phase(tmp_path):
     folder = tmp_path / "sft-abc"
     before = sys.stdout, sys.stderr, logging.getLogger("ray_pipeline").level
     with recorded(folder, "rank-3"):
-        place = Place(folder, 3, ORIGIN, "sft")
-        place.at("forward/backward", 7)
+        status = RankStatus(folder, 3, ORIGIN, "sft")
+        status.at("forward/backward", 7)
         print("half a ", end="")
         print("line")
         LOG.warning("look %s", "here")
@@ -40,14 +40,14 @@ def test_what_is_logged_and_printed_has_rank_stage_step_and_phase(tmp_path):
 def test_spans_are_told_at_level_debug_with_their_seconds(tmp_path):
     folder = tmp_path / "sft-abc"
     with recorded(folder, "rank-0", "debug"):
-        place = Place(folder, 0, ORIGIN, "sft")
-        place.at("forward/backward", 7)
-        place.at("optimizer step")
+        status = RankStatus(folder, 0, ORIGIN, "sft")
+        status.at("forward/backward", 7)
+        status.at("optimizer step")
         LOG.warning("now")
     spans = [event for event in events(folder, "rank-0") if "seconds" in event]
     assert [(event["message"], event["step"]) for event in spans[-2:]] == [("starting", None), ("forward/backward", 7)]
     assert all(event["seconds"] >= 0 and event["stage"] == "sft" for event in spans)
-    assert place.take_seconds().keys() >= {"forward/backward"} and place.take_seconds() == {}
+    assert status.take_seconds().keys() >= {"forward/backward"} and status.take_seconds() == {}
 
 
 def test_files_of_all_ranks_are_read_once_in_the_order_of_time(tmp_path):

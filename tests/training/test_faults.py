@@ -23,7 +23,7 @@ def fail(tmp_path, fault: dict[str, Any], layout: dict[str, Any], timeout: float
     with pytest.raises(StageFailed) as caught:
         ProcessLauncher(ranks, timeout_seconds=timeout).run("pretrain", train, job)
     # The rank wrote down its place and was struck.
-    struck = (Path(job["folder"]) / ERRORS / f"place-{fault['rank']}.json").stat().st_mtime
+    struck = (Path(job["folder"]) / ERRORS / f"status-{fault['rank']}.json").stat().st_mtime
     return str(caught.value), time.time() - struck
 
 

@@ -33,7 +33,7 @@ def test_a_worker_that_dies_ends_the_others_in_seconds(one_ray, tmp_path):
     job = arguments(tmp_path, layout={"dp_size": 2}, fault={"kind": "exit", "rank": 1, "step": 5})
     with pytest.raises(StageFailed) as caught:
         RayLauncher(2, "cpu", max_restarts=0).run("pretrain", train, job)
-    struck = (Path(job["folder"]) / ERRORS / "place-1.json").stat().st_mtime
+    struck = (Path(job["folder"]) / ERRORS / "status-1.json").stat().st_mtime
     assert time.time() - struck < 30
     assert "rank 1 (pp=0 dp=1 sp=0 tp=0): pretrain, step 6, next batch" in str(caught.value)
 

@@ -32,15 +32,15 @@ OPTIONS = (
 )
 
 
-def asking_options(verb: Callable[..., Any]) -> Callable[..., Any]:
-    """The options of a verb that asks one question; all but `as_json` go to `load_asked` and `ask` as they are."""
+def answer_options(verb: Callable[..., Any]) -> Callable[..., Any]:
+    """The options of a verb that asks one question; all but `as_json` go to `open_model` and `ask` as they are."""
     for option in reversed(OPTIONS):
         verb = option(verb)
     return verb
 
 
 @dataclass(frozen=True)
-class Asked:
+class ModelAnswer:
     """A question and what a model wrote. finished: it ended by itself, and not at the limit of tokens."""
 
     model: str
@@ -78,7 +78,7 @@ class Asked:
             console.print("Cut at the limit of tokens; --max-new-tokens allows more.", style="yellow", highlight=False)
 
 
-def load_asked(model: str, options: Mapping[str, Any]) -> tuple[LanguageModel, ModelSource]:
+def open_model(model: str, options: Mapping[str, Any]) -> tuple[LanguageModel, ModelSource]:
     """The model that is named, loaded.
 
     Raises:
@@ -101,7 +101,7 @@ def ask(
     *,
     subject: str = "The question",
     hint: str = "Shorten it.",
-) -> Asked:
+) -> ModelAnswer:
     """The model's answer to one question.
 
     Args:
@@ -123,4 +123,4 @@ def ask(
             [prompt], max_new_tokens=options["max_new_tokens"] or source.max_new_tokens or 512,
             temperature=options["temperature"], seeds=[options["seed"]], eos_ids=model.eos_ids,
         )  # fmt: skip
-    return Asked(model.name, question, parse(model.text(prompt, written.tokens)), written.finished)
+    return ModelAnswer(model.name, question, parse(model.text(prompt, written.tokens)), written.finished)
