@@ -17,6 +17,7 @@ from model.layers.fp8 import fp8_grouped_linear, fp8_linear
 from model.layers.linear import Linear
 from model.layers.rope import rotary_table
 from model.moe.experts import RoutedExperts
+from model.moe.router import Router
 from model.parallel.mesh import Mesh
 from model.parallel.shard_plan import cut, shard_of
 from model.transformer import Block, Transformer
@@ -80,5 +81,5 @@ def use_fp8(model: Transformer) -> None:
 def split_backward(model: nn.Module, split: BackwardSplit) -> None:
     """Let every layer with a matrix product put off its weight gradient while `split` says so."""
     for module in model.modules():
-        if hasattr(module, "backward_split"):
+        if isinstance(module, Linear | Router | RoutedExperts):
             module.backward_split = split
