@@ -16,7 +16,7 @@ _COUNTS = (
 ).split()
 _POSITIONS = "max_position_embeddings sliding_window global_stride index_topk cope_positions".split()
 # Name -> smallest and largest value. The largest lie far beyond any model that was ever built; what is larger would be
-# counted, planned and allocated for ever.
+# counted, planned and allocated forever.
 BOUNDS: dict[str, tuple[float, float]] = {
     **dict.fromkeys(_WIDTHS, (1, 1 << 20)),
     **dict.fromkeys(_COUNTS, (1, 1 << 16)),
@@ -99,7 +99,7 @@ def _check_attention(config: ModelConfig) -> None:
             )
     if config.position == "cope" and config.rope_scaling is not None:
         raise ValueError(
-            "rope_scaling with position=cope: there are no rotary positions to stretch; leave it away, or use "
+            "rope_scaling with position=cope: there are no rotary positions to stretch; omit it, or use "
             "position=rope"
         )
     if config.position == "cope" and config.attention in ("dsa", "sliding"):

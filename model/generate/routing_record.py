@@ -1,6 +1,6 @@
 """Which experts every token of a batch of requests went to while it was decoded (`model.moe.replay` uses them again).
 
-Knows nothing of how tokens are chosen: whoever runs the decoder says, after each run, which tokens it was fed.
+Knows nothing of how tokens are chosen: the caller says, after each run of the decoder, which tokens it was fed.
 """
 
 from __future__ import annotations

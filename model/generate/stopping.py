@@ -1,6 +1,6 @@
 """What ends an answer, or a part of it, besides the end token: stop strings and a budget for thinking.
 
-Knows no tokenizer: whoever asks for stop strings brings the function that turns tokens into text.
+Knows no tokenizer: the caller of stop strings gives the function that turns tokens into text.
 """
 
 from __future__ import annotations

@@ -141,7 +141,7 @@ def _parse_part(text: str, part: str, index: int, stages: int, example: str) -> 
                 named = "the embedding" if mark == "E" else "the head"
                 raise ValueError(
                     f"pp_layout={text!r}: {mark} in part {index + 1}, but {named} belongs to the {where} stage. "
-                    f"Put {mark} into the {where} part or leave it out, {example}."
+                    f"Put {mark} into the {where} part or omit it, {example}."
                 )
             terms.remove(mark)
     if len(terms) != 1 or not (terms[0].isascii() and terms[0].isdigit()) or int(terms[0]) < 1:

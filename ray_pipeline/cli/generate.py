@@ -114,7 +114,7 @@ def check_options(temperature: float | None, options: dict[str, Any]) -> None:
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"--{name.replace('_', '-')} {value}: must be a finite number.")
     if not all(options["stop"]):
-        raise UserError('--stop "": an empty text is part of every answer. Give at least a letter, or leave it out.')
+        raise UserError('--stop "": an empty text is part of every answer. Give at least a letter, or omit it.')
     beams = options["num_beams"]
     if beams == 1:
         if options["length_penalty"] != 1:
@@ -152,7 +152,7 @@ def check_cuts(temperature: float, options: dict[str, Any]) -> None:
         if is_given and temperature == 0:
             raise UserError(
                 f"--{name} {options[name.replace('-', '_')]:g} changes nothing at temperature 0, where the likeliest "
-                "token is always taken. Add --temperature 0.8, or leave it out."
+                "token is always taken. Add --temperature 0.8, or omit it."
             )
 
 

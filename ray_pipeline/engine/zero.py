@@ -257,7 +257,7 @@ def _sum_expert_norms() -> None:
 def _count_experts_of_other_stages(zero: Any, mesh: Mesh, zero_stage: int) -> None:
     """The norm is reduced over pipeline ranks once per parameter group, and a stage of dense layers has no experts'.
 
-    Without its part in that reduction the other stages would wait for ever, and it would clip by another norm.
+    Without its part in that reduction the other stages would wait forever, and it would clip by another norm.
     """
 
     from deepspeed.runtime.zero.utils import get_norm_dtype

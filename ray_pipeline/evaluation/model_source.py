@@ -119,7 +119,7 @@ def _check_transformers(path: Path, values: dict[str, Any]) -> None:
     except ValueError as error:
         raise UserError(str(error)) from None
     layers = values.get("num_hidden_layers", values.get("n_layer", 0))
-    if not isinstance(layers, int) or layers > len(stored):  # building what is not there would take for ever
+    if not isinstance(layers, int) or layers > len(stored):  # building what is not there would take forever
         raise UserError(
             f"{path / CONFIG}: num_hidden_layers={short(layers)}, but its files hold {len(stored)} tensors: they are "
             "not those of this config. Give the folder as it was published."

@@ -1,6 +1,6 @@
 """Is an answer to an equation or a formula right? sympy solves it by itself, over the real numbers.
 
-In a process of its own that is ended when it takes too long: algebra can take for ever.
+In a process of its own that is ended when it takes too long: algebra can take forever.
 """
 
 from __future__ import annotations

@@ -214,7 +214,7 @@ class Peer:
     def _numbered(self, value: Any) -> dict[str, Any]:
         number = self._numbers.setdefault(id(value), len(self._own))
         if number == len(self._own):
-            self._own.append(value)  # kept for ever, so its id stays its own
+            self._own.append(value)  # kept forever, so its id stays its own
         if isinstance(value, type) and issubclass(value, BaseException):
             return {"raised": [kind.__name__ for kind in value.__mro__]}
         return {"mine": number}

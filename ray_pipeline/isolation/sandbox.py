@@ -4,7 +4,7 @@ What a program cannot do, and what keeps it from it (`child` takes the rights aw
 run on (a wall clock, RLIMIT_CPU), use much memory (RLIMIT_AS) or disk (RLIMIT_FSIZE, a watched folder and watched open
 files), start other programs or many threads, reach a network (a seccomp filter), read or change the user's files
 (Landlock), see the environment (it is empty), touch other processes (the filter, Landlock's scopes, no capabilities),
-print for ever (output is counted), outlive its parent. It can ask whether a path exists, and how large it is.
+print forever (output is counted), outlive its parent. It can ask whether a path exists, and how large it is.
 
 Neither root nor namespaces are needed: both are missing in many containers. As it can start no other process, killing
 the one kills all.

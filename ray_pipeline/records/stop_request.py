@@ -1,4 +1,4 @@
-"""A wish that a run saves and stops, in its folder: whoever watches it writes, its ranks read between steps."""
+"""A request that a run save and stop, as a file in its folder: the budget writes it, ranks read it between steps."""
 
 from __future__ import annotations
 
@@ -25,5 +25,5 @@ def stop_reason(run_dir: Path) -> str | None:
 
 
 def go_on(run_dir: Path) -> None:
-    """Forget an earlier wish; a run that is started again is meant to run."""
+    """Forget an earlier request; a run that is started again is meant to run."""
     (run_dir / STOP_FILE).unlink(missing_ok=True)

@@ -228,4 +228,4 @@ def _init_from(config: PipelineFields) -> Iterator[str]:
         if patterns and settings.path is None:
             yield f"init_from.{key}={patterns}: chooses tensors of a model folder; give one with --init-from."
         if any(not pattern.strip() for pattern in patterns):
-            yield f"init_from.{key}={patterns}: an empty pattern would match every tensor; leave it out."
+            yield f"init_from.{key}={patterns}: an empty pattern would match every tensor; omit it."

@@ -42,7 +42,7 @@ class Layer:
 class _Loader(yaml.SafeLoader):
     """YAML of settings: a key given twice is an error (plain YAML keeps the last one silently), dates stay text.
 
-    What plain YAML would raise other errors for, or could be made to run for ever by, is a YAMLError too.
+    What plain YAML would raise other errors for, or could be made to run forever by, is a YAMLError too.
     """
 
     def get_single_node(self) -> yaml.Node | None:

@@ -15,7 +15,7 @@ RUN_FILE = "run.json"  # the run's uid, and per stage its present identity and t
 CONFIG_FILE = "config.yaml"  # the settings that the run was accepted with
 LOCK = ".lock"  # held by the one process that works on the run
 REPORT_FILE = "report.html"
-STOP_FILE = "stop.json"  # a wish that the run saves and stops
+STOP_FILE = "stop.json"  # a request that the run save and stop
 
 RECORD = "record.json"  # of a stage, beside its outputs
 PROGRESS_FILE = "progress.json"

@@ -1,4 +1,4 @@
-"""A stage's trained adapters in peft's own format, for whoever has the model that the stage started from."""
+"""A stage's trained adapters in peft's own format, to be used with the model that the stage started from."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ class Rank:
         return self.mesh.rank == 0
 
     def phase(self, name: str, done: int = 0, total: int = 0) -> None:
-        """Tell the progress line, and whoever looks for a lost rank, what goes on besides training steps."""
+        """Report what goes on besides training steps: on the progress line, and for the error if this rank is lost."""
         self.status.at(name)
         if self.progress is not None:
             self.progress.phase(name, done, total)

@@ -154,7 +154,7 @@ class Trainer:
         return not isinstance(source, SourceWithState) or source.resumable(step)
 
     def _stop(self, step: int, source: BatchSource, report: Reporter, writer: CheckpointWriter) -> None:
-        """Save what step `step` left, and end the stage as was wished."""
+        """Save what step `step` left, and end the stage as was requested."""
         writer.wait()
         if not any(step_of(path) == step for path in list_checkpoints(self.checkpoints)):
             self.health.check_weights(step)

@@ -1,6 +1,6 @@
 """Records of local .json, .jsonl, .csv, .tsv, .parquet, .arrow and .feather files, with the place of each.
 
-A record that cannot be read is given as a BadRecord in its place, so that whoever reads may leave it out; a file that
+A record that cannot be read is given as a BadRecord in its place, so that the reader may omit it; a file that
 is damaged ends the reading.
 """
 

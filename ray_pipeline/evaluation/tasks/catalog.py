@@ -105,7 +105,7 @@ def _selected(given: str, made: Task, request: Request) -> list[Item]:
         if not items:
             there = sorted({item.difficulty for item in made.items})
             levels = "have no difficulty" if there == [0] else f"are of difficulty {', '.join(map(str, there))}"
-            raise UserError(f"--difficulty: the questions of {given} {levels}. Choose others, or leave it out.")
+            raise UserError(f"--difficulty: the questions of {given} {levels}. Choose others, or omit it.")
     items = items[: request.limit]
     if not items:
         raise UserError(f"--tasks {given}: holds no questions. Give another source.")
