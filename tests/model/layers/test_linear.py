@@ -96,6 +96,17 @@ def test_recomputed_layers_can_wait_too():
     torch.testing.assert_close(ours.weight.grad, theirs.weight.grad)
 
 
+def test_what_one_model_puts_off_another_computes_at_once():
+    (ours, _), (other, _) = pair(), pair()
+    (x, _) = inputs()
+    out = ours(x).sum() + other(x).sum()
+    with ours.backward_split.deferred() as queue:
+        out.backward()
+    assert ours.weight.grad is None and len(queue) == 1
+    queue.run()
+    assert torch.equal(ours.weight.grad, other.weight.grad)
+
+
 def test_frozen_weights_leave_no_work():
     ours, _ = pair()
     ours.weight.requires_grad_(False)
