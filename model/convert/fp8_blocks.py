@@ -8,6 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from model.layers.fp8 import TILE, quantise_blocks
+
+_MATRICES = (
+    "q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj", "wq_b", "wk", "gate_proj", "up_proj",
+    "down_proj",
+)  # fmt: skip
+# What config.json says of such a checkpoint, as DeepSeek's does; scales are powers of two, as from V3.1 on.
+QUANTISATION = {
+    "quant_method": "fp8", "fmt": "e4m3", "scale_fmt": "ue8m0", "activation_scheme": "dynamic",
+    "weight_block_size": [TILE, TILE],
+}  # fmt: skip
 SCALE_SUFFIX = "_scale_inv"  # "<name>.weight_scale_inv": what a block's numbers are multiplied by
 
 
@@ -40,3 +51,13 @@ def dequantise(weight: Tensor, scale: Tensor, block: tuple[int, int]) -> Tensor:
         raise ValueError("has a scale that is not a positive number")
     spread = scale.repeat_interleave(block[0], 0)[:rows].repeat_interleave(block[1], 1)[:, :columns]
     return weight.float() * spread
+
+
+def in_blocks(name: str, weight: Tensor) -> dict[str, Tensor]:
+    """A published tensor as an FP8 checkpoint holds it: matrices of attention and feed-forward in E4M3 with their
+    scales; embedding, head, router, norms and what joins an MTP module's inputs in bf16; the balancing bias in fp32."""
+    if name.rpartition(".")[0].rpartition(".")[2] not in _MATRICES:
+        kind = torch.float32 if name.endswith("e_score_correction_bias") else torch.bfloat16
+        return {name: weight.detach().to("cpu", kind, copy=True).contiguous()}
+    made = quantise_blocks(weight.detach().to("cpu", torch.float32))
+    return {name: made.values.contiguous(), name + SCALE_SUFFIX: made.scale.contiguous()}

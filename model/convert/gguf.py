@@ -1,82 +1,61 @@
-"""A model as one GGUF file of architecture `deepseek2`, which llama.cpp runs.
+"""A model as one GGUF file, which llama.cpp runs: names in `gguf_tensors`, types in `gguf_mix`, tokenizer beside it.
 
-MLA is written in absorbed form (one key-value head: the latent), as llama.cpp's own converter does. MTP modules are
-left out: llama.cpp does not read them for this architecture. The `gguf` package is imported when a file is written.
+The `gguf` package is imported when a file is written, llama.cpp's quantiser when a kind needs it.
 """
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from model.config import ModelConfig
-from model.convert.gguf_rules import check_gguf
+from model.convert.ggml import check_quantiser, quantise
+from model.convert.gguf_mix import Mixture
+from model.convert.gguf_rules import check_gguf, gguf_architecture
+from model.convert.gguf_tensors import gguf_tensors, mtp_modules
 from model.convert.gguf_tokenizer import GgufTokenizer, read_tokenizer
+from model.convert.kinds import KINDS, GgufKind
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
 
-GgufType = Literal["f32", "f16", "q8_0"]
-Q8_BLOCK = 32  # features that share a scale; narrower rows cannot be quantised
-
-_ATTENTION = {
-    "q_proj": "attn_q",
-    "q_a_proj": "attn_q_a",
-    "q_a_layernorm": "attn_q_a_norm",
-    "q_b_proj": "attn_q_b",
-    "kv_a_proj_with_mqa": "attn_kv_a_mqa",
-    "kv_a_layernorm": "attn_kv_a_norm",
-    "o_proj": "attn_output",
-}
-_MLP = {"gate_proj": "ffn_gate", "up_proj": "ffn_up", "down_proj": "ffn_down"}
+Importance = Mapping[str, NDArray[np.float32]]  # name of a tensor in the file -> [matrices, features of a row]
 
 
-def gguf_tensors(config: ModelConfig, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Transformer state dict -> llama.cpp's names and layouts, MTP left out."""
-    out = {
-        "token_embd.weight": state["embed_tokens.weight"],
-        "output_norm.weight": state["norm.weight"],
-        "output.weight": state["lm_head.weight"],
-    }
-    for layer in range(config.num_hidden_layers):
-        own = {k.removeprefix(f"layers.{layer}."): v for k, v in state.items() if k.startswith(f"layers.{layer}.")}
-        out |= {f"blk.{layer}.{name}": tensor for name, tensor in _layer_tensors(config, own).items()}
-    return out
+@dataclass(frozen=True)
+class GgufReport:
+    """What became of a model in a GGUF file.
 
+    Attributes:
+        bits: of file per weight. types: GGML type -> tensors of it.
+        fallbacks: tensors whose rows do not divide into the blocks of their type: (type meant, type it has) -> how
+            many. unweighted: matrices that were rounded without importance, though there was some.
+        left_out: what the file does not hold.
+    """
 
-def _layer_tensors(config: ModelConfig, own: dict[str, Tensor]) -> dict[str, Tensor]:
-    out = {
-        "attn_norm.weight": own["input_layernorm.weight"],
-        "ffn_norm.weight": own["post_attention_layernorm.weight"],
-    }
-    for ours, theirs in _ATTENTION.items():
-        if f"self_attn.{ours}.weight" in own:
-            out[f"{theirs}.weight"] = own[f"self_attn.{ours}.weight"]
-    key, value = (
-        own["self_attn.kv_b_proj.weight"]
-        .unflatten(0, (config.num_attention_heads, -1))
-        .split([config.qk_nope_head_dim, config.v_head_dim], 1)
-    )
-    out["attn_k_b.weight"], out["attn_v_b.weight"] = key.transpose(1, 2), value
-    for ours, theirs in _MLP.items():
-        for prefix, suffix in (("mlp.", ""), ("mlp.shared_experts.", "_shexp")):
-            if f"{prefix}{ours}.weight" in own:
-                out[f"{theirs}{suffix}.weight"] = own[f"{prefix}{ours}.weight"]
-    if "mlp.gate.weight" in own:
-        gate, up = own["mlp.experts.gate_up_proj"].chunk(2, 1)
-        out |= {
-            "ffn_gate_exps.weight": gate,
-            "ffn_up_exps.weight": up,
-            "ffn_down_exps.weight": own["mlp.experts.down_proj"],
-        }
-        out["ffn_gate_inp.weight"] = own["mlp.gate.weight"]
-        if "mlp.gate.e_score_correction_bias" in own:
-            out["exp_probs_b.bias"] = own["mlp.gate.e_score_correction_bias"]
-    return out
+    bits: float
+    types: dict[str, int]
+    fallbacks: dict[tuple[str, str], int]
+    unweighted: int
+    left_out: tuple[str, ...]
+
+    def notes(self) -> list[str]:
+        """A sentence for each thing that is not as asked."""
+        out = [
+            f"{count} matrices are {found}, not {meant}: their rows do not divide into its blocks"
+            for (meant, found), count in self.fallbacks.items()
+        ]
+        if self.unweighted:
+            out.append(f"{self.unweighted} matrices were rounded without importance: the text did not reach them")
+        return out + list(self.left_out)
 
 
 def _add_architecture(w: GGUFWriter, config: ModelConfig) -> None:
@@ -84,7 +63,9 @@ def _add_architecture(w: GGUFWriter, config: ModelConfig) -> None:
 
     w.add_context_length(config.max_position_embeddings)
     w.add_embedding_length(config.hidden_size)
-    w.add_block_count(config.num_hidden_layers)
+    w.add_block_count(config.num_hidden_layers + mtp_modules(config))
+    if mtp_modules(config):
+        w.add_nextn_predict_layers(mtp_modules(config))
     w.add_feed_forward_length(config.intermediate_size)
     w.add_vocab_size(config.vocab_size)
     w.add_layer_norm_rms_eps(config.rms_norm_eps)
@@ -110,6 +91,10 @@ def _add_architecture(w: GGUFWriter, config: ModelConfig) -> None:
     if config.n_group > 1 and config.topk_method == "noaux_tc":
         w.add_expert_group_count(config.n_group)
         w.add_expert_group_used_count(config.topk_group)
+    if config.attention == "dsa":
+        w.add_indexer_head_count(config.index_n_heads)
+        w.add_indexer_key_length(config.index_head_dim)
+        w.add_indexer_top_k(config.index_topk)
     w.add_rope_dimension_count(config.qk_rope_head_dim)
     w.add_rope_freq_base(config.rope_theta)
     if config.rope_scaling is not None:
@@ -122,7 +107,8 @@ def _add_architecture(w: GGUFWriter, config: ModelConfig) -> None:
         w.add_rope_scaling_yarn_log_mul(0.1 * scaling.mscale_all_dim)
 
 
-def _add_tokenizer(w: GGUFWriter, tokenizer: GgufTokenizer) -> None:
+def _add_tokenizer(w: GGUFWriter, tokenizer: GgufTokenizer, end_ids: Sequence[int]) -> None:
+    """`end_ids`: further tokens that end an answer. GGUF has no list, but two more places that llama.cpp stops at."""
     w.add_tokenizer_model("gpt2")
     w.add_tokenizer_pre(tokenizer.pre)
     w.add_token_list(tokenizer.tokens)
@@ -131,22 +117,26 @@ def _add_tokenizer(w: GGUFWriter, tokenizer: GgufTokenizer) -> None:
     for name, add in (("bos", w.add_bos_token_id), ("eos", w.add_eos_token_id), ("pad", w.add_pad_token_id)):
         if name in tokenizer.special:
             add(tokenizer.special[name])
+    for end, add in zip(end_ids, (w.add_eot_token_id, w.add_eom_token_id), strict=False):
+        add(end)
     w.add_add_bos_token(tokenizer.add_bos)
     if tokenizer.chat_template is not None:
         w.add_chat_template(tokenizer.chat_template)
 
 
-def _add_tensor(w: GGUFWriter, name: str, tensor: Tensor, kind: GgufType) -> None:
+def _add_tensor(w: GGUFWriter, name: str, tensor: Tensor, kind: str, importance: NDArray[np.float32] | None) -> None:
     from gguf import GGMLQuantizationType, quants
 
-    values: np.ndarray[Any, Any] = np.ascontiguousarray(tensor.detach().to("cpu", torch.float32).numpy())
-    if values.ndim == 1 or "ffn_gate_inp" in name or kind == "f32":
+    values: NDArray[Any] = np.ascontiguousarray(tensor.detach().to("cpu", torch.float32).numpy())
+    if kind == "F32":
         w.add_tensor(name, values)
-    elif kind == "q8_0" and values.shape[-1] % Q8_BLOCK == 0:
-        quantised = quants.quantize(values, GGMLQuantizationType.Q8_0)
-        w.add_tensor(name, quantised, raw_dtype=GGMLQuantizationType.Q8_0)
-    else:
+    elif kind == "F16":
         w.add_tensor(name, values.astype(np.float16))
+    elif kind in ("BF16", "Q8_0"):  # exact in numpy, too, which needs no llama.cpp
+        made = quants.quantize(values, GGMLQuantizationType[kind])
+        w.add_tensor(name, made, raw_dtype=GGMLQuantizationType[kind])
+    else:
+        w.add_tensor(name, quantise(values, kind, importance), raw_dtype=GGMLQuantizationType[kind])
 
 
 def save_gguf(
@@ -154,35 +144,65 @@ def save_gguf(
     config: ModelConfig,
     state: dict[str, Tensor],
     *,
-    kind: GgufType,
+    kind: GgufKind,
     tokenizer_folder: Path,
     name: str,
     licence: str,
-) -> None:
+    importance: Importance | None = None,
+    end_ids: Sequence[int] = (),
+) -> GgufReport:
     """Write `path`, which the caller moves into place when this returns.
 
     Args:
-        kind: f32; f16; or q8_0, where rows that are no multiple of 32 wide stay f16. Norms and the router stay f32.
+        kind: see `kinds.KINDS`. Norms and the router stay fp32.
+        importance: from `importance.importance_matrix`; kinds that are not `weighted` take no notice of it.
+        end_ids: tokens that end an answer; the tokenizer's own is added if it is not among them.
     Raises:
-        ValueError: from `check_gguf`, or for a tokenizer that llama.cpp would split differently.
+        ValueError: from `check_gguf`, no quantiser for the kind, or a tokenizer that llama.cpp would split differently.
     """
     from gguf import GGUFWriter, LlamaFileType
 
     check_gguf(config)
+    weighted = KINDS[kind].weighted
+    if weighted:
+        check_quantiser()
     tokenizer = read_tokenizer(tokenizer_folder, config.vocab_size)
-    file_type = {"f32": LlamaFileType.ALL_F32, "f16": LlamaFileType.MOSTLY_F16, "q8_0": LlamaFileType.MOSTLY_Q8_0}[kind]
-    w = GGUFWriter(path, "deepseek2")
+    others = [i for i in dict.fromkeys(end_ids) if i != tokenizer.special.get("eos")]
+    mixture = Mixture(kind, config.num_hidden_layers + mtp_modules(config), config.n_routed_experts)
+    types: Counter[str] = Counter()
+    weights = unweighted = 0
+    w = GGUFWriter(path, gguf_architecture(config))
     try:
         w.add_name(name)
         w.add_license(licence)
-        w.add_file_type(file_type)
+        w.add_file_type(LlamaFileType[KINDS[kind].file_type])
         w.add_quantization_version(2)
         _add_architecture(w, config)
-        _add_tokenizer(w, tokenizer)
+        _add_tokenizer(w, tokenizer, others)
         for tensor_name, tensor in gguf_tensors(config, state).items():
-            _add_tensor(w, tensor_name, tensor, kind)
+            made = mixture.type_of(tensor_name, tensor.shape)
+            given = (importance or {}).get(tensor_name)
+            _add_tensor(w, tensor_name, tensor, made, given)
+            types[made] += 1
+            weights += tensor.numel()
+            taken = weighted and importance is not None and made not in ("F32", "F16")
+            if taken and tensor_name not in ("token_embd.weight", "output.weight"):  # which have none by design
+                matrices = 1 if tensor.dim() == 2 else len(tensor)
+                unweighted += matrices if given is None else int((~given.any(-1)).sum())
         w.write_header_to_file()
         w.write_kv_data_to_file()
         w.write_tensors_to_file()
     finally:
         w.close()
+    fallbacks = Counter(mixture.fallbacks.values())
+    bits = 8 * path.stat().st_size / weights
+    return GgufReport(bits, dict(types), dict(fallbacks), unweighted, tuple(_left_out(config, others)))
+
+
+def _left_out(config: ModelConfig, end_ids: Sequence[int]) -> list[str]:
+    out = []
+    if (without := config.num_nextn_predict_layers - mtp_modules(config)) > 0:
+        out.append(f"{without} of {config.num_nextn_predict_layers} MTP modules are left out: llama.cpp has no place")
+    if len(end_ids) > 2:
+        out.append(f"end tokens {', '.join(map(str, end_ids[2:]))} are left out: a GGUF file has three places for them")
+    return out

@@ -1,4 +1,4 @@
-"""Which architectures llama.cpp's `deepseek2` can hold. No torch: settings are checked before anything starts."""
+"""Which models llama.cpp's `deepseek2` and `deepseek32` can hold. No torch: checked before anything starts."""
 
 from __future__ import annotations
 
@@ -7,10 +7,16 @@ from model.config import ModelConfig
 LITE_LAYERS = (26, 27)  # how llama.cpp's deepseek2 loader recognises models without q_lora_rank
 
 
+def gguf_architecture(config: ModelConfig) -> str:
+    """llama.cpp's name of the architecture."""
+    return "deepseek32" if config.attention == "dsa" else "deepseek2"
+
+
 def gguf_gap(config: ModelConfig) -> str | None:
-    """What of the architecture `deepseek2` has no place for; None where it has all. Such models get no GGUF file."""
-    for key, known in (("attention", "mla"), ("position", "rope"), ("norm", "rmsnorm"), ("recursion_depth", 1)):
-        if getattr(config, key) != known:
+    """What of the architecture llama.cpp has no place for; None where it has all. Such models get no GGUF file."""
+    known = {"attention": ("mla", "dsa"), "position": ("rope",), "norm": ("rmsnorm",), "recursion_depth": (1,)}
+    for key, values in known.items():
+        if getattr(config, key) not in values:
             return f"llama.cpp's deepseek2 has no {key}={getattr(config, key)}"
     if config.topk_method == "noaux_tc" and config.scoring_func == "softmax":
         return "llama.cpp's deepseek2 has no scoring_func=softmax with topk_method=noaux_tc"
@@ -34,7 +40,7 @@ def check_gguf(config: ModelConfig) -> None:
             f"rope_scaling.mscale={scaling.mscale} differs from mscale_all_dim={scaling.mscale_all_dim}: "
             "GGUF has one number for both. Make them equal, or set export.gguf=[]."
         )
-    if (config.q_lora_rank is None) != (config.num_hidden_layers in LITE_LAYERS):
+    if config.attention == "mla" and (config.q_lora_rank is None) != (config.num_hidden_layers in LITE_LAYERS):
         raise ValueError(
             f"q_lora_rank={config.q_lora_rank} with num_hidden_layers={config.num_hidden_layers}: "
             f"llama.cpp takes models of {' or '.join(map(str, LITE_LAYERS))} layers for DeepSeek-V2-Lite, "

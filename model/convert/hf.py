@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from model.config import ModelConfig
+from model.convert.fp8_blocks import QUANTISATION, in_blocks
 from model.convert.hf_config import published_family, special_token_ids, to_hf
 from model.convert.names import to_published
 
@@ -98,6 +99,7 @@ def save_hf(
 
     Args:
         state: Transformer state dict, MTP modules included.
+        dtype: float8_e4m3fn writes blocks as DeepSeek publishes them (`fp8_blocks`).
         tokenizer_folder: its tokenizer files and chat template are copied.
         model_card: README.md.
         generation: more keys for generation_config.json, such as temperature.
@@ -107,11 +109,17 @@ def save_hf(
     values, family = to_hf(config), published_family(config)
     assert family is not None
     ids = special_token_ids(tokenizer_folder)
-    name = str(dtype).removeprefix("torch.")
+    blocks = dtype == torch.float8_e4m3fn
+    name = "bfloat16" if blocks else str(dtype).removeprefix("torch.")
+    quantised = {"quantization_config": QUANTISATION} if blocks else {}
     # Two spellings: `dtype` is read by transformers 5, `torch_dtype` by everything older.
-    _write_json(folder / "config.json", values | ids | {"dtype": name, "torch_dtype": name, "use_cache": True})
+    kinds = {"dtype": name, "torch_dtype": name, "use_cache": True}
+    _write_json(folder / "config.json", values | ids | kinds | quantised)
     _write_json(folder / "generation_config.json", ids | (generation or {}))
     copy_tokenizer(tokenizer_folder, folder, config)
     (folder / "README.md").write_text(model_card, encoding="utf-8")
     published = to_published(config, state, mtp=family.mtp)
-    _write_weights(folder, {k: stored(k, v, dtype) for k, v in published.items()}, max_shard_bytes)
+    tensors: dict[str, Tensor] = {}
+    for key, value in published.items():
+        tensors |= in_blocks(key, value) if blocks else {key: stored(key, value, dtype)}
+    _write_weights(folder, tensors, max_shard_bytes)

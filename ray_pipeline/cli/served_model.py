@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from ray_pipeline.cli.eval_target import find_model
 from ray_pipeline.errors import UserError
+from ray_pipeline.records.integrity import verify_files
 from ray_pipeline.settings.run_folder import CONFIG_FILE
 
 if TYPE_CHECKING:
@@ -14,7 +15,8 @@ if TYPE_CHECKING:
     from ray_pipeline.evaluation.model_source import ModelSource
     from ray_pipeline.serving.engines import ServedModel
 
-GGUF_KINDS = ("f16", "bf16", "q8_0", "f32")  # of EXPORT's files, the first that is there
+# Of EXPORT's files, the first that is there.
+GGUF_KINDS = ("f16", "bf16", "q8_0", "f32", "q6_k", "q5_k_m", "q5_k_s", "q4_k_m", "q4_k_s", "q3_k_m", "q2_k")
 
 
 def find_served(given: str, runs_dir: Path) -> ServedModel:
@@ -30,6 +32,7 @@ def find_served(given: str, runs_dir: Path) -> ServedModel:
     if path.suffix == ".gguf":
         if not path.is_file():
             raise UserError(f"{given}: no such file. Give a run, a model folder, or a .gguf file.")
+        verify_files(path.absolute().parent, [path.name])
         check_gguf_file(path)
         return ServedModel(path.stem, None, path.absolute(), None)
     source = find_model(given, None, runs_dir)
@@ -84,4 +87,7 @@ def _exported_gguf(source: ModelSource) -> Path | None:
 
 def _first_gguf(export: Path) -> Path | None:
     files = [export / f"model-{kind}.gguf" for kind in GGUF_KINDS]
-    return next((path for path in files if path.is_file()), None)
+    found = next((path for path in files if path.is_file()), None)
+    if found is not None:
+        verify_files(export, [found.name])
+    return found

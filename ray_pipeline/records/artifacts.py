@@ -13,12 +13,13 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from model.config import ModelConfig, RopeScaling
 from ray_pipeline.errors import UserError
-from ray_pipeline.records.integrity import file_sha256, refuse_foreign_folder, sealed, verify_folder
+from ray_pipeline.records.integrity import MANIFEST_FORMAT, file_sha256, refuse_foreign_folder, sealed, verify_folder
 from ray_pipeline.settings.run_folder import MANIFEST
 
 if TYPE_CHECKING:
@@ -152,8 +153,13 @@ def read_json(path: Path) -> Any:
 def write_manifest(folder: Path) -> Path:
     """SHA-256 and size of every file below `folder`, into its manifest.json; the files are on disk when it returns."""
     paths = (path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
-    write_sealed(folder / MANIFEST, {"files": manifest_entries(folder, paths)})
+    write_sealed(folder / MANIFEST, manifest(manifest_entries(folder, paths)))
     return folder / MANIFEST
+
+
+def manifest(files: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """What a manifest holds: its format, what wrote it, and its files."""
+    return {"format": MANIFEST_FORMAT, "made_by": f"ray-pipeline {version('ray-pipeline')}", "files": dict(files)}
 
 
 def manifest_entries(folder: Path, paths: Iterable[Path]) -> dict[str, dict[str, Any]]:

@@ -22,6 +22,7 @@ from typing import Any
 from ray_pipeline.errors import UserError, resume_command
 from ray_pipeline.settings.run_folder import MANIFEST, RECORD
 
+MANIFEST_FORMAT = 1  # of a manifest; one without a number is of before they had one
 SEAL = "seal"  # key of a record's own SHA-256
 _CHUNK = 1 << 22
 _THREADS = 4  # files hashed side by side; hashing leaves Python's lock alone
@@ -117,7 +118,10 @@ def manifest_files(folder: Path) -> dict[str, tuple[str, int]]:
         ValueError: it is damaged, or is no manifest of this program's.
     """
     try:
-        listed = unsealed((folder / MANIFEST).read_bytes())["files"]
+        found = unsealed((folder / MANIFEST).read_bytes())
+        if found.get("format", 1) != MANIFEST_FORMAT:
+            raise ValueError(f"format {found['format']!r} is not the {MANIFEST_FORMAT} that this version reads")
+        listed = found["files"]
         return {str(name): (str(entry["sha256"]), int(entry["bytes"])) for name, entry in listed.items()}
     except OSError as error:
         raise ValueError(f"it cannot be read: {error.strerror}") from None

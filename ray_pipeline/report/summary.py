@@ -82,9 +82,9 @@ def figure_text(stage: str, metrics: Mapping[str, float]) -> str:
         if "params" in metrics:
             text += f", {count_text(metrics['params'])} parameters"
         return text
-    agreement = [value for name, value in metrics.items() if name.endswith("/greedy_agreement")]
+    agreement = [value for name, value in metrics.items() if name.endswith(".gguf/greedy_agreement")]
     if agreement:  # export: one per file
-        checked = metrics.get("checks_passed", len(agreement))
+        checked = metrics.get("checks_passed", sum(name.endswith("/greedy_agreement") for name in metrics))
         return f"{checked:.0f} exports checked, GGUF greedy agreement {percent(min(agreement))} or more"
     if "checks_passed" in metrics:
         native = any(name.startswith("native/") for name in metrics)

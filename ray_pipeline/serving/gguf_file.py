@@ -82,7 +82,7 @@ def _convert(model: ServedModel, source: ModelSource, path: Path) -> None:
             with atomic_path(path) as partial:
                 save_gguf(
                     partial, native.config, native.state_dict(), kind="f16", tokenizer_folder=tokenizer,
-                    name=model.name, licence="unknown",
+                    name=model.name, licence="unknown", end_ids=sorted(source.eos_ids(source.read_tokenizer())),
                 )  # fmt: skip
         except ValueError as error:
             raise UserError(f"{model.name}: cannot be written as GGUF: {error}") from None
@@ -90,7 +90,7 @@ def _convert(model: ServedModel, source: ModelSource, path: Path) -> None:
 
 def source_digest(source: ModelSource, *, bos: bool) -> str:
     """Names the weights and tokenizer: changes when a file of theirs does."""
-    digest = hashlib.sha256(f"1 {bos}".encode())
+    digest = hashlib.sha256(f"2 {bos}".encode())
     for folder in (source.folder, source.tokenizer):
         for path in sorted(folder.iterdir()):
             if path.is_file():

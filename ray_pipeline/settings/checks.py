@@ -127,6 +127,8 @@ def _architecture(config: PipelineFields) -> Iterator[str]:
                 check_gguf(exported)
         except ValueError as error:
             yield f"export.gguf={config.export.gguf}: {error}"
+    if exported is not None and config.export.dtype == "fp8" and (reason := unpublished_reason(exported)):
+        yield f"export.dtype=fp8: {reason}, and this project's own format is float32 or bfloat16. Set one of these."
     if config.tokenizer.name == "train" and config.model.vocab_size < config.tokenizer.vocab_size:
         yield (
             f"model.vocab_size={config.model.vocab_size}: smaller than tokenizer.vocab_size="

@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from model.config import ModelConfig
+from model.convert.kinds import GgufKind, HfKind
 from ray_pipeline.settings.guards_config import GuardsConfig
 from ray_pipeline.settings.layout_config import LayoutConfig
 from ray_pipeline.settings.post_training import (
@@ -174,8 +175,8 @@ class ExportConfig(Section):
     source: Literal["pretrain", "sft", "dpo", "grpo", "distillation"] | None = Field(
         None, description="whose weights are exported; default: the last before distillation, the student beside it"
     )
-    gguf: list[Literal["f32", "f16", "q8_0"]] = Field(["f32", "f16", "q8_0"], description="kinds of GGUF file")
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    gguf: list[GgufKind] = Field(["f32", "f16", "q8_0"], description="kinds of GGUF file")
+    dtype: HfKind = Field("float32", description="of the Hugging Face folder; fp8: blocks as DeepSeek publishes them")
     licence: str = Field("apache-2.0", description="of the exported weights, written into the model card and GGUF")
 
 

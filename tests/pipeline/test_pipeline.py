@@ -34,7 +34,7 @@ def test_six_stages_finish_and_leave_what_they_promise(finished):
     pretrain = entries["pretrain"]
     assert pretrain["metrics"]["validation_loss"] < pretrain["baselines"]["ln_vocab"]
     export = Path(entries["export"]["folder"])
-    for name in ("hf/model.safetensors", "hf-student/config.json", "model-f32.gguf", "model-q8_0.gguf", "checks.json"):
+    for name in ("hf/model.safetensors", "hf-student/config.json", "model-f32.gguf", "model-q8_0.gguf", "export.json"):
         assert (export / name).exists(), name
     assert entries["distillation"]["metrics"]["params"] < entries["distillation"]["metrics"]["teacher_params"]
 

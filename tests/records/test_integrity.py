@@ -15,8 +15,18 @@ from ray_pipeline.cli import main
 from ray_pipeline.dag.ledger import RunFile, read_record
 from ray_pipeline.errors import UserError
 from ray_pipeline.records import integrity
-from ray_pipeline.records.artifacts import atomic_folder, write_json, write_sealed
-from ray_pipeline.records.integrity import damage, own_damage, read_sealed, sealed, unsealed, verify_files
+from ray_pipeline.records.artifacts import atomic_folder, write_json, write_manifest, write_sealed
+from ray_pipeline.records.integrity import (
+    MANIFEST_FORMAT,
+    damage,
+    own_damage,
+    read_sealed,
+    sealed,
+    unsealed,
+    verify_files,
+    verify_folder,
+)
+from ray_pipeline.settings.run_folder import MANIFEST
 from tests.cli.made_run import make_run
 
 
@@ -218,3 +228,13 @@ def test_a_run_file_that_is_none_is_named(tmp_path, text):
     (tmp_path / "run.json").write_text(text)
     with pytest.raises(UserError, match=r"run\.json: damaged .* Delete it and resume"):
         RunFile(tmp_path)
+
+
+def test_a_manifest_of_a_newer_format_is_refused(tmp_path):
+    (tmp_path / "a").write_text("x")
+    write_manifest(tmp_path)
+    found = unsealed((tmp_path / MANIFEST).read_bytes())
+    assert found["format"] == MANIFEST_FORMAT and found["made_by"].startswith("ray-pipeline ")
+    write_sealed(tmp_path / MANIFEST, found | {"format": MANIFEST_FORMAT + 1})
+    with pytest.raises(UserError, match=r"manifest\.json: damaged \(format 2 is not the 1 that this version reads\)"):
+        verify_folder(tmp_path)

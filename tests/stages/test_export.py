@@ -11,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 from gguf import GGUFReader
 from transformers import AutoTokenizer
 
@@ -21,13 +20,13 @@ from model.transformer import Transformer
 from ray_pipeline.data.chat.tokenizer import load_tokenizer
 from ray_pipeline.data.chat.tokenizer_files import save_trained, train_bpe
 from ray_pipeline.errors import StageFailed, UserError
-from ray_pipeline.evaluation.export_checks import Check
+from ray_pipeline.evaluation.proof import Check
 from ray_pipeline.launch.stage_context import StageContext, StageResult
 from ray_pipeline.records.artifacts import load_model, save_model
 from ray_pipeline.report.summary import figure_text
 from ray_pipeline.settings.checks import warnings
 from ray_pipeline.settings.schema import PipelineFields
-from ray_pipeline.stages import export
+from ray_pipeline.stages import export, export_model
 from tests.evaluation.made_models import EXPORTABLE
 
 QUESTIONS = ["What is 12 + 34?", "Solve x + 5 = 9.", "Which is larger, 7 or 11?"]
@@ -58,6 +57,10 @@ def make_context(run: Path, settings: dict | None = None, **changes) -> StageCon
     return StageContext(config, "toy", run, run / "export", inputs, launcher=None)
 
 
+def read_checks(folder: Path) -> list[dict]:
+    return json.loads((folder / "export.json").read_text())["checks"]
+
+
 def test_every_file_is_written_and_checked(tmp_path):
     result = export.run(make_context(tmp_path))
     folder = tmp_path / "export"
@@ -67,13 +70,16 @@ def test_every_file_is_written_and_checked(tmp_path):
         "model-f32.gguf",
         "model-f16.gguf",
         "model-q8_0.gguf",
-        "checks.json",
+        "model-f32.Modelfile",
+        "model-f16.Modelfile",
+        "model-q8_0.Modelfile",
+        "export.json",
         "manifest.json",
         "progress.json",
     }
-    checks = {c["name"]: c["status"] for c in json.loads((folder / "checks.json").read_text())}
+    checks = {c["name"]: c["status"] for c in read_checks(folder)}
     assert checks["hf"] == checks["hf-student"] == "passed"
-    assert result.metrics["hf/max_logit_difference"] < 1e-4
+    assert result.metrics["hf/max_logprob_difference"] < 1e-4
     assert result.learned is None
     card = (folder / "hf" / "README.md").read_text()
     assert "| accuracy | 0.5 |" in card and "| input_accuracy | 0.25 |" in card
@@ -90,7 +96,7 @@ def test_plain_text_begins_as_the_model_has_seen_it(tmp_path, pretrained):
         "export": {"gguf": ["f32"]},
     }
     export.run(make_context(tmp_path, settings))
-    checks = {c["name"]: c["status"] for c in json.loads((tmp_path / "export" / "checks.json").read_text())}
+    checks = {c["name"]: c["status"] for c in read_checks(tmp_path / "export")}
     assert set(checks.values()) == {"passed"}
     ours = load_tokenizer(tmp_path / "data_prep" / "tokenizer")
     theirs = AutoTokenizer.from_pretrained(tmp_path / "export" / "hf")
@@ -108,8 +114,8 @@ def test_an_architecture_without_a_published_class_is_written_in_our_own_format(
     save_stage(tmp_path / "distillation", num_hidden_layers=1, num_nextn_predict_layers=0, **other)
     result = export.run(context)
     folder = tmp_path / "export"
-    assert {p.name for p in folder.iterdir()} == {"native", "native-student", "checks.json", "progress.json"}
-    checks = {c["name"]: c for c in json.loads((folder / "checks.json").read_text())}
+    assert {p.name for p in folder.iterdir()} == {"native", "native-student", "export.json", "progress.json"}
+    checks = {c["name"]: c for c in read_checks(folder)}
     assert checks["native"]["status"] == checks["native-student"]["status"] == "passed"
     assert checks["model-f16.gguf"]["status"] == "not run"
     assert checks["model-f16.gguf"]["detail"] == "not written: llama.cpp's deepseek2 has no attention=gqa"
@@ -126,7 +132,8 @@ def test_an_architecture_without_a_published_class_is_written_in_our_own_format(
 
 def test_bfloat16_is_compared_with_the_rounded_weights(tmp_path):
     result = export.run(make_context(tmp_path, {"export": {"dtype": "bfloat16", "gguf": []}}))
-    assert result.metrics["hf/max_logit_difference"] < 1e-4
+    assert result.metrics["hf/max_logprob_difference"] < 1e-4
+    assert 1e-4 < result.metrics["hf/largest_weight_error"] < 0.004
     assert json.loads((tmp_path / "export/hf/config.json").read_text())["dtype"] == "bfloat16"
 
 
@@ -152,24 +159,38 @@ def test_a_rerun_keeps_whole_files_and_rewrites_damaged_ones(tmp_path):
     assert [path.stat().st_ino == before[path][0] for path in files] == [False, True, True]
 
 
-def test_a_check_that_fails_fails_the_stage_with_the_figures(tmp_path, monkeypatch):
-    failed = Check("hf", "failed", {"max_logit_difference": 3.5}, "largest logit difference 3.5 is over 0.001")
-    monkeypatch.setattr(export, "check_hf", lambda *args, **_: failed)
-    with pytest.raises(StageFailed, match=r"hf: largest logit difference 3\.5 is over 0\.001") as error:
-        export.run(make_context(tmp_path, {"export": {"gguf": []}}))
-    assert '"max_logit_difference": 3.5' in error.value.details
-    assert json.loads((tmp_path / "export/checks.json").read_text())[0]["status"] == "failed"
+def test_an_export_that_fails_is_not_put_in_place_and_fails_the_stage_with_the_figures(tmp_path, monkeypatch):
+    failed = Check("hf", "failed", {"max_logprob_difference": 3.5}, "largest difference 3.5 is over 0.001")
+    monkeypatch.setattr(export_model, "check_export", lambda export: [failed])
+    with pytest.raises(StageFailed, match=r"hf: largest difference 3\.5 is over 0\.001") as error:
+        export.run(make_context(tmp_path, {"export": {"gguf": ["f32"]}}))
+    assert '"max_logprob_difference": 3.5' in error.value.details
+    assert read_checks(tmp_path / "export")[0]["status"] == "failed"
+    assert {p.name for p in (tmp_path / "export").iterdir()} == {"export.json", "progress.json"}
 
 
 def test_weights_that_differ_from_the_model_fail_for_real(tmp_path, monkeypatch):
-    real = export.save_hf
+    real = export_model.save_hf
 
     def wrong(folder, config, state, **options):
         real(folder, config, {k: v * 1.01 if k == "lm_head.weight" else v for k, v in state.items()}, **options)
 
-    monkeypatch.setattr(export, "save_hf", wrong)
-    with pytest.raises(StageFailed, match="largest logit difference"):
+    monkeypatch.setattr(export_model, "save_hf", wrong)
+    with pytest.raises(StageFailed, match=r"a matrix is 1\.00% off, over the 0\.00% of float32"):
         export.run(make_context(tmp_path, {"export": {"gguf": []}}))
+
+
+def test_rounded_kinds_say_what_they_cost_and_the_model_card_shows_it(tmp_path):
+    pytest.importorskip("xllamacpp")
+    context = make_context(tmp_path, {"export": {"gguf": ["q4_k_m"]}})
+    result = export.run(context)
+    assert result.metrics["model-q4_k_m.gguf/questions"] == len(QUESTIONS)
+    [found] = [c for c in read_checks(tmp_path / "export") if c["name"] == "model-q4_k_m.gguf"]
+    assert found["program"].startswith("llama.cpp (xllamacpp ")
+    assert "rounded without an importance matrix: no text was held out" in found["notes"]
+    assert any("matrices are Q5_0, not Q4_K" in note for note in found["notes"])
+    card = (tmp_path / "export" / "hf" / "README.md").read_text()
+    assert "## Proof" in card and "| `model-q4_k_m.gguf` | llama.cpp" in card and "| `hf` | transformers" in card
 
 
 def test_a_model_gguf_cannot_hold_is_refused_before_anything_is_written(tmp_path):
@@ -195,12 +216,12 @@ import torch
 torch.set_num_threads(1)
 sys.path.insert(0, sys.argv[1])
 from tests.stages import test_export
-from ray_pipeline.stages import export
-real = export.save_gguf if sys.argv[3] == "gguf" else export.save_hf
+from ray_pipeline.stages import export, export_model
+real = export_model.save_gguf if sys.argv[3] == "gguf" else export_model.save_hf
 def die(*args, **options):
     real(*args, **options)  # written aside, not yet in place
     os.kill(os.getpid(), signal.SIGKILL)
-setattr(export, "save_gguf" if sys.argv[3] == "gguf" else "save_hf", die)
+setattr(export_model, "save_gguf" if sys.argv[3] == "gguf" else "save_hf", die)
 export.run(test_export.make_context(Path(sys.argv[2])))
 """
 
@@ -223,18 +244,6 @@ def test_killed_while_writing_it_resumes_to_the_same_files(where, tmp_path):
     assert not [p.name for p in (tmp_path / "killed/export").iterdir() if p.name.startswith(".")]
 
 
-def test_rounding_leaves_the_balancing_bias_alone(tmp_path):
-    context = make_context(tmp_path, {"export": {"dtype": "bfloat16", "gguf": []}})
-    model = Transformer(EXPORTABLE)
-    init_weights(model, EXPORTABLE, seed=0)
-    bias = model.layers["1"].mlp.gate.e_score_correction_bias
-    bias.fill_(0.1234567)
-    rounded = export._rounded(context, model)
-    assert bias[0] == pytest.approx(0.1234567, abs=1e-8)
-    weight = rounded.state_dict()["lm_head.weight"]
-    assert torch.equal(weight, weight.bfloat16().float())
-
-
 def test_weights_that_are_no_numbers_are_not_exported(tmp_path):
     context = make_context(tmp_path)
     model = load_model(tmp_path / "grpo" / "model")
@@ -250,9 +259,9 @@ def test_a_gguf_file_that_was_damaged_since_is_written_again(tmp_path):
     path = tmp_path / "model-f16.gguf"
     for name in ("model-f32.gguf", path.name):
         (tmp_path / name).write_bytes(bytes(64))
-        assert not export._is_as_written(tmp_path / name)
-        export._list_file(tmp_path / name)
-        assert export._is_as_written(tmp_path / name)
+        assert not export_model._is_as_written(tmp_path / name)
+        export_model._list_files([tmp_path / name])
+        assert export_model._is_as_written(tmp_path / name)
     path.write_bytes(bytes(63) + b"x")
-    assert not export._is_as_written(path)
-    assert export._is_as_written(tmp_path / "model-f32.gguf")
+    assert not export_model._is_as_written(path)
+    assert export_model._is_as_written(tmp_path / "model-f32.gguf")

@@ -105,7 +105,7 @@ class ChatTemplate:
     ) -> str:
         if tools and self._with_tools is not None:
             return self._with_tools._rendered(messages, tools, generation_prompt, marked=marked)
-        if tools and not self._lists_tools:
+        if tools and not self.lists_tools:
             messages, tools = _with_tools_in_system(messages, tools), ()
         try:
             return self._render(messages, tools, generation_prompt, marked=marked)
@@ -139,7 +139,8 @@ class ChatTemplate:
         )
 
     @functools.cached_property
-    def _lists_tools(self) -> bool:
+    def lists_tools(self) -> bool:
+        """Whether the template itself writes which tools there are."""
         probe = {"name": "list_the_tools", "description": "", "parameters": {"type": "object", "properties": {}}}
         question = {"role": "user", "content": "?"}
         try:

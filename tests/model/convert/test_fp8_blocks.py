@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -12,7 +13,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from model.convert.fp8_blocks import dequantise
+from model.convert.hf import save_hf
 from model.convert.hf_load import load_hf, open_folder
+from model.init import init_weights
+from model.transformer import Transformer
+from tests.evaluation.made_models import EXPORTABLE, save_tokenizer
 from tests.model.convert.folders import CONFIG, built, rewrite
 
 BLOCK = (16, 8)
@@ -96,3 +101,34 @@ def test_powers_of_two_may_be_stored_as_such():
     scale = torch.tensor([[0.25, 4.0]])
     out = dequantise(weight, scale.to(torch.float8_e8m0fnu), (2, 2))
     assert torch.equal(out, torch.tensor([[0.25, 0.25, 4.0, 4.0]] * 2))
+
+
+def test_a_folder_in_blocks_is_read_back_within_their_rounding(tmp_path):
+    from safetensors import safe_open
+
+    config = dataclasses.replace(EXPORTABLE, hidden_size=192)  # blocks that the matrices do not fill
+    model = Transformer(config)
+    init_weights(model, config, seed=0)
+    folder, tokenizer = tmp_path / "hf", save_tokenizer(tmp_path / "tokenizer")
+    folder.mkdir()
+    save_hf(
+        folder, config, model.state_dict(), tokenizer_folder=tokenizer, model_card="", dtype=torch.float8_e4m3fn,
+        max_shard_bytes=200_000,
+    )  # fmt: skip
+    values = json.loads((folder / "config.json").read_text())
+    assert values["quantization_config"]["weight_block_size"] == [128, 128] and values["dtype"] == "bfloat16"
+    index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    assert len(set(index.values())) > 1
+    kinds = {}
+    for name, file in index.items():
+        with safe_open(folder / file, "pt") as shard:
+            kinds[name] = shard.get_slice(name).get_dtype()
+    assert kinds["model.layers.1.mlp.experts.0.down_proj.weight"] == "F8_E4M3"
+    assert kinds["model.layers.1.mlp.experts.0.down_proj.weight_scale_inv"] == "F32"
+    unrounded = ("model.embed_tokens.weight", "lm_head.weight", "model.layers.1.mlp.gate.weight", "model.norm.weight")
+    assert {kinds[name] for name in (*unrounded, "model.layers.3.eh_proj.weight")} == {"BF16"}
+    _, state = load_hf(folder)
+    for name, tensor in model.state_dict().items():
+        step = 2**-4 if tensor.dim() > 1 else 2**-8
+        small = 2**-9 * 2.0 * tensor.abs().max() / 448  # E4M3's smallest number, times the scale
+        assert bool(((state[name] - tensor).abs() <= step * tensor.abs() + small).all()), name

@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from model.config import ModelConfig, RopeScaling
-from model.convert.gguf import gguf_tensors, save_gguf
+from model.convert.gguf import save_gguf
+from model.convert.gguf_load import load_gguf
 from model.convert.gguf_rules import check_gguf, gguf_gap
+from model.convert.gguf_tensors import gguf_tensors
 from model.convert.gguf_tokenizer import CONTROL, NORMAL, UNUSED, USER_DEFINED, pre_tokenizer_name, read_tokenizer
 from model.init import init_weights
 from model.transformer import Transformer
@@ -87,7 +89,7 @@ def read(path: Path):
     return {t.name: t for t in reader.tensors}, {k: f.contents() for k, f in reader.fields.items()}
 
 
-@pytest.mark.parametrize("kind", ["f32", "f16", "q8_0"])
+@pytest.mark.parametrize("kind", ["f32", "f16", "bf16", "q8_0"])
 def test_tensors_read_back_within_the_rounding_of_their_type(kind, tmp_path, tokenizer_folder):
     from gguf import quants
 
@@ -105,12 +107,17 @@ def test_tensors_read_back_within_the_rounding_of_their_type(kind, tmp_path, tok
         )
         kept = found.tensor_type.name
         assert kept == ("F32" if tensor.dim() == 1 or "gate_inp" in name else kept)
-        step = {"F32": 0.0, "F16": 2**-11, "Q8_0": 1 / 254}[kept]
+        step = {"F32": 0.0, "F16": 2**-11, "BF16": 2**-8, "Q8_0": 1 / 254}[kept]
         assert (values - tensor).abs().max() <= step * tensor.abs().max() * 1.01 + 1e-8, name
     kinds = {t.tensor_type.name for t in stored.values()}
     # attn_k_b has rows of qk_nope_head_dim=12 features, which Q8_0's blocks of 32 cannot hold.
-    assert kinds == {"f32": {"F32"}, "f16": {"F32", "F16"}, "q8_0": {"F32", "F16", "Q8_0"}}[kind]
-    assert stored["blk.0.attn_k_b.weight"].tensor_type.name == {"f32": "F32", "f16": "F16", "q8_0": "F16"}[kind]
+    assert kinds == {
+        "f32": {"F32"}, "f16": {"F32", "F16"}, "bf16": {"F32", "BF16"}, "q8_0": {"F32", "F16", "Q8_0"},
+    }[kind]  # fmt: skip
+    assert (
+        stored["blk.0.attn_k_b.weight"].tensor_type.name
+        == {"f32": "F32", "f16": "F16", "bf16": "BF16", "q8_0": "F16"}[kind]
+    )
 
 
 def test_metadata_says_what_llama_cpp_cannot_guess(tmp_path, tokenizer_folder):
@@ -123,7 +130,8 @@ def test_metadata_says_what_llama_cpp_cannot_guess(tmp_path, tokenizer_folder):
     expected = {
         "general.architecture": "deepseek2",
         "general.license": "mit",
-        "deepseek2.block_count": 2,
+        "deepseek2.block_count": 3,
+        "deepseek2.nextn_predict_layers": 1,
         "deepseek2.attention.head_count_kv": 1,
         "deepseek2.attention.key_length": 36,
         "deepseek2.attention.value_length": 32,
@@ -147,9 +155,48 @@ def test_metadata_says_what_llama_cpp_cannot_guess(tmp_path, tokenizer_folder):
     assert fields["deepseek2.rope.scaling.yarn_log_multiplier"] == pytest.approx(0.1)
 
 
-def test_mtp_is_left_out():
-    names = gguf_tensors(CONFIG, build().state_dict())
-    assert not any(name.startswith("blk.2.") or "mtp" in name for name in names)
+def test_one_mtp_module_is_the_block_behind_the_last_and_deeper_ones_are_told(tmp_path, tokenizer_folder):
+    config = dataclasses.replace(CONFIG, num_nextn_predict_layers=2)
+    model = Transformer(config)
+    init_weights(model, config, seed=0)
+    path = tmp_path / "model.gguf"
+    report = save_gguf(
+        path, config, model.state_dict(), kind="f32", tokenizer_folder=tokenizer_folder, name="t", licence="mit"
+    )
+    stored, _ = read(path)
+    mtp = {name.removeprefix("blk.2.") for name in stored if name.startswith("blk.2.")}
+    assert {"nextn.eh_proj.weight", "nextn.enorm.weight", "nextn.hnorm.weight", "attn_k_b.weight"} < mtp
+    assert not any(name.startswith("blk.3.") for name in stored)
+    assert report.notes() == ["1 of 2 MTP modules are left out: llama.cpp has no place"]
+
+
+@pytest.mark.parametrize("attention", ["mla", "dsa"])
+def test_a_file_read_back_is_the_model(attention, tmp_path, tokenizer_folder):
+    scaling = RopeScaling(factor=4.0, original_max_position_embeddings=8)
+    config = dataclasses.replace(CONFIG, attention=attention, rope_scaling=scaling)
+    model = Transformer(config)
+    init_weights(model, config, seed=0)
+    path = tmp_path / "model.gguf"
+    save_gguf(path, config, model.state_dict(), kind="f32", tokenizer_folder=tokenizer_folder, name="t", licence="mit")
+    found, state = load_gguf(path)
+    same = {"routed_scaling_factor", "rope_theta", "rms_norm_eps"}  # of which a file has 24 bits
+    for field in dataclasses.fields(config):
+        ours, theirs = getattr(config, field.name), getattr(found, field.name)
+        assert theirs == (pytest.approx(ours, rel=1e-6) if field.name in same else ours), field.name
+    assert state.keys() == model.state_dict().keys()
+    assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_further_end_tokens_have_two_places(tmp_path, tokenizer_folder):
+    path = tmp_path / "model.gguf"
+    report = save_gguf(
+        path, CONFIG, build().state_dict(), kind="f32", tokenizer_folder=tokenizer_folder, name="t", licence="mit",
+        end_ids=[4, 3, 5, 0],
+    )  # fmt: skip
+    _, fields = read(path)
+    ids = [fields[f"tokenizer.ggml.{name}_token_id"] for name in ("eos", "eot", "eom")]
+    assert ids == [4, 3, 5]
+    assert report.notes() == ["end tokens 0 are left out: a GGUF file has three places for them"]
 
 
 def test_token_types_and_padding(tokenizer_folder):
@@ -228,7 +275,6 @@ def test_models_llama_cpp_would_misread_are_refused(change, message):
     ("change", "gap"),
     [
         ({"attention": "gqa"}, "attention=gqa"),
-        ({"attention": "dsa"}, "attention=dsa"),
         ({"position": "cope"}, "position=cope"),
         ({"norm": "dyt"}, "norm=dyt"),
         ({"recursion_depth": 2}, "recursion_depth=2"),
