@@ -17,12 +17,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from model.config import ModelConfig
+from model.convert.export_kinds import KINDS, GgufKind
 from model.convert.ggml import check_quantiser, quantise
 from model.convert.gguf_mix import Mixture
 from model.convert.gguf_rules import check_gguf, gguf_architecture
 from model.convert.gguf_tensors import gguf_tensors, mtp_modules
 from model.convert.gguf_tokenizer import GgufTokenizer, read_tokenizer
-from model.convert.kinds import KINDS, GgufKind
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -154,7 +154,7 @@ def save_gguf(
     """Write `path`, which the caller moves into place when this returns.
 
     Args:
-        kind: see `kinds.KINDS`. Norms and the router stay fp32.
+        kind: see `export_kinds.KINDS`. Norms and the router stay fp32.
         importance: from `importance.importance_matrix`; kinds that are not `weighted` take no notice of it.
         end_ids: tokens that end an answer; the tokenizer's own is added if it is not among them.
     Raises:

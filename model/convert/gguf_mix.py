@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from model.convert.kinds import KINDS, GgufKind
+from model.convert.export_kinds import KINDS, GgufKind
 
 # Weights that share scales; of all other types here each weight stands for itself.
 BLOCKS = {

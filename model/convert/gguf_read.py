@@ -16,7 +16,7 @@ from torch import Tensor
 
 from model.config import ModelConfig, RopeScaling
 from model.convert.folder import Selection
-from model.convert.gguf import gguf_tensors
+from model.convert.gguf_tensors import gguf_tensors
 from model.convert.hf_load import MOST_EXPERTS
 from model.convert.names import published_slots
 from model.convert.selected import Selected, select
@@ -25,7 +25,7 @@ from model.transformer import Transformer
 if TYPE_CHECKING:
     from gguf import GGUFReader
 
-ARCHITECTURES = ("deepseek2",)
+ARCHITECTURES = ("deepseek2", "deepseek32")
 _KEYS = {
     "max_position_embeddings": "context_length",
     "hidden_size": "embedding_length",
@@ -39,6 +39,11 @@ _KEYS = {
     "n_routed_experts": "expert_count",
     "num_experts_per_tok": "expert_used_count",
     "n_shared_experts": "expert_shared_count",
+}
+_INDEXER_KEYS = {
+    "index_n_heads": "attention.indexer.head_count",
+    "index_head_dim": "attention.indexer.key_length",
+    "index_topk": "attention.indexer.top_k",
 }
 _GATES: dict[int, Literal["softmax", "sigmoid"]] = {1: "softmax", 2: "sigmoid"}
 _ABSENT = object()
@@ -101,9 +106,12 @@ def gguf_config(path: Path, fields: dict[str, Any]) -> ModelConfig:
         groups = int(value("expert_group_count", 1))
         mtp = int(value("nextn_predict_layers", 0))
         low_rank = value("attention.q_lora_rank", None)
-        values: dict[str, Any] = {ours: int(value(theirs)) for ours, theirs in _KEYS.items()}
+        sparse = architecture == "deepseek32"
+        keys = _KEYS | (_INDEXER_KEYS if sparse else {})
+        values: dict[str, Any] = {ours: int(value(theirs)) for ours, theirs in keys.items()}
         config = ModelConfig(
             **values,
+            attention="dsa" if sparse else "mla",
             vocab_size=len(fields.get("tokenizer.ggml.tokens", ())) or int(value("vocab_size")),
             num_hidden_layers=int(value("block_count")) - mtp,
             num_nextn_predict_layers=mtp,

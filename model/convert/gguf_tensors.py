@@ -1,4 +1,4 @@
-"""Our parameters under llama.cpp's names and layouts, and back: architectures `deepseek2` and `deepseek32` (V3.2).
+"""Our parameters under llama.cpp's names and layouts: architectures `deepseek2` and `deepseek32` (V3.2).
 
 MLA is in absorbed form (one key-value head: the latent), as in llama.cpp's own converter. The MTP module is the block
 behind the last layer; llama.cpp drafts with one, so deeper ones stay out.
@@ -6,7 +6,6 @@ behind the last layer; llama.cpp drafts with one, so deeper ones stay out.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from model.config import ModelConfig
@@ -100,11 +99,3 @@ def _parts(config: ModelConfig, name: str, tensor: Tensor) -> tuple[Tensor, ...]
         gate, up = tensor.chunk(2, 1)
         return gate, up
     return (tensor,)
-
-
-def joined(config: ModelConfig, name: str, parts: list[Tensor]) -> Tensor:
-    """A parameter from its tensors in a file, which `_parts` made."""
-    if name.endswith(KV_B):
-        key, value = parts
-        return torch.cat([key.transpose(1, 2), value], 1).flatten(0, 1)
-    return torch.cat(parts, 1) if name.endswith(GATE_UP) else parts[0]

@@ -23,6 +23,7 @@ from model.convert.fp8_blocks import QUANTISATION, in_blocks
 from model.convert.hf_config import published_family, special_token_ids, to_hf
 from model.convert.names import to_published
 
+MAX_SHARD_BYTES = 5_000_000_000  # as published checkpoints
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 
@@ -45,7 +46,7 @@ def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
         raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
 
 
-def _write_weights(folder: Path, tensors: dict[str, Tensor], max_shard_bytes: int) -> None:
+def write_weights(folder: Path, tensors: dict[str, Tensor], max_shard_bytes: int) -> None:
     """model.safetensors, or shards with an index above `max_shard_bytes`."""
     shards: list[dict[str, Tensor]] = [{}]
     size = total = 0
@@ -91,7 +92,7 @@ def save_hf(
     model_card: str,
     dtype: torch.dtype = torch.float32,
     generation: dict[str, Any] | None = None,
-    max_shard_bytes: int = 5_000_000_000,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Fill `folder`, which the caller makes, and moves into place when this returns.
 
@@ -103,6 +104,7 @@ def save_hf(
         tokenizer_folder: its tokenizer files and chat template are copied.
         model_card: README.md.
         generation: more keys for generation_config.json, such as temperature.
+        max_shard_bytes: of one weight file; a tensor that is larger has one of its own.
     Raises:
         ValueError: no published class has this architecture.
     """
@@ -122,4 +124,4 @@ def save_hf(
     tensors: dict[str, Tensor] = {}
     for key, value in published.items():
         tensors |= in_blocks(key, value) if blocks else {key: stored(key, value, dtype)}
-    _write_weights(folder, tensors, max_shard_bytes)
+    write_weights(folder, tensors, max_shard_bytes)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from model.config import ModelConfig
-from model.convert.hf import copy_tokenizer, save_tensors, stored
+from model.convert.hf import MAX_SHARD_BYTES, copy_tokenizer, stored, write_weights
 from model.convert.hf_config import special_token_ids
 
 
@@ -29,6 +29,7 @@ def save_native(
     model_card: str,
     dtype: torch.dtype = torch.float32,
     generation: dict[str, Any] | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Fill `folder`, which the caller makes, and moves into place when this returns. Arguments as of `save_hf`."""
     settings = {
@@ -39,4 +40,4 @@ def save_native(
         (folder / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     copy_tokenizer(tokenizer_folder, folder, config)
     (folder / "README.md").write_text(model_card, encoding="utf-8")
-    save_tensors({name: stored(name, tensor, dtype) for name, tensor in state.items()}, folder / "model.safetensors")
+    write_weights(folder, {name: stored(name, tensor, dtype) for name, tensor in state.items()}, max_shard_bytes)

@@ -13,6 +13,7 @@ import torch
 
 from model.config import ModelConfig
 from model.convert.card import model_card
+from model.convert.export_kinds import KINDS
 from model.convert.folder import Selection
 from model.convert.gguf import save_gguf
 from model.convert.gguf_read import published_in_gguf
@@ -30,8 +31,9 @@ from model.convert.tokenizer_start import begins_with_bos, with_bos
 from model.transformer import Transformer
 from ray_pipeline.data.chat.tokenizer import load_tokenizer
 from ray_pipeline.errors import StageFailed, UserError
-from ray_pipeline.evaluation.export_checks import Check, check_gguf, check_hf, check_native
+from ray_pipeline.evaluation.export_checks import Export, check_export, native
 from ray_pipeline.evaluation.model_source import GENERATION, ModelSource
+from ray_pipeline.evaluation.proof import Check, Material
 from ray_pipeline.records.artifacts import atomic_folder, atomic_path, load_model, read_json, write_manifest
 from ray_pipeline.settings.run_folder import CONFIG_FILE
 
@@ -57,6 +59,12 @@ class Read:
     tokenizer: Path
     begins: bool
     generation: dict[str, Any]
+
+    @property
+    def ends(self) -> list[int]:
+        """Tokens that end an answer, as generation_config.json lists them."""
+        listed = self.generation.get("eos_token_id", [])
+        return listed if isinstance(listed, list) else [listed]
 
 
 @contextmanager
@@ -181,20 +189,19 @@ def write(read: Read, form: str, kind: Any, out: Path, licence: str) -> list[Che
     """
     if form == "gguf":
         with atomic_path(out) as aside:
-            save_gguf(
+            written = save_gguf(
                 aside, read.config, read.selected.state, kind=kind, tokenizer_folder=read.tokenizer, name=read.name,
-                licence=licence,
+                licence=licence, end_ids=read.ends,
             )  # fmt: skip
-            return _checked(_gguf_checks(read, aside, out.name, kind), out)
-    dtype = getattr(torch, kind)
+            return _checked(read, form, kind, aside, out, written.notes())
     save = save_hf if form == "hf" else save_native
     with atomic_folder(out) as aside:
         save(
             aside, read.config, read.selected.state, tokenizer_folder=read.tokenizer, model_card=_card(read, licence),
-            dtype=dtype, generation=read.generation,
+            dtype=getattr(torch, KINDS[kind].stored), generation=read.generation,
         )  # fmt: skip
         write_manifest(aside)  # without it nothing of ours reads the folder
-        return _checked(_folder_checks(read, form, aside, out.name, dtype), out)
+        return _checked(read, form, kind, aside, out, [])
 
 
 def _card(read: Read, licence: str) -> str:
@@ -204,31 +211,48 @@ def _card(read: Read, licence: str) -> str:
     return model_card(read.name, read.config, licence=licence, data={}, recipe=recipe, figures={}, baselines={})
 
 
-def _checked(checks: list[Check], out: Path) -> list[Check]:
+def _checked(read: Read, form: str, kind: str, aside: Path, out: Path, notes: Sequence[str]) -> list[Check]:
+    """Whether every weight came back, and what each program makes of them."""
+    checks = []
+    if kind in ("f32", "float32", "bfloat16"):  # the others round by more than a cast
+        checks.append(_bits(read, form, kind, aside, out.name))
+    checks += _programs(read, form, kind, aside, out.name, notes)
     failed = [f"{check.name}: {check.detail}" for check in checks if check.status == "failed"]
     if failed:
         raise StageFailed(f"what was written is not the model: {' | '.join(failed)}. Nothing was put into {out}.")
     return checks
 
 
-def _folder_checks(read: Read, form: str, folder: Path, name: str, dtype: torch.dtype) -> list[Check]:
-    state = {key: stored(key, value, dtype).float() for key, value in read.selected.state.items()}
-    held = {key: state[key] for key in _held(read, form)}
-    _, again = load_hf(folder)
-    check = check_hf if form == "hf" else check_native
-    return [
-        _bits(name, held, again),
-        _compared(read, name, lambda *rest: check(folder, _model(read.config, state), *rest, begins=read.begins)),
-    ]
+def _bits(read: Read, form: str, kind: str, path: Path, name: str) -> Check:
+    """Read back, every weight is the same bit for bit."""
+    if form == "gguf":
+        wanted, found = _held(read, form), read_gguf_file(path)[1].state
+    else:
+        dtype = getattr(torch, KINDS[kind].stored)
+        wanted = {key: stored(key, value, dtype).float() for key, value in _held(read, form).items()}
+        found = load_hf(path)[1]
+    different = [key for key, value in wanted.items() if key not in found or not torch.equal(value, found[key])]
+    detail = f"{len(different)} parameters differ, for example {different[0]}" if different else ""
+    figures = {"equal_parameters": float(len(wanted) - len(different))}
+    return Check(name, "failed" if different else "passed", figures, detail, "read back, bit for bit")
 
 
-def _gguf_checks(read: Read, path: Path, name: str, kind: Any) -> list[Check]:
-    checks = []
-    if kind == "f32":
-        _, again = read_gguf_file(path)
-        checks.append(_bits(name, _held(read, form="gguf"), again.state))
-    model = _model(read.config, read.selected.state)
-    return [*checks, _compared(read, name, lambda *rest: check_gguf(path, kind, model, *rest, begins=read.begins))]
+def _programs(read: Read, form: str, kind: str, path: Path, name: str, notes: Sequence[str]) -> list[Check]:
+    """A check for each program that loads it; not run where there is no chat to compare."""
+    try:
+        tokenizer = load_tokenizer(read.tokenizer)
+        tokenizer.encode_prompt(QUESTIONS[0])
+    except UserError as error:
+        return [Check(name, "not run", detail=f"its tokenizer asks no question: {error}", notes=tuple(notes))]
+    context = read.config.max_position_embeddings
+    questions = [q for q in QUESTIONS if len(tokenizer.encode_prompt(q)) + 8 < context]
+    ends = [end for end in read.ends if end != tokenizer.eos_id]
+    material = Material(tokenizer, questions, read.begins, frozenset(ends[:2] if form == "gguf" else ends))
+    exported = native(kind) if form == "checkpoint" else KINDS[kind]
+    model = Transformer(read.config)
+    model.load_state_dict(read.selected.state)
+    model.eval().requires_grad_(False)
+    return check_export(Export(name, path, exported, model, material, notes=tuple(notes)))
 
 
 def _held(read: Read, form: str) -> dict[str, Tensor]:
@@ -236,30 +260,3 @@ def _held(read: Read, form: str) -> dict[str, Tensor]:
     slots, without = published_slots(read.config, read.selected.state), set(left_out(read, form))
     names = {slot.name for name, slot in slots.items() if not slot.shared and name in without}
     return {name: value for name, value in read.selected.state.items() if name not in names}
-
-
-def _model(config: ModelConfig, state: dict[str, Tensor]) -> Transformer:
-    model = Transformer(config)
-    model.load_state_dict(state)
-    return model.eval().requires_grad_(False)
-
-
-def _bits(name: str, wanted: dict[str, Tensor], found: dict[str, Tensor]) -> Check:
-    """Read back, every weight is the same bit for bit."""
-    different = [key for key, value in wanted.items() if key not in found or not torch.equal(value, found[key])]
-    detail = "" if not different else f"{len(different)} parameters differ, for example {different[0]}"
-    status = "failed" if different else "passed"
-    return Check(f"{name}, weights", status, {"equal_parameters": float(len(wanted) - len(different))}, detail)
-
-
-def _compared(read: Read, name: str, compare: Any) -> Check:
-    """The outcome of the program that the file is for; not run where there is no chat to compare."""
-    try:
-        tokenizer = load_tokenizer(read.tokenizer)
-        tokenizer.encode_prompt(QUESTIONS[0])
-    except UserError as error:
-        return Check(f"{name}, answers", "not run", detail=f"its tokenizer asks no question: {error}")
-    context = read.config.max_position_embeddings
-    questions: Sequence[str] = [q for q in QUESTIONS if len(tokenizer.encode_prompt(q)) + 8 < context]
-    found: Check = compare(tokenizer, questions)
-    return Check(f"{name}, answers", found.status, found.figures, found.detail)

@@ -17,7 +17,7 @@ from ray_pipeline.settings.section import MOST_SEED
 if TYPE_CHECKING:
     from model.convert.folder import Selection
     from ray_pipeline.cli.conversion import Read
-    from ray_pipeline.evaluation.export_checks import Check
+    from ray_pipeline.evaluation.proof import Check
 
 FORMS = ("hf", "gguf", "checkpoint")
 SHOWN = 6  # names of tensors in a line
@@ -27,7 +27,7 @@ SHOWN = 6  # names of tensors in a line
 @click.argument("model", metavar="IN")
 @click.argument("out", type=click.Path(path_type=Path), metavar="OUT")
 @click.option("--to", "form", type=click.Choice(FORMS), help="Default: gguf for OUT.gguf, else the other folder.")
-@click.option("--quantize", help="Kind of number: float32 or bfloat16, and of GGUF f32, f16, q8_0. Default: 32 bits.")
+@click.option("--quantize", help="Kind of number, for example bfloat16, fp8, q8_0 or q4_k_m. Default: 32 bits.")
 @click.option("--include", multiple=True, metavar="GLOB", help="Read these tensors alone (Hugging Face names).")
 @click.option("--exclude", multiple=True, metavar="GLOB", help="Leave these tensors out: they start anew.")
 @click.option("--allow-missing", multiple=True, metavar="GLOB", help="These may be absent: then they start anew.")
@@ -116,7 +116,7 @@ def number_kind(given: str | None, form: str) -> str:
         UserError: not known, or a kind of another form.
     """
     format_ = "gguf" if form == "gguf" else "hf"
-    kinds = [kind for kind, of in known_kinds().items() if of == format_]
+    kinds = [kind for kind, of in known_kinds().items() if of == format_ and (kind, form) != ("fp8", "checkpoint")]
     if given is None:
         return "f32" if form == "gguf" else "float32"
     if given.lower() not in kinds:
@@ -156,12 +156,7 @@ def _listed(names: Sequence[str]) -> str:
 
 def show(out: Path, checks: list[Check]) -> None:
     """What was compared."""
-    from rich.console import Console
-    from rich.table import Table
+    from ray_pipeline.report.export_table import print_checks
 
-    table = Table("compared", "result", "figures")
-    for check in checks:
-        figures = ", ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in check.figures.items())
-        table.add_row(check.name, check.status, figures or check.detail)
-    Console(width=None if Console().is_terminal else 120).print(table)
+    print_checks(out, checks)
     click.echo(f"Written to {out}.")

@@ -5,29 +5,31 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from model.convert.export_kinds import KINDS
 from ray_pipeline.cli.runs import output_dir
 from ray_pipeline.errors import StageFailed, UserError, command, did_you_mean
-from ray_pipeline.settings.run_folder import CONFIG_FILE, PROGRESS_FILE
+from ray_pipeline.settings.run_folder import CONFIG_FILE, EXPORT_CARD, PROGRESS_FILE
 
 if TYPE_CHECKING:
     from ray_pipeline.evaluation.model_source import ModelSource
     from ray_pipeline.launch.stage_context import StageContext
 
 FORMATS = ("hf", "gguf")
-CHECKS = "checks.json"  # what makes a folder one of this verb's
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is to be written: formats, kinds of GGUF file (empty: the run's own), and the folder's number type."""
+    """What is to be written: formats, kinds of GGUF file (empty: the run's own), the folder's number type and the
+    gigabytes of its weight files."""
 
     formats: tuple[str, ...]
     gguf: tuple[str, ...]
     dtype: str | None
+    shard_gb: float | None = None
 
 
 @click.command()
@@ -37,6 +39,9 @@ class Wanted:
 @click.option("--quantize", help="Kinds of number, for example q8_0,f16 or bfloat16. Default: those of the run.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write, new or of this verb.")
 @click.option("--licence", help="Of the weights, for the model card. Default: the run's.")
+@click.option("--shard-gb", type=click.FloatRange(1e-6, 1e6), help="Of one weight file of the folder. Default: 5.")
+@click.option("--push", metavar="USER/NAME", help="Send it to this repository of the Hugging Face Hub, too.")
+@click.option("--public", is_flag=True, help="With --push: a new repository is public. Default: private.")
 @click.option("--output-dir", "runs_dir", help="Folder of all runs. Default: runs.")
 def export(
     model: str,
@@ -45,6 +50,9 @@ def export(
     quantize: str | None,
     out: Path,
     licence: str | None,
+    shard_gb: float | None,
+    push: str | None,
+    public: bool,
     runs_dir: str | None,
 ) -> int:
     """Write MODEL (a run, or RUN:STAGE) to --out as a Hugging Face folder, GGUF files, or both.
@@ -53,22 +61,27 @@ def export(
     place.
     """
     from ray_pipeline.cli.eval_target import find_model
+    from ray_pipeline.cli.hub_upload import check_push
+    from ray_pipeline.cli.hub_upload import push as send
 
-    wanted = read_wanted(formats, quantize)
+    wanted = replace(read_wanted(formats, quantize), shard_gb=shard_gb)
+    if public and push is None:
+        raise UserError("--public: says how --push makes a repository. Give both, or none.")
     source = find_model(model, stage, output_dir(runs_dir))
     refuse_other_folder(out)
     context = stage_context(source, model, wanted, out, licence)
+    if push is not None:
+        check_push(push, public=public)
     write(context, wanted, out)
+    if push is not None:
+        click.echo(f"Sending it to {push} ...")
+        click.echo(f"Sent: {send(out, push, public=public)}")
     return 0
 
 
 def known_kinds() -> dict[str, str]:
-    """Kind -> its format, as the settings of EXPORT list them: what that stage learns to write, this verb writes."""
-    from ray_pipeline.settings.schema import ExportConfig
-
-    fields = ExportConfig.model_fields
-    (gguf,) = get_args(fields["gguf"].annotation)
-    return dict.fromkeys(get_args(fields["dtype"].annotation), "hf") | dict.fromkeys(get_args(gguf), "gguf")
+    """Kind of number -> its format."""
+    return {kind.name: kind.form for kind in KINDS.values()}
 
 
 def read_wanted(formats: str | None, quantize: str | None) -> Wanted:
@@ -112,7 +125,7 @@ def refuse_other_folder(out: Path) -> None:
     refuse_foreign_folder(out)
     if not out.exists() or not any(out.iterdir()):
         return
-    if CHECKS not in manifest_files(out):
+    if manifest_files(out).keys().isdisjoint({EXPORT_CARD, "checks.json"}):  # the latter in earlier versions
         raise UserError(
             f"--out {out}: there is another folder already, which this verb did not write and does not replace. Give "
             "another path, or move it away."
@@ -139,9 +152,9 @@ def stage_context(source: ModelSource, given: str, wanted: Wanted, out: Path, li
     overrides: dict[str, Any] = {
         "run_name": run_dir.name, "output_dir": str(run_dir.parent), "export.source": record.stage
     }  # fmt: skip
-    for key, value in (("gguf", list(wanted.gguf)), ("dtype", wanted.dtype), ("licence", licence)):
-        if value:
-            overrides[f"export.{key}"] = value
+    shard = None if wanted.shard_gb is None else max(1, int(wanted.shard_gb * 1e9))
+    asked = {"gguf": list(wanted.gguf), "dtype": wanted.dtype, "licence": licence, "max_shard_bytes": shard}
+    overrides |= {f"export.{key}": value for key, value in asked.items() if value}
     config = load_config(run_dir / CONFIG_FILE, overrides)
     if record.stage != "distillation":  # which EXPORT would write beside the model
         config = config.model_copy(update={"stages": [name for name in config.stages if name != "distillation"]})
@@ -182,11 +195,10 @@ def write(context: StageContext, wanted: Wanted, out: Path) -> None:
     Raises:
         StageFailed: a file that is not the model; nothing is left in `out`.
     """
-    from rich.console import Console
-    from rich.table import Table
-
-    from ray_pipeline.records.artifacts import atomic_folder, read_json
-    from ray_pipeline.records.units import bytes_text
+    from ray_pipeline.evaluation.proof import Check
+    from ray_pipeline.records.artifacts import atomic_folder
+    from ray_pipeline.records.integrity import read_sealed
+    from ray_pipeline.report.export_table import print_checks
     from ray_pipeline.stages import export as stage
 
     click.echo(f"Writing {' and '.join(wanted.formats)} of {context.run_name} to {out} ...")
@@ -196,10 +208,7 @@ def write(context: StageContext, wanted: Wanted, out: Path) -> None:
         except StageFailed as error:
             raise StageFailed(f"{error} Nothing was put into {out}.", error.details) from None
         (aside / PROGRESS_FILE).unlink()
-    table = Table("file", "size", "check", "figures")
-    for check in read_json(out / CHECKS):
-        path = out / check["name"]
-        size = sum(file.stat().st_size for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file())
-        figures = ", ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in check["figures"].items())
-        table.add_row(check["name"], bytes_text(size), check["status"], figures or check["detail"])
-    Console().print(table)
+    card = read_sealed(out / EXPORT_CARD, "Export again.")
+    print_checks(out, [Check(**{**check, "notes": tuple(check["notes"])}) for check in card["checks"]])
+    for program, why in card["not_asked"].items():
+        click.echo(f"Not asked: {program} ({why}).")

@@ -14,8 +14,8 @@ from ray_pipeline.evaluation.proof import Check
 from ray_pipeline.launch.stage_context import StageContext
 from ray_pipeline.records.artifacts import write_sealed
 from ray_pipeline.settings.chain import lineage, reads_folder
+from ray_pipeline.settings.run_folder import EXPORT_CARD
 
-CARD = "export.json"
 FORMAT = 1
 PACKAGES = ("ray-pipeline", "torch", "transformers", "safetensors", "tokenizers", "gguf", "xllamacpp")
 
@@ -34,7 +34,7 @@ def versions() -> dict[str, str]:
 def write_card(folder: Path, checks: Sequence[Check]) -> None:
     """export.json: versions, programs that were not asked, and every check; sealed with its own SHA-256."""
     write_sealed(
-        folder / CARD,
+        folder / EXPORT_CARD,
         {
             "format": FORMAT,
             "versions": versions(),

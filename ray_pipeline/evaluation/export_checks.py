@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from model.config import ModelConfig
-from model.convert.gguf_load import load_gguf
+from model.convert.export_kinds import KINDS, ExportKind
+from model.convert.gguf_read import read_gguf
 from model.convert.hf_load import load_hf
-from model.convert.kinds import KINDS, ExportKind
 from model.transformer import Transformer
 from ray_pipeline.errors import UserError
 from ray_pipeline.evaluation.llama_cpp import LlamaCpp, LlamaMissing
@@ -118,7 +118,10 @@ def _held_by(export: Export) -> tuple[Transformer, float]:
 
 
 def _read(export: Export) -> tuple[ModelConfig, dict[str, Tensor]]:
-    return load_gguf(export.path) if export.kind.form == "gguf" else load_hf(export.path)
+    if export.kind.form != "gguf":
+        return load_hf(export.path)
+    config, selected = read_gguf(export.path)
+    return config, selected.state
 
 
 def _error(theirs: Tensor, ours: Tensor) -> float:
@@ -127,4 +130,6 @@ def _error(theirs: Tensor, ours: Tensor) -> float:
     return float((theirs - ours).norm() / ours.norm().clamp(min=1e-20))
 
 
-NATIVE = replace(KINDS["float32"], form="native")  # a folder of our own format: nothing else reads it
+def native(kind: str) -> ExportKind:
+    """A kind of number, in a folder of our own format: nothing else reads it."""
+    return replace(KINDS["float32"], form="native", stored=KINDS[kind].stored, rounding=KINDS[kind].rounding)

@@ -104,10 +104,10 @@ class LlamaCpp:
 
     def logprob(self, ids: list[int], token: int) -> float | None:
         """Of one token after `ids`; None where llama.cpp withholds it, of a vocabulary too large to ask for all."""
-        if self.vocab_size <= WHOLE:
-            return float(self.logprobs([*ids, token], len(ids))[0, token])
         told = self._complete(ids, 1, n_probs=1, logit_bias=[[token, _SURE]]).get("completion_probabilities")
-        return float(told[0]["logprob"]) if told and int(told[0]["id"]) == token else None
+        if told and int(told[0]["id"]) == token:
+            return float(told[0]["logprob"])
+        return float(self.logprobs([*ids, token], len(ids))[0, token]) if self.vocab_size <= WHOLE else None
 
     def token_logprobs(self, ids: list[int]) -> list[float | None]:
         """As `Program.token_logprobs`."""

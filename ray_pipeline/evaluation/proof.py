@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from model.convert.kinds import Tolerance
+from model.convert.export_kinds import Tolerance
 from model.generate.decode import Decoder, generate
 from model.transformer import Transformer
 from ray_pipeline.data.chat.tokenizer import ChatTokenizer

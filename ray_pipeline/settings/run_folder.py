@@ -28,6 +28,7 @@ CHECKPOINTS = "checkpoints"
 LOGS = "logs"  # what a stage's processes print
 TOKENIZER = "tokenizer"
 MODEL = "model"
+EXPORT_CARD = "export.json"  # what became of each export in every program that loads it
 ADAPTER = "adapter"  # peft's own files of low-rank adapters
 
 # Written while a stage works, and by the workflow.

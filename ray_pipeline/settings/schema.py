@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from model.config import ModelConfig
-from model.convert.kinds import GgufKind, HfKind
+from model.convert.export_kinds import GgufKind, HfKind
 from ray_pipeline.settings.guards_config import GuardsConfig
 from ray_pipeline.settings.layout_config import LayoutConfig
 from ray_pipeline.settings.post_training import (
@@ -177,6 +177,9 @@ class ExportConfig(Section):
     )
     gguf: list[GgufKind] = Field(["f32", "f16", "q8_0"], description="kinds of GGUF file")
     dtype: HfKind = Field("float32", description="of the Hugging Face folder; fp8: blocks as DeepSeek publishes them")
+    max_shard_bytes: PositiveInt = Field(
+        5_000_000_000, description="of one weight file of the folder; larger weights are several, with an index"
+    )
     licence: str = Field("apache-2.0", description="of the exported weights, written into the model card and GGUF")
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from model.convert.export_kinds import KINDS, GgufKind
 from model.convert.ggml import QuantiserMissing, check_quantiser
 from model.convert.gguf import Importance, save_gguf
 from model.convert.gguf_rules import check_gguf as check_gguf_config
@@ -19,7 +20,6 @@ from model.convert.gguf_tokenizer import read_tokenizer
 from model.convert.hf import save_hf
 from model.convert.hf_config import unpublished_reason
 from model.convert.importance import importance_matrix
-from model.convert.kinds import KINDS, GgufKind
 from model.convert.native import save_native
 from model.convert.tokenizer_start import begins_with_bos
 from model.transformer import Transformer
@@ -28,7 +28,7 @@ from ray_pipeline.data.chat.tokenizer import load_tokenizer
 from ray_pipeline.data.tasks.question import prepared_questions
 from ray_pipeline.errors import UserError
 from ray_pipeline.evaluation.export_card import card_of, proof_section
-from ray_pipeline.evaluation.export_checks import NATIVE, Export, check_export
+from ray_pipeline.evaluation.export_checks import Export, check_export, native
 from ray_pipeline.evaluation.heldout_text import heldout_text
 from ray_pipeline.evaluation.proof import Check, Material
 from ray_pipeline.evaluation.proof_programs import OurProgram
@@ -163,9 +163,8 @@ class Exporter:
     def _export_folder(self) -> None:
         published = unpublished_reason(self.model.config) is None
         name = self.place if published else self.place.replace("hf", "native")
-        kind = KINDS[self.context.config.export.dtype]
-        if not published:
-            kind = replace(NATIVE, stored=kind.stored, rounding=kind.rounding)
+        dtype = self.context.config.export.dtype
+        kind = KINDS[dtype] if published else native(dtype)
         folder = self.context.folder / name
         self.progress.phase(f"writing and checking {name}")
         export = Export(name, folder, kind, self.model, self.material, self.cost)
@@ -180,6 +179,7 @@ class Exporter:
             dtype=getattr(torch, KINDS[self.context.config.export.dtype].stored),
             model_card=card_of(self.context, self.stage, self.model),
             generation={"do_sample": True, "temperature": self.context.config.grpo.temperature},
+            max_shard_bytes=self.context.config.export.max_shard_bytes,
         )
         return []
 

@@ -12,10 +12,10 @@ from gguf import GGUFReader
 
 from ray_pipeline.cli import main
 from ray_pipeline.cli.export import known_kinds, read_wanted
-from ray_pipeline.evaluation.export_checks import Check
-from ray_pipeline.records.artifacts import load_model
+from ray_pipeline.evaluation.proof import Check
+from ray_pipeline.records.artifacts import load_model, write_manifest
 from ray_pipeline.records.integrity import damage
-from ray_pipeline.stages import export as stage
+from ray_pipeline.stages import export_model
 from tests.cli.made_run import TOY, make_run
 from tests.evaluation.made_models import EXPORTABLE
 
@@ -36,27 +36,33 @@ def refused(capsys, *arguments) -> str:
 def test_the_asked_kinds_are_written_checked_and_replaced_by_the_next_call(runs, tmp_path, capsys):
     out = tmp_path / "out"
     asked = ["export", "toy:pretrain", "--output-dir", str(runs), "--out", str(out)]
-    assert main([*asked, "--quantize", "Q8_0,f32", "--format", "gguf"]) == 0
+    assert main([*asked, "--quantize", "F16,f32", "--format", "gguf"]) == 0
     assert {path.name for path in out.iterdir()} == {
-        "model-q8_0.gguf",
+        "model-f16.gguf",
         "model-f32.gguf",
-        "checks.json",
+        "model-f16.Modelfile",
+        "model-f32.Modelfile",
+        "export.json",
         "manifest.json",
     }
-    checks = {check["name"]: check["status"] for check in json.loads((out / "checks.json").read_text())}
-    assert checks == {"model-q8_0.gguf": "passed", "model-f32.gguf": "passed"} and damage(out) is None
-    assert "model-q8_0.gguf" in capsys.readouterr().out
+    checks = {check["name"]: check["status"] for check in json.loads((out / "export.json").read_text())["checks"]}
+    assert checks == {"model-f16.gguf": "passed", "model-f32.gguf": "passed"} and damage(out) is None
+    assert "model-f16.gguf" in capsys.readouterr().out
     (folder,) = runs.glob("toy/pretrain-*")
     head = next(t for t in GGUFReader(out / "model-f32.gguf").tensors if t.name == "output.weight")
     assert (head.data == load_model(folder / "model").lm_head.weight.detach().numpy()).all()
-    assert main([*asked, "--format", "hf", "--quantize", "bfloat16"]) == 0
-    assert {path.name for path in out.iterdir()} == {"hf", "checks.json", "manifest.json"}
+    (out / "export.json").rename(out / "checks.json")  # its name in earlier versions
+    write_manifest(out)
+    assert main([*asked, "--format", "hf", "--quantize", "bfloat16", "--shard-gb", "0.0002"]) == 0
+    assert {path.name for path in out.iterdir()} == {"hf", "export.json", "manifest.json"}
     assert json.loads((out / "hf/config.json").read_text())["dtype"] == "bfloat16"
+    shards = list((out / "hf").glob("model-*-of-*.safetensors"))
+    assert len(shards) > 1 and all(shard.stat().st_size < 210_000 for shard in shards)
 
 
 def test_nothing_is_put_in_place_where_a_file_is_not_the_model(runs, tmp_path, monkeypatch, capsys):
     failed = Check("hf", "failed", {}, "largest logit difference 3.5 is over 0.001")
-    monkeypatch.setattr(stage, "check_hf", lambda *args, **_: failed)
+    monkeypatch.setattr(export_model, "check_export", lambda export: [failed])
     out = tmp_path / "out"
     assert main(["export", "toy", "--output-dir", str(runs), "--out", str(out), "--format", "hf"]) == 1
     assert "difference 3.5" in capsys.readouterr().err
@@ -82,6 +88,8 @@ def test_a_folder_of_anything_else_is_not_replaced(runs, tmp_path, capsys):
         (["toy", "--format", "hf", "--quantize", "f16"], "f16 is a kind of gguf"),
         (["toy", "--quantize", "float32,bfloat16"], "one folder holds one of"),
         (["toy", "--quantize", " , "], "names nothing"),
+        (["toy", "--public"], "says how --push makes a repository"),
+        (["toy", "--push", "nobody"], '--push "nobody": names no repository'),
         (["toy:grpo"], "has not finished it"),
         (["grouped", "--format", "gguf"], "has no attention=gqa"),
         (["nothing"], "neither a run"),
@@ -104,6 +112,6 @@ def test_a_model_that_is_no_stage_of_a_run_is_shown_the_other_verb(runs, tmp_pat
 
 
 def test_the_kinds_are_those_that_the_stage_writes():
-    assert known_kinds().items() >= {"f32": "gguf", "q8_0": "gguf", "float32": "hf"}.items()
+    assert known_kinds().items() >= {"f32": "gguf", "q4_k_m": "gguf", "float32": "hf", "fp8": "hf"}.items()
     assert read_wanted(None, None).formats == ("hf", "gguf")
     assert read_wanted(None, "q8_0").formats == ("gguf",)

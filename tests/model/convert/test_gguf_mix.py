@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from model.config import ModelConfig
+from model.convert.export_kinds import KINDS
 from model.convert.ggml import quantise
 from model.convert.gguf import save_gguf
-from model.convert.gguf_load import load_gguf
 from model.convert.gguf_mix import Mixture
+from model.convert.gguf_read import read_gguf
 from model.convert.importance import importance_matrix
-from model.convert.kinds import KINDS
 from model.init import init_weights
 from model.transformer import Transformer
 from tests.evaluation.made_models import EXPORTABLE, save_tokenizer
@@ -80,8 +80,8 @@ def test_every_matrix_is_within_the_rounding_of_its_kind(kind, tmp_path):
     model = build(WIDE)
     report = save(tmp_path / "m.gguf", model, save_tokenizer(tmp_path / "tokenizer"), kind=kind)
     assert report.types[KINDS[kind].stored] > 20
-    _, state = load_gguf(tmp_path / "m.gguf")
-    errors = [float((state[n] - t).norm() / t.norm()) for n, t in model.state_dict().items() if t.dim() > 1]
+    _, selected = read_gguf(tmp_path / "m.gguf")
+    errors = [float((selected.state[n] - t).norm() / t.norm()) for n, t in model.state_dict().items() if t.dim() > 1]
     assert KINDS[kind].rounding / 8 < max(errors) < KINDS[kind].rounding
 
 

@@ -21,6 +21,7 @@ from ray_pipeline.data.chat.tokenizer import load_tokenizer
 from tests.evaluation.made_models import EXPORTABLE, save_tokenizer
 
 PLAIN = replace(EXPORTABLE, num_nextn_predict_layers=0)
+V32 = {"attention": "dsa", "index_n_heads": 16, "index_topk": 8, "num_nextn_predict_layers": 1}
 YARN = RopeScaling(factor=40.0, original_max_position_embeddings=64, mscale=0.707, mscale_all_dim=0.707)
 V2 = {"scoring_func": "softmax", "topk_method": "greedy", "norm_topk_prob": False}
 
@@ -38,8 +39,8 @@ def written(folder: Path, config: ModelConfig, kind: str = "f32") -> tuple[Path,
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"n_group": 2, "topk_group": 1, "routed_scaling_factor": 2.5, "rope_scaling": YARN}, V2],
-    ids=["v3", "groups_yarn", "v2"],
+    [{}, {"n_group": 2, "topk_group": 1, "routed_scaling_factor": 2.5, "rope_scaling": YARN}, V2, V32],
+    ids=["v3", "groups_yarn", "v2", "v32_mtp"],
 )
 def test_config_and_weights_come_back_bit_for_bit(tmp_path, changes):
     config = replace(PLAIN, **changes)
@@ -108,7 +109,7 @@ def test_other_files_are_refused(tmp_path):
     path, _ = written(tmp_path, PLAIN)
     fields = {name: field.contents() for name, field in GGUFReader(path).fields.items()}
     for changes, said in (
-        ({"general.architecture": "llama"}, "architecture 'llama' is not read, only deepseek2"),
+        ({"general.architecture": "llama"}, "architecture 'llama' is not read, only deepseek2 and deepseek32"),
         ({"deepseek2.expert_gating_func": 7}, "expert_gating_func=7"),
         ({"deepseek2.block_count": "two"}, "invalid literal"),
         ({"deepseek2.rope.scaling.type": "linear"}, "'linear' is not read, only 'yarn'"),
