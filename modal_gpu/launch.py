@@ -117,6 +117,9 @@ def upload(config: PipelineFields, volume: modal.Volume) -> PipelineFields:
             for path, place in places.items():
                 put = batch.put_directory if path.is_dir() else batch.put_file
                 put(path, place)
+        for path, place in places.items():
+            if remote_name(path) != place:  # its place is named by what it held before
+                raise UserError(f"{path}: changed while it was uploaded. Run the same command again.")
     # The name may go on after the path: data.parquet:column
     names = {name: moved_name(name, path, f"{RUNS}/{places[path]}") for name, path in inputs.items()}
     config = with_source_names(config, names)

@@ -30,6 +30,7 @@ from ray_pipeline.settings.schema import PipelineFields
 
 STAGE = "data_prep"
 WORK = ".work"  # clean text, and how far it has become rows; deleted when the stage is done
+WORK_SETTINGS = "settings.json"
 WORK_FORMAT = 1
 TOKENIZER_DONE = "tokenizer.done"
 
@@ -73,6 +74,8 @@ def run(context: StageContext) -> StageResult:
         reading={name: tally.facts() for name, tally in tallies.items()},
         notices=[f"{name}: {text}" for name, tally in tallies.items() for text in tally.notices()] + mixture(text),
     )
+    # Its settings go first: what a deletion that is broken off leaves is not gone on with.
+    (folder / WORK / WORK_SETTINGS).unlink()
     shutil.rmtree(folder / WORK)
     progress.phase("finished")
     return StageResult(folder, {k: float(v) for k, v in metrics.items()} | entropy)
@@ -134,7 +137,7 @@ def clear_leftovers(config: PipelineFields, folder: Path) -> None:
         name: getattr(config, name).model_dump(mode="json") for name in ("data", "tokenizer")
     }
     parts = ["sft", "prompts", "preferences"]
-    path = folder / WORK / "settings.json"
+    path = folder / WORK / WORK_SETTINGS
     if not path.is_file() or read_json(path) != settings:
         parts += [WORK, "tokenizer", "pretrain"]
     for part in parts:

@@ -8,13 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tokenizers import Tokenizer
-
 from model.config import ModelConfig
 from model.convert.folder import describe, is_native
 from model.convert.hf_config import FAMILIES
 from model.convert.weight_files import read_object
 from model.parallel.placement import layers_by_hand
+from ray_pipeline.data.chat.tokenizer import raw_tokenizer
 from ray_pipeline.errors import UserError
 from ray_pipeline.layout.layout import Layout
 from ray_pipeline.layout.rules import refusal
@@ -59,7 +58,7 @@ def open_teacher(name: str) -> TeacherFolder:
         raise UserError(f"{KEY}={name}: {found}. Run the stage that wrote it again, or give another teacher.")
     try:
         values = read_object(path / "config.json")
-        own = is_native(values) or values.get("model_type") in FAMILIES
+        own = is_native(values) or str(values.get("model_type")) in FAMILIES
         config = describe(path).config if own else None
     except ValueError as error:
         raise UserError(f"{KEY}={name}: {error}") from None
@@ -96,7 +95,7 @@ def tokenizer_difference(teacher: Path, own: Path) -> str | None:
 def vocabulary(folder: Path) -> dict[str, int]:
     """What each id of a folder's tokenizer means: token -> id, added ones too."""
     verify_files(folder, ["tokenizer.json"])
-    return dict(Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab(with_added_tokens=True))
+    return dict(raw_tokenizer(folder).get_vocab(with_added_tokens=True))
 
 
 def compare_tokenizers(config: PipelineFields, teacher: TeacherFolder, own: Path) -> bool:

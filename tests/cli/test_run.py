@@ -156,6 +156,16 @@ def test_three_ranks_of_a_stored_run_need_no_flag_again(seen: Recorder, stored: 
     assert seen.last.layout == Layout(gpus=3, pp=3, zero_stage=1)
 
 
+def test_what_is_not_read_of_records_is_told_on_the_terminal(
+    seen: Recorder, capsys: pytest.CaptureFixture, tmp_path: Path
+) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "one", "url": "x"}\n{"text": "two", "url": "y"}\n')
+    assert main(["run", "--data", str(path), "--output-dir", str(tmp_path / "runs")]) == 0
+    assert capsys.readouterr().out.count(f'--data {path}: not read of its 2 records: "url" (in 2)') == 1
+    assert len(seen.requests) == 1
+
+
 @pytest.mark.parametrize(
     ("name", "content", "expected"),
     [

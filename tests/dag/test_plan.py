@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import tempfile
 from pathlib import Path
 
@@ -159,6 +161,25 @@ def test_more_pipeline_ranks_need_less_memory_each():
         return rank_bytes(CONFIG.model_copy(update={"model": big}), Layout(gpus=pp, pp=pp), "pretrain")
 
     assert memory(4) < memory(2) < memory(1)
+
+
+def test_signals_stay_the_programs_own_where_ray_takes_them(tmp_path, monkeypatch):
+    """Ray's handler of SIGTERM ends the process with a dump of C++ frames."""
+    import ray
+
+    from ray_pipeline.dag import workflow
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    monkeypatch.setattr(workflow, "wait_for", lambda *_: None)
+    monkeypatch.setattr(workflow, "start_local_ray", lambda: signal.signal(signal.SIGTERM, lambda *_: os.abort()))
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with workflow.connected_ray(Layout(), tmp_path):
+            assert signal.getsignal(signal.SIGTERM) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 def test_ray_address_where_nothing_answers_is_told_at_once(tmp_path, monkeypatch):

@@ -14,6 +14,7 @@ from ray_pipeline.dag.request import RunRequest, StageSelection
 from ray_pipeline.dag.workflow import execute
 from ray_pipeline.errors import UserError
 from ray_pipeline.launch.local_ray import start_ray
+from ray_pipeline.records import input_files
 from ray_pipeline.records.rank_output import output_file
 from ray_pipeline.settings.run_folder import rerun_folder
 from tests.dag import toy_stages as toy
@@ -212,6 +213,28 @@ def test_a_file_that_changes_before_it_is_read_is_not_stored_under_the_old_ident
     assert read_status(tmp_path / "toy")["stages"][0]["status"] == "failed"
     assert resume(tmp_path, stages=only, **source) == 0
     assert len(list((tmp_path / "toy").glob("data_prep-*"))) == 2
+
+
+def test_an_input_is_hashed_once_in_a_run_whatever_the_number_of_processes(tmp_path, monkeypatch):
+    data = tmp_path / "text.txt"
+    data.write_text("one")
+    hashed, whole = [], input_files.file_sha256
+    monkeypatch.setattr(input_files, "file_sha256", lambda path: hashed.append(path.name) or whole(path))
+    monkeypatch.setattr(input_files, "_SETTLED_NS", 0)
+
+    def looking(context):
+        """Whether the digest is known in this process, which then was not given it by the note."""
+        before = input_files._sha256_once.cache_info().hits
+        (path,) = context.guard.files
+        input_files._sha256_once(path.absolute(), input_files.stamp_of(path))
+        hit = input_files._sha256_once.cache_info().hits > before
+        (context.run_dir / "hashed").write_text("again" if hit else "once")
+        return toy.note(context, "data_prep")
+
+    functions = {**toy.FUNCTIONS, "data_prep": looking}
+    source = {"data__pretrain": [{"name": str(data)}]}
+    assert run(tmp_path, functions=functions, stages=StageSelection(until="data_prep"), **source) == 0
+    assert hashed == ["text.txt"] and (tmp_path / "toy" / "hashed").read_text() == "once"
 
 
 def test_a_file_that_changes_while_the_run_is_planned_is_refused(tmp_path, monkeypatch):

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
+import re
+import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -207,6 +211,30 @@ def broken(folder: Path, name: str, change: object) -> Path:
 def test_a_folder_that_is_no_model_is_refused(name: str, change: object, expected: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=expected):
         describe_folder(broken(save_qwen(tmp_path / "model"), name, change))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.json",
+     "chat_template.jinja"],
+)  # fmt: skip
+def test_a_strangers_files_are_refused_at_once_by_name(name: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(folders["hf"], folder)
+    (folder / "manifest.json").unlink(missing_ok=True)  # of our own export; a stranger's folder has none
+    path = folder / name
+    for content in (b"[" * 100_000, b'{"a":' * 50_000, b"9" * 9000, b"\xff\xfe\x00", None):
+        if content is None:
+            os.truncate(path, 1 << 40)  # a file with a hole: it takes no disk
+        elif path.suffix == ".json" or content.startswith(b"\xff"):
+            path.write_bytes(content)
+        else:
+            continue  # any text is a template, if not of a chat
+        started = time.process_time()
+        with pytest.raises(UserError, match=re.escape(name)) as caught:
+            source = describe_folder(folder)
+            source.eos_ids(source.read_tokenizer())
+        assert len(str(caught.value)) < 1000 and time.process_time() - started < 5
 
 
 def test_what_is_missing_is_named(tmp_path: Path, folders: dict[str, Path]) -> None:

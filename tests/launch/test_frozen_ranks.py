@@ -16,11 +16,12 @@ from rich.console import Console
 
 from ray_pipeline.dag.progress_view import ProgressView
 from ray_pipeline.errors import StageFailed
-from ray_pipeline.launch import heartbeat
+from ray_pipeline.launch import frozen_ranks, heartbeat
 from ray_pipeline.launch.frozen_ranks import FrozenWatch
 from ray_pipeline.launch.heartbeat import Heartbeat, is_here, machine, process_stat, python_stack
 from ray_pipeline.launch.launchers import InlineLauncher, ProcessLauncher, RayLauncher
 from ray_pipeline.launch.rank_errors import ERRORS, FROZEN, RankScope, RankStatus, frozen_reports
+from ray_pipeline.settings.layout_config import LayoutConfig
 from tests.training.toy_run import arguments, train
 
 SECONDS = 6.0
@@ -57,6 +58,11 @@ def hangs(arguments: dict[str, Any]) -> dict[str, Any]:
         time.sleep(3600)
     dist.barrier()
     return {}
+
+
+def test_by_default_a_frozen_rank_is_named_within_a_minute():
+    assert LayoutConfig().frozen_seconds == frozen_ranks.SECONDS
+    assert frozen_ranks.SECONDS + frozen_ranks.POLL + heartbeat.BEAT + frozen_ranks.COLLECT_SECONDS < 60
 
 
 def test_a_rank_that_stands_still_while_another_waits_for_it_is_named(tmp_path):

@@ -136,6 +136,18 @@ def test_local_inputs_go_up_under_their_content(tmp_path: Path) -> None:
     assert remote_name(text) != before
 
 
+def test_an_input_that_changes_while_it_goes_up_is_refused(tmp_path: Path) -> None:
+    text = tmp_path / "a.txt"
+    text.write_text("one")
+
+    class Changing(FakeUpload):
+        def put_file(self, path: Path, place: str) -> None:
+            path.write_text("two")
+
+    with pytest.raises(UserError, match=r"a\.txt: changed while it was uploaded\. Run the same command again"):
+        upload(load_config(None, {"data.pretrain": [{"name": str(text)}]}), Changing())  # type: ignore[arg-type]
+
+
 class FakeVolume:
     """A volume in memory."""
 

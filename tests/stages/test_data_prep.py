@@ -233,6 +233,22 @@ def test_a_broken_attempt_goes_on_where_it_was_to_the_same_bytes(tmp_path, monke
     assert not (again.folder / data_prep.WORK).exists()
 
 
+def test_what_a_deletion_that_broke_off_left_is_not_gone_on_with(tmp_path, monkeypatch):
+    def breaking(folder, **_):
+        (folder / "000000.arrow").unlink()
+        raise Broken
+
+    settings = {"builtin_documents": 100, "builtin_conversations": 50}
+    monkeypatch.setattr(data_prep.shutil, "rmtree", breaking)
+    with pytest.raises(Broken):
+        prepare(tmp_path / "dp", **settings)
+    monkeypatch.undo()
+    whole = json.loads((tmp_path / "dp" / "manifest.json").read_text())
+    assert (tmp_path / "dp" / data_prep.WORK / "facts.json").exists()
+    again = prepare(tmp_path / "dp", **settings)
+    assert json.loads((again.folder / "manifest.json").read_text()) == whole
+
+
 def test_what_other_settings_left_is_not_gone_on_with(tmp_path, monkeypatch):
     monkeypatch.setattr(text_rows.State, "save", lambda *_: (_ for _ in ()).throw(Broken))
     with pytest.raises(Broken):

@@ -142,6 +142,14 @@ def test_another_tokenizer_is_refused_with_the_reason(run_dir: Path, published: 
     check_teacher(config.model_copy(update={"distillation": fresh}), Layout())
 
 
+def test_a_strangers_odd_files_are_named(run_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": [], "vocab_size": "many"}))
+    assert (open_teacher(str(tmp_path)).config, open_teacher(str(tmp_path)).vocab_size) == (None, None)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match=r"tokenizer\.json: not a fast tokenizer"):
+        tokenizer_difference(tmp_path, stage_dir(run_dir, "data_prep") / "tokenizer")
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [

@@ -117,7 +117,9 @@ def test_rows_are_stored_ones_first_and_may_be_either_kind_alone(run_dir: Path) 
     assert sorted(map(tuple, drawn.tolist())) == sorted(map(tuple, extra.tokens.tolist()))
 
 
-def test_only_right_answers_are_learned(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_right_answers_are_learned_and_damaged_ones_are_refused(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     given = {"teacher_answers": 2, "conversations": False}
     with pytest.raises(UserError, match=r"teacher_answers=2: the teacher answered none of them right"):
         distil(run_dir, "wrong", **given)
@@ -128,6 +130,10 @@ def test_only_right_answers_are_learned(run_dir: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(teacher_answers, "write_answers", finished(teacher_answers.write_answers))
     distil(run_dir, "right", **given)
     assert len(seen) == 2 and all(prompt and answer for prompt, answer in seen)
+    path = run_dir / "right" / "teacher_answers" / "rows.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    with pytest.raises(UserError, match=r"rows\.safetensors: damaged: its SHA-256.*teacher writes its answers again"):
+        distil(run_dir, "right", **given)
 
 
 def finished(write):

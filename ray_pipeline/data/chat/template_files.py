@@ -10,6 +10,7 @@ from ray_pipeline.errors import UserError, did_you_mean
 FILE, NAMED_FOLDER = "chat_template.jinja", "additional_chat_templates"
 DEFAULT, FOR_TOOLS = "default", "tool_use"
 SETTING = "tokenizer.chat_template"
+LARGEST = 1 << 26  # bytes of a template or a file of settings; published ones have a tenth of it at most
 
 
 class Templates(NamedTuple):
@@ -44,13 +45,29 @@ def read_templates(folder: Path, config: dict[str, Any]) -> dict[str, str]:
     return named
 
 
+def refuse_odd_file(path: Path, largest: int = LARGEST) -> None:
+    """Refuse a file that would be read without end; does nothing where there is none.
+
+    Raises:
+        UserError: a pipe, a device, or more bytes than `largest`.
+    """
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path}: is no regular file. Give a text file.")
+    if path.exists() and path.stat().st_size > largest:
+        raise UserError(
+            f"{path}: {path.stat().st_size} bytes, more than the {largest} that are read of such a file. Give the file "
+            "as it was published."
+        )
+
+
 def read_template(path: Path) -> str:
     """The source in a file.
 
     Raises:
-        UserError: it cannot be read.
+        UserError: it cannot be read, or is larger than any template.
     """
     try:
+        refuse_odd_file(path)
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 from ray_pipeline.data.chat.chat import Chat, ChatTemplate, Message, Tool
 from ray_pipeline.data.chat.chat_encoding import Encoded, MarkedEncoder
 from ray_pipeline.data.chat.chat_layout import each_answer, lay_out, lay_out_each, lay_out_prompt
-from ray_pipeline.data.chat.template_files import NAMED_FOLDER, SETTING, choose, read_templates
+from ray_pipeline.data.chat.template_files import NAMED_FOLDER, SETTING, choose, read_templates, refuse_odd_file
 from ray_pipeline.data.chat.template_jinja import TODAY, literal_text
 from ray_pipeline.data.tasks.question import THINK_CLOSE, THINK_OPEN
 from ray_pipeline.errors import UserError
@@ -26,6 +26,7 @@ from ray_pipeline.records.integrity import verify_files
 from ray_pipeline.tools.format import TOOL_TOKENS
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+LARGEST_TOKENIZER = 1 << 29  # bytes of tokenizer.json; that of a vocabulary of 262,000 has 33 million
 THINK_MARKS = (THINK_OPEN, THINK_CLOSE)
 # Control tokens even where tokenizer.json does not list them as added ones.
 _ENDS = ("bos_token", "eos_token", "pad_token")
@@ -205,12 +206,7 @@ def load_tokenizer(folder: Path, chat_template: str | None = None) -> ChatTokeni
     """
     named = [f"{NAMED_FOLDER}/{path.name}" for path in (folder / NAMED_FOLDER).glob("*.jinja")]
     verify_files(folder, [*FILES, *named])
-    if not (folder / "tokenizer.json").is_file():
-        raise UserError(f"{folder}: there is no tokenizer.json. {WAY_OUT}")
-    try:
-        tokenizer = Tokenizer.from_str((folder / "tokenizer.json").read_text(encoding="utf-8"))
-    except Exception as error:  # noqa: BLE001  `tokenizers` raises bare Exception for every parse error
-        raise UserError(f"{folder / 'tokenizer.json'}: not a fast tokenizer ({error}). {WAY_OUT}") from None
+    tokenizer = raw_tokenizer(folder)
     config = _read_json(folder / "tokenizer_config.json")
     special = special_strings(_read_json(folder / "special_tokens_map.json", missing_ok=True) | config)
     templates = choose(read_templates(folder, config), chat_template, folder)
@@ -222,6 +218,22 @@ def load_tokenizer(folder: Path, chat_template: str | None = None) -> ChatTokeni
     if "eos_token" not in special:
         raise UserError(f"{folder}: the tokenizer has no eos_token, so answers could not end. {WAY_OUT}")
     return ChatTokenizer(tokenizer, templates.source, special, for_tools=templates.for_tools)
+
+
+def raw_tokenizer(folder: Path) -> Tokenizer:
+    """What tokenizer.json says, without names of special tokens and chat template.
+
+    Raises:
+        UserError: missing, too large, or damaged.
+    """
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise UserError(f"{folder}: there is no tokenizer.json. {WAY_OUT}")
+    refuse_odd_file(path, LARGEST_TOKENIZER)
+    try:
+        return Tokenizer.from_str(path.read_text(encoding="utf-8"))
+    except Exception as error:  # noqa: BLE001  `tokenizers` raises bare Exception for every parse error
+        raise UserError(f"{path}: not a fast tokenizer ({error}). {WAY_OUT}") from None
 
 
 def special_strings(config: dict[str, Any]) -> dict[str, str]:
@@ -238,8 +250,7 @@ def special_strings(config: dict[str, Any]) -> dict[str, str]:
 def _read_json(path: Path, *, missing_ok: bool = False) -> dict[str, Any]:
     if missing_ok and not path.is_file():
         return {}
-    if path.exists() and not path.is_file():
-        raise UserError(f"{path}: is no regular file. {WAY_OUT}")
+    refuse_odd_file(path)
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

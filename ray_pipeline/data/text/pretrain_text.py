@@ -30,6 +30,7 @@ from ray_pipeline.settings.schema import PipelineFields
 # More text than this does not change a small vocabulary: bytes.
 TOKENIZER_BYTES = 32_000_000
 TALLIES = "tallies.json"
+TOLD_EVERY = 1000  # documents between reports, while those of an earlier attempt are read again
 
 
 def mixture_documents(
@@ -77,6 +78,10 @@ class Reading:
         """
         self.guard.check(self._unchecked)
         self._unchecked.clear()
+        self.tell(documents)
+
+    def tell(self, documents: int) -> None:
+        """Report how far reading is, in bytes where files are read."""
         if self.total:
             self.report("reading and cleaning", sum(self._done.values()), self.total, "bytes")
         else:
@@ -105,7 +110,7 @@ def clean_corpus(
     reading = Reading(config, guard, report)
     blocks, documents = corpus.written()
     report("reading and cleaning", 0, reading.total, "bytes")
-    unread = itertools.islice(mixture_documents(config, tallies, reading.on_read), documents, None)
+    unread = _behind(mixture_documents(config, tallies, reading.on_read), documents, reading)
     for number, block in enumerate(map_blocks(Cleaner, (finder,), in_blocks(unread)), start=blocks):
         documents += block_columns(block)[0]["read"]
         reading.block_is_read(documents)
@@ -116,6 +121,15 @@ def clean_corpus(
     report("comparing documents", 0, None)
     corpus.index(len(config.data.pretrain))
     return corpus.open()
+
+
+def _behind(documents: Iterator[tuple[int, str]], prepared: int, reading: Reading) -> Iterator[tuple[int, str]]:
+    """The documents behind the first `prepared`, which may be many: how far they are read is told, too."""
+    for number, document in enumerate(documents):
+        if number >= prepared:
+            yield document
+        elif number % TOLD_EVERY == 0:
+            reading.tell(number)
 
 
 def make_tokenizer(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 import re
 from collections import Counter
 from pathlib import Path
@@ -14,6 +15,7 @@ from tokenizers import AddedToken, Tokenizer
 
 from ray_pipeline.data.chat.chat import Chat, ChatTemplate
 from ray_pipeline.data.chat.chat_templates import DEEPSEEK_TEMPLATE
+from ray_pipeline.data.chat.template_files import read_template
 from ray_pipeline.data.chat.template_jinja import TODAY
 from ray_pipeline.data.chat.tokenizer import ChatTokenizer
 from ray_pipeline.data.chat.tokenizer_files import EOS, SPECIAL_STRINGS, train_bpe
@@ -299,6 +301,15 @@ def test_a_file_that_is_no_text_is_refused(tmp_path):
     (tmp_path / "bad.jinja").write_bytes(b"\xff\xfe")
     with pytest.raises(UserError, match=r"bad\.jinja: the chat template cannot be read \(it is not UTF-8\)"):
         load_tokenizer(folder_with(tmp_path / "a", NAMED), str(tmp_path / "bad.jinja"))
+
+
+@pytest.mark.parametrize("path", ["/dev/zero", "pipe.jinja", "large.jinja"])
+def test_a_template_that_would_be_read_without_end_is_refused(tmp_path, path):
+    os.mkfifo(tmp_path / "pipe.jinja")
+    (tmp_path / "large.jinja").touch()
+    os.truncate(tmp_path / "large.jinja", 1 << 40)  # a file with a hole: it takes no disk
+    with pytest.raises(UserError, match=rf"{path}: (is no regular file|1099511627776 bytes, more than)"):
+        read_template(tmp_path / path)
 
 
 @pytest.mark.parametrize("form", ["%99999999d", "%_9Y", "x" * 300])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -94,6 +96,39 @@ def test_an_attempt_that_breaks_goes_on_to_the_same_bytes(tmp_path, monkeypatch,
     monkeypatch.setattr(text_rows, "map_blocks", lambda make, arguments, blocks: map(make(*arguments), blocks))
     again = TextRows(config, choice, tokenizer, tmp_path / "two.npz")
     assert again.state.written.rows == saved[-1] > 0
+    again.write(tmp_path / "two" / "pretrain", silent)
+    assert files(tmp_path / "one") == files(tmp_path / "two")
+    assert whole.datasets == again.datasets and whole.counts.tolist() == again.counts.tolist()
+
+
+@pytest.mark.parametrize("row", [4, 33, 97])
+def test_one_that_breaks_within_a_shard_goes_on_to_the_same_bytes(
+    tmp_path, monkeypatch, config, choice, tokenizer, row
+):
+    told = []
+    whole = TextRows(config, choice, tokenizer, tmp_path / "one.npz").write(
+        tmp_path / "one" / "pretrain", lambda *report: told.append(report)
+    )
+    totals = {
+        "tokenising": sum(use.used_bytes for use in choice.sources),
+        "tokenising held-out text": sum(use.validation_bytes for use in choice.sources),
+    }
+    for phase, total in totals.items():
+        done = [report[1:] for report in told if report[0] == phase]
+        assert done == sorted(done) and done[-1] == (total, total, "bytes")
+
+    def breaking(*arguments):
+        yield from itertools.islice(pack_placed(*arguments), row)
+        raise RuntimeError("killed")
+
+    monkeypatch.setattr(text_rows, "pack_placed", breaking)
+    with pytest.raises(RuntimeError):
+        TextRows(config, choice, tokenizer, tmp_path / "two.npz").write(tmp_path / "two" / "pretrain", silent)
+    # What atomic writing leaves where the process is killed.
+    (tmp_path / "two" / "pretrain" / "train" / f".{row // 15:05d}.tokens.bin.partial").write_bytes(b"half")
+    monkeypatch.setattr(text_rows, "pack_placed", pack_placed)
+    again = TextRows(config, choice, tokenizer, tmp_path / "two.npz")
+    assert again.state.written.rows == row // 15 * 15, "whole shards of 15 rows are kept"
     again.write(tmp_path / "two" / "pretrain", silent)
     assert files(tmp_path / "one") == files(tmp_path / "two")
     assert whole.datasets == again.datasets and whole.counts.tolist() == again.counts.tolist()
