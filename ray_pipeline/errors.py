@@ -23,6 +23,11 @@ def did_you_mean(given: str, known: Iterable[str]) -> str:
     return f' (did you mean "{close[0]}"?)' if close else ""
 
 
+def first_line(error: BaseException) -> str:
+    """What the error says, in a line; its name where it says nothing, as a TimeoutError does."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 class StageFailed(Exception):
     """A stage that ended in an error which is not the user's. The message is the cause in a line or two.
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from model.generate.decode import Completion
+from ray_pipeline.errors import first_line
 
 
 class TransformersBackend:
@@ -114,5 +115,4 @@ def load_causal_lm(folder: Path, dtype: torch.dtype | str) -> Any:
     try:
         return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, local_files_only=True)
     except Exception as error:  # noqa: BLE001  a stranger's config.json makes transformers raise anything
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{folder}: transformers cannot load it ({reason:.200})") from None
+        raise ValueError(f"{folder}: transformers cannot load it ({first_line(error):.200})") from None

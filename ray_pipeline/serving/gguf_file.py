@@ -6,7 +6,7 @@ import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ray_pipeline.errors import UserError
+from ray_pipeline.errors import UserError, first_line
 from ray_pipeline.serving.engines import ServedModel
 from ray_pipeline.serving.environments import cache_folder
 
@@ -30,8 +30,9 @@ def check_gguf_file(path: Path) -> None:
     try:
         reader = GGUFReader(path)
     except Exception as error:  # noqa: BLE001  the reader indexes into the file and raises whatever comes of that
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path}: the GGUF file is damaged or cut off ({reason:.200}). Fetch it again.") from None
+        raise UserError(
+            f"{path}: the GGUF file is damaged or cut off ({first_line(error):.200}). Fetch it again."
+        ) from None
     ends = [int(t.data_offset) + int(t.n_bytes) for t in reader.tensors]
     if not ends or max(ends) > path.stat().st_size:
         raise UserError(f"{path}: the GGUF file is cut off: its tensors do not all lie within it. Fetch it again.")

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from ray_pipeline.errors import UserError, did_you_mean
+from ray_pipeline.errors import UserError, did_you_mean, first_line
 from ray_pipeline.settings.presets import PRESETS, preset
 
 _CHECKSUM = "# sha256 of the lines below: "
@@ -178,7 +178,7 @@ def yaml_layer(path: Path) -> Layer:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        reason = getattr(error, "problem", None) or str(error).splitlines()[0]
+        reason = getattr(error, "problem", None) or first_line(error)
         raise UserError(f"{path}{line}: not valid YAML: {reason}.") from None
     if values is None:
         values = {}

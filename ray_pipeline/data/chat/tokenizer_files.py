@@ -14,7 +14,7 @@ from ray_pipeline.data.chat.chat_templates import DEEPSEEK_TEMPLATE, DEEPSEEK_TO
 from ray_pipeline.data.chat.template_files import DEFAULT, FILE, NAMED_FOLDER, choose
 from ray_pipeline.data.chat.tokenizer import ChatTokenizer, load_tokenizer
 from ray_pipeline.data.tasks.question import THINK_CLOSE, THINK_OPEN
-from ray_pipeline.errors import UserError
+from ray_pipeline.errors import UserError, first_line
 from ray_pipeline.records.artifacts import atomic_path, write_json
 from ray_pipeline.tools.format import CALLS_BEGIN, TOOL_TOKENS
 
@@ -141,7 +141,6 @@ def fetch_from_hub(name: str) -> Path:
     except LocalEntryNotFoundError:
         raise UserError(f"{given}: the hub cannot be reached and nothing is cached. {way_out}") from None
     except HfHubHTTPError as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{given}: the hub refuses it ({reason}). {way_out}") from None
+        raise UserError(f"{given}: the hub refuses it ({first_line(error)}). {way_out}") from None
     except OSError as error:
         raise UserError(f"{given}: the hub cannot be reached ({type(error).__name__}). {way_out}") from None

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ray_pipeline.data.files.record_files import table_records
-from ray_pipeline.errors import UserError, did_you_mean
+from ray_pipeline.errors import UserError, did_you_mean, first_line
 
 PROBE_SECONDS = 10.0
 _ROWS = 256  # that are turned into records at once
@@ -82,13 +82,13 @@ def stream_records(name: str, split: str) -> Iterator[tuple[str, dict[str, Any]]
         for number, record in enumerate(records, start=1):
             yield f"{name}:{split}:row {number}", record
     except ValueError as error:
-        raise UserError(f'"{name}:{split}": {_split_problem(str(error), split)}') from None
+        raise UserError(f'"{name}:{split}": {_split_problem(error, split)}') from None
     except (datasets.exceptions.DatasetsError, OSError) as error:
-        raise UserError(f'"{name}": reading stopped ({str(error).splitlines()[0]:.160}). {_way_out(name)}') from None
+        raise UserError(f'"{name}": reading stopped ({first_line(error):.160}). {_way_out(name)}') from None
 
 
-def _split_problem(message: str, split: str) -> str:
+def _split_problem(error: ValueError, split: str) -> str:
     """What `datasets` says of a wrong split, with the nearest one there is."""
-    available = message.partition("Available splits:")[2]
+    available = str(error).partition("Available splits:")[2]
     names = [part.strip(" []'\"") for part in available.split(",")] if available else []
-    return f"{message.splitlines()[0]}{did_you_mean(split, names)}. Names are org/name[:split[:column]]."
+    return f"{first_line(error)}{did_you_mean(split, names)}. Names are org/name[:split[:column]]."

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from ray_pipeline.errors import UserError, did_you_mean
+from ray_pipeline.errors import UserError, did_you_mean, first_line
 from ray_pipeline.records.input_files import COMPRESSED, SUFFIXES, form, is_data, stamp_of
 
 CHECKED_RECORDS = 20_000
@@ -100,8 +100,9 @@ def open_bytes(path: Path) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
             with pyarrow.CompressedInputStream(raw, {".gz": "gzip", ".zst": "zstd"}[path.suffix]) as unpacked:
                 yield unpacked, raw
         except (pyarrow.ArrowException, OSError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"{path}: not a whole {path.suffix} file ({reason}). Write it again.") from None
+            raise UserError(
+                f"{path}: not a whole {path.suffix} file ({first_line(error)}). Write it again."
+            ) from None
 
 
 def read_utf8(path: Path, on_read: OnRead | None = None) -> Iterator[str]:

@@ -16,7 +16,7 @@ from typing import Any
 from ray_pipeline.data.files.fields import BadRecord
 from ray_pipeline.data.files.json_arrays import JsonError, NotAnArray, array_entries
 from ray_pipeline.data.files.local_files import OnRead, check_file, read_utf8
-from ray_pipeline.errors import UserError
+from ray_pipeline.errors import UserError, first_line
 from ray_pipeline.records.input_files import form
 
 Placed = tuple[str, dict[str, Any] | BadRecord]
@@ -141,7 +141,7 @@ def _read_parquet(path: Path, on_read: OnRead | None) -> Iterator[Placed]:
         file = pyarrow.parquet.ParquetFile(path)
         yield from _rows(path, file.iter_batches(batch_size=_ROWS), file.metadata.num_rows, on_read)
     except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{path}: not a whole parquet file ({_first_line(error)}). Write it again.") from None
+        raise UserError(f"{path}: not a whole parquet file ({first_line(error)}). Write it again.") from None
 
 
 def _read_arrow(path: Path, on_read: OnRead | None) -> Iterator[Placed]:
@@ -160,11 +160,7 @@ def _read_arrow(path: Path, on_read: OnRead | None) -> Iterator[Placed]:
             parts = (batch.slice(at, _ROWS) for batch in batches for at in range(0, len(batch), _ROWS))
             yield from _rows(path, parts, None, on_read)
     except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{path}: not a whole Arrow file ({_first_line(error)}). Write it again.") from None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path}: not a whole Arrow file ({first_line(error)}). Write it again.") from None
 
 
 def _rows(path: Path, batches: Iterable[Any], total: int | None, on_read: OnRead | None) -> Iterator[Placed]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ray_pipeline.errors import UserError, did_you_mean
+from ray_pipeline.errors import UserError, did_you_mean, first_line
 from ray_pipeline.evaluation.tasks.catalog import task
 from ray_pipeline.evaluation.tasks.item import Request, Task
 
@@ -34,9 +34,8 @@ def lm_eval(request: Request) -> Task:
     try:
         tasks = manager.load(name)["tasks"]
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
-            f"--tasks lm_eval:{name}: it cannot be prepared ({reason:.200}). Its data may be out of reach: set "
-            "HF_ENDPOINT to a reachable mirror or HF_HOME to a cache that holds it, or fix its YAML file."
+            f"--tasks lm_eval:{name}: it cannot be prepared ({first_line(error):.200}). Its data may be out of reach: "
+            "set HF_ENDPOINT to a reachable mirror or HF_HOME to a cache that holds it, or fix its YAML file."
         ) from None
     return Task(f"lm_eval:{name}", [], way="harness", harness=HarnessTask(name, manager, tasks, request.limit))

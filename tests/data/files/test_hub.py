@@ -128,6 +128,16 @@ def test_a_refused_connection_is_a_user_error(monkeypatch, tmp_path):
         hub.check_reachable("org/name")
 
 
+@pytest.mark.parametrize("error", [TimeoutError(), ValueError()])
+def test_an_error_that_says_nothing_is_told_by_its_name(online, monkeypatch, error):
+    def silent(*_, **__):
+        raise error
+
+    monkeypatch.setattr(datasets, "load_dataset", silent)
+    with pytest.raises(UserError, match=rf'"org/name.*{type(error).__name__}'):
+        list(read_documents(parse_source("org/name")))
+
+
 def test_an_unknown_or_closed_dataset_is_told_apart(monkeypatch):
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
