@@ -234,9 +234,13 @@ def test_a_broken_attempt_goes_on_where_it_was_to_the_same_bytes(tmp_path, monke
 
 
 def test_what_a_deletion_that_broke_off_left_is_not_gone_on_with(tmp_path, monkeypatch):
-    def breaking(folder, **_):
-        (folder / "000000.arrow").unlink()
-        raise Broken
+    rmtree = data_prep.shutil.rmtree
+
+    def breaking(folder, ignore_errors=False):
+        if folder.name == data_prep.WORK and not ignore_errors:
+            (folder / "000000.arrow").unlink()
+            raise Broken
+        rmtree(folder, ignore_errors=ignore_errors)
 
     settings = {"builtin_documents": 100, "builtin_conversations": 50}
     monkeypatch.setattr(data_prep.shutil, "rmtree", breaking)
