@@ -142,7 +142,7 @@ def test_an_input_that_changes_while_it_goes_up_is_refused(tmp_path: Path) -> No
 
     class Changing(FakeUpload):
         def put_file(self, path: Path, place: str) -> None:
-            path.write_text("two")
+            path.write_text("two lines")
 
     with pytest.raises(UserError, match=r"a\.txt: changed while it was uploaded\. Run the same command again"):
         upload(load_config(None, {"data.pretrain": [{"name": str(text)}]}), Changing())  # type: ignore[arg-type]
