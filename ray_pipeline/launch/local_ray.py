@@ -67,5 +67,10 @@ def _can_keep_token(home: Path) -> bool:
         folder.mkdir(exist_ok=True)
     except OSError:
         return False
-    token = folder / "auth_token"
+    token = token_file(home)
     return os.access(token, os.R_OK) if token.exists() else os.access(folder, os.W_OK)
+
+
+def token_file(home: Path) -> Path:
+    """Where Ray keeps the password of a user's own clusters."""
+    return home / ".ray" / "auth_token"
