@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ray_pipeline.errors import UserError
-from ray_pipeline.launch.local_ray import start_ray, token_file
+from ray_pipeline.launch.local_ray import show_token, start_ray
 
 CONNECT_SECONDS = 5.0
 PROBE_SECONDS = 60.0  # a worker process on a busy node takes some of them to start
@@ -96,10 +96,7 @@ def connect(address: str) -> None:
         if ":" in address.rpartition("/")[2]:  # Ray itself waits for two minutes
             host, _, port = address.rpartition("/")[2].rpartition(":")
             socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
-        if token_file(Path(os.path.expanduser("~"))).exists():
-            # A cluster that `ray start` made beside this file asks for it, one that asks for none does not look at it,
-            # and Ray shows it unasked to clusters that it finds itself alone.
-            os.environ.setdefault("RAY_AUTH_MODE", "token")
+        show_token()
         start_ray(address=address, runtime_env={"env_vars": ship})
     except (OSError, ValueError) as error:  # a port that is no number; ConnectionError is an OSError
         raise UserError(

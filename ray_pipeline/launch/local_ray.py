@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import secrets
@@ -67,10 +68,18 @@ def _can_keep_token(home: Path) -> bool:
         folder.mkdir(exist_ok=True)
     except OSError:
         return False
-    token = token_file(home)
+    token = folder / "auth_token"
     return os.access(token, os.R_OK) if token.exists() else os.access(folder, os.W_OK)
 
 
-def token_file(home: Path) -> Path:
-    """Where Ray keeps the password of a user's own clusters."""
-    return home / ".ray" / "auth_token"
+def show_token() -> None:
+    """Let this process show Ray's password to the cluster that it joins next, where this user has one.
+
+    A cluster that `ray start` made beside that file asks for it, one that asks for none does not look at it, and Ray
+    itself shows it unasked only to clusters that it finds, not to one that is named.
+    """
+    with contextlib.suppress(ImportError):  # before Ray 2.60 no cluster asked unless told to
+        from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
+
+        logging.getLogger("ray").setLevel(logging.ERROR)
+        maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
