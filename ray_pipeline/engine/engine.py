@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -156,21 +157,18 @@ class Engine:
         self.options.on_phase("optimizer step")
         set_rate(self.updater.optimizer, lr)
         totals = objective_sums(loss.sums, 1 + len(objective.metric_names), self.device)
-        taken = True
-
-        def accepts(norm: float) -> bool:
-            nonlocal taken
-            assert accept is not None
-            taken = accept(float(over_ranks(self.mesh, totals[:1].clone())[0]) / weight, norm)
-            return taken
-
-        norm = self.updater.step(None if accept is None else accepts)
+        judged = None if accept is None else partial(self._judged, accept, totals[:1], weight)
+        norm, taken = self.updater.step(judged)
         self.experts.step(taken=taken)
         own = torch.cat([totals, auxiliary_sums(auxiliary, self.device)])
         own, measured = over_ranks(self.mesh, own, self.experts.measured(counts).flatten())
         total, metrics = self._named(own[: len(totals)], objective)
         figures = layer_figures(own[len(totals) :].tolist(), measured.view(-1, 4).tolist(), self.experts)
         return StepStats(total / weight, norm, weight, metrics, figures)
+
+    def _judged(self, accept: Callable[[float, float], bool], total: Tensor, weight: float, norm: float) -> bool:
+        """What `accept` says of the mean loss over all ranks, whose sum here is `total` [1], and the gradient norm."""
+        return accept(float(over_ranks(self.mesh, total.clone())[0]) / weight, norm)
 
     def evaluate(self, batch: Batch, objective: Objective) -> StepStats:
         """The objective on a global batch, forward only: loss is the mean over the batch's weight."""

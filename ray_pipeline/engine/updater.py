@@ -31,11 +31,13 @@ class Updater(Protocol):
         """A step begins in which each part of the model runs this many backwards."""
         ...
 
-    def step(self, accept: Callable[[float], bool] | None = None) -> float:
-        """Reduce gradients over replicas, clip, update, clear. Returns the global norm before clipping.
+    def step(self, accept: Callable[[float], bool] | None = None) -> tuple[float, bool]:
+        """Reduce gradients over replicas, clip, update, clear.
 
         Args:
-            accept: asked with that norm; False: nothing is updated. ZeRO 0 alone.
+            accept: asked with the norm; False: nothing is updated. ZeRO 0 alone.
+        Returns:
+            The global norm before clipping, and whether the weights were updated.
         """
         ...
 
@@ -88,7 +90,7 @@ class PlainUpdater:
         for reduction in self.reductions:
             reduction.expect(backwards)
 
-    def step(self, accept: Callable[[float], bool] | None = None) -> float:
+    def step(self, accept: Callable[[float], bool] | None = None) -> tuple[float, bool]:
         here = self.arrivals.here()
         for reduction in self.reductions:
             reduction.finish()
@@ -102,12 +104,13 @@ class PlainUpdater:
                 parameter.grad = torch.zeros_like(parameter)
             gradients[name] = parameter.grad
         norm = global_norm(gradients, self.mesh, self.device)
-        if accept is None or accept(float(norm)):
+        taken = accept is None or accept(float(norm))
+        if taken:
             clipped_step(self.optimizer, norm, self.grad_clip)
             for name in missed:
                 pass_over(self.optimizer, self.named[name], self.moments[name])
         self.optimizer.zero_grad(set_to_none=True)
-        return float(norm)
+        return float(norm), taken
 
     def weights(self) -> dict[str, Tensor]:
         return {name: parameter.detach() for name, parameter in self.named.items()}

@@ -86,7 +86,7 @@ class ZeroUpdater:
     def expect(self, backwards: int) -> None:
         """DeepSpeed reduces after every backward (ZeRO 2, 3), or at the step (ZeRO 1)."""
 
-    def step(self, accept: Callable[[float], bool] | None = None) -> float:
+    def step(self, accept: Callable[[float], bool] | None = None) -> tuple[float, bool]:
         assert accept is None, "the settings refuse it: DeepSpeed moves the weights at once"
         self._keep(self.arrivals.missed(self.arrivals.here()))
         if self.zero_stage == 1:
@@ -96,7 +96,7 @@ class ZeroUpdater:
             self.zero.setup_buckets()  # no hook has fired; `step` reduces what gathered in `.grad`
         self.engine.step()
         norm = float(self.engine.get_global_grad_norm())
-        return norm if norm >= 0 else math.inf  # DeepSpeed's -1 stands for a norm that is no number
+        return norm if norm >= 0 else math.inf, True  # DeepSpeed's -1 stands for a norm that is no number
 
     def _keep(self, missed: set[str]) -> None:
         """Parameters that no gradient reached: to DeepSpeed their gradient is zero, or under ZeRO 3 an earlier one."""

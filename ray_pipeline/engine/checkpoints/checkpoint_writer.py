@@ -86,18 +86,11 @@ class CheckpointWriter:
         self._stage(engine)
         contents = page(step, engine.config, extra)
         files = dict(source or {})
-        self._in_flight = _in_thread(lambda: self._write(step, contents, best, files, engine.device))
+        self._in_flight = _in_thread(self._write, step, contents, best, files, engine.device)
 
     def name_best(self, figure: dict[str, Any]) -> None:
         """Keep the checkpoint of `figure["step"]` as the best, once what is in flight is whole. On every rank alike."""
-        before = self._in_flight
-
-        def mark() -> None:
-            if before is not None:
-                before.result()
-            self._together(lambda: self._on_main(lambda: self._keep(figure["step"], figure)))
-
-        self._in_flight = _in_thread(mark)
+        self._in_flight = _in_thread(self._keep_after, self._in_flight, figure)
 
     def wait(self) -> None:
         """Until the checkpoint in flight is whole; raises what went wrong with it."""
@@ -123,7 +116,7 @@ class CheckpointWriter:
         if device.type == "cuda":
             torch.cuda.set_device(device)  # threads start on device 0, where DCP would open a context
         aside = self.folder / f".{step_name(step)}.partial"
-        self._together(lambda: self._on_main(lambda: _begin(aside, source)))
+        self._on_main(_begin, aside, source)
         state: dict[str, Any] = {
             key: placed(key, stored(key, tensor), self.mesh) for key, tensor in self._staging.items()
         }
@@ -132,14 +125,23 @@ class CheckpointWriter:
                 dcp.save(state, checkpoint_id=aside, process_group=self.group, no_dist=self.group is None)
         except CheckpointException as failure:  # a BaseException
             raise _cause(failure, aside) from failure
-        entries = self._together(lambda: manifest_entries(aside, aside.glob(f"__{self.mesh.rank}_*")))
-        self._together(lambda: self._on_main(lambda: self._publish(aside, step, contents, entries, best)))
+        entries = self._on_all(manifest_entries, aside, aside.glob(f"__{self.mesh.rank}_*"))
+        self._on_main(self._publish, aside, step, contents, entries, best)
 
-    def _together(self, action: Callable[[], T]) -> list[T]:
-        """`action` on every rank; its values in rank order, or on every rank the first rank's error."""
+    def _on_main(self, action: Callable[..., None], *arguments: Any) -> None:
+        """`action(*arguments)` on rank 0; the others wait for it, and raise its error too."""
+        self._on_all(self._if_main, action, *arguments)
+
+    def _if_main(self, action: Callable[..., None], *arguments: Any) -> None:
+        if self.mesh.rank == 0:
+            with writing(self.folder):
+                action(*arguments)
+
+    def _on_all(self, action: Callable[..., T], *arguments: Any) -> list[T]:
+        """`action(*arguments)` on every rank; its values in rank order, or on every rank the first rank's error."""
         outcome: tuple[T | None, BaseException | None]
         try:
-            outcome = (action(), None)
+            outcome = (action(*arguments), None)
         except (OSError, UserError) as error:
             outcome = (None, error)
         outcomes: list[Any] = [outcome]
@@ -151,11 +153,6 @@ class CheckpointWriter:
             if failure is not None:
                 raise failure
         return [value for value, _ in outcomes]
-
-    def _on_main(self, action: Callable[[], None]) -> None:
-        if self.mesh.rank == 0:
-            with writing(self.folder):
-                action()
 
     def _publish(
         self, aside: Path, step: int, contents: dict[str, Any], entries: list[dict[str, Any]], best: int | None
@@ -174,6 +171,12 @@ class CheckpointWriter:
         aside.rename(final)
         sync_to_disk(self.folder)
         self._keep(best, contents["extra"].get("best"))
+
+    def _keep_after(self, before: Future[None] | None, figure: dict[str, Any]) -> None:
+        """Name the best checkpoint once what was in flight before is whole."""
+        if before is not None:
+            before.result()
+        self._on_main(self._keep, figure["step"], figure)
 
     def _keep(self, best: int | None, figure: dict[str, Any] | None) -> None:
         mark, whole = self.folder / BEST_FILE, list_checkpoints(self.folder)
@@ -215,13 +218,13 @@ def _cause(failure: CheckpointException, path: Path) -> Exception:
     return RuntimeError(f"{path.name}: rank {rank} could not write its part: {type(error).__name__}: {error}")
 
 
-def _in_thread(action: Callable[[], None]) -> Future[None]:
-    """Start a daemon thread: a process that ends in an error must not wait for a peer that is gone."""
+def _in_thread(action: Callable[..., None], *arguments: Any) -> Future[None]:
+    """Run `action(*arguments)` in a daemon thread, as a process that ends in an error must not wait for a lost peer."""
     future: Future[None] = Future()
 
     def body() -> None:
         try:
-            action()
+            action(*arguments)
         except BaseException as error:  # noqa: BLE001  it is raised again where the result is asked for
             future.set_exception(error)
         else:
