@@ -30,6 +30,7 @@ from typing import Any, Literal, NotRequired, TextIO
 from pydantic import TypeAdapter, ValidationError
 from typing_extensions import TypedDict  # what pydantic reads before Python 3.12
 
+from ray_pipeline.dag.invocations import read_invocations
 from ray_pipeline.errors import UserError
 from ray_pipeline.launch.stage_context import StageResult
 from ray_pipeline.records.artifacts import write_sealed, writing
@@ -270,6 +271,7 @@ def read_status(run_dir: Path) -> dict[str, Any]:
         "run_dir": str(run_dir),
         "created": run.created,
         "worked_on_by": holder,
+        "invocations": read_invocations(run_dir),
         "stages": stages,
     }
 

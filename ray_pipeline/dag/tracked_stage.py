@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from pathlib import Path
 
+from ray_pipeline.dag.invocations import commit
 from ray_pipeline.dag.ledger import Record, read_record
 from ray_pipeline.errors import EXIT_FAILED, EXIT_USER_ERROR, UserError
 from ray_pipeline.hardware import machine, versions
@@ -49,19 +49,6 @@ def _digest(folder: Path) -> str:
         return str(json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["sha256"])
     except (OSError, ValueError, KeyError):
         return record.identity if record is not None else ""
-
-
-def commit() -> str | None:
-    """The commit of this source; None where it is installed, or git is not there."""
-    root = Path(__file__).resolve().parents[2]
-    if not (root / ".git").exists():
-        return None
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
-    try:
-        found = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return found.stdout.strip() or None
 
 
 def good_ending(context: StageContext, result: StageResult, digest: str | None) -> Ending:

@@ -23,6 +23,7 @@ from ray_pipeline.dag.identity import (
     stage_files,
     with_source_names,
 )
+from ray_pipeline.dag.invocations import note_invocation
 from ray_pipeline.dag.ledger import (
     Record,
     RunFile,
@@ -33,6 +34,7 @@ from ray_pipeline.dag.ledger import (
     refuse_foreign_run,
     settle,
 )
+from ray_pipeline.dag.live_report import LiveReport
 from ray_pipeline.dag.plan import (
     PlannedStage,
     plan,
@@ -95,6 +97,7 @@ def execute(request: RunRequest) -> int:
         jobs = _jobs(replace(request, config=config), rows)
         failed = False
         if any(job.runs for job in jobs):
+            note_invocation(run_dir)
             with connected_ray(layout, run_dir, config.layout.wait_for_nodes):
                 import ray
 
@@ -211,13 +214,17 @@ def _watch(
     import ray
     from ray.exceptions import RayError
 
-    with ProgressView(console, {row.stage: row.work for row, _ in pending}) as view:
+    with (
+        LiveReport(config, run_dir) as page,
+        ProgressView(console, {row.stage: row.work for row, _ in pending}) as view,
+    ):
         budget = Budget(config, run_dir, view.say)
         for row, ref in pending:  # a chain: a stage starts when the one before it has ended
             view.start(row.stage)
             while not ray.wait([ref], timeout=POLL)[0]:
                 view.refresh()
                 budget.look()
+                page.look()
             try:
                 ray.get(ref)
             except RayError as error:

@@ -26,6 +26,7 @@ from ray_pipeline.engine.options import EngineOptions
 from ray_pipeline.engine.pipeline.parts import PartRunner, Parts, ZeroPartRunner
 from ray_pipeline.engine.pipeline.pipeline import OutputFunction, Pipeline
 from ray_pipeline.engine.pipeline.schedule import least_micro_batches, rows_needed
+from ray_pipeline.engine.spans import OPTIMIZER, Span
 from ray_pipeline.engine.step_stats import (
     StepStats,
     auxiliary_sums,
@@ -79,6 +80,15 @@ class Engine:
             )  # fmt: skip
             self.updater, runner = zero, ZeroPartRunner(self.module, zero)
         self.pipeline = Pipeline(mesh, self.options.schedule, self.device, runner, split)
+
+    @property
+    def span(self) -> Span:
+        """What surrounds each part of a training step; it records nothing unless it is set."""
+        return self.pipeline.span
+
+    @span.setter
+    def span(self, span: Span) -> None:
+        self.pipeline.span = span
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """This rank's parameters, or slices of them, by their names in the whole model; not those of adapters."""
@@ -158,7 +168,8 @@ class Engine:
         set_rate(self.updater.optimizer, lr)
         totals = objective_sums(loss.sums, 1 + len(objective.metric_names), self.device)
         judged = None if accept is None else partial(self._judged, accept, totals[:1], weight)
-        norm, taken = self.updater.step(judged)
+        with self.span(OPTIMIZER):
+            norm, taken = self.updater.step(judged)
         self.experts.step(taken=taken)
         own = torch.cat([totals, auxiliary_sums(auxiliary, self.device)])
         own, measured = over_ranks(self.mesh, own, self.experts.measured(counts).flatten())

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ray_pipeline.evaluation.marking import vote
 from ray_pipeline.evaluation.statistics import majority, pass_at_k, wilson_interval
+
+
+def question_digest(prompt: str, reference: str) -> str:
+    """The same for the same question with the same right answer, in whichever run it is asked."""
+    return hashlib.sha256(json.dumps([prompt, reference]).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)

@@ -1,47 +1,41 @@
-"""report.html: a run on one page that needs no other file. Summary, curves, sample answers (`templates/run.html`)."""
+"""report.html: a run on one page that needs no other file, written while the run goes on (`templates/run.html`)."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
 from ray_pipeline.records.artifacts import write_text
-from ray_pipeline.records.metrics_file import read_metrics, read_samples
-from ray_pipeline.records.units import seconds_text
-from ray_pipeline.report.curves import chart
-from ray_pipeline.report.summary import summary_rows
+from ray_pipeline.records.guard_file import interventions_text
+from ray_pipeline.records.metrics_file import read_metrics
+from ray_pipeline.records.progress import progress_text
+from ray_pipeline.records.units import number_text, percent, seconds_text
+from ray_pipeline.report.charts import expert_maps, stage_charts
+from ray_pipeline.report.page_files import TEMPLATES, script, style
+from ray_pipeline.report.run_facts import (
+    categories,
+    commands,
+    data_facts,
+    embedded,
+    environment,
+    other_samples,
+    same_questions,
+)
+from ray_pipeline.report.step_picture import step_picture
+from ray_pipeline.report.summary import SummaryRow, summary_rows
 from ray_pipeline.settings.run_folder import REPORT_FILE
 
-MOST_SAMPLES = 12
-# Charts of a stage: title, logged names of its lines, baselines drawn as levels.
-CHARTS = (
-    ("Loss", ("train/loss", "val/validation_loss"), ("ln_vocab", "unigram_entropy", "input_loss")),
-    ("Held-out accuracy", ("val/accuracy",), ("input_accuracy", "teacher_accuracy")),
-    ("Held-out preference accuracy", ("val/preference_accuracy",), ("input_preference_accuracy",)),
-    ("Margin of the chosen answer", ("train/margin", "val/margin"), ()),
-    ("Divergence from the teacher", ("train/divergence",), ()),
-    ("Reward", ("grpo/reward", "grpo/answer_reward", "grpo/format_reward"), ()),
-    ("KL to the reference", ("grpo/kl",), ()),
-    ("Gap of the sampler's log-probabilities to the trainer's", ("grpo/logprob_gap",), ()),
-    ("Tokens of an answer", ("grpo/completion_tokens", "train/answer_tokens"), ()),
-    ("Gradient norm", ("train/grad_norm",), ()),
-    ("Losses of layers", ("train/aux_loss", "train/indexer_kl"), ()),
-    ("Experts: entropy of the load, least even layer", ("moe/load_entropy",), ()),
-    ("Experts: busiest over the mean, least even layer", ("moe/largest_load",), ()),
-    ("Tokens per second", ("perf/tokens_per_second",), ()),
-)
-TEMPLATES = Environment(
-    loader=FileSystemLoader(Path(__file__).parent / "templates"),
-    autoescape=True,
-    undefined=StrictUndefined,
-    trim_blocks=True,
-    lstrip_blocks=True,
-    keep_trailing_newline=True,
-)
+RELOAD_SECONDS = 30  # of a page that is looked at while the run goes on
+STEP_TITLES = {
+    "F": "forward",
+    "B": "backward",
+    "I": "gradients of inputs",
+    "W": "gradients of weights",
+    "wait": "waiting for a message",
+    "optimizer step": "optimizer step, with the sum of gradients over replicas",
+}
 
 
 def write_report(run_dir: Path, status: Mapping[str, Any]) -> Path:
@@ -51,58 +45,83 @@ def write_report(run_dir: Path, status: Mapping[str, Any]) -> Path:
 
 
 def render(status: Mapping[str, Any]) -> str:
-    """The page for `ledger.read_status`'s answer; reads metrics.jsonl and samples.json of the stages' folders."""
+    """The page for `ledger.read_status`'s answer; reads the files of the stages' folders."""
     entries = status["stages"]
-    stages = [_stage(entry) for entry in entries if "attempt" in entry]
-    digests = [(entry.get("weights_digest") or "")[:12] for entry in entries]
+    began = [entry for entry in entries if "attempt" in entry]
+    drawn = [_drawn(entry) for entry in began]
+    running = status.get("worked_on_by") is not None and any(entry["status"] == "running" for entry in entries)
+    invocations = status.get("invocations", [])
     return TEMPLATES.get_template("run.html").render(
         title=status["run"],
         folder=status["run_dir"],
         cost=status.get("cost") or "",
-        written=time.strftime("%Y-%m-%d %H:%M", time.localtime()),
-        rows=list(zip(summary_rows(entries), digests, strict=True)),
-        stages=[stage for stage in stages if any(stage[part] for part in ("error", "damaged", "charts", "samples"))],
+        written=time.strftime("%Y-%m-%d %H:%M:%S", time.localtime()),
+        reload_seconds=RELOAD_SECONDS if running else 0,
+        seconds=sum(entry.get("seconds") or 0.0 for entry in began),
+        cards=_cards(entries),
+        stages=[_said(entry, found) for entry, found in zip(began, drawn, strict=True)],
+        guards=[(entry["stage"], text) for entry in began for text in interventions_text(entry.get("guards", []))],
+        categories=categories(entries),
+        questions=same_questions(entries),
+        data=data_facts(entries),
+        environment=environment(invocations),
+        commands=commands(Path(status["run_dir"]), invocations),
+        drawings=embedded({"reload": RELOAD_SECONDS if running else 0, "stages": drawn, "actions": STEP_TITLES}),
+        style=style,
+        script=script,
+        percent=percent,
         seconds_text=seconds_text,
+        number_text=number_text,
     )
 
 
-def _stage(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """What the page shows below the table of one stage that began."""
-    folder = Path(entry["folder"])
+def _drawn(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """What scripts draw of a stage that began."""
+    lines = read_metrics(Path(entry["folder"]))
+    return {
+        "stage": entry["stage"],
+        "charts": stage_charts(lines, entry.get("baselines") or {}),
+        "experts": expert_maps(lines),
+        "step": step_picture(Path(entry["folder"])),
+    }
+
+
+def _said(entry: Mapping[str, Any], drawn: Mapping[str, Any]) -> dict[str, Any]:
+    """What stands there of it as text."""
     return {
         "name": entry["stage"],
         "error": entry.get("error") or "",
         "damaged": entry.get("damaged", []),
-        "charts": _charts(read_metrics(folder), entry.get("baselines") or {}),
-        "samples": _samples(folder),
+        "guards": interventions_text(entry.get("guards", [])),
+        "charts": drawn["charts"],
+        "experts": drawn["experts"],
+        "step": drawn["step"],
+        "samples": other_samples(Path(entry["folder"])),
     }
 
 
-def _charts(lines: Sequence[Mapping[str, Any]], baselines: Mapping[str, float]) -> list[str]:
-    """Each of `CHARTS` that the logged lines have points for, as a figure in HTML."""
-    charts = []
-    for title, names, levels in CHARTS:
-        drawn_names = [*names, *(_of_sources(lines) if "val/validation_loss" in names else ())]
-        series = {_short(name): [(line["step"], line[name]) for line in lines if name in line] for name in drawn_names}
-        held = {level.replace("_", " "): baselines[level] for level in levels if level in baselines}
-        charts.append(chart(title, series, held))
-    return [drawn for drawn in charts if drawn]
-
-
-def _of_sources(lines: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Logged names of the held-out loss of single sources, as far as there are colours."""
-    names = dict.fromkeys(name for line in lines for name in line if name.startswith("val/validation_loss/"))
-    return list(names)[:2]
-
-
-def _short(name: str) -> str:
-    return name.removeprefix("train/").removeprefix("val/").replace("_", " ")
-
-
-def _samples(folder: Path) -> list[dict[str, Any]]:
-    """Questions and the model's answers; nothing where the file is damaged, which the ledger tells."""
-    try:
-        found = read_samples(folder)
-    except ValueError:
-        return []
-    return [sample if isinstance(sample, dict) else {"answer": sample} for sample in found[:MOST_SAMPLES]]
+def _cards(entries: list[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Each stage of the chain: its row of the summary, when it worked, what it reads, how far it is."""
+    rows: list[SummaryRow] = summary_rows(entries)
+    begun = [entry["started"] for entry in entries if entry.get("started")]
+    ends = [entry.get("finished") or time.time() for entry in entries if entry.get("started")]
+    first, whole = min(begun, default=0.0), max(max(ends, default=0.0) - min(begun, default=0.0), 1e-9)
+    cards = []
+    for entry, row in zip(entries, rows, strict=True):
+        started = entry.get("started")
+        progress = entry.get("progress") if entry["status"] in ("running", "interrupted") else None
+        end = entry.get("finished") or time.time()
+        cards.append(
+            {
+                "row": row,
+                "when": time.strftime("%H:%M:%S", time.localtime(started)) if started else "",
+                "left": max(0.0, (started - first) / whole) if started else 0.0,
+                "width": max(0.004, (end - started) / whole) if started else 0.0,
+                "reads": list(entry.get("upstream") or {}),
+                "ranks": entry.get("ranks"),
+                "attempt": entry.get("attempt"),
+                "digest": (entry.get("weights_digest") or "")[:12],
+                "progress": progress_text(progress) if progress else "",
+            }
+        )
+    return cards

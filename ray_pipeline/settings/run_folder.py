@@ -1,8 +1,9 @@
 """Names of what lies in a run's folder, each written here alone.
 
-    RUN/config.yaml, run.json, .lock, report.html
-    RUN/<stage>-<identity>/   record.json, progress.json, metrics.jsonl, samples.json, guards.json, error.log, logs/,
-                              checkpoints/, and of what the stage makes manifest.json, tokenizer/, model/, adapter/
+    RUN/config.yaml, run.json, invocations.json, .lock, report.html
+    RUN/<stage>-<identity>/   record.json, progress.json, metrics.jsonl, samples.json, heldout.json, timeline.json,
+                              guards.json, error.log, logs/, checkpoints/, and of what the stage makes
+                              manifest.json, tokenizer/, model/, adapter/
 
 In this room because a run's settings are among them.
 """
@@ -15,12 +16,15 @@ RUN_FILE = "run.json"  # the run's uid, and per stage its present identity and t
 CONFIG_FILE = "config.yaml"  # the settings that the run was accepted with
 LOCK = ".lock"  # held by the one process that works on the run
 REPORT_FILE = "report.html"
+INVOCATIONS_FILE = "invocations.json"  # what was typed, when, on which machine, with which versions
 STOP_FILE = "stop.json"  # a request that the run save and stop
 
 RECORD = "record.json"  # of a stage, beside its outputs
 PROGRESS_FILE = "progress.json"
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.json"
+HELDOUT_FILE = "heldout.json"  # how the model answered the held-out questions last: by category, question by question
+TIMELINE_FILE = "timeline.json"  # what every rank did in one step, and when
 GUARDS_FILE = "guards.json"  # what guards of training did
 ERROR_LOG = "error.log"  # the traceback of an attempt that failed
 MANIFEST = "manifest.json"  # SHA-256 sums of a folder's files

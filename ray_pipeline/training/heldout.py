@@ -17,12 +17,12 @@ from ray_pipeline.engine.engine import Engine
 from ray_pipeline.evaluation.asking import AskSettings
 from ray_pipeline.evaluation.evaluate import evaluate
 from ray_pipeline.evaluation.models import LanguageModel, NativeBackend
-from ray_pipeline.evaluation.results import ItemResult, TaskResult
+from ray_pipeline.evaluation.results import ItemResult, TaskResult, question_digest
 from ray_pipeline.evaluation.tasks.question_tasks import run_questions
 from ray_pipeline.records.artifacts import write_sealed
 from ray_pipeline.records.integrity import read_sealed
 from ray_pipeline.rewards.gym import oracle
-from ray_pipeline.settings.run_folder import SAMPLES_FILE, TOKENIZER
+from ray_pipeline.settings.run_folder import HELDOUT_FILE, SAMPLES_FILE, TOKENIZER
 from ray_pipeline.training.rank import Rank
 
 SHOWN_SAMPLES = 12
@@ -79,11 +79,12 @@ class HeldOut:
         return replace(part, items=[parts[i % world][i // world] for i in range(len(self.task.items))])
 
     def figures(self) -> dict[str, float]:
-        """Accuracy, format rate and mean answer length; readable samples go to `folder/samples.json`."""
+        """Accuracy, format rate and mean answer length; the answers' marks and samples go to files of the folder."""
         result = self.evaluate()
         if self.rank.is_main:
-            samples = [_shown(item) for item in result.items[:SHOWN_SAMPLES]]
-            write_sealed(self.rank.folder / SAMPLES_FILE, {"samples": samples})
+            described = _described(result)
+            write_sealed(self.rank.folder / SAMPLES_FILE, {"samples": described["shown"]})
+            write_sealed(self.rank.folder / HELDOUT_FILE, described)
         found = result.figures()
         return {
             "accuracy": found["accuracy"],
@@ -97,10 +98,16 @@ class HeldOut:
         path = self.rank.folder / f"{name}.json"
         if all(all_ranks_gather(self.rank.mesh, path.exists())):
             return float(read_sealed(path, f"Delete {path} and resume: it is measured again.")["accuracy"])
-        found = self.evaluate().figures()
+        found = _described(self.evaluate())
         if self.rank.is_main:
             write_sealed(path, found)
         return float(found["accuracy"])
+
+
+def _described(result: TaskResult) -> dict[str, Any]:
+    """Figures, a mark for each question, by which two models are compared, and the first answers to read."""
+    marks = [[question_digest(item.prompt, item.reference), item.share] for item in result.items]
+    return result.figures() | {"marks": marks, "shown": [_shown(item) for item in result.items[:SHOWN_SAMPLES]]}
 
 
 def _shown(item: ItemResult) -> dict[str, Any]:

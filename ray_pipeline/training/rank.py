@@ -30,6 +30,7 @@ class Rank:
 
     Attributes:
         folder: the stage's folder. data: DATA_PREP's folder. upstream: folders of finished stages by name.
+        profile: which steps are profiled, in a run of the stage for that alone; see `StepProfile`.
     """
 
     config: PipelineFields
@@ -41,6 +42,7 @@ class Rank:
     device: torch.device
     status: RankStatus
     progress: Progress | None
+    profile: dict[str, Any] | None = None
 
     @property
     def settings(self) -> TrainingConfig:
@@ -116,7 +118,9 @@ def start_rank(arguments: dict[str, Any]) -> Rank:
     progress = None
     if mesh.rank == 0:
         progress = Progress(folder, stage, getattr(config, stage).steps, note=lost_ranks(wanted, layout))
-    return Rank(config, stage, folder, upstream["data_prep"], upstream, mesh, device, status, progress)
+    return Rank(
+        config, stage, folder, upstream["data_prep"], upstream, mesh, device, status, progress, arguments.get("profile")
+    )  # fmt: skip
 
 
 def lost_ranks(wanted: Layout, here: Layout) -> str | None:

@@ -19,6 +19,7 @@ from ray_pipeline.engine.checkpoints.checkpoint import (
 from ray_pipeline.engine.checkpoints.checkpoint_writer import CheckpointWriter
 from ray_pipeline.engine.engine import Engine
 from ray_pipeline.engine.optimizer import learning_rate
+from ray_pipeline.engine.spans import DATA
 from ray_pipeline.engine.step_stats import StepStats
 from ray_pipeline.errors import UserError
 from ray_pipeline.objectives.base import Objective
@@ -28,6 +29,8 @@ from ray_pipeline.training.guards.guards import Finding, Guards, Judge
 from ray_pipeline.training.health import Health
 from ray_pipeline.training.rank import Rank
 from ray_pipeline.training.reporting import Reporter
+from ray_pipeline.training.step_profile import StepProfile
+from ray_pipeline.training.step_timeline import StepTimeline
 
 Evaluate = Callable[[], dict[str, float]]
 NOTHING_LEARNED = StepStats(loss=0.0, grad_norm=0.0, weight=1.0, metrics={})  # a step without a batch
@@ -87,17 +90,21 @@ class Trainer:
         if start and isinstance(source, SourceWithState):
             source.load_state(source_files(self.checkpoints, start))
         report = Reporter(self.rank, self.engine, self.objective, start=start, evaluated=self._evaluated)
+        profiles = self.rank.profile is not None
+        watch = StepProfile(self.rank, self.engine) if profiles else StepTimeline(self.rank, self.engine, start)
         with CheckpointWriter(self.rank.mesh, self.checkpoints, keep=self.settings.keep_checkpoints) as writer:
             if not self._evaluated and self._is_better(report, start, source, evaluate):
                 self._name_best(writer)
             report.interval.restart()
             step = start
             while step < self.settings.steps:
+                watch.begin(step + 1)
                 batch, rate, judge = self._next(step, source)
                 stats = NOTHING_LEARNED
                 if batch is not None:
                     accept = judge.accept if self.guards.skips else None
                     stats = self.engine.train_step(batch, self.objective, rate, accept)
+                watch.end(step + 1, batch)
                 back = self._settle(step, stats, batch, rate, judge, source, report)
                 if back is not None:
                     step = self._rewind(back, source, evaluate, report, writer)
@@ -115,7 +122,8 @@ class Trainer:
         """What optimizer step `step` (from 0) learns from, None where it is left out; its rate, and who judges it."""
         status, settings, done = self.rank.status, self.settings, step + 1
         status.at("next batch", done)
-        batch, rate = source.batch(step), learning_rate(settings.optimizer, step, settings.steps)
+        with self.engine.span(DATA):
+            batch, rate = source.batch(step), learning_rate(settings.optimizer, step, settings.steps)
         status.at("forward/backward")
         self.engine.before_step(step)
         return None if done in self.guards.left_out else batch, rate, Judge(self.guards, done)

@@ -5,15 +5,16 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
-from hypothesis import given
-from hypothesis import strategies as st
 from rich.console import Console
 
 from ray_pipeline.dag.ledger import Record, RunFile, begin_record, close_record, read_status
-from ray_pipeline.report.curves import LARGEST, chart, ticks
+from ray_pipeline.records.artifacts import write_sealed
+from ray_pipeline.report.run_facts import categories, same_questions
 from ray_pipeline.report.run_page import write_report
 from ray_pipeline.report.summary import baseline_text, figure_text, print_summary, summary_rows
 
@@ -108,7 +109,7 @@ def test_printed_table_names_the_outputs(tmp_path):
 class Page(HTMLParser):
     """Every tag, and what each closes."""
 
-    VOID = frozenset({"meta", "line", "circle", "polyline", "i"})
+    VOID = frozenset({"meta", "i", "input"})
 
     def __init__(self, text: str):
         super().__init__()
@@ -119,7 +120,7 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list) -> None:
         self.tags.append(tag)
-        self.links += [value for name, value in attrs if name in ("src", "href")]
+        self.links += [value for name, value in attrs if name in ("src", "href") and not value.startswith("#")]
         if tag not in self.VOID:
             self.open.append(tag)
 
@@ -131,25 +132,63 @@ class Page(HTMLParser):
             assert self.open.pop() == tag
 
 
+def drawings(text: str) -> dict[str, Any]:
+    """The block of JSON that scripts draw."""
+    found = re.findall(r'<script type="application/json" id="drawings">(.*?)</script>', text, re.DOTALL)
+    assert len(found) == 1
+    return json.loads(found[0])
+
+
 def test_page_is_whole_and_needs_nothing_from_outside(tmp_path):
     text = write_page(make_run(tmp_path)).read_text()
     page = Page(text)
     assert page.open == []
-    assert page.links == []
-    assert "script" not in page.tags
-    assert "@import" not in text
-    assert "prefers-color-scheme:dark" in text
-    assert page.tags.count("polyline") == 1, "the training loss"
-    assert page.tags.count("circle") == 1, "the one validation loss"
+    assert page.links == ["https://github.com/leeoniya/uPlot"], "named at the foot, loaded from nowhere"
+    assert page.tags.count("script") == 2 and "link" not in page.tags
+    assert "@import" not in text and "url(" not in text
+    [loss] = [chart for chart in drawings(text)["stages"][1]["charts"] if chart["title"] == "Loss"]
+    assert [one["name"] for one in loss["series"]] == ["loss", "validation loss"]
+    assert loss["x"] == list(range(1, 41)) and loss["series"][0]["values"][-1] is None, "no number is no point"
+    assert [level["name"] for level in loss["levels"]] == ["ln vocab", "unigram entropy"]
 
 
-def test_page_shows_figures_curves_and_escaped_samples(tmp_path):
+def test_page_shows_figures_and_escaped_answers(tmp_path):
     text = write_page(make_run(tmp_path)).read_text()
     assert "LEARNED NOTHING" in text
     assert "unigram entropy" in text
     assert "&lt;think&gt;2 + 2&lt;/think&gt;4" in text
     assert "<b>?</b>" not in text
-    assert "nan" not in text
+
+
+def test_no_text_of_a_run_ends_a_script_or_becomes_one(tmp_path):
+    run_dir, evil = make_run(tmp_path), "</script><script>alert(1)</script><!--"
+    sample = {"prompt": evil, "completion": evil, "correct": False}
+    (run_dir / "grpo-a" / "samples.json").write_text(json.dumps([sample]))
+    line = {"stage": "grpo", "step": 1, "time": 0, f"val/validation_loss/{evil}": 1.0, f"grpo/{evil}_reward": 2.0}
+    (run_dir / "grpo-a" / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    text = write_page(run_dir).read_text()
+    assert Page(text).tags.count("script") == 2 and "alert(1)</script>" not in text
+    named = {one["name"] for chart in drawings(text)["stages"][3]["charts"] for one in chart["series"]}
+    assert named == {f"validation loss/{evil}", f"{evil} reward"}
+
+
+def test_same_questions_stand_once_with_the_answers_of_every_stage(tmp_path):
+    run_dir = make_run(tmp_path)
+    for stage, correct in (("sft", False), ("grpo", True)):
+        sample = {"prompt": "2 + 2 = ?", "completion": f"{stage} says", "answer": "4", "correct": correct}
+        write_sealed(run_dir / f"{stage}-a" / "samples.json", {"samples": [sample]})
+    before = {"accuracy": 0.0, "interval": [0.0, 0.2], "questions": 1}
+    shown = [{"prompt": "2 + 2 = ?", "completion": "never seen", "answer": "4", "correct": False}]
+    write_sealed(run_dir / "sft-a" / "input.json", before | {"shown": shown})
+    write_sealed(run_dir / "sft-a" / "heldout.json", before | {"accuracy": 0.5, "by_category": {"sums": before}})
+    entries = read_status(run_dir)["stages"]
+    [question] = same_questions(entries)
+    assert [one["by"] for one in question["said"]] == ["before sft", "after sft", "after grpo"]
+    assert [one["correct"] for one in question["said"]] == [False, False, True]
+    [part] = categories(entries)
+    assert [row["name"] for row in part["rows"]] == ["all", "sums"]
+    assert part["rows"][0]["before"]["accuracy"] == 0.0 and part["rows"][1]["before"] is None
+    assert "sft says" in write_page(run_dir).read_text()
 
 
 def test_failed_stage_shows_its_error(tmp_path):
@@ -157,22 +196,6 @@ def test_failed_stage_shows_its_error(tmp_path):
     folder = tmp_path / "sft-a"
     close_record(folder, begin_record(folder, Record("sft", "a", "running")), "failed", error="rank 1: a <bug>")
     assert "rank 1: a &lt;bug&gt;" in write_page(tmp_path).read_text()
-
-
-@given(st.floats(-1e6, 1e6), st.floats(1e-6, 1e6))
-def test_ticks_are_few_increasing_and_inside(low, span):
-    found = ticks(low, low + span)
-    assert 1 <= len(found) <= 12 or low + span == low
-    assert found == sorted(found)
-    assert all(low - span * 1e-3 <= tick <= low + span * 1.001 for tick in found)
-
-
-@given(st.lists(st.tuples(st.integers(0, 1000), st.floats()), max_size=20))
-def test_chart_of_any_points_has_only_finite_coordinates(points):
-    text = chart("t", {"x": points})
-    assert "nan" not in text
-    assert "inf" not in text
-    assert bool(text) == any(abs(y) < LARGEST for _, y in points)
 
 
 def test_counts_and_export_checks_read_well():

@@ -15,7 +15,7 @@ from model.transformer import Transformer
 from ray_pipeline.data.chat.tokenizer_files import save_trained, train_bpe
 from ray_pipeline.evaluation.results import ItemResult
 from ray_pipeline.records.integrity import unsealed
-from ray_pipeline.settings.run_folder import SAMPLES_FILE
+from ray_pipeline.settings.run_folder import HELDOUT_FILE, SAMPLES_FILE
 from ray_pipeline.settings.schema import ToolsConfig
 from ray_pipeline.training import heldout
 from ray_pipeline.training.heldout import HeldOut, WholeModel
@@ -74,6 +74,9 @@ def test_figures_are_those_of_the_samples_and_a_baseline_is_measured_once(data, 
     assert [s["prompt"] for s in samples] == [q["prompt"] for q in QUESTIONS]
     assert figures["questions"] == 7 and figures["accuracy"] == sum(s["correct"] for s in samples) / 7
     assert figures["answer_tokens"] == sum(s["tokens"] for s in samples) / 7
+    kept = unsealed((tmp_path / HELDOUT_FILE).read_bytes())
+    assert [mark for _, mark in kept["marks"]] == [float(s["correct"]) for s in samples]
+    assert len({digest for digest, _ in kept["marks"]}) == 7 and set(kept["by_category"]) == {"a", "b"}
     assert made.baseline("input") == figures["accuracy"]
     monkeypatch.setattr(HeldOut, "evaluate", None)
     assert made.baseline("input") == figures["accuracy"]

@@ -17,6 +17,7 @@ from ray_pipeline.engine.checkpoints.checkpoint_writer import BEST_FILE
 from ray_pipeline.errors import UserError
 from ray_pipeline.launch.launchers import InlineLauncher
 from ray_pipeline.records.metrics_file import read_metrics
+from ray_pipeline.settings.run_folder import TIMELINE_FILE
 from ray_pipeline.training.trainer import Best
 from tests.training.toy_run import arguments, train
 
@@ -69,6 +70,16 @@ def test_the_last_checkpoints_and_the_best_are_kept_and_the_best_is_named(unbrok
     assert page["extra"]["history"].keys() == {"train_loss", "validation_loss", *experts}
     assert page["extra"]["history"]["train_loss"] == figures["train_loss"]
     assert figures["dropped_tokens"] == 0 and 0 < figures["load_entropy"] <= 1 <= figures["largest_load"]
+
+
+def test_one_step_is_recorded_with_what_the_rank_did(unbroken):
+    stored = json.loads((unbroken[0] / "toy" / "pretrain-0" / TIMELINE_FILE).read_text())
+    [rank] = stored["ranks"]
+    assert stored["step"] == 3 and stored["of"] == 1
+    kinds = [name for name, *_ in rank["spans"] if name != "wait"]
+    assert kinds == ["next batch", *["F", "B"] * 4, "optimizer step"], "eight rows in micro-batches of two"
+    times = [time for _, start, end in rank["spans"] for time in (start, end)]
+    assert times == sorted(times)
 
 
 def test_a_stage_that_was_interrupted_ends_with_the_same_weights(unbroken, tmp_path):

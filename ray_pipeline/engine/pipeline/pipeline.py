@@ -21,6 +21,7 @@ from model.transformer import Transformer
 from ray_pipeline.data.rows.batch import Batch
 from ray_pipeline.engine.pipeline.messages_between import Mailbox, connect
 from ray_pipeline.engine.pipeline.schedule import Action, Schedule, build_schedule, forward_only
+from ray_pipeline.engine.spans import WAIT, Span, no_span
 
 OutputFunction = Callable[[Transformer, Tensor, Tensor | None, Batch], Tensor]
 """(last stage, hidden after the final norm, embeddings or None, micro-batch) -> what the last stage computes of it."""
@@ -83,6 +84,7 @@ class Pipeline:
     ):
         self.mesh, self.schedule_name, self.device, self.parts = mesh, schedule_name, device, parts
         self.split = split
+        self.span: Span = no_span  # around each action, and around waiting for messages
         self.stages = parts_of(schedule_name, mesh.sizes.pp, mesh.pp_rank)
         # Kept when a run fails: a receive still in progress writes into its tensor.
         self._mailbox: Mailbox | None = None
@@ -105,13 +107,16 @@ class Pipeline:
         needs = [schedule.needs(action) for action in schedule.actions[self.mesh.pp_rank]]
         for index, action in enumerate(schedule.actions[self.mesh.pp_rank]):
             message = needs[index]
-            received = [] if message is None else mailbox.take(message)
+            with self.span(WAIT):
+                received = [] if message is None else mailbox.take(message)
             # What is needed next travels while this action computes.
             upcoming = next((later for later in needs[index + 1 :] if later is not None), None)
             if upcoming is not None:
                 mailbox.expect(upcoming)
-            self._perform(run, action, received)
-        mailbox.finish()
+            with self.span(action.kind):
+                self._perform(run, action, received)
+        with self.span(WAIT):
+            mailbox.finish()
         self._mailbox = None
         return [run.results[index] for index in sorted(run.results)]
 

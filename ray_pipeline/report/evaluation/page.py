@@ -12,7 +12,7 @@ from ray_pipeline.records.artifacts import write_text
 from ray_pipeline.records.units import percent
 from ray_pipeline.report.evaluation import wording
 from ray_pipeline.report.evaluation.formats import reporter
-from ray_pipeline.report.run_page import TEMPLATES
+from ray_pipeline.report.page_files import TEMPLATES
 
 MOST_SAMPLES = 8  # right ones, and as many wrong ones, of a task
 
