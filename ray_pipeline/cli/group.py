@@ -23,6 +23,8 @@ VERBS = {
     "resume": ("resume", "resume"),
     "plan": ("plan", "plan"),
     "status": ("status", "status"),
+    "compare": ("compare", "compare"),
+    "profile": ("profile", "profile"),
     "watch": ("watch", "watch"),
     "logs": ("logs", "logs"),
     "generate": ("generate", "generate"),

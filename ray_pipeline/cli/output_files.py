@@ -10,11 +10,11 @@ from typing import Any
 
 from ray_pipeline.errors import UserError
 
-# How the page of `eval` begins, line ends left out: today, and as it was written before.
+# How a page begins, line ends left out: today, and as it was written before. Its title follows.
 PAGE_STARTS = (
     '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-    '<meta name="viewport" content="width=device-width,initial-scale=1"><title>Evaluation of ',
-    '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Evaluation of ',
+    '<meta name="viewport" content="width=device-width,initial-scale=1"><title>',
+    '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>',
 )
 
 
@@ -66,7 +66,13 @@ def _is_own_report(reporter: str, path: Path) -> bool:
         return has_keys(path, frozenset({"kind", "schema", "tasks"}))
     if reporter == "jsonl":
         return first_line_has_keys(path, frozenset({"task", "sample", "correct"}))
-    return reporter == "html" and (_text(path) or "").replace("\n", "").startswith(PAGE_STARTS)
+    return reporter == "html" and is_page(path, "Evaluation of ")
+
+
+def is_page(path: Path, title: str) -> bool:
+    """Whether the file is a page of ours whose title begins so."""
+    starts = tuple(start + title for start in PAGE_STARTS)
+    return (_text(path) or "").replace("\n", "").startswith(starts)
 
 
 def has_keys(path: Path, keys: frozenset[str]) -> bool:
