@@ -52,10 +52,7 @@ def test_run_rerun_change_and_selections(tmp_path, capsys):
     assert "held-out accuracy 50.0%" in said
     assert "input 25.0% (+25.0 points)" in said
     assert set(statuses(tmp_path).values()) == {"done"}
-    assert (
-        "<svg" in (tmp_path / "toy" / "report.html").read_text()
-        or "Held against" in (tmp_path / "toy" / "report.html").read_text()
-    )
+    assert "held-out accuracy 50.0%" in (tmp_path / "toy" / "report.html").read_text()
 
     assert run(tmp_path) == 0
     assert toy.calls(tmp_path / "toy") == [], "a rerun executes nothing"

@@ -69,7 +69,8 @@ def test_samples_and_report_can_be_read(finished):
     grpo = Path(stages(finished, "toy")["grpo"]["folder"])
     samples = read_samples(grpo)
     assert samples and {"prompt", "completion", "answer", "correct"} <= samples[0].keys()
-    assert "<svg" in (finished / "toy" / "report.html").read_text()
+    report = (finished / "toy" / "report.html").read_text()
+    assert "Tokens per second" in report and "The same questions" in report and "python -m ray_pipeline.cli" in report
 
 
 @pytest.mark.slow
