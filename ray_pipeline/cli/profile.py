@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,8 @@ def profile(run: str, stage: str | None, step: int | None, steps: int, out: Path
     The stage is run on a copy, from the newest checkpoint before the step; the run itself is not touched. On GPUs a
     snapshot of memory is written too.
     """
+    # Torch's profiler prints its own stages, and on machines without a GPU an error; ranks inherit this.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     from rich.console import Console
 
     from ray_pipeline.cli.run import layout_there
