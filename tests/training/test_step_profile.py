@@ -13,6 +13,7 @@ from ray_pipeline.training.step_profile import ProfileTaken
 from tests.training.toy_run import arguments, train
 
 
+@pytest.mark.slow
 def test_profiled_steps_are_traced_and_end_training(tmp_path):
     wanted = {"step": 4, "steps": 2, "out": str(tmp_path)}
     given = arguments(tmp_path, log_every=1, checkpoint_every=8, eval_every=8) | {"profile": wanted}
