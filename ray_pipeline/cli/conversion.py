@@ -35,6 +35,7 @@ from ray_pipeline.evaluation.export_checks import Export, check_export, native
 from ray_pipeline.evaluation.model_source import GENERATION, ModelSource
 from ray_pipeline.evaluation.proof import Check, Material
 from ray_pipeline.records.artifacts import atomic_folder, atomic_path, load_model, read_json, write_manifest
+from ray_pipeline.records.integrity import verify_files
 from ray_pipeline.settings.run_folder import CONFIG_FILE
 
 if TYPE_CHECKING:
@@ -78,6 +79,7 @@ def read_gguf(path: Path, selection: Selection, tokenizer: Path | None, seed: in
 
     from ray_pipeline.serving.gguf_file import check_gguf_file
 
+    verify_files(path.absolute().parent, [path.name])
     check_gguf_file(path)
     with tempfile.TemporaryDirectory() as aside:
         try:

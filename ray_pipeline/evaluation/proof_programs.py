@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,8 @@ class TransformersProgram:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         self.name = f"transformers {version('transformers')}"
-        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        with _quiet():
+            self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
 
     def ids(self, text: str) -> list[int]:
@@ -114,6 +116,22 @@ class OurProgram:
     def close(self) -> None:
         """Free the weights."""
         del self.model, self.decoder
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """transformers lists the MTP modules as unexpected, which it has no place for, and shows bars for milliseconds."""
+    from transformers.utils import logging
+
+    before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def _of_tokens(rows: Tensor, ids: list[int]) -> list[float | None]:

@@ -27,7 +27,8 @@ def print_checks(out: Path, checks: Sequence[Check]) -> None:
         first, shown = check.name != shown, check.name
         style = _STYLES[check.status]
         named = (check.name, bytes_text(_bytes(out, check.name))) if first else ("", "")
-        table.add_row(*named, check.program, f"[{style}]{check.status}[/{style}]", *_figures(check))
+        program = check.program.partition(" (")[0]  # versions are in the card
+        table.add_row(*named, program, f"[{style}]{check.status}[/{style}]", *_figures(check))
     console.print(table)
     for check in checks:
         for said in (*([check.detail] if check.detail else []), *check.notes):

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from ray_pipeline.cli import main
-from ray_pipeline.records.artifacts import load_model
+from ray_pipeline.records.artifacts import load_model, write_manifest
 from tests.cli.made_run import TOY, make_run
 from tests.evaluation.made_models import EXPORTABLE, save_ours, save_qwen
 
@@ -47,7 +47,7 @@ def test_a_run_goes_through_every_form_and_comes_back_bit_for_bit(runs, tmp_path
     assert done(runs, gguf, back) == 0
     assert same(load_file(hf / "model.safetensors"), load_file(back / "model.safetensors"), mtp=False)
     out = capsys.readouterr().out
-    assert "llama.cpp (xllamacpp" in out and "bit for bit" in out and "failed" not in out
+    assert "llama.cpp " in out and "bit for bit" in out and "failed" not in out
     mtp = {name for name in load_file(hf / "model.safetensors") if ".layers.4." in name}
     named = re.findall(r"model\.layers\.4\.[\w.]*", out)
     assert named and set(named) <= mtp, "what a GGUF file has no place for is named"
@@ -96,7 +96,13 @@ def test_other_models_and_files_are_refused(runs, tmp_path, capsys):
     (tmp_path / "there" / "letter.txt").write_text("dear")
     ours = save_ours(tmp_path / "ours")
     (ours / "model.safetensors").write_bytes((ours / "model.safetensors").read_bytes()[:-8])
+    assert done(runs, "toy:sft", tmp_path / "model.gguf") == 0
+    (tmp_path / "export").mkdir()
+    tampered = (tmp_path / "model.gguf").rename(tmp_path / "export" / "model.gguf")
+    write_manifest(tampered.parent)
+    tampered.write_bytes(tampered.read_bytes()[:-1] + b"x")
     for words, said in (
+        ((tampered, tmp_path / "out"), "model.gguf: damaged: its SHA-256 is not the one in the manifest"),
         ((save_qwen(tmp_path / "qwen"), tmp_path / "out"), "none of deepseek_v2, deepseek_v3, deepseek_v32"),
         ((tmp_path / "bad.gguf", tmp_path / "out"), "damaged"),
         (("toy", tmp_path / "there"), "is there already"),
