@@ -73,7 +73,11 @@ class Door:
         except ValueError as error:
             return JSONResponse(error_body(400, str(error), param="n"), 400)
         try:
-            answers = await until_left(lambda: self._send(path, bodies), request)
+            requests = [self.client.build_request("POST", path, json=one) for one in bodies]
+        except ValueError as error:  # half a letter, or a number that no double holds
+            return JSONResponse(error_body(400, f"the body is not JSON that can be sent on: {error}"), 400)
+        try:
+            answers = await until_left(lambda: self._send(requests), request)
             if answers is None:
                 return Response(status_code=499)
             if all(a.headers.get("content-type", "").startswith("text/event-stream") for a in answers):
@@ -87,13 +91,12 @@ class Door:
             return Response(status_code=499)
         return self._whole([one.status_code for one in answers], contents, splitter)
 
-    async def _send(self, path: str, bodies: Sequence[dict[str, Any]]) -> list[httpx.Response]:
+    async def _send(self, requests: Sequence[httpx.Request]) -> list[httpx.Response]:
         """Ask for every answer at once.
 
         Raises:
             httpx.HTTPError: the engine does not answer one of them.
         """
-        requests = [self.client.build_request("POST", path, json=body) for body in bodies]
         tasks = [asyncio.create_task(self.client.send(request, stream=True)) for request in requests]
         try:
             return await asyncio.gather(*tasks)
@@ -112,9 +115,13 @@ class Door:
             return False
 
     async def _unanswered(self, error: httpx.HTTPError) -> Response:
-        """llama.cpp hangs up on some wrong types and on answers that are no text, and goes on with the rest."""
+        """llama.cpp hangs up on some wrong types and on answers that are no text, and goes on with the rest.
+
+        What is seen of it is an end, or a reset where something was left unread.
+        """
         name = self.upstream.engine
-        if isinstance(error, httpx.RemoteProtocolError) and await self.healthy():
+        hung_up = isinstance(error, httpx.RemoteProtocolError | httpx.ReadError)
+        if hung_up and await self.healthy():
             reason = "a field of the request is of a wrong type, or the answer to it is no text"
             return JSONResponse(error_body(400, f"{name} ended the connection without a word: {reason}"), 400)
         return JSONResponse(error_body(502, f"{name} does not answer ({error})"), 502)

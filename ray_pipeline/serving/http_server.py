@@ -14,6 +14,9 @@ from ray_pipeline.serving.connection import Connection
 from ray_pipeline.serving.guard import LOOPBACK, Guard, GuardRules
 
 GRACE_SECONDS = 5  # for answers in progress when the server is stopped
+# A connection without requests is kept longer than clients keep theirs (5 s in the official ones): who closes first
+# must not be the server, which would reset a request that is on its way.
+IDLE_SECONDS = 75
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -53,6 +56,7 @@ def server_config(app: Any, rules: GuardRules) -> uvicorn.Config:
     return uvicorn.Config(
         Guard(app, rules), http=Connection, ws="none", lifespan="on", log_level="warning", access_log=False,
         server_header=False, date_header=False, proxy_headers=False, timeout_graceful_shutdown=GRACE_SECONDS,
+        timeout_keep_alive=IDLE_SECONDS,
     )  # fmt: skip
 
 

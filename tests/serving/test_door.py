@@ -214,3 +214,12 @@ def test_health_models_and_only_the_listed_paths(door):
     assert "llamacpp" in httpx.get(f"{door}/metrics").text
     for path in ("/props", "/slots", "/lora-adapters"):
         assert httpx.get(door + path).status_code == 404
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages", "/tokenize"])
+@pytest.mark.parametrize("odd", [rb'"\ud800"', b"1e999"])
+def test_what_no_json_text_can_hold_is_refused(door, path, odd):
+    body = b'{"max_tokens": 4, "messages": [{"role": "user", "content": "x"}], "content": %s}' % odd
+    answer = httpx.post(f"{door}{path}", content=body, headers={"content-type": "application/json"})
+    assert answer.status_code == 400
+    assert "JSON" in answer.json()["error"]["message"]

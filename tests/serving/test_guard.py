@@ -11,7 +11,8 @@ from fastapi import FastAPI
 from ray_pipeline.errors import UserError
 from ray_pipeline.serving import connection, guard
 from ray_pipeline.serving.engines import RunningEngine
-from ray_pipeline.serving.http_server import bind
+from ray_pipeline.serving.guard import GuardRules
+from ray_pipeline.serving.http_server import bind, server_config
 from tests.serving.made_servers import serving
 
 
@@ -100,3 +101,10 @@ def test_a_port_in_use_is_told():
 def test_an_address_of_another_machine_is_told():
     with pytest.raises(UserError, match="--host 203.0.113.9: cannot listen there"):
         bind("203.0.113.9", 0)
+
+
+def test_a_connection_without_requests_is_closed_by_the_client_first():
+    """Else a request on its way meets a closed connection, now and then."""
+    client = httpx.Limits().keepalive_expiry
+    kept = server_config(application().app, GuardRules()).timeout_keep_alive
+    assert client is not None and kept >= 2 * client
