@@ -24,7 +24,8 @@ from ray_pipeline.engine.engine import Engine
 from ray_pipeline.engine.spans import SpanRecorder, no_span
 from ray_pipeline.training.rank import Rank
 
-COLLECTIVES = ("gloo:", "nccl:", "ncclDevKernel", "ncclKernel")  # beginnings of the names of messages between ranks
+# Beginnings of the names of messages between ranks: on a CPU calls, on a GPU kernels.
+COLLECTIVES = {"cpu": ("c10d::", "gloo:"), "cuda": ("ncclDevKernel", "ncclKernel")}
 MOST_OPERATIONS = 12  # that are listed, the longest first
 MEMORY_ENTRIES = 200_000  # allocations that a snapshot of a GPU's memory remembers
 
@@ -89,8 +90,8 @@ class StepProfile:
         spent: Counter[str] = Counter()
         for name, start, end in spans:
             spent[name] += (end - start) / steps
-        events = self._profiler.key_averages()
-        messages = sum(_own_time(event) for event in events if event.key.startswith(COLLECTIVES)) / steps
+        events, names = self._profiler.key_averages(), COLLECTIVES[self.rank.device.type]
+        messages = sum(_own_time(event) for event in events if event.key.startswith(names)) / steps
         longest = sorted(events, key=_own_time, reverse=True)
         return {
             "seconds": seconds / steps,
@@ -99,7 +100,7 @@ class StepProfile:
             "operations": [
                 [event.key, _own_time(event) / steps, event.count / steps]
                 for event in longest
-                if not event.key.startswith(("step: ", *COLLECTIVES))
+                if not event.key.startswith(("step: ", *names))
             ][:MOST_OPERATIONS],
         }
 

@@ -100,9 +100,7 @@ def open_bytes(path: Path) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
             with pyarrow.CompressedInputStream(raw, {".gz": "gzip", ".zst": "zstd"}[path.suffix]) as unpacked:
                 yield unpacked, raw
         except (pyarrow.ArrowException, OSError) as error:
-            raise UserError(
-                f"{path}: not a whole {path.suffix} file ({first_line(error)}). Write it again."
-            ) from None
+            raise UserError(f"{path}: not a whole {path.suffix} file ({first_line(error)}). Write it again.") from None
 
 
 def read_utf8(path: Path, on_read: OnRead | None = None) -> Iterator[str]:
