@@ -55,7 +55,7 @@ _RANGE = re.compile(r"([1-5])(?:-([1-5]))?")
 @click.option("--report", "reports", multiple=True, metavar="NAME=FILE", help="Write by any other reporter.")
 @click.option("--list", "list_tasks", is_flag=True, help="Show the tasks and stop.")
 @click.option("--output-dir", "runs_dir", help="Folder of all runs. Default: runs.")
-def evaluate(target: str | None, list_tasks: bool, **wishes: Any) -> int:
+def evaluate(target: str | None, list_tasks: bool, **options: Any) -> int:
     """Ask the model of a RUN, or of a folder (PATH), questions with known answers.
 
     PATH may be a stage's folder, an exported or published Hugging Face folder, or a report (.json) of an earlier
@@ -70,8 +70,8 @@ def evaluate(target: str | None, list_tasks: bool, **wishes: Any) -> int:
         return 0
     if target is None:
         raise UserError("name what to evaluate: a RUN or a PATH. `--list` shows the tasks.")
-    writers = report_writers(wishes)
-    report = _evaluated(target, wishes)
+    writers = report_writers(options)
+    report = _evaluated(target, options)
     print_report(Console(), report)
     for write, path in writers:
         write(report, path)
@@ -90,12 +90,12 @@ class Plan:
     earlier: Report | None
 
 
-def _evaluated(target: str, wishes: dict[str, Any]) -> Report:
+def _evaluated(target: str, options: dict[str, Any]) -> Report:
     from ray_pipeline.evaluation.outcome import is_report
 
     if is_report(Path(target)):
-        return _read(Path(target), wishes)
-    plan = make_plan(target, wishes)
+        return _read(Path(target), options)
+    plan = make_plan(target, options)
     reports = [_ask(plan, source) for source in plan.models]
     other = plan.earlier or (reports[1] if len(reports) > 1 else None)
     if other is not None:
@@ -103,26 +103,26 @@ def _evaluated(target: str, wishes: dict[str, Any]) -> Report:
     return reports[0]
 
 
-def _read(path: Path, wishes: dict[str, Any]) -> Report:
+def _read(path: Path, options: dict[str, Any]) -> Report:
     """An earlier report, compared with another if asked."""
     from ray_pipeline.evaluation.outcome import is_report, read_report
 
     given = {"stage": None, "tools": None, "difficulty": None, "limit": None, "temperature": None, "ks": None,
              "max_new_tokens": None, "samples": 1, "seed": 0}  # fmt: skip
     for name, default in given.items():
-        if wishes[name] != default:
+        if options[name] != default:
             option = "k" if name == "ks" else name.replace("_", "-")
             raise UserError(f"--{option}: {path} is a report, its questions were asked already. Leave it out.")
     report = read_report(path)
-    if wishes["tasks"] is not None:
-        names = split_names(wishes["tasks"])
+    if options["tasks"] is not None:
+        names = split_names(options["tasks"])
         there = {task.name: task for task in report.tasks}
         missing = [name for name in names if name not in there]
         if missing:
             raise UserError(f"--tasks {missing[0]}: {path} holds only {', '.join(there)}.")
         report.tasks = [there[name] for name in names]
-    if wishes["compare"] is not None:
-        other = Path(wishes["compare"])
+    if options["compare"] is not None:
+        other = Path(options["compare"])
         if not is_report(other):
             raise UserError(
                 f"--compare {other}: {path} is a report, so the other one has to be a report (.json) too. To ask a "
@@ -132,7 +132,7 @@ def _read(path: Path, wishes: dict[str, Any]) -> Report:
     return report
 
 
-def make_plan(target: str, wishes: dict[str, Any]) -> Plan:
+def make_plan(target: str, options: dict[str, Any]) -> Plan:
     """Everything that can be refused before a model is loaded.
 
     Raises:
@@ -143,14 +143,14 @@ def make_plan(target: str, wishes: dict[str, Any]) -> Plan:
     from ray_pipeline.evaluation.outcome import check_comparable, is_report, read_report
     from ray_pipeline.evaluation.tasks import Request, make_tasks
 
-    samples, temperature, ks = sampling(wishes)
-    difficulties = levels(wishes["difficulty"])
-    runs_dir = output_dir(wishes["runs_dir"])
-    source = find_model(target, wishes["stage"], runs_dir)
-    names = ["heldout"] if wishes["tasks"] is None and source.heldout else split_names(wishes["tasks"] or "")
-    landlock = not wishes["without_landlock"]
-    request = Request(None, wishes["seed"], wishes["limit"], difficulties, source.heldout, landlock)
-    models, earlier, compare = [source], None, wishes["compare"]
+    samples, temperature, ks = sampling(options)
+    difficulties = levels(options["difficulty"])
+    runs_dir = output_dir(options["runs_dir"])
+    source = find_model(target, options["stage"], runs_dir)
+    names = ["heldout"] if options["tasks"] is None and source.heldout else split_names(options["tasks"] or "")
+    landlock = not options["without_landlock"]
+    request = Request(None, options["seed"], options["limit"], difficulties, source.heldout, landlock)
+    models, earlier, compare = [source], None, options["compare"]
     if compare is not None and is_report(Path(compare)):
         earlier = read_report(Path(compare))
     elif compare is not None:
@@ -161,26 +161,26 @@ def make_plan(target: str, wishes: dict[str, Any]) -> Plan:
     for model in models:
         model.read_tokenizer()
     tools = source.tools
-    if wishes["tools"] is not None:
-        tools = tools.model_copy(update={"names": split_names(wishes["tools"])})
+    if options["tools"] is not None:
+        tools = tools.model_copy(update={"names": split_names(options["tools"])})
     if not landlock:
         tools = tools.model_copy(update={"without_landlock": True})
     if tools.names:
         from ray_pipeline.evaluation.asking import check_tools
 
         check_tools(tuple(tools.names), models, without_landlock=tools.without_landlock)
-    limit = wishes["max_new_tokens"] or source.max_new_tokens or DEFAULT_NEW_TOKENS
-    settings = AskSettings(samples, temperature, limit, wishes["seed"], wishes["max_batch"], tools)
+    limit = options["max_new_tokens"] or source.max_new_tokens or DEFAULT_NEW_TOKENS
+    settings = AskSettings(samples, temperature, limit, options["seed"], options["max_batch"], tools)
     return Plan(models, tasks, settings, ks, earlier)
 
 
-def sampling(wishes: dict[str, Any]) -> tuple[int, float, tuple[int, ...]]:
+def sampling(options: dict[str, Any]) -> tuple[int, float, tuple[int, ...]]:
     """Samples, temperature and the k of pass@k.
 
     Raises:
         UserError: fewer than one sample, equal samples, or a k that there are too few samples for.
     """
-    samples, temperature = wishes["samples"], wishes["temperature"]
+    samples, temperature = options["samples"], options["temperature"]
     if samples < 1:
         raise UserError(f"--samples {samples}: a question needs at least one answer. Use --samples 1.")
     if temperature is None:
@@ -191,12 +191,12 @@ def sampling(wishes: dict[str, Any]) -> tuple[int, float, tuple[int, ...]]:
             f"--samples {samples} with --temperature 0: greedy answers to a question are all the same. Use a "
             f"temperature above 0, such as {SAMPLED_TEMPERATURE}, or --samples 1."
         )
-    if wishes["ks"] is None:
+    if options["ks"] is None:
         return samples, temperature, tuple(sorted({*(2**i for i in range(samples.bit_length()))} | {samples}))
     try:
-        ks = tuple(sorted({int(k) for k in wishes["ks"].split(",")}))
+        ks = tuple(sorted({int(k) for k in options["ks"].split(",")}))
     except ValueError:
-        raise UserError(f"--k {wishes['ks']}: must be whole numbers with commas between them, such as 1,4.") from None
+        raise UserError(f"--k {options['ks']}: must be whole numbers with commas between them, such as 1,4.") from None
     if ks[0] < 1 or ks[-1] > samples:
         wrong = ks[0] if ks[0] < 1 else ks[-1]
         raise UserError(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ray_pipeline.cli.runs import choose_stage, find_run, finished_stages, list_runs
 from ray_pipeline.errors import UserError, did_you_mean, resume_command
 from ray_pipeline.settings.chain import POLICY_STAGES
-from ray_pipeline.settings.run_folder import CONFIG_FILE, MODEL, RECORD, TOKENIZER
+from ray_pipeline.settings.run_folder import CONFIG_FILE, HELDOUT_QUESTIONS, MODEL, RECORD, TOKENIZER
 
 if TYPE_CHECKING:
     from ray_pipeline.evaluation.model_source import ModelSource
@@ -79,7 +79,7 @@ def _exported(folder: Path, run_dir: Path, finished: dict[str, Path]) -> ModelSo
 
 def _with_run(source: ModelSource, run_dir: Path, data: Path | None) -> ModelSource:
     """Add what the run knows: its held-out questions and how long its answers may be."""
-    heldout = None if data is None else data / "prompts" / "heldout.jsonl"
+    heldout = None if data is None else data / HELDOUT_QUESTIONS
     return replace(source, heldout=heldout, **_settings(run_dir))
 
 

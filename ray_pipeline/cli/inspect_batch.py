@@ -9,7 +9,7 @@ import click
 
 from ray_pipeline.cli.runs import find_run, output_dir
 from ray_pipeline.errors import UserError
-from ray_pipeline.settings.run_folder import CONFIG_FILE, TOKENIZER
+from ray_pipeline.settings.run_folder import CONFIG_FILE, HELDOUT_QUESTIONS, TOKENIZER, TRAIN_QUESTIONS
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -40,7 +40,7 @@ def inspect_batch(run: str, stage: str, step: int, rows: int, validation: bool, 
     run_dir = find_run(run, output_dir(options["output_dir"]))
     _, data = choose_stage(run_dir, "data_prep", ("data_prep",))
     if stage == "grpo":
-        show_prompts(data / FOLDERS[stage] / ("heldout.jsonl" if validation else "train.jsonl"), rows)
+        show_prompts(data / (HELDOUT_QUESTIONS if validation else TRAIN_QUESTIONS), rows)
     else:
         show_rows(run_dir, data, stage, step, rows, validation)
     return 0

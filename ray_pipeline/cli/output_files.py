@@ -33,7 +33,7 @@ def refuse_to_replace(option: str, path: Path, is_own: Callable[[Path], bool]) -
         )
 
 
-def report_writers(wishes: dict[str, Any]) -> list[tuple[Any, Path]]:
+def report_writers(options: dict[str, Any]) -> list[tuple[Any, Path]]:
     """(reporter, path) of everything that will be written.
 
     Raises:
@@ -42,8 +42,8 @@ def report_writers(wishes: dict[str, Any]) -> list[tuple[Any, Path]]:
     """
     from ray_pipeline.report.evaluation import get_reporter
 
-    wanted = [(name, wishes[f"{name}_file"], f"--{name}") for name in ("json", "html") if wishes[f"{name}_file"]]
-    for given in wishes["reports"]:
+    wanted = [(name, options[f"{name}_file"], f"--{name}") for name in ("json", "html") if options[f"{name}_file"]]
+    for given in options["reports"]:
         name, equals, file = given.partition("=")
         if not equals or not file:
             raise UserError(f"--report {given}: write it as NAME=FILE, for example --report jsonl=answers.jsonl.")

@@ -33,6 +33,7 @@ LOGS = "logs"  # what a stage's processes print
 TOKENIZER = "tokenizer"
 MODEL = "model"
 EXPORT_CARD = "export.json"  # what became of each export in every program that loads it
+TRAIN_QUESTIONS, HELDOUT_QUESTIONS = "prompts/train.jsonl", "prompts/heldout.jsonl"  # in DATA_PREP's folder
 ADAPTER = "adapter"  # peft's own files of low-rank adapters
 
 # Written while a stage works, and by the workflow.

@@ -17,7 +17,7 @@ from ray_pipeline.errors import UserError
 from ray_pipeline.launch.stage_context import StageContext, StageResult
 from ray_pipeline.objectives.distillation import distillation_objective
 from ray_pipeline.settings.chain import input_stage, is_top_k, teacher_path
-from ray_pipeline.settings.run_folder import TOKENIZER
+from ray_pipeline.settings.run_folder import TOKENIZER, TRAIN_QUESTIONS
 from ray_pipeline.stages.verdict import judge_accuracy
 from ray_pipeline.teachers.engine_teacher import EngineTeacher, Teacher, load_teacher
 from ray_pipeline.teachers.teacher_answers import teacher_answer_rows
@@ -55,7 +55,7 @@ def train(arguments: dict[str, Any]) -> dict[str, Any]:
     scorer = make_scorer(rank, engine, teacher)
     answers = None
     if settings.on_policy:
-        answers = StudentAnswers(rank, engine, whole, prepared_questions(rank.data / "prompts" / "train.jsonl"))
+        answers = StudentAnswers(rank, engine, whole, prepared_questions(rank.data / TRAIN_QUESTIONS))
     source = DistillationSource(rank, rows, answers, scorer)
 
     def evaluate() -> dict[str, float]:

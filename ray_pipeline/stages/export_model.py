@@ -45,7 +45,7 @@ from ray_pipeline.records.artifacts import (
 )
 from ray_pipeline.records.integrity import files_damage, manifest_files, verify_folder
 from ray_pipeline.records.progress import Progress
-from ray_pipeline.settings.run_folder import MANIFEST, MODEL
+from ray_pipeline.settings.run_folder import HELDOUT_QUESTIONS, MANIFEST, MODEL
 
 CHECKED_QUESTIONS = 8  # whose answers are compared token by token
 MARKED_QUESTIONS = 24  # whose answers are marked, of rounded kinds
@@ -96,7 +96,7 @@ class Exporter:
     @cached_property
     def questions(self) -> list[dict[str, Any]]:
         """Of the run's held-out ones."""
-        path = self.context.inputs["data_prep"].folder / "prompts" / "heldout.jsonl"
+        path = self.context.inputs["data_prep"].folder / HELDOUT_QUESTIONS
         return prepared_questions(path, MARKED_QUESTIONS)
 
     @cached_property

@@ -19,7 +19,7 @@ from ray_pipeline.evaluation.marking import are_right
 from ray_pipeline.records.artifacts import atomic_folder
 from ray_pipeline.records.integrity import damage
 from ray_pipeline.rollouts.rollout import request_seed
-from ray_pipeline.settings.run_folder import TOKENIZER
+from ray_pipeline.settings.run_folder import TOKENIZER, TRAIN_QUESTIONS
 from ray_pipeline.teachers.engine_teacher import Teacher
 from ray_pipeline.training.distillation.student_answers import Answer, longest_answer, pack_answers, write_answers
 from ray_pipeline.training.heldout import WholeModel
@@ -39,7 +39,7 @@ def teacher_answer_rows(rank: Rank, teacher: Teacher) -> Batch | None:
     if not all(all_ranks_gather(rank.mesh, folder.is_dir())):
         own = load_tokenizer(rank.data / TOKENIZER)
         wanted = rank.config.distillation.teacher_answers
-        questions = prepared_questions(rank.data / "prompts" / "train.jsonl", wanted)
+        questions = prepared_questions(rank.data / TRAIN_QUESTIONS, wanted)
         if teacher.config is not None:
             right = _from_own_model(rank, teacher, questions, own)
         else:

@@ -22,7 +22,7 @@ from ray_pipeline.evaluation.tasks.question_tasks import run_questions
 from ray_pipeline.records.artifacts import write_sealed
 from ray_pipeline.records.integrity import read_sealed
 from ray_pipeline.rewards.gym import oracle
-from ray_pipeline.settings.run_folder import HELDOUT_FILE, SAMPLES_FILE, TOKENIZER
+from ray_pipeline.settings.run_folder import HELDOUT_FILE, HELDOUT_QUESTIONS, SAMPLES_FILE, TOKENIZER
 from ray_pipeline.training.rank import Rank
 
 SHOWN_SAMPLES = 12
@@ -65,7 +65,7 @@ class HeldOut:
     def __init__(self, rank: Rank, whole: WholeModel):
         self.rank, self.whole = rank, whole
         settings = rank.config.evaluation
-        self.task = run_questions(rank.data / "prompts" / "heldout.jsonl", settings.questions)
+        self.task = run_questions(rank.data / HELDOUT_QUESTIONS, settings.questions)
         self.settings = AskSettings(max_new_tokens=settings.max_new_tokens, tools=rank.config.tools)
 
     def evaluate(self) -> TaskResult:

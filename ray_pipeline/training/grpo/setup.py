@@ -24,7 +24,7 @@ from ray_pipeline.rollouts.collector import Collector, Question, Score
 from ray_pipeline.rollouts.decoder_sampler import DecoderSampler, SamplingRules
 from ray_pipeline.rollouts.ray_engine import RayEngine
 from ray_pipeline.rollouts.samplers import InRankEngine, RolloutEngine, Sampler, from_main, share_rows
-from ray_pipeline.settings.run_folder import TOKENIZER
+from ray_pipeline.settings.run_folder import TOKENIZER, TRAIN_QUESTIONS
 from ray_pipeline.settings.schema import GrpoConfig, ToolsConfig
 from ray_pipeline.tools.toolbox import listed_tools
 from ray_pipeline.training.grpo.reference import Reference
@@ -46,7 +46,7 @@ def rollout_source(
         UserError: a setting that cannot work, no prompt that fits, or rewards that mark reference answers wrong.
     """
     settings, tokenizer = rank.config.grpo, whole.tokenizer
-    asked = prepared_questions(rank.data / "prompts" / "train.jsonl")
+    asked = prepared_questions(rank.data / TRAIN_QUESTIONS)
     questions = fitting_questions(asked, tokenizer, settings, rank.config.data.seq_len, listed_tools(rank.config.tools))
     left_out = len(asked) - len(questions)
     with ExitStack() as stack:
