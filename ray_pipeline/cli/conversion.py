@@ -29,6 +29,7 @@ from model.convert.native import save_native
 from model.convert.selected import Selected, outcome, select
 from model.convert.tokenizer_start import begins_with_bos, with_bos
 from model.transformer import Transformer
+from ray_pipeline.cli.eval_target import was_pretrained
 from ray_pipeline.data.chat.tokenizer import load_tokenizer
 from ray_pipeline.errors import StageFailed, UserError
 from ray_pipeline.evaluation.export_checks import Export, check_export, native
@@ -36,7 +37,6 @@ from ray_pipeline.evaluation.model_source import GENERATION, ModelSource
 from ray_pipeline.evaluation.proof import Check, Material
 from ray_pipeline.records.artifacts import atomic_folder, atomic_path, load_model, read_json, write_manifest
 from ray_pipeline.records.integrity import verify_files
-from ray_pipeline.settings.run_folder import CONFIG_FILE
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -115,7 +115,7 @@ def read_source(source: ModelSource, selection: Selection, tokenizer: Path | Non
     path = source.folder / GENERATION
     generation = read_json(path) if path.is_file() else {}
     with tempfile.TemporaryDirectory() as aside:
-        if tokenizer is None and _pretrained(source) and not begins_with_bos(folder):
+        if tokenizer is None and was_pretrained(source) and not begins_with_bos(folder):
             folder = with_bos(folder, Path(aside))
         yield Read(source.name, config, selected, folder, begins_with_bos(folder), generation)
 
@@ -137,14 +137,6 @@ def _read_folder(folder: Path, selection: Selection, seed: int) -> tuple[ModelCo
 
 def _all_of(config: ModelConfig, state: dict[str, Tensor], selection: Selection, seed: int) -> Selected:
     return select(config, state, selection, published_slots(config, state), seed=seed)
-
-
-def _pretrained(source: ModelSource) -> bool:
-    """PRETRAIN's documents begin with bos, whatever the run's tokenizer says of itself."""
-    from ray_pipeline.dag.ledger import RunFile
-
-    run_dir = source.folder.parent.parent
-    return source.form == "stage" and (run_dir / CONFIG_FILE).is_file() and "pretrain" in RunFile(run_dir).chain
 
 
 def _with_flags(message: str) -> str:

@@ -46,6 +46,14 @@ def find_model(given: str, stage: str | None, runs_dir: Path) -> ModelSource:
     return _of_folder(path)
 
 
+def was_pretrained(source: ModelSource) -> bool:
+    """Whether its run has PRETRAIN, whose documents begin with bos, whatever the tokenizer says of itself."""
+    from ray_pipeline.dag.ledger import RunFile
+
+    run_dir = source.folder.parent.parent
+    return source.form == "stage" and (run_dir / CONFIG_FILE).is_file() and "pretrain" in RunFile(run_dir).chain
+
+
 def _of_run(run_dir: Path, stage: str | None) -> ModelSource:
     finished = finished_stages(run_dir)
     candidates: tuple[str, ...] = POLICY_STAGES + BY_NAME

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ray_pipeline.cli.eval_target import find_model
+from ray_pipeline.cli.eval_target import find_model, was_pretrained
 from ray_pipeline.errors import UserError
 from ray_pipeline.records.integrity import verify_files
 from ray_pipeline.settings.run_folder import CONFIG_FILE
@@ -54,12 +54,10 @@ def _config(source: ModelSource) -> ModelConfig | None:
 
 
 def _bos(source: ModelSource) -> bool:
-    """PRETRAIN's documents begin with bos, whatever the run's tokenizer says of itself."""
+    """Whether its documents begin with bos."""
     from model.convert.tokenizer_start import begins_with_bos
-    from ray_pipeline.dag.ledger import RunFile
 
-    run_dir = source.folder.parent.parent
-    if source.form == "stage" and "pretrain" in RunFile(run_dir).chain:
+    if was_pretrained(source):
         return True
     source.read_tokenizer()  # refuses a damaged one by its own name
     return begins_with_bos(source.tokenizer)
