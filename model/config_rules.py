@@ -99,8 +99,7 @@ def _check_attention(config: ModelConfig) -> None:
             )
     if config.position == "cope" and config.rope_scaling is not None:
         raise ValueError(
-            "rope_scaling with position=cope: there are no rotary positions to stretch; omit it, or use "
-            "position=rope"
+            "rope_scaling with position=cope: there are no rotary positions to stretch; omit it, or use position=rope"
         )
     if config.position == "cope" and config.attention in ("dsa", "sliding"):
         raise ValueError(
