@@ -68,8 +68,6 @@ class Door:
         if isinstance(model, str) and model != self.upstream.model:
             message = f"model {model[:200]!r} is not served here: {self.upstream.model} is"
             return JSONResponse(error_body(404, message, param="model", code="model_not_found"), 404)
-        if fault := _turns_fault(body):
-            return JSONResponse(error_body(400, fault, param="messages"), 400)
         try:
             bodies = one_each(body)
         except ValueError as error:
@@ -161,17 +159,6 @@ class Door:
 async def _close(answers: Sequence[httpx.Response]) -> None:
     for answer in answers:
         await answer.aclose()
-
-
-def _turns_fault(body: dict[str, Any]) -> str | None:
-    """What is wrong with the form of a conversation, which llama.cpp answers with an error of its own (500)."""
-    turns = body.get("messages", [{"role": "user"}])
-    if not isinstance(turns, list) or not turns:
-        return f"messages {str(turns)[:100]}: must be a list of turns, at least one"
-    for number, turn in enumerate(turns):
-        if not isinstance(turn, dict) or not isinstance(turn.get("role"), str):
-            return f"messages[{number}] {str(turn)[:100]}: must be an object with a role"
-    return None
 
 
 def _refused(status: int, content: bytes) -> Response:

@@ -169,14 +169,7 @@ def test_several_answers_are_those_of_their_seeds_and_all_their_tokens_count(doo
         ask(door, "x", n=99)
 
 
-@pytest.mark.parametrize(
-    ("path", "body"),
-    [
-        ("responses", {"input": 4}),
-        ("chat/completions", {"messages": [4]}),
-        ("chat/completions", {"messages": [{"content": "x"}]}),
-    ],
-)
+@pytest.mark.parametrize(("path", "body"), [("responses", {"input": 4}), ("chat/completions", {"messages": [4]})])
 def test_fields_of_the_wrong_type_are_refused(door, path, body):
     answer = httpx.post(f"{door}/v1/{path}", json=body)
     assert answer.status_code == 400 and answer.json()["error"]["message"]
