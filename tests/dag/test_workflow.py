@@ -31,12 +31,16 @@ def one_ray():
 
 def run(folder: Path, *, functions=toy.FUNCTIONS, stages=None, ranks: int = 1, dry_run: bool = False, **values) -> int:
     stages = stages or StageSelection()
-    return execute(RunRequest(toy.config(folder, **values), toy.layout(ranks), stages, False, dry_run, functions))
+    return execute(
+        RunRequest(toy.config(folder, **values), toy.layout(ranks), stages, False, dry_run, stage_functions=functions)
+    )
 
 
 def resume(folder: Path, *, functions=toy.FUNCTIONS, stages=None, ranks: int = 1, **values) -> int:
     stages = stages or StageSelection()
-    return execute(RunRequest(toy.config(folder, **values), toy.layout(ranks), stages, True, False, functions))
+    return execute(
+        RunRequest(toy.config(folder, **values), toy.layout(ranks), stages, True, False, stage_functions=functions)
+    )
 
 
 def statuses(folder: Path) -> dict[str, str]:
