@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ray_pipeline.errors import StageFailed, UserError
+from ray_pipeline.errors import StageFailed, UserError, first_line
 from ray_pipeline.records.artifacts import manifest
 from ray_pipeline.records.integrity import manifest_files, sealed, verify_folder
 from ray_pipeline.settings.run_folder import MANIFEST
@@ -69,11 +69,7 @@ def push(out: Path, repository: str, *, public: bool) -> str:
     try:
         api.create_repo(repository, private=not public, exist_ok=True)
         done: Any = api.create_commit(repository, operations, commit_message="Export with its proof")
-    except (
-        *_unreachable(),
-        RuntimeError,
-        ValueError,
-    ) as error:
+    except (*_unreachable(), RuntimeError, ValueError) as error:
         raise StageFailed(
             f"--push {repository}: the Hub says {_short(error)}. The export is whole in {out}; send it again with the "
             f"same command."
@@ -95,6 +91,5 @@ def _unreachable() -> tuple[Any, ...]:
 
 def _short(error: BaseException) -> str:
     """The first line that says something, and what it came from."""
-    lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    cause = f" ({str(error.__cause__).splitlines()[0]})" if error.__cause__ and str(error.__cause__) else ""
-    return lines[0][:200] + cause[:200]
+    cause = "" if error.__cause__ is None else f" ({first_line(error.__cause__)})"
+    return first_line(error)[:200] + cause[:200]

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from ray_pipeline.dag.ledger import read_status
@@ -14,7 +15,8 @@ from ray_pipeline.errors import UserError, did_you_mean, resume_command
 from ray_pipeline.launch.launchers import InlineLauncher, ProcessLauncher, RayLauncher
 from ray_pipeline.launch.stage_context import Launcher, StageContext, StageResult
 from ray_pipeline.layout.layout import Layout
-from ray_pipeline.records.artifacts import write_json
+from ray_pipeline.records.artifacts import atomic_folder, write_json
+from ray_pipeline.records.integrity import refuse_foreign_folder
 from ray_pipeline.settings.chain import trained, upstream
 from ray_pipeline.settings.run_folder import CHECKPOINTS
 from ray_pipeline.settings.schema import PipelineFields
@@ -47,7 +49,8 @@ def choose(
     Args:
         stage: None: the last training stage that has begun. step: None: three steps behind its newest checkpoint.
     Raises:
-        UserError: no such stage or step, a stage before it is not finished, or somebody works on the run.
+        UserError: no such stage or step, a stage before it is not finished, somebody works on the run, or the folder to
+            write is there and no profile.
     """
     status = read_status(run_dir)
     if status["worked_on_by"] is not None:
@@ -74,10 +77,9 @@ def choose(
     reach = step - 1 if step is not None else last - steps
     start = max((done for done in saved if done + WARM_UP <= reach), default=0)
     wanted = step if step is not None else min(start + WARM_UP + 1, max(1, last - steps + 1))
-    if out is not None and out.exists() and not (out / SUMMARY).is_file():
-        raise UserError(f"--out {out}: is there, and is no profile of this verb. Give another folder, or move it away.")
-    place = out or run_dir / "profiles" / f"{chosen}-step-{wanted}"
-    return ProfileRequest(config, layout, run_dir, chosen, wanted, steps, start, place.absolute())
+    place = (out or run_dir / "profiles" / f"{chosen}-step-{wanted}").absolute()
+    refuse_foreign_folder(place)
+    return ProfileRequest(config, layout, run_dir, chosen, wanted, steps, start, place)
 
 
 def _checkpoints(folder: Path) -> list[int]:
@@ -87,14 +89,22 @@ def _checkpoints(folder: Path) -> list[int]:
 def take_profile(request: ProfileRequest) -> dict[str, Any]:
     """Run the stage on a copy up to the profiled steps; every rank's figures, as `profile.json` in `out` has them.
 
+    The folder appears whole, and replaces an earlier profile alone.
+
     Raises:
         UserError, StageFailed: what the stage ends in.
     """
+    with atomic_folder(request.out) as out, TemporaryDirectory(dir=out) as aside:
+        found = _profile(request, out, Path(aside, f"{request.stage}-profile"))
+        write_json(out / SUMMARY, found)
+    return found
+
+
+def _profile(request: ProfileRequest, out: Path, work: Path) -> dict[str, Any]:
+    """Traces go to `out`; the stage runs in `work`."""
     from ray_pipeline.training.rank import rank_arguments
     from ray_pipeline.training.step_profile import profiled
 
-    shutil.rmtree(request.out, ignore_errors=True)
-    work = request.out / ".work" / f"{request.stage}-profile"
     (work / CHECKPOINTS).mkdir(parents=True)
     entries = {entry["stage"]: entry for entry in read_status(request.run_dir)["stages"]}
     own = entries[request.stage].get("folder")
@@ -104,19 +114,14 @@ def take_profile(request: ProfileRequest) -> dict[str, Any]:
     if own and (Path(own) / KEPT).is_file():
         shutil.copy(Path(own) / KEPT, work / KEPT)
     inputs = {name: StageResult(Path(entries[name]["folder"])) for name in upstream(request.config, request.stage)}
-    try:
-        with _launcher(request) as launcher:
-            context = StageContext(request.config, request.run_dir.name, request.run_dir, work, inputs, launcher)
-            wanted = {"step": request.step, "steps": request.steps, "out": str(request.out)}
-            found = launcher.run(request.stage, profiled, rank_arguments(context, request.stage) | {"profile": wanted})
-    finally:
-        shutil.rmtree(request.out / ".work", ignore_errors=True)
-    facts = {
+    with _launcher(request) as launcher:
+        context = StageContext(request.config, request.run_dir.name, request.run_dir, work, inputs, launcher)
+        wanted = {"step": request.step, "steps": request.steps, "out": str(out)}
+        found = launcher.run(request.stage, profiled, rank_arguments(context, request.stage) | {"profile": wanted})
+    return {
         "run": request.run_dir.name, "stage": request.stage, "step": request.step, "steps": request.steps,
         "checkpoint": request.checkpoint, "ranks": found["ranks"],
     }  # fmt: skip
-    write_json(request.out / SUMMARY, facts)
-    return facts
 
 
 @contextmanager

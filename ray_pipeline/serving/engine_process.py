@@ -16,7 +16,7 @@ from pathlib import Path
 from ray_pipeline.errors import UserError
 from ray_pipeline.records.artifacts import writing
 from ray_pipeline.serving import leash
-from ray_pipeline.serving.environments import cache_folder
+from ray_pipeline.serving.environments import cache_folder, outside
 
 KEPT_LOGS = 10
 KEPT_LINES = 6  # of a log, in a message
@@ -74,13 +74,11 @@ def start_process(
         os.rmdir(folder)
         folder = tempfile.mkdtemp(prefix=f"{name}-", dir="/tmp")
     socket = Path(folder, "s")
-    # Nothing of this program's environment may be imported there.
-    inherited = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")}
     with log.open("ab") as output:
         process = subprocess.Popen(
             [sys.executable, "-S", "-P", leash.__file__, *map(str, words(socket))],
             stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
-            env=inherited | {"PYTHONNOUSERSITE": "1"} | dict(environment), cwd=folder,
+            env=outside() | dict(environment), cwd=folder,
         )  # fmt: skip
     return EngineProcess(socket, log, process)
 

@@ -96,6 +96,12 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ray-pipeline"
 
 
+def outside() -> dict[str, str]:
+    """This process's variables for a program of another environment: nothing of this one may be imported there."""
+    own = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
+    return {name: value for name, value in os.environ.items() if name not in own} | {"PYTHONNOUSERSITE": "1"}
+
+
 def _engines_folder() -> Path:
     return cache_folder() / "engines"
 
@@ -210,15 +216,12 @@ class _Steps:
 
     def run(self, words: Sequence[str | Path]) -> tuple[bool, str]:
         """Whether a program ended well, and the last line it printed."""
-        # Nothing of the trainer's environment may be imported there.
-        env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")}
         last = ""
         with (
             self.log.open("a", encoding="utf-8") as log,
             subprocess.Popen(
                 [str(word) for word in words], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT, text=True, errors="replace", env=env | {"PYTHONNOUSERSITE": "1"},
-                cwd=self.log.parent,
+                stderr=subprocess.STDOUT, text=True, errors="replace", env=outside(), cwd=self.log.parent,
             ) as process,
         ):  # fmt: skip
             assert process.stdout is not None

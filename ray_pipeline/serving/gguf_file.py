@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +14,7 @@ from ray_pipeline.serving.engines import ServedModel
 from ray_pipeline.serving.environments import cache_folder
 
 if TYPE_CHECKING:
+    from model.transformer import Transformer
     from ray_pipeline.evaluation.model_source import ModelSource
 
 MAGIC = b"GGUF"
@@ -60,33 +64,44 @@ def gguf_of(model: ServedModel) -> Path:
     assert source is not None
     path = cache_folder() / "gguf" / f"{source_digest(source, bos=model.bos)}-f16.gguf"
     if not path.is_file():
-        _convert(model, source, path)
+        _convert(model, path)
     return path
 
 
-def _convert(model: ServedModel, source: ModelSource, path: Path) -> None:
-    import tempfile
-
+def _convert(model: ServedModel, path: Path) -> None:
     from model.convert.gguf import save_gguf
-    from model.convert.tokenizer_start import begins_with_bos, with_bos
-    from ray_pipeline.evaluation.models import NativeBackend, load
     from ray_pipeline.records.artifacts import atomic_path
 
+    with opened(model, "GGUF") as (native, tokenizer, ends), atomic_path(path) as partial:
+        save_gguf(
+            partial, native.config, native.state_dict(), kind="f16", tokenizer_folder=tokenizer, name=model.name,
+            licence="unknown", end_ids=ends,
+        )  # fmt: skip
+
+
+@contextmanager
+def opened(model: ServedModel, form: str) -> Iterator[tuple[Transformer, Path, list[int]]]:
+    """What is written of a model in another form: its weights, the folder of a tokenizer that begins plain text as the
+    model has seen it, and the tokens that end an answer.
+
+    Raises:
+        UserError: damaged weights, or what the form, by its name, has no place for.
+    """
+    from model.convert.tokenizer_start import begins_with_bos, with_bos
+    from ray_pipeline.evaluation.models import NativeBackend, load
+
+    source = model.source
+    assert source is not None
     loaded = load(source)
     assert isinstance(loaded.backend, NativeBackend)
-    native = loaded.backend.model.cpu()
     with tempfile.TemporaryDirectory() as aside:
         tokenizer = source.tokenizer
         if model.bos and not begins_with_bos(tokenizer):
             tokenizer = with_bos(tokenizer, Path(aside))
         try:
-            with atomic_path(path) as partial:
-                save_gguf(
-                    partial, native.config, native.state_dict(), kind="f16", tokenizer_folder=tokenizer,
-                    name=model.name, licence="unknown", end_ids=sorted(source.eos_ids(source.read_tokenizer())),
-                )  # fmt: skip
+            yield loaded.backend.model.cpu(), tokenizer, sorted(source.eos_ids(loaded.tokenizer))
         except ValueError as error:
-            raise UserError(f"{model.name}: cannot be written as GGUF: {error}") from None
+            raise UserError(f"{model.name}: cannot be written as {form}: {error}") from None
 
 
 def source_digest(source: ModelSource, *, bos: bool) -> str:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 
-from ray_pipeline.errors import UserError
 from ray_pipeline.serving.engines import ServedModel
 from ray_pipeline.serving.environments import cache_folder
-from ray_pipeline.serving.gguf_file import source_digest
+from ray_pipeline.serving.gguf_file import opened, source_digest
 
 
 def hf_of(model: ServedModel) -> Path:
@@ -34,24 +32,10 @@ def _convert(model: ServedModel, folder: Path) -> None:
     import torch
 
     from model.convert.hf import save_hf
-    from model.convert.tokenizer_start import begins_with_bos, with_bos
-    from ray_pipeline.evaluation.models import NativeBackend, load
     from ray_pipeline.records.artifacts import atomic_folder
 
-    source = model.source
-    assert source is not None
-    loaded = load(source)
-    assert isinstance(loaded.backend, NativeBackend)
-    native, ends = loaded.backend.model.cpu(), sorted(source.eos_ids(loaded.tokenizer))
-    with tempfile.TemporaryDirectory() as aside:
-        tokenizer = source.tokenizer
-        if model.bos and not begins_with_bos(tokenizer):
-            tokenizer = with_bos(tokenizer, Path(aside))
-        try:
-            with atomic_folder(folder) as partial:
-                save_hf(
-                    partial, native.config, native.state_dict(), tokenizer_folder=tokenizer, model_card="",
-                    dtype=torch.bfloat16, generation={"eos_token_id": ends},
-                )  # fmt: skip
-        except ValueError as error:
-            raise UserError(f"{model.name}: cannot be written as a Hugging Face folder: {error}") from None
+    with opened(model, "a Hugging Face folder") as (native, tokenizer, ends), atomic_folder(folder) as partial:
+        save_hf(
+            partial, native.config, native.state_dict(), tokenizer_folder=tokenizer, model_card="",
+            dtype=torch.bfloat16, generation={"eos_token_id": ends},
+        )  # fmt: skip

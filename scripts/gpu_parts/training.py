@@ -7,7 +7,6 @@ import os
 import tempfile
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,8 @@ from ray_pipeline.layout.layout import Layout
 from ray_pipeline.objectives.cross_entropy import CrossEntropy
 from ray_pipeline.settings.loading import load_config
 from ray_pipeline.settings.schema import OptimizerConfig
-from ray_pipeline.verification.cases import STAGES, Case, for_stage, small_subject
+from ray_pipeline.verification.cases import STAGES, TOLERANCES, Case, for_stage, small_subject
+from ray_pipeline.verification.made_data import write_data
 from ray_pipeline.verification.steps import take_steps
 from ray_pipeline.verification.world import Verifier
 from scripts.gpu_parts.operations import Facts
@@ -104,8 +104,6 @@ def stages(device: torch.device) -> Facts:
         for where in (torch.device("cpu"), device):
             case = Case(for_stage(subject, stage), Layout(device="cpu" if where.type == "cpu" else "cuda"), stage=stage)
             with tempfile.TemporaryDirectory() as folder:
-                from ray_pipeline.verification.made_data import write_data
-
                 write_data(Path(folder, "data"), case.subject)
                 traces.append(
                     take_steps(case, mesh, device=where, folder=Path(folder, "stage"), data=Path(folder, "data"))
@@ -118,8 +116,6 @@ def ranks(device: torch.device) -> Facts:
     """A layout in processes of its own, over NCCL (one rank a GPU) or gloo (two), against one process."""
     gpus = torch.cuda.device_count() if device.type == "cuda" else 2
     layout = Layout(gpus=gpus, dp=gpus, device="cuda" if device.type == "cuda" else "cpu")
-    from ray_pipeline.verification.cases import TOLERANCES
-
     with Verifier(layout.device, TOLERANCES) as verifier:
         for result in verifier.run([Case(small_subject(layout), layout)]):
             yield {"case": result.case.name(), "ok": not (result.error or result.wrong), "error": result.error,
@@ -205,7 +201,7 @@ def decoding(device: torch.device) -> Facts:
     from model.generate.decode import Decoder, generate
 
     for recipe in ("tiny", "small") if device.type == "cuda" else ("tiny",):
-        config = replace(load_config(Path(recipe)).model)
+        config = load_config(Path(recipe)).model
         model = Transformer(config).eval().requires_grad_(False)
         init_weights(model, config, seed=0)
         decoder = Decoder(model.to(device))

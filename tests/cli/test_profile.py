@@ -31,13 +31,21 @@ def profile(run_dir: Path, *arguments: str) -> int:
         (["--stage", "export"], "trains nothing in this run"),
         (["--stage", "grpo"], "grpo: reads what sft makes, which is not finished"),
         (["--stage", "sft", "--step", "99999"], "goes beyond sft's 900 steps"),
-        (["--stage", "sft", "--out", "tests"], "is there, and is no profile of this verb"),
+        (["--stage", "sft", "--out", "tests"], "which no whole manifest.json of this program there lists"),
         (["--backend", "modal"], "steps are profiled on this machine"),
     ],
 )
 def test_what_cannot_be_profiled_is_refused_before_a_process_starts(run_dir, capsys, arguments, said):
     assert profile(run_dir, *arguments) == 2
     assert said in capsys.readouterr().err
+
+
+def test_a_folder_with_a_profile_of_another_program_is_left_alone(run_dir, tmp_path, capsys):
+    for name in ("profile.json", "notes.txt"):
+        (tmp_path / name).write_text("{}")
+    assert profile(run_dir, "--stage", "sft", "--out", str(tmp_path)) == 2
+    assert "is not replaced" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["notes.txt", "profile.json"]
 
 
 def test_a_run_that_is_worked_on_is_left_alone(run_dir, capsys):
@@ -60,6 +68,6 @@ def test_a_stage_is_profiled_and_the_run_stays_as_it_was(run_dir, capsys):
     found = json.loads((run_dir / "profiles" / "sft-step-3" / "profile.json").read_text())
     assert found["checkpoint"] == 0 and len(found["ranks"]) == 1
     assert {path.name for path in (run_dir / "profiles" / "sft-step-3").iterdir()} == {
-        "profile.json", "rank-0.trace.json.gz",
+        "profile.json", "rank-0.trace.json.gz", "manifest.json",
     }  # fmt: skip
     assert contents() == before
