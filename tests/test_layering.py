@@ -13,6 +13,20 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("model", "ray_pipeline", "modal_gpu")
 
 MOST_ROOMS = 30
+MOST_LINES, FEWEST_LINES = 300, 40
+
+# A verb, a reward and a formula have a file each, however short; so do these.
+SHORT = {
+    # one mechanism, as its paper has it
+    "model.attention.sliding": "arXiv:2004.05150",
+    "model.layers.feed_forward": "arXiv:2002.05202",
+    "model.recursion": "arXiv:2510.04871",
+    # one device's form of one operation: `model.kernels.operations` lists them
+    "model.kernels.cpu.fast_softmax": "softmax_loss",
+    "model.kernels.cuda.fused_attention": "attention",
+    "ray_pipeline.engine.zero_settings": "numbers that the engine and `plan` share, without torch",
+    "ray_pipeline.isolation.judge": "its text alone is sent to the confined process that runs tests",
+}
 
 # Library -> prefixes of the modules that may import it.
 OWNERS = {
@@ -164,6 +178,14 @@ def test_the_map_has_every_room_and_imports_go_down_it() -> None:
 
 def test_a_package_holds_folders_and_few_files_of_its_own() -> None:
     assert len(list((ROOT / "ray_pipeline").glob("*.py"))) <= 3
+
+
+def test_files_are_neither_long_nor_over_split() -> None:
+    lines = {name: len(path.read_text(encoding="utf-8").splitlines()) for name, path in MODULES.items()}
+    assert not {name: count for name, count in lines.items() if count > MOST_LINES}
+    homes = ("ray_pipeline.cli", "ray_pipeline.rewards", "ray_pipeline.objectives")  # verbs, rewards, formulas
+    short = {name for name, count in lines.items() if count < FEWEST_LINES and MODULES[name].name != "__init__.py"}
+    assert {name for name in short if not any(starts(name, home) for home in homes)} == SHORT.keys()
 
 
 def test_no_two_files_share_a_name() -> None:

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from model.attention.cope import position_logits
 from model.attention.mla import MultiHeadLatentAttention
-from model.generate.fast_norm import FastNorm
 from model.kernels.cpu.products import Factor
+from model.layers.norm import FastNorm
 from model.layers.rope import apply_rotary
 
 

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from model.generate.attention_steps import build_decode_attention
 from model.generate.cache import KVCache
-from model.generate.fast_norm import prepared
 from model.kernels.cpu.products import Factor
 from model.kernels.decode_experts import DecodeExperts
 from model.layers.feed_forward import FeedForward
+from model.layers.norm import prepared
 from model.moe.experts import MixtureOfExperts
 from model.mtp import MultiTokenPredictor
 from model.transformer import Block, Transformer

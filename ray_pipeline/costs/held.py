@@ -36,3 +36,15 @@ class Memory:
             "activations": self.activations,
             "buffers": sum(self.buffers.values()),
         }
+
+    def at(self, moment: Memory) -> Memory:
+        """What is always there, and what `moment` adds."""
+        return Memory(
+            moment.moment,
+            weights=self.weights + moment.weights,
+            gradients=self.gradients + moment.gradients,
+            optimizer=self.optimizer,
+            activations=moment.activations,
+            buffers={name: size for name, size in (self.buffers | moment.buffers).items() if size},
+            host=self.host,
+        )

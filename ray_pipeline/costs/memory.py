@@ -88,26 +88,13 @@ def rank_memory(work: Workload, pp_rank: int, device: str, whole: list[int] | No
     if work.lora is not None:  # what ZeRO 3 brings together is the base above all
         held = replace(held, gathered=_base(work, parts).gathered)
     steady = _steady(work, held, parts, device)
-    moments = [_with(steady, moment) for moment in _passes(work, held, parts, pp_rank, device)]
-    moments.append(_with(steady, _update(work, held)))
+    moments = [steady.at(moment) for moment in _passes(work, held, parts, pp_rank, device)]
+    moments.append(steady.at(_update(work, held)))
     if work.copies:
-        moments.append(_with(steady, _gathering(work, parts, whole or _whole_weights(work))))
-        moments.append(_with(steady, Memory("sampling", buffers=work.copies.sampling)))
+        moments.append(steady.at(_gathering(work, parts, whole or _whole_weights(work))))
+        moments.append(steady.at(Memory("sampling", buffers=work.copies.sampling)))
         moments.append(Memory("teacher answers", buffers=work.copies.before, host=steady.host))
     return max(moments, key=lambda memory: memory.total)
-
-
-def _with(steady: Memory, moment: Memory) -> Memory:
-    """What is always there, and what a moment adds."""
-    return Memory(
-        moment.moment,
-        weights=steady.weights + moment.weights,
-        gradients=steady.gradients + moment.gradients,
-        optimizer=steady.optimizer,
-        activations=moment.activations,
-        buffers={name: size for name, size in (steady.buffers | moment.buffers).items() if size},
-        host=steady.host,
-    )
 
 
 def _base(work: Workload, parts: list[Part]) -> _Held:

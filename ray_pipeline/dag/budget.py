@@ -14,7 +14,7 @@ from ray_pipeline.dag.plan import PlannedStage
 from ray_pipeline.errors import UserError
 from ray_pipeline.launch.cluster import Cluster
 from ray_pipeline.layout.layout import Layout
-from ray_pipeline.records.stop_request import ask_to_stop
+from ray_pipeline.records.progress import ask_to_stop
 from ray_pipeline.records.units import seconds_text
 from ray_pipeline.settings.schema import TRAINING_STAGES, PipelineFields
 

@@ -20,7 +20,7 @@ from ray_pipeline.layout.rules import elastic_layouts
 from ray_pipeline.records.artifacts import weights_digest
 from ray_pipeline.records.event_log import recorded
 from ray_pipeline.records.input_files import Digests, InputGuard
-from ray_pipeline.records.stop_request import stop_reason
+from ray_pipeline.records.progress import stop_reason
 from ray_pipeline.records.trackers.tracking import Tracking
 from ray_pipeline.settings.run_folder import LOGS, MODEL
 from ray_pipeline.settings.schema import TRAINING_STAGES, PipelineFields

@@ -52,7 +52,7 @@ from ray_pipeline.launch.stage_context import StageResult
 from ray_pipeline.layout.layout import Layout, with_layout
 from ray_pipeline.records.artifacts import write_text
 from ray_pipeline.records.input_files import note_digests
-from ray_pipeline.records.stop_request import go_on
+from ray_pipeline.records.progress import go_on
 from ray_pipeline.report.run_page import write_report
 from ray_pipeline.report.summary import print_summary, summary_rows
 from ray_pipeline.settings.chain import upstream

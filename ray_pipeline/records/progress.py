@@ -1,4 +1,7 @@
-"""Where a stage stands: rank 0 writes progress.json, the driver reads it. No torch."""
+"""What ranks and the driver tell each other in files: where a stage stands, and that a run is to stop. No torch.
+
+Rank 0 writes progress.json, the driver reads it; the budget writes stop.json, ranks read it between steps.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from typing import Any, Protocol
 from ray_pipeline.records.artifacts import write_sealed
 from ray_pipeline.records.integrity import unsealed
 from ray_pipeline.records.units import bytes_text, seconds_text
-from ray_pipeline.settings.run_folder import PROGRESS_FILE
+from ray_pipeline.settings.run_folder import PROGRESS_FILE, STOP_FILE
 
 WRITE_EVERY = 0.3  # seconds between writes of progress.json
 
@@ -109,3 +112,23 @@ class Report(Protocol):
     """Told what goes on: the phase, how much is done, of how much (None: unknown), counted in which unit."""
 
     def __call__(self, phase: str, done: int, total: int | None, unit: str = "") -> None: ...
+
+
+def ask_to_stop(run_dir: Path, reason: str) -> None:
+    """Training saves a checkpoint where figures are logged next, and ends; a stage that has not begun does not."""
+    write_sealed(run_dir / STOP_FILE, {"reason": reason})
+
+
+def stop_reason(run_dir: Path) -> str | None:
+    """Why the run is to stop; None where it is not."""
+    try:
+        return str(unsealed((run_dir / STOP_FILE).read_bytes())["reason"])
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError):
+        return "its stop file cannot be read"
+
+
+def go_on(run_dir: Path) -> None:
+    """Forget an earlier request; a run that is started again is meant to run."""
+    (run_dir / STOP_FILE).unlink(missing_ok=True)

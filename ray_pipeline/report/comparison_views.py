@@ -12,7 +12,7 @@ from ray_pipeline.evaluation.statistics import PairedTest
 from ray_pipeline.records.artifacts import write_text
 from ray_pipeline.report.comparison import Cell, Comparison
 from ray_pipeline.report.evaluation.wording import test_text, verdict
-from ray_pipeline.report.page_files import TEMPLATES, style
+from ray_pipeline.report.page_files import page
 
 TITLE = "Comparison of "  # how the page's title begins
 STYLES = {"better": "green", "worse": "red"}
@@ -63,10 +63,10 @@ def write_comparison(path: Path, comparison: Comparison) -> None:
 
 def render_comparison(comparison: Comparison) -> str:
     """The page."""
-    return TEMPLATES.get_template("comparison.html").render(
+    return page(
+        "comparison.html",
         title=TITLE + ", ".join(comparison.names),
         comparison=comparison,
         said=said,
         verdict=lambda test: "" if isinstance(test, str) else verdict(test).split()[0],
-        style=style,
     )

@@ -11,9 +11,9 @@ from ray_pipeline.records.artifacts import write_text
 from ray_pipeline.records.guard_file import interventions_text
 from ray_pipeline.records.metrics_file import read_metrics
 from ray_pipeline.records.progress import progress_text
-from ray_pipeline.records.units import number_text, percent, seconds_text
+from ray_pipeline.records.units import number_text, seconds_text
 from ray_pipeline.report.charts import expert_maps, stage_charts
-from ray_pipeline.report.page_files import TEMPLATES, script, style
+from ray_pipeline.report.page_files import page
 from ray_pipeline.report.run_facts import (
     categories,
     commands,
@@ -51,7 +51,8 @@ def render(status: Mapping[str, Any]) -> str:
     drawn = [_drawn(entry) for entry in began]
     running = status.get("worked_on_by") is not None and any(entry["status"] == "running" for entry in entries)
     invocations = status.get("invocations", [])
-    return TEMPLATES.get_template("run.html").render(
+    return page(
+        "run.html",
         title=status["run"],
         folder=status["run_dir"],
         cost=status.get("cost") or "",
@@ -67,9 +68,6 @@ def render(status: Mapping[str, Any]) -> str:
         environment=environment(invocations),
         commands=commands(Path(status["run_dir"]), invocations),
         drawings=embedded({"reload": RELOAD_SECONDS if running else 0, "stages": drawn, "actions": STEP_TITLES}),
-        style=style,
-        script=script,
-        percent=percent,
         seconds_text=seconds_text,
         number_text=number_text,
     )

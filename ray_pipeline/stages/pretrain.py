@@ -11,10 +11,10 @@ from ray_pipeline.launch.stage_context import StageContext, StageResult
 from ray_pipeline.objectives.cross_entropy import CrossEntropy
 from ray_pipeline.records.integrity import make_again, read_sealed
 from ray_pipeline.settings.run_folder import MANIFEST
+from ray_pipeline.training.batch_source import PackedSource
 from ray_pipeline.training.finish import save_trained_model
 from ray_pipeline.training.initial import initial_state
 from ray_pipeline.training.rank import Rank, rank_arguments, start_rank
-from ray_pipeline.training.row_source import PackedSource
 from ray_pipeline.training.trainer import Trainer
 from ray_pipeline.training.validation import validation_loss
 

@@ -11,11 +11,11 @@ from ray_pipeline.data.rows.loader import PackedRows
 from ray_pipeline.launch.stage_context import StageContext, StageResult
 from ray_pipeline.objectives.cross_entropy import CrossEntropy
 from ray_pipeline.stages.verdict import judge_conversations
+from ray_pipeline.training.batch_source import PackedSource, SeededSource
 from ray_pipeline.training.finish import read_input, save_trained_model
 from ray_pipeline.training.heldout import HeldOut, WholeModel
 from ray_pipeline.training.lora import save_adapter
 from ray_pipeline.training.rank import rank_arguments, start_rank
-from ray_pipeline.training.row_source import PackedSource, SeededSource
 from ray_pipeline.training.trainer import Trainer
 from ray_pipeline.training.validation import validation_loss
 

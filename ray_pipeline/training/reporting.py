@@ -23,7 +23,7 @@ from ray_pipeline.engine.engine import Engine
 from ray_pipeline.engine.step_stats import StepStats
 from ray_pipeline.objectives.base import Objective
 from ray_pipeline.records.metrics_file import VALIDATION, MetricsFile
-from ray_pipeline.records.stop_request import stop_reason
+from ray_pipeline.records.progress import stop_reason
 from ray_pipeline.training.rank import Rank
 
 GB = 1e9

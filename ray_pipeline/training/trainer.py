@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict
-from typing import Protocol, runtime_checkable
 
 from model.parallel.gather import all_ranks_gather
 from ray_pipeline.data.rows.batch import Batch
@@ -24,6 +23,7 @@ from ray_pipeline.engine.step_stats import StepStats
 from ray_pipeline.errors import UserError
 from ray_pipeline.objectives.base import Objective
 from ray_pipeline.settings.run_folder import CHECKPOINTS, MANIFEST
+from ray_pipeline.training.batch_source import BatchSource, SourceWithState
 from ray_pipeline.training.best import Best
 from ray_pipeline.training.guards.guards import Finding, Guards, Judge
 from ray_pipeline.training.health import Health
@@ -34,35 +34,6 @@ from ray_pipeline.training.step_timeline import StepTimeline
 
 Evaluate = Callable[[], dict[str, float]]
 NOTHING_LEARNED = StepStats(loss=0.0, grad_norm=0.0, weight=1.0, metrics={})  # a step without a batch
-
-
-class BatchSource(Protocol):
-    """Where batches come from. A pure function of (seed, step), so that a resumed run reads the same."""
-
-    def batch(self, step: int) -> Batch | None:
-        """The global batch of optimizer step `step`; the same on every rank. None: there is nothing to learn from."""
-        ...
-
-    def metrics(self) -> dict[str, float]:
-        """Figures of the latest batch worth logging (rewards, lengths)."""
-        ...
-
-
-@runtime_checkable
-class SourceWithState(Protocol):
-    """A source that depends on more than (seed, step), which checkpoints carry."""
-
-    def resumable(self, step: int) -> bool:
-        """Whether training can go on from a checkpoint written when `step` steps are done."""
-        ...
-
-    def state(self) -> dict[str, bytes]:
-        """Files of a checkpoint, by name; the same on every rank."""
-        ...
-
-    def load_state(self, files: dict[str, bytes]) -> None:
-        """Go on from what `state` gave."""
-        ...
 
 
 class Trainer:

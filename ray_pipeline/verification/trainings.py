@@ -24,6 +24,7 @@ from ray_pipeline.objectives.preference import Dpo
 from ray_pipeline.objectives.sampler_gap import SamplerGap
 from ray_pipeline.settings.schema import PipelineFields
 from ray_pipeline.teachers.engine_teacher import EngineTeacher
+from ray_pipeline.training.batch_source import PackedSource, SeededSource
 from ray_pipeline.training.distillation.distillation_batches import DistillationSource, MixedRows
 from ray_pipeline.training.distillation.student import initial_student
 from ray_pipeline.training.grpo.reference import Reference
@@ -31,7 +32,6 @@ from ray_pipeline.training.grpo.rollout_batch import BatchBuilder
 from ray_pipeline.training.grpo.setup import objective_of
 from ray_pipeline.training.pairs import PairSource, reference_logprobs
 from ray_pipeline.training.rank import Rank
-from ray_pipeline.training.row_source import PackedSource, SeededSource
 from ray_pipeline.verification.cases import OPTIMIZERS, Case, Subject, settings
 from ray_pipeline.verification.made_data import PAD, made_groups
 

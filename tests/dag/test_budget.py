@@ -14,7 +14,7 @@ from ray_pipeline.engine.checkpoints.checkpoint import list_checkpoints
 from ray_pipeline.errors import UserError
 from ray_pipeline.launch.launchers import InlineLauncher
 from ray_pipeline.layout.layout import Layout
-from ray_pipeline.records.stop_request import ask_to_stop, go_on, stop_reason
+from ray_pipeline.records.progress import ask_to_stop, go_on, stop_reason
 from ray_pipeline.settings.schema import CostConfig, PipelineFields
 from tests.training.toy_run import arguments, train
 

@@ -18,7 +18,7 @@ from ray_pipeline.records.artifacts import load_model, weights_digest
 from ray_pipeline.settings.schema import PipelineFields
 from ray_pipeline.stages import sft
 from ray_pipeline.stages.verdict import judge_conversations
-from ray_pipeline.training.row_source import PackedSource
+from ray_pipeline.training.batch_source import PackedSource
 from tests.cli.made_run import SEQ_LEN, TOY, make_run
 
 LORA = {"r": 4, "dropout": 0.1, "target_modules": ["q_a_proj", "o_proj"]}

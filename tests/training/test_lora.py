@@ -22,9 +22,9 @@ from ray_pipeline.objectives.cross_entropy import CrossEntropy
 from ray_pipeline.records.artifacts import weights_digest
 from ray_pipeline.records.integrity import damage
 from ray_pipeline.settings.post_training import LoraConfig
+from ray_pipeline.training.batch_source import SeededSource
 from ray_pipeline.training.lora import save_adapter, write_adapter
 from ray_pipeline.training.rank import start_rank
-from ray_pipeline.training.row_source import SeededSource
 from ray_pipeline.training.trainer import Trainer
 from tests.engine.test_parity import CONFIG, OPTIMIZER, make_batch
 from tests.training.toy_run import Batches, arguments

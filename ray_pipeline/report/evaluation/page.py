@@ -9,10 +9,9 @@ from typing import Any
 from ray_pipeline.evaluation.outcome import Report
 from ray_pipeline.evaluation.results import TaskResult
 from ray_pipeline.records.artifacts import write_text
-from ray_pipeline.records.units import percent
 from ray_pipeline.report.evaluation import wording
 from ray_pipeline.report.evaluation.formats import reporter
-from ray_pipeline.report.page_files import TEMPLATES
+from ray_pipeline.report.page_files import page
 
 MOST_SAMPLES = 8  # right ones, and as many wrong ones, of a task
 
@@ -25,13 +24,13 @@ def write_page(report: Report, path: Path) -> None:
 
 def render(report: Report) -> str:
     """The page."""
-    return TEMPLATES.get_template("evaluation.html").render(
+    return page(
+        "evaluation.html",
         title=f"Evaluation of {report.model['name']}",
         report=report,
         summary=_summary(report),
         tasks=[_task(task) for task in report.tasks],
         most_samples=MOST_SAMPLES,
-        percent=percent,
         wording=wording,
     )
 

@@ -1,10 +1,42 @@
-"""Batches from packed rows on disk, and what is random in a training step on them: noise, masks of dropout."""
+"""Where the loop gets its batches: what it asks of a source, and the source of packed rows on disk, plain or with what
+is random in a training step on them (noise, masks of dropout)."""
 
 from __future__ import annotations
+
+from typing import Protocol, runtime_checkable
 
 from ray_pipeline.data.rows.batch import Batch
 from ray_pipeline.data.rows.loader import PackedRows
 from ray_pipeline.engine.row_noise import disturb_embeddings, seed_rows
+
+
+class BatchSource(Protocol):
+    """Where batches come from. A pure function of (seed, step), so that a resumed run reads the same."""
+
+    def batch(self, step: int) -> Batch | None:
+        """The global batch of optimizer step `step`; the same on every rank. None: there is nothing to learn from."""
+        ...
+
+    def metrics(self) -> dict[str, float]:
+        """Figures of the latest batch worth logging (rewards, lengths)."""
+        ...
+
+
+@runtime_checkable
+class SourceWithState(Protocol):
+    """A source that depends on more than (seed, step), which checkpoints carry."""
+
+    def resumable(self, step: int) -> bool:
+        """Whether training can go on from a checkpoint written when `step` steps are done."""
+        ...
+
+    def state(self) -> dict[str, bytes]:
+        """Files of a checkpoint, by name; the same on every rank."""
+        ...
+
+    def load_state(self, files: dict[str, bytes]) -> None:
+        """Go on from what `state` gave."""
+        ...
 
 
 class PackedSource:
