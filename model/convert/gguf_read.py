@@ -49,19 +49,33 @@ _GATES: dict[int, Literal["softmax", "sigmoid"]] = {1: "softmax", 2: "sigmoid"}
 _ABSENT = object()
 
 
-def read_gguf(path: Path, selection: Selection | None = None, *, seed: int = 0) -> tuple[ModelConfig, Selected]:
+def gguf_fields(reader: GGUFReader) -> dict[str, Any]:
+    """A file's metadata, by key."""
+    return {name: field.contents() for name, field in reader.fields.items()}
+
+
+def read_gguf(
+    path: Path,
+    selection: Selection | None = None,
+    *,
+    seed: int = 0,
+    opened: tuple[GGUFReader, dict[str, Any]] | None = None,
+) -> tuple[ModelConfig, Selected]:
     """Config, and the whole state dict in fp32; tensors that are not taken are drawn from the seed as for a new model.
 
     Args:
         selection: patterns of published names.
+        opened: the file and its `gguf_fields`, where they were read before.
     Raises:
         ValueError: another architecture, a key or tensor that is missing, of another shape, or of a kind that cannot be
             read.
     """
-    from gguf import GGUFReader
+    if opened is None:
+        from gguf import GGUFReader
 
-    reader = GGUFReader(path)
-    config = gguf_config(path, {name: field.contents() for name, field in reader.fields.items()})
+        opened = (reader := GGUFReader(path)), gguf_fields(reader)
+    reader, fields = opened
+    config = gguf_config(path, fields)
     experts = config.num_hidden_layers * config.n_routed_experts
     if config.num_hidden_layers > len(reader.tensors) or experts > MOST_EXPERTS:
         raise ValueError(

@@ -16,7 +16,7 @@ from model.convert.card import model_card
 from model.convert.export_kinds import KINDS
 from model.convert.folder import Selection
 from model.convert.gguf import save_gguf
-from model.convert.gguf_read import published_in_gguf
+from model.convert.gguf_read import gguf_fields, published_in_gguf
 from model.convert.gguf_read import read_gguf as read_gguf_file
 from model.convert.gguf_rules import check_gguf as check_gguf_config
 from model.convert.gguf_tokenizer import read_tokenizer
@@ -75,18 +75,16 @@ def read_gguf(path: Path, selection: Selection, tokenizer: Path | None, seed: in
     Raises:
         UserError: damaged, another architecture, or tensors or a tokenizer that cannot be read.
     """
-    from gguf import GGUFReader
-
     from ray_pipeline.serving.gguf_file import check_gguf_file
 
     verify_files(path.absolute().parent, [path.name])
-    check_gguf_file(path)
+    reader = check_gguf_file(path)
+    fields = gguf_fields(reader)
     with tempfile.TemporaryDirectory() as aside:
         try:
-            config, selected = read_gguf_file(path, selection, seed=seed)
+            config, selected = read_gguf_file(path, selection, seed=seed, opened=(reader, fields))
         except ValueError as error:
             raise UserError(_with_flags(str(error))) from None
-        fields = {name: field.contents() for name, field in GGUFReader(path).fields.items()}
         begins = bool(fields.get("tokenizer.ggml.add_bos_token", False))
         try:
             folder = tokenizer or write_tokenizer(fields, Path(aside, "plain"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,9 +20,14 @@ BY_NAME = ("distillation", "export")
 EXPORTED = ("hf", "native")
 
 
-def find_model(given: str, stage: str | None, runs_dir: Path) -> ModelSource:
+def find_model(
+    given: str, stage: str | None, runs_dir: Path, *, default: Callable[[Path], tuple[str, ...]] | None = None
+) -> ModelSource:
     """What `given` names: a run (by name or folder, `RUN:STAGE` for one of its stages), a stage's folder, or a model's.
 
+    Args:
+        default: a run's folder -> the stages of which the last finished one is meant where none is named; else the
+            policies, and those of `BY_NAME` only in their absence.
     Raises:
         UserError: nothing of the kind, a stage that is not finished, or a damaged folder.
     """
@@ -33,7 +39,7 @@ def find_model(given: str, stage: str | None, runs_dir: Path) -> ModelSource:
         given, stage = run, named
     path = Path(given)
     if (runs_dir / given / CONFIG_FILE).is_file() or (path / CONFIG_FILE).is_file():
-        return _of_run(find_run(given, runs_dir), stage)
+        return _of_run(find_run(given, runs_dir), stage, default)
     if not path.is_dir():
         known = [run.name for run in list_runs(runs_dir)]
         there = f" The runs there are {', '.join(known[:10])}." if known else ""
@@ -54,10 +60,12 @@ def was_pretrained(source: ModelSource) -> bool:
     return source.form == "stage" and (run_dir / CONFIG_FILE).is_file() and "pretrain" in RunFile(run_dir).chain
 
 
-def _of_run(run_dir: Path, stage: str | None) -> ModelSource:
+def _of_run(run_dir: Path, stage: str | None, default: Callable[[Path], tuple[str, ...]] | None) -> ModelSource:
     finished = finished_stages(run_dir)
     candidates: tuple[str, ...] = POLICY_STAGES + BY_NAME
-    if stage is None and any(name in finished for name in POLICY_STAGES):
+    if stage is None and default is not None:
+        candidates = default(run_dir)
+    elif stage is None and any(name in finished for name in POLICY_STAGES):
         candidates = POLICY_STAGES
     name, folder = choose_stage(run_dir, stage, candidates)
     if name == "export":

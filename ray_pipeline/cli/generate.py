@@ -1,4 +1,4 @@
-"""`generate`: let a run's model write."""
+"""`generate`: let a model write."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ray_pipeline.cli.options import check_temperature
-from ray_pipeline.cli.runs import find_run, output_dir
+from ray_pipeline.cli.runs import output_dir
 from ray_pipeline.errors import UserError
-from ray_pipeline.settings.run_folder import MODEL, TOKENIZER
 from ray_pipeline.settings.section import MOST_SEED
 
 if TYPE_CHECKING:
     from model.generate.decode import Decoder
     from ray_pipeline.data.chat.tokenizer import ChatTokenizer
+    from ray_pipeline.evaluation.model_source import ModelSource
+    from ray_pipeline.evaluation.models import LanguageModel
 
 POSITIVE = click.FloatRange(0, 1e3, min_open=True)
 
@@ -43,10 +44,10 @@ class GenerateOptions:
 
 
 @click.command()
-@click.argument("run")
+@click.argument("model")
 @click.argument("prompt")
-@click.option("--stage", help="pretrain, sft, dpo, grpo or distillation. Default: pretrain, with --chat the last.")
-@click.option("--raw/--chat", default=None, help="Continue the text, or answer it. Default: by stage.")
+@click.option("--stage", help="Of a run. Default: pretrain, with --chat the last; RUN:STAGE says the same.")
+@click.option("--raw/--chat", default=None, help="Continue the text, or answer it. Default: by stage; folders answer.")
 @click.option("--max-new-tokens", type=click.IntRange(1, 1 << 27), default=200, show_default=True)
 @click.option("--temperature", type=click.FloatRange(0), help="0 is greedy. Default: 0.8 for raw text, 0 for chat.")
 @click.option("--seed", type=click.IntRange(0, MOST_SEED), default=0, show_default=True)
@@ -70,7 +71,7 @@ class GenerateOptions:
 )
 @click.option("--output-dir", "runs_dir", help="Folder of all runs. Default: runs.")
 def generate(
-    run: str,
+    model: str,
     prompt: str,
     stage: str | None,
     raw: bool | None,
@@ -78,27 +79,28 @@ def generate(
     runs_dir: str | None,
     **options: Any,
 ) -> int:
-    """Continue PROMPT with the pretrained model of RUN, or answer it (--chat) with the post-trained one."""
-    from ray_pipeline.cli.runs import choose_stage, finished_stages
-    from ray_pipeline.dag.ledger import RunFile
+    """Continue PROMPT, or answer it (--chat), by MODEL: a run, RUN:STAGE, a stage's folder or a Hugging Face folder."""
+    from ray_pipeline.cli.eval_target import find_model
+    from ray_pipeline.dag.ledger import RunFile, read_record
 
     if not prompt.strip():
         raise UserError('PROMPT is empty: give some text, for example "To be, or not to be".')
     check_options(temperature, options)
-    run_dir = find_run(run, output_dir(runs_dir))
-    # Post-trained models answer; the one that was only pretrained writes text. The student is asked for by name.
-    candidates: tuple[str, ...] = ("pretrain", "sft", "dpo", "grpo", "distillation")
-    if stage is None:
+
+    def of_run(run_dir: Path) -> tuple[str, ...]:
+        # Post-trained models answer; the one that was only pretrained writes text. The student is asked for by name.
         answers = raw is False or "pretrain" not in RunFile(run_dir).chain
-        candidates = ("sft", "dpo", "grpo") if answers else ("pretrain",)
-    name, folder = choose_stage(run_dir, stage, candidates)
-    raw = name == "pretrain" if raw is None else raw
-    data = finished_stages(run_dir)["data_prep"]
+        return ("sft", "dpo", "grpo") if answers else ("pretrain",)
+
+    source = find_model(model, stage, output_dir(runs_dir), default=of_run)
+    if raw is None:
+        record = read_record(source.folder.parent) if source.form == "stage" else None
+        raw = record is not None and record.stage == "pretrain"
     if temperature is None:
         temperature = 0.8 if raw and options["num_beams"] == 1 else 0.0
     check_cuts(temperature, options)
     settings = GenerateOptions(raw=raw, temperature=temperature, **options)
-    write(folder / MODEL, data / TOKENIZER, prompt, settings, pretrained="pretrain" in RunFile(run_dir).chain)
+    write(source, prompt, settings)
     return 0
 
 
@@ -156,64 +158,56 @@ def check_cuts(temperature: float, options: dict[str, Any]) -> None:
             )
 
 
-def write(
-    model_folder: Path, tokenizer_folder: Path, prompt: str, options: GenerateOptions, *, pretrained: bool
-) -> None:
+def write(source: ModelSource, prompt: str, options: GenerateOptions) -> None:
     """Load, then print the text as it is made.
 
-    Args:
-        pretrained: the model has seen documents of PRETRAIN, which begin with bos whatever its tokenizer says.
     Raises:
-        UserError: damaged files, a prompt that cannot be continued, or a model that cannot draft.
+        UserError: damaged files, an architecture that is none of ours, a prompt that cannot be continued, or a model
+            that cannot draft.
     """
-    import torch
-
     from model.convert.tokenizer_start import begins_with_bos
-    from model.generate.decode import Decoder, check_prompts
-    from ray_pipeline.data.chat.completion_text import finite_logits, opens_thinking
-    from ray_pipeline.data.chat.tokenizer import load_tokenizer
+    from ray_pipeline.cli.eval_target import was_pretrained
+    from ray_pipeline.data.chat.completion_text import finite_logits
     from ray_pipeline.data.tasks.question import THINK_OPEN
-    from ray_pipeline.records.artifacts import load_model
+    from ray_pipeline.evaluation.models import NativeBackend, load
 
-    tokenizer = load_tokenizer(tokenizer_folder)
-    tokens = prompt_tokens(tokenizer, prompt, raw=options.raw, begins=pretrained or begins_with_bos(tokenizer_folder))
-    model = load_model(model_folder).eval()
-    context = model.config.max_position_embeddings
+    if source.form == "transformers":
+        raise UserError(f"{source.folder}: its architecture is none of ours, which `generate` runs. Use `chat`.")
+    begins = was_pretrained(source) or begins_with_bos(source.tokenizer)
+    tokens = prompt_tokens(source.read_tokenizer(), prompt, raw=options.raw, begins=begins)
+    loaded = load(source)
+    assert isinstance(loaded.backend, NativeBackend)
+    context = loaded.backend.context
     if len(tokens) >= context:
         raise UserError(f"PROMPT is {len(tokens)} tokens long: the model reads {context}, answer included. Shorten it.")
-    try:
-        check_prompts(context, model.config.vocab_size, [tokens])
-    except ValueError as error:
-        raise UserError(f"{tokenizer_folder} does not belong to {model_folder}: {error}.") from None
-    if options.speculative and not model.config.num_nextn_predict_layers:
+    if options.speculative and not loaded.backend.model.config.num_nextn_predict_layers:
         raise UserError(
-            f"--speculative: the model in {model_folder} has num_nextn_predict_layers=0, no MTP module to draft with. "
+            f"--speculative: the model in {source.folder} has num_nextn_predict_layers=0, no MTP module to draft with. "
             "Leave it out."
         )
-    if torch.cuda.is_available():
-        model.cuda()
     if options.raw:
         click.echo(prompt, nl=False)
-    elif opens_thinking(tokenizer, tokens):
+    elif loaded.opens_thinking(tokens):
         click.echo(THINK_OPEN, nl=False)
     run = search if options.num_beams > 1 else stream
-    with finite_logits(f"the model in {model_folder}", "Take an earlier stage's with --stage, or train it again."):
-        run(Decoder(model), tokenizer, tokens, options)
+    with finite_logits(f"the model in {source.folder}", "Take an earlier stage's with --stage, or train it again."):
+        run(loaded, loaded.backend.decoder, tokens, options)
 
 
-def stream(decoder: Decoder, tokenizer: ChatTokenizer, tokens: list[int], options: GenerateOptions) -> None:
+def stream(model: LanguageModel, decoder: Decoder, tokens: list[int], options: GenerateOptions) -> None:
     """Print the answer token by token."""
     from model.generate.decode import generate as decode
     from model.generate.stopping import StopStrings
     from ray_pipeline.data.chat.completion_text import think_budget
 
+    tokenizer = model.tokenizer
     stop = StopStrings(options.stop, tokenizer.decode) if options.stop else None
     printer = Printer(tokenizer, tokens if options.raw else [], options.stop)
     [completion] = decode(
         decoder,
         [tokens],
         max_new_tokens=options.max_new_tokens,
-        eos_ids={tokenizer.eos_id},
+        eos_ids=set(model.eos_ids),
         temperature=options.temperature,
         top_k=options.top_k,
         top_p=options.top_p,
@@ -232,7 +226,7 @@ def stream(decoder: Decoder, tokenizer: ChatTokenizer, tokens: list[int], option
         click.echo(f"{accepted} of {drafted} drafted tokens accepted{share}", err=True)
 
 
-def search(decoder: Decoder, tokenizer: ChatTokenizer, tokens: list[int], options: GenerateOptions) -> None:
+def search(model: LanguageModel, decoder: Decoder, tokens: list[int], options: GenerateOptions) -> None:
     """Print the best answer that a beam search finds."""
     from model.generate.beam import beam_search
 
@@ -241,10 +235,10 @@ def search(decoder: Decoder, tokenizer: ChatTokenizer, tokens: list[int], option
         [tokens],
         num_beams=options.num_beams,
         max_new_tokens=options.max_new_tokens,
-        eos_ids={tokenizer.eos_id},
+        eos_ids=set(model.eos_ids),
         length_penalty=options.length_penalty,
     )
-    printer = Printer(tokenizer, tokens if options.raw else [])
+    printer = Printer(model.tokenizer, tokens if options.raw else [])
     for token in found[0].completion.tokens:
         printer.add(token)
     printer.finish()

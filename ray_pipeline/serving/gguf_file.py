@@ -14,15 +14,19 @@ from ray_pipeline.serving.engines import ServedModel
 from ray_pipeline.serving.environments import cache_folder
 
 if TYPE_CHECKING:
+    from gguf import GGUFReader
+
     from model.transformer import Transformer
     from ray_pipeline.evaluation.model_source import ModelSource
 
 MAGIC = b"GGUF"
 
 
-def check_gguf_file(path: Path) -> None:
+def check_gguf_file(path: Path) -> GGUFReader:
     """Refuse what llama.cpp could not load, as far as the header tells.
 
+    Returns:
+        The file, its header read.
     Raises:
         UserError: not a GGUF file, or a part of one.
     """
@@ -40,6 +44,7 @@ def check_gguf_file(path: Path) -> None:
     ends = [int(t.data_offset) + int(t.n_bytes) for t in reader.tensors]
     if not ends or max(ends) > path.stat().st_size:
         raise UserError(f"{path}: the GGUF file is cut off: its tensors do not all lie within it. Fetch it again.")
+    return reader
 
 
 def gguf_context(path: Path) -> int | None:

@@ -14,7 +14,7 @@ from model.generate.sampler import NotFiniteLogits, Sampling
 from model.generate.stopping import Detokenize, StopWatch
 from ray_pipeline.serving.slots import SlotRequest, Slots, Written
 
-Finish = Literal["stop", "length", "error"]
+FinishReason = Literal["stop", "length", "error"]
 PREFILL_TOKENS = 4096  # of prompts run between two steps of the others
 
 
@@ -52,7 +52,7 @@ class Delta:
 
     text: str = ""
     tokens: list[Written] = field(default_factory=list)
-    finish: Finish | None = None
+    finish: FinishReason | None = None
     error: str | None = None
 
 
@@ -62,7 +62,7 @@ class Answer:
     def __init__(self, wanted: Wanted, loop: asyncio.AbstractEventLoop):
         self.wanted, self.loop = wanted, loop
         self.cancelled = False
-        self.finish: Finish | None = None  # kept here, since a reader takes the delta away at any moment
+        self.finish: FinishReason | None = None  # kept here, since a reader takes the delta away at any moment
         self.tokens = 0
         self._watch = StopWatch(wanted.stop, wanted.decode)
         self._shown = 0
@@ -95,7 +95,7 @@ class Answer:
             self._add(written, "length" if self.tokens >= self.wanted.limit else None)
         return self.finish is None
 
-    def _add(self, written: Written, finish: Finish | None) -> None:
+    def _add(self, written: Written, finish: FinishReason | None) -> None:
         end = self._watch.safe() if finish is None else len(self._watch.finish())
         with self._lock:
             self._delta.text += self._watch.text[self._shown : end]

@@ -147,8 +147,8 @@ class Reporter:
         place = self.rank.mesh.place
         first = not any(place[axis] for axis in ("dp", "sp", "tp"))  # loads are the same on all replicas
         loads = {n: load.tolist() for n, load in self.engine.expert_loads.items()} if first else {}
-        wish = stop_reason(self.rank.folder.parent) if self.rank.is_main else None
-        found = all_ranks_gather(self.rank.mesh, (memory_gb(self.rank.device), loads, wish))
+        reason = stop_reason(self.rank.folder.parent) if self.rank.is_main else None
+        found = all_ranks_gather(self.rank.mesh, (memory_gb(self.rank.device), loads, reason))
         self.stop_reason = found[0][2]
         memory = [used for used, *_ in found]
         out: dict[str, Any] = {"memory/max_gb": max(memory), "memory/min_gb": min(memory)}

@@ -54,6 +54,22 @@ def test_a_run_goes_through_every_form_and_comes_back_bit_for_bit(runs, tmp_path
     assert (hf / "tokenizer.json").is_file() and (back / "tokenizer.json").is_file()
 
 
+def test_the_metadata_of_a_gguf_file_is_read_once(runs, tmp_path, monkeypatch):
+    import gguf
+
+    assert done(runs, "toy:sft", tmp_path / "model.gguf") == 0
+    read: list[str] = []
+
+    class Counted(gguf.GGUFReader):
+        def __init__(self, path, *more):
+            read.append(Path(path).name)
+            super().__init__(path, *more)
+
+    monkeypatch.setattr(gguf, "GGUFReader", Counted)
+    assert done(runs, tmp_path / "model.gguf", tmp_path / "back") == 0
+    assert read == ["model.gguf"]
+
+
 def test_what_is_not_taken_is_counted_and_starts_anew(runs, tmp_path, capsys):
     out = tmp_path / "out"
     assert (

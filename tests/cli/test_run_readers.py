@@ -23,6 +23,7 @@ from ray_pipeline.errors import UserError
 from ray_pipeline.records.artifacts import load_model, save_model
 from ray_pipeline.settings.loading import load_config
 from tests.cli.made_run import CHAT, SEQ_LEN, TOY, make_run
+from tests.evaluation.made_models import save_qwen
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +81,20 @@ def test_generate_answers_by_chat_after_sft(capsys: pytest.CaptureFixture, outpu
     chat = ask(capsys, output_dir, "generate", "toy", "the cat", "--chat", "--max-new-tokens", "5")
     assert not chat.startswith("the cat")
     assert ask(capsys, output_dir, "generate", "toy", "the cat", "--raw", "--max-new-tokens", "5").startswith("the cat")
+
+
+def test_generate_takes_every_form_of_a_model(capsys: pytest.CaptureFixture, output_dir: Path, tmp_path: Path) -> None:
+    answer = ask(capsys, output_dir, "generate", "toy", "the cat", "--chat", "--max-new-tokens", "5")
+    assert ask(capsys, output_dir, "generate", "toy:sft", "the cat", "--max-new-tokens", "5") == answer
+    (folder,) = output_dir.glob("toy/sft-*")
+    assert ask(capsys, tmp_path, "generate", str(folder), "the cat", "--max-new-tokens", "5") == answer
+    text = ask(capsys, output_dir, "generate", "toy:sft", "the cat", "--raw", "--max-new-tokens", "5")
+    ask(capsys, output_dir, "convert", "toy:sft", str(tmp_path / "own"), "--to", "checkpoint")
+    own = ("generate", str(tmp_path / "own"), "the cat", "--max-new-tokens", "5")
+    assert ask(capsys, tmp_path, *own) == answer
+    assert ask(capsys, tmp_path, *own, "--raw", "--temperature", "0.8") == text
+    message = ask(capsys, tmp_path, "generate", str(save_qwen(tmp_path / "qwen")), "the cat", code=2)
+    assert "its architecture is none of ours, which `generate` runs. Use `chat`." in message
 
 
 def test_generate_answers_where_nothing_was_pretrained(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
@@ -146,7 +161,7 @@ def test_generate_needs_mtp_modules_to_draft(capsys: pytest.CaptureFixture, tmp_
 def test_generate_needs_a_tokenizer_of_the_model(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
     make_run(tmp_path, models=("pretrain",), toy=replace(TOY, vocab_size=20))
     message = ask(capsys, tmp_path, "generate", "toy", "the cat", code=2)
-    assert "does not belong to" in message and "the vocabulary has 20." in message
+    assert "does not belong to" in message and "model's vocabulary has 20." in message
 
 
 @pytest.mark.parametrize(

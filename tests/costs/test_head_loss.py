@@ -14,7 +14,6 @@ from model.kernels.limits import BLOCK_ELEMENTS, CHUNK_BYTES
 from model.parallel.mesh import Mesh, MeshSizes
 from ray_pipeline.costs.head_loss import DISTRIBUTIONS, backward_bytes, forward_bytes, kept_bytes, loss_tokens
 from ray_pipeline.costs.kernels import kernels
-from ray_pipeline.costs.measure import LiveBytes, reachable_tensors
 from ray_pipeline.costs.memory import rank_memory
 from ray_pipeline.costs.workload import FP32, Workload
 from ray_pipeline.data.rows.batch import Batch, Extras
@@ -24,6 +23,7 @@ from ray_pipeline.objectives.distillation import Distillation
 from ray_pipeline.objectives.divergence import Divergence
 from ray_pipeline.objectives.grpo import Grpo
 from ray_pipeline.objectives.preference import Dpo
+from tests.costs.live_bytes import LiveBytes, reachable_tensors
 
 MODEL = ModelConfig(
     vocab_size=8192, hidden_size=192, intermediate_size=64, num_hidden_layers=1, first_k_dense_replace=1,

@@ -10,7 +10,6 @@ import torch
 
 from model.config import ModelConfig
 from model.parallel.mesh import Mesh, MeshSizes
-from ray_pipeline.costs.measure import LiveBytes, peak_bytes
 from ray_pipeline.costs.memory import rank_memory, stage_memory
 from ray_pipeline.costs.workload import Workload
 from ray_pipeline.data.rows.batch import Batch
@@ -21,6 +20,7 @@ from ray_pipeline.objectives.cross_entropy import CrossEntropy
 from ray_pipeline.settings.lora_targets import adapter_params
 from ray_pipeline.settings.post_training import LoraConfig
 from ray_pipeline.settings.schema import OptimizerConfig
+from tests.costs.live_bytes import LiveBytes, peak_bytes
 from tests.distributed import run_ranks
 
 MODEL = ModelConfig(

@@ -66,7 +66,7 @@ class RowBuilder:
         return Row(self.tokens, self.segments, self.mask)
 
 
-class Place(NamedTuple):
+class Position(NamedTuple):
     """Where packing goes on: the document, counted from the first that was given, and the first of its tokens."""
 
     document: int
@@ -75,7 +75,7 @@ class Place(NamedTuple):
 
 def pack_placed(
     documents: Iterable[tuple[int, Sequence[int] | Tokens]], seq_len: int, pad_id: int, start: int = 0
-) -> Iterator[tuple[Row, int, Place]]:
+) -> Iterator[tuple[Row, int, Position]]:
     """Rows that hold documents of one source each, with their source and where packing goes on after them.
 
     A document that does not fit goes on in the next row, which repeats its last token as input. A lone slot at a
@@ -89,19 +89,19 @@ def pack_placed(
     for number, (source, document) in enumerate(documents):
         ids = np.asarray(document, np.uint32)
         if row.used and source != held:
-            yield row.finish(), held, Place(number, start)
+            yield row.finish(), held, Position(number, start)
             row = RowBuilder(seq_len, pad_id)
         held = source
         while len(ids) - start >= 2:
             if row.room < 2:
-                yield row.finish(), held, Place(number, start)
+                yield row.finish(), held, Position(number, start)
                 row = RowBuilder(seq_len, pad_id)
             piece = ids[start : start + row.room]
             row.add(piece, 1)
             start += len(piece) - 1  # the last token is the next piece's first input
         start = 0
     if row.used:
-        yield row.finish(), held, Place(number + 1, 0)
+        yield row.finish(), held, Position(number + 1, 0)
 
 
 def pack_documents(documents: Iterable[Sequence[int] | Tokens], seq_len: int, pad_id: int) -> Iterator[Row]:

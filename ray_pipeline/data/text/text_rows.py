@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from ray_pipeline.data.chat.tokenizer import ChatTokenizer
-from ray_pipeline.data.rows.packing import Place, Row, count_targets, is_target, pack_placed
+from ray_pipeline.data.rows.packing import Position, Row, count_targets, is_target, pack_placed
 from ray_pipeline.data.rows.shards import PIECE, RowsManifest, ShardFile, Written, write_rows
 from ray_pipeline.data.sources.sources import figure_names
 from ray_pipeline.data.text.corpus import block_columns
@@ -27,7 +27,7 @@ from ray_pipeline.records.progress import Report
 from ray_pipeline.settings.schema import PipelineFields
 
 Tokens = NDArray[np.uint32]
-BEGIN = Place(0, 0)
+BEGIN = Position(0, 0)
 
 
 class BlockTokenizer:
@@ -64,7 +64,7 @@ class State:
 
     counts: NDArray[np.int64]
     visit: int = 0
-    place: Place = BEGIN
+    place: Position = BEGIN
     written: Written = field(default_factory=Written)
     targets: Counter[int] = field(default_factory=Counter)
 
@@ -87,7 +87,7 @@ class State:
         targets = Counter({int(source): count for source, count in values["targets"].items()})
         files = [ShardFile(**file) for file in values["files"]]
         written = Written(values["rows"], values["all_targets"], files)
-        return cls(counts, values["visit"], Place(*values["place"]), written, targets)
+        return cls(counts, values["visit"], Position(*values["place"]), written, targets)
 
 
 class TextRows:
@@ -155,7 +155,7 @@ class TextRows:
         begin = state.place
         documents = self._documents(validation=False, report=report, visit=state.visit, document=begin.document)
         for row, source, place in pack_placed(documents, settings.seq_len, self.tokenizer.pad_id, begin.token):
-            state.visit, state.place = self._visit, Place(place.document - self._first, place.token)
+            state.visit, state.place = self._visit, Position(place.document - self._first, place.token)
             self._pending.append((source, row))
             if len(self._pending) == PIECE:
                 self._count_pending()

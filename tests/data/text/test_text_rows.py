@@ -9,7 +9,7 @@ import pytest
 
 from ray_pipeline.data.chat.tokenizer_files import save_trained, train_bpe
 from ray_pipeline.data.rows.loader import PackedRows
-from ray_pipeline.data.rows.packing import Place, pack_documents, pack_placed
+from ray_pipeline.data.rows.packing import Position, pack_documents, pack_placed
 from ray_pipeline.data.shared.cleaning import content_hash
 from ray_pipeline.data.text import text_rows
 from ray_pipeline.data.text.builtin_text import document_at
@@ -140,7 +140,7 @@ def test_packing_goes_on_from_any_place():
     for number, (_, _, place) in enumerate(rows):
         rest = list(pack_placed(documents[place.document :], 10, 0, place.token))
         assert [row.tokens.tolist() for row, _, _ in rest] == [row.tokens.tolist() for row, _, _ in rows[number + 1 :]]
-    assert rows[-1][2] == Place(9, 0)
+    assert rows[-1][2] == Position(9, 0)
     assert [list(row.tokens) for row in pack_documents([ids for _, ids in documents[:4]], 10, 0)] == [
         list(row.tokens) for row, source, _ in rows if source == 0
     ]
