@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from ray_pipeline.cli.options import check_temperature
+from ray_pipeline.cli.options import check_temperature, grouped
 from ray_pipeline.cli.runs import output_dir
 from ray_pipeline.errors import UserError
 from ray_pipeline.settings.section import MOST_SEED
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from ray_pipeline.evaluation.models import LanguageModel
     from ray_pipeline.reasoning import Reasoned
 
-OPTIONS = (
+# The options of a verb that asks one question; all but `as_json` go to `open_model` and `ask` as they are.
+answer_options = grouped(
     click.option("--stage", help="Of a run. Default: the last of pretrain, sft, dpo, grpo; RUN:STAGE says the same."),
     click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True, help="0 is greedy."),
     click.option(
@@ -30,13 +31,6 @@ OPTIONS = (
     click.option("--json", "as_json", is_flag=True, help="Print one JSON object in place of text."),
     click.option("--output-dir", "runs_dir", help="Folder of all runs. Default: runs."),
 )
-
-
-def answer_options(verb: Callable[..., Any]) -> Callable[..., Any]:
-    """The options of a verb that asks one question; all but `as_json` go to `open_model` and `ask` as they are."""
-    for option in reversed(OPTIONS):
-        verb = option(verb)
-    return verb
 
 
 @dataclass(frozen=True)

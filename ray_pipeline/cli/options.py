@@ -96,7 +96,9 @@ class Request:
         return load_config(path, overrides, os.environ, max_steps=self.max_steps, skip=self.skip, dpo=self.dpo)
 
 
-def _options(*decorators: Callable[..., Any]) -> Callable[..., Any]:
+def grouped(*decorators: Callable[..., Any]) -> Callable[..., Any]:
+    """Several options as one decorator, listed by `--help` in this order."""
+
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         for decorator in reversed(decorators):
             function = decorator(function)
@@ -105,7 +107,7 @@ def _options(*decorators: Callable[..., Any]) -> Callable[..., Any]:
     return decorate
 
 
-axis_options = _options(
+axis_options = grouped(
     click.option("--gpus", type=click.IntRange(1), help="Ranks. Default: every GPU there is, or one CPU rank."),
     click.option("--pp-size", type=click.IntRange(1), help="Pipeline stages the layers are split over."),
     click.option("--dp-size", type=click.IntRange(1), help="Replicas that read different rows."),
@@ -123,7 +125,7 @@ axis_options = _options(
     click.option("--offload-optimizer/--no-offload-optimizer", default=None, help="Optimizer state in CPU memory."),
     click.option("--min-gpus", type=click.IntRange(1), help="Elastic: go on with this many ranks if some are lost."),
 )
-layout_options = _options(
+layout_options = grouped(
     axis_options,
     click.option("--backend", metavar="[auto|cpu|cuda|modal]", help="Where to compute. auto: GPUs if there are any."),
     click.option("--gpu-type", help="With --backend modal: the GPU to rent, for example H100."),
@@ -137,11 +139,11 @@ layout_options = _options(
     click.option("--budget-usd", type=float, help="Save and stop before more than this is spent; see cost."),
     click.option("--time-sliced", is_flag=True, hidden=True),
 )
-chain_options = _options(
+chain_options = grouped(
     click.option("--skip", multiple=True, metavar="STAGE", help="Leave this stage out of the run. May be repeated."),
     click.option("--dpo", is_flag=True, help="Train on preferences between SFT and GRPO."),
 )
-recipe_options = _options(
+recipe_options = grouped(
     click.option("--config", type=click.Path(path_type=Path), help="Recipe: YAML file or shipped name. Default: tiny."),
     click.option("--model-size", metavar="[tiny|small|medium|large]", help="A preset for the architecture."),
     click.option(
@@ -161,11 +163,11 @@ recipe_options = _options(
     click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any setting: --set grpo.beta=0.02."),
     chain_options,
 )
-place_options = _options(
+place_options = grouped(
     click.option("--run-name", help="Name of the run and its folder. Default: recipe and a hash of the settings."),
     click.option("--output-dir", help="Folder of all runs. Default: runs."),
 )
-stage_options = _options(
+stage_options = grouped(
     click.option("--stage", help="Only this stage; it runs again even where it is finished."),
     click.option("--from", "from_", help="This stage and those after it."),
     click.option("--until", help="The stages up to this one."),

@@ -57,7 +57,7 @@ class _Loader(yaml.SafeLoader):
         try:
             return super().construct_object(node, deep)
         except (ValueError, LookupError, AttributeError, TypeError, ArithmeticError):
-            text = f' "{_short_text(node.value)}"' if isinstance(node, yaml.ScalarNode) else ""
+            text = f' "{short_text(node.value)}"' if isinstance(node, yaml.ScalarNode) else ""
             raise yaml.constructor.ConstructorError(
                 None, None, f"this is no {node.tag.rpartition(':')[2]}{text}", node.start_mark
             ) from None
@@ -92,7 +92,7 @@ def _check_nodes(root: yaml.Node) -> None:
             for key, _ in node.value:
                 if isinstance(key, yaml.ScalarNode):
                     if key.value in seen:
-                        fail(key, f'key "{_short_text(key.value)}" is given twice')
+                        fail(key, f'key "{short_text(key.value)}" is given twice')
                     seen.add(key.value)
         elif isinstance(node, yaml.SequenceNode):
             inner = node.value
@@ -120,7 +120,8 @@ def read_yaml(text: str) -> Any:
         raise yaml.YAMLError("nested too deep") from None
 
 
-def _short_text(text: str) -> str:
+def short_text(text: str) -> str:
+    """What a message shows of a value."""
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
@@ -140,7 +141,7 @@ def find_recipe(path: Path | None) -> Path:
     try:
         there = path.is_file()
     except OSError as error:
-        raise UserError(f"--config {_short_text(str(path))}: {error.strerror}. Give a YAML file.") from None
+        raise UserError(f"--config {short_text(str(path))}: {error.strerror}. Give a YAML file.") from None
     if there:
         return path
     bundled = RECIPE_DIR / f"{path.stem}.yaml"
@@ -246,7 +247,7 @@ def nest(dotted: Mapping[str, Any]) -> dict[str, Any]:
         if not all(parts):
             raise UserError(f'"{key}={value}": a key looks like grpo.beta, with a name on both sides of every dot.')
         if len(parts) > MAX_KEY_PARTS:
-            raise UserError(f'"{_short_text(key)}": no setting lies {len(parts)} groups deep.')
+            raise UserError(f'"{short_text(key)}": no setting lies {len(parts)} groups deep.')
         inner = out
         for part in parts[:-1]:
             inner = inner.setdefault(part, {})

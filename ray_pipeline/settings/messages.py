@@ -11,7 +11,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from pydantic import BaseModel, ValidationError
 
 from ray_pipeline.errors import did_you_mean
-from ray_pipeline.settings.layers import Layer
+from ray_pipeline.settings.layers import Layer, short_text
 from ray_pipeline.settings.schema import PipelineFields
 
 _UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument", "no_such_attribute")
@@ -99,8 +99,7 @@ def origin_of(location: Sequence[int | str], layers: Sequence[Layer]) -> str:
 
 
 def _short(value: Any) -> str:
-    text = repr(value) if isinstance(value, str) and not value.strip() else str(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return short_text(repr(value) if isinstance(value, str) and not value.strip() else str(value))
 
 
 def _sentence(error: Any, layers: Sequence[Layer]) -> str:
