@@ -1,59 +1,33 @@
-"""The Modal app: one function that runs the pipeline. GPUs, volumes and secret are set per run from the config."""
+"""For Modal's own command line: the functions of the default settings, and a way to start a recipe.
+
+    modal run modal_gpu/app.py --recipe configs/small.yaml --gpus 3 --gpu-type H100
+    modal deploy modal_gpu/app.py
+
+A deployed app is there for other programs: `modal.Function.from_name("ray-pipeline", "train")`. Containers never import
+this file. `run --backend modal` is the way with all flags, several hosts among them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import PurePosixPath
-from typing import Any
+from modal_gpu.functions import build_app
+from modal_gpu.gpus import Shape
+from ray_pipeline.settings.loading import load_config
 
-import modal
-
-from modal_gpu.body import RemoteResult, execute_here
-from modal_gpu.image import build_image
-from ray_pipeline.settings.schema import ModalConfig
-
-APP_NAME = "ray-pipeline"
-RUNS = "/runs"
-HF_CACHE = "/root/.cache/huggingface"
-_CPUS, _MEMORY_MIB = 8, 65536
-
-app = modal.App(APP_NAME)
-
-
-@app.function(
-    image=build_image(),
-    cpu=_CPUS,
-    memory=_MEMORY_MIB,
-    timeout=86400,
-    # A container that is taken away starts again with the same arguments; the ledger makes that a resume.
-    retries=modal.Retries(max_retries=3, initial_delay=1.0, backoff_coefficient=2.0),
+_deployed = build_app(
+    load_config(None, {"tracking.wandb": False, "backend": "modal"}), Shape(("H100",), 1, 1, 8.0, 65536)
 )
-def pipeline(
-    config_yaml: str,
-    stages: dict[str, str | None],
-    volume: str,
-    runs_dir: str = RUNS,
-    dry_run: bool = False,
-    resume: bool = False,
-) -> RemoteResult:
-    """Run the pipeline in the container; `volume` holds the runs."""
-    return execute_here(config_yaml, stages, runs_dir, dry_run=dry_run, resume=resume, save=_committer(volume))
+app = _deployed.app
 
 
-def _committer(volume: str) -> Callable[[], None]:
-    """What makes written files last: a commit of the volume, and nothing when the body runs on the user's machine."""
-    if modal.is_local():
-        return lambda: None
-    return modal.Volume.from_name(volume).commit
+@app.local_entrypoint()
+def main(recipe: str = "", gpus: int = 1, gpu_type: str = "H100", run_name: str = "", wandb: bool = False) -> None:
+    """Run a recipe on one container of GPUs, fetch its outputs and print where they are."""
+    import sys
 
+    from modal_gpu.launch import run_with
+    from ray_pipeline.cli.group import guarded
 
-def configured(settings: ModalConfig, gpus: int, *, wandb: bool) -> modal.Function[Any, Any, Any]:
-    """The function with this run's GPUs, volumes, time limit and secret."""
-    volumes: dict[str | PurePosixPath, modal.Volume | modal.CloudBucketMount] = {
-        RUNS: modal.Volume.from_name(settings.volume, create_if_missing=True),
-        HF_CACHE: modal.Volume.from_name(settings.hf_cache_volume, create_if_missing=True),
-    }
-    secrets = [modal.Secret.from_name(settings.wandb_secret, required_keys=["WANDB_API_KEY"])] if wandb else []
-    return pipeline.with_options(
-        gpu=f"{settings.gpu_type}:{gpus}", timeout=settings.timeout_seconds, volumes=volumes, secrets=secrets
-    )
+    given = {"layout.gpus": gpus, "modal.gpu_type": gpu_type, "run_name": run_name, "tracking.wandb": wandb}
+    code = guarded(lambda: run_with(recipe, {name: value for name, value in given.items() if value != ""}, _deployed))
+    if code:
+        sys.exit(code)

@@ -1,135 +1,211 @@
-"""`--backend modal`: checks, sends the run off, streams its log, fetches the outputs."""
+"""`--backend modal`: checks, tells what it costs, sends the run off, and watches it unless it is left alone."""
 
 from __future__ import annotations
 
-from dataclasses import asdict
-from typing import IO, TYPE_CHECKING
+import getpass
+import os
+import socket
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import modal
-from modal.config import config as modal_settings
 
-from modal_gpu.app import RUNS, app, configured
-from modal_gpu.files import fetch, local_inputs, remote_name
+from modal_gpu.failures import check_credentials, check_reachable, explained, way_on
+from modal_gpu.files import VolumeCopy, refuse_other_run, send_run, upload
+from modal_gpu.functions import RUNS, RunApp, build_app, secrets_of, volumes_of
+from modal_gpu.gpus import Shape, shape_of, trained_layout
+from modal_gpu.job import Job, State, place_of
+from modal_gpu.registry import Registry
+from modal_gpu.watch import watch
+from ray_pipeline.costs.estimate import make_plan
+from ray_pipeline.costs.hardware_table import PROCESS, rented_hardware
 from ray_pipeline.costs.prices import with_price
 from ray_pipeline.dag.budget import estimate_lines
-from ray_pipeline.dag.identity import moved_name, with_source_names
+from ray_pipeline.dag.plan import PlannedStage, refuse_other_config
 from ray_pipeline.dag.plan import plan as plan_stages
-from ray_pipeline.errors import UserError, did_you_mean
-from ray_pipeline.layout.layout import Layout, with_layout
+from ray_pipeline.dag.request import RunRequest, StageSelection
+from ray_pipeline.dag.workflow import accept, with_absolute_paths
+from ray_pipeline.errors import UserError, command
+from ray_pipeline.layout.layout import with_layout
+from ray_pipeline.records.artifacts import write_sealed
 from ray_pipeline.settings.loading import config_yaml
+from ray_pipeline.settings.run_folder import MODAL_FILE
+from ray_pipeline.settings.schema import TRAINING_STAGES, PipelineFields
 
-if TYPE_CHECKING:
-    from ray_pipeline.dag.request import RunRequest
-    from ray_pipeline.settings.schema import PipelineFields
-
-GPU_TYPES = ("T4", "L4", "A10", "L40S", "A100", "A100-40GB", "A100-80GB", "RTX-PRO-6000", "H100", "H200", "B200")
-GPUS_PER_CONTAINER = 8
-
-
-class _Files:
-    """A Modal volume as `fetch` sees it."""
-
-    def __init__(self, volume: modal.Volume):
-        self.volume = volume
-
-    def files(self, folder: str) -> list[tuple[str, int, int]]:
-        entries = self.volume.listdir(folder, recursive=True)
-        return [(entry.path, entry.size, entry.mtime) for entry in entries if entry.type.name == "FILE"]
-
-    def read(self, path: str, into: IO[bytes]) -> None:
-        self.volume.read_file_into_fileobj(path, into)
-
-
-def check(config: PipelineFields, layout: Layout) -> None:
-    """Refuse what Modal cannot place.
-
-    Raises:
-        UserError: unknown GPU type, or more GPUs than one container has.
-    """
-    gpu_type = config.modal.gpu_type
-    # "H100!" is Modal's way to refuse an upgrade to a better type.
-    if gpu_type.upper().rstrip("!") not in GPU_TYPES:
-        hint = did_you_mean(gpu_type.upper(), GPU_TYPES)
-        raise UserError(f"--gpu-type {gpu_type}: Modal has no such GPU{hint}. The types are {', '.join(GPU_TYPES)}.")
-    if layout.gpus > GPUS_PER_CONTAINER:
-        raise UserError(
-            f"gpus={layout.gpus}: one Modal container has at most {GPUS_PER_CONTAINER} GPUs. "
-            f"Use --gpus {GPUS_PER_CONTAINER} or fewer."
-        )
-
-
-def check_credentials() -> None:
-    """Refuse to start without an account.
-
-    Raises:
-        UserError: how to get a token.
-    """
-    if not (modal_settings.get("token_id") and modal_settings.get("token_secret")):
-        raise UserError(
-            "--backend modal: no Modal credentials here. Make a free account at https://modal.com, then run "
-            "`modal token new` (or set MODAL_TOKEN_ID and MODAL_TOKEN_SECRET). Without an account use --backend auto."
-        )
+GIB = 2**30
 
 
 def execute_on_modal(request: RunRequest) -> int:
     """Run the pipeline on Modal and bring its outputs into the local run folder. Returns the run's exit code."""
-    layout = request.layout
-    check(request.config, layout)
+    return _execute(request, None)
+
+
+def run_with(recipe: str, overrides: dict[str, Any], functions: RunApp) -> int:
+    """What `modal run` starts: a recipe, in an app that is running already."""
+    from ray_pipeline.layout.choice import resolve_layout
+    from ray_pipeline.settings.loading import load_config
+
+    config = load_config(Path(recipe) if recipe else None, {"backend": "modal", **overrides}, os.environ)
+    from ray_pipeline.dag.identity import default_run_name
+
+    config = config.model_copy(update={"run_name": config.run_name or default_run_name(config)})
+    return _execute(RunRequest(config, resolve_layout(config, 0), yes=True), functions)
+
+
+def _execute(request: RunRequest, running: RunApp | None) -> int:
+    layout = trained_layout(request.config, request.layout)
+    request = replace(request, layout=layout)
+    shape = sized(request.config, request, shape_of(request.config, layout))
     if request.dry_run:
-        return plan(request)
+        return plan(request, shape)
+    request.stages.check()
+    if not request.resume:
+        refuse_other_config(request.config, request.run_dir)
+    config = with_absolute_paths(with_layout(request.config, layout))
+    rows = plan_stages(config, layout, request.run_dir, request.stages)
+    working = [row.stage for row in rows if row.action in ("run", "resume")]
+    if not working:  # the table and the report are made here
+        from ray_pipeline.dag.workflow import execute
+
+        print("Modal: nothing is left to do, so nothing is rented.")
+        return execute(request)
+    if running is not None and shape.hosts > 1:
+        raise UserError(f"{layout.gpus} GPUs on {shape.hosts} hosts: use `{command('run', '--backend', 'modal')}`.")
     check_credentials()
-    config = with_price(with_layout(request.config, layout))
-    assert config.run_name is not None
-    function = configured(config.modal, layout.gpus, wandb=config.tracking.wandb)
-    print(f"Modal: {config.modal.gpu_type} x {layout.gpus}, run {config.run_name}, volume {config.modal.volume}")
-    for line in estimate_lines(config, layout, plan_stages(config, layout, request.run_dir, request.stages)):
+    run = str(config.run_name)
+    tell(config, shape, rows, request)
+    confirm(request, shape, working)
+    check_reachable()
+    state = _send_off(request, config, shape, rows, running)
+    print(f"Modal: call {state.call} runs {run}. {way_on(run)}")
+    if request.detach:
+        return 0
+    return watch(state, request.run_dir)
+
+
+def tell(config: PipelineFields, shape: Shape, rows: list[PlannedStage], request: RunRequest) -> None:
+    """What is rented, for which stages, for how much."""
+    working = [row.stage for row in rows if row.action in ("run", "resume")]
+    training = [stage for stage in working if place_of(stage) == "gpu"]
+    plain = [stage for stage in working if place_of(stage) == "cpu"]
+    where = [f"{shape.describe()} for {', '.join(training)}"] if training else []
+    where += [f"a container without GPUs for {', '.join(plain)}"] if plain else []
+    print(f"Modal: {'; '.join(where)}; run {config.run_name}, volume {config.modal.volume}")
+    for line in estimate_lines(config, request.layout, rows):
         print(line)
+    if len(shape.types) > 1:
+        print(f"  reckoned with the dearest and the smallest of {', '.join(shape.types)}")
+
+
+def confirm(request: RunRequest, shape: Shape, working: list[str]) -> None:
+    """Ask before it costs money; --yes is an answer, and so is that no GPU is rented.
+
+    Raises:
+        UserError: nobody is there to ask, or the answer is no.
+    """
+    if request.yes or shape.on_cpu or not any(place_of(stage) == "gpu" for stage in working):
+        return
+    if not sys.stdin.isatty():
+        raise UserError("--backend modal costs money, and nobody is there to ask. Add --yes.")
+    if input("Rent them? [y/N] ").strip().lower() not in ("y", "yes"):
+        raise UserError("Nothing was rented.")
+
+
+def sized(config: PipelineFields, request: RunRequest, shape: Shape) -> Shape:
+    """The containers with CPU cores and memory: what `plan` says the fullest stage needs, with room to spare."""
+    cores = config.modal.cpus or max(4.0, 2.0 * shape.each)
+    needs = [PROCESS * (shape.each + 2)]
+    if config.layout.check_memory:
+        hardware = rented_hardware_or_none(config)
+        for stage in [name for name in config.stages if name in TRAINING_STAGES and hardware is not None]:
+            assert hardware is not None
+            found = make_plan(config, request.layout, stage, hardware)
+            needs.append(int(found.host) if not shape.on_cpu else max(found.needs) * shape.each)
+    gib = config.modal.memory_gib or max(16.0, 1.25 * max(needs) / GIB)
+    return replace(shape, cpus=cores, memory_mib=int(gib * 1024))
+
+
+def rented_hardware_or_none(config: PipelineFields) -> Any:
+    """What is rented, where its data sheet is known."""
     try:
-        with modal.enable_output():
-            volume = modal.Volume.from_name(config.modal.volume, create_if_missing=True)
-            remote = upload(config, volume)
-            with app.run():
-                result = function.remote(
-                    config_yaml(remote), asdict(request.stages), config.modal.volume, resume=request.resume
-                )
-            files, size = fetch(_Files(volume), config.run_name, config.output_dir)
-    except modal.exception.AuthError as error:
-        raise UserError(f"Modal refused the credentials ({error}). Run `modal token new` again.") from None
-    except modal.exception.NotFoundError as error:
-        raise UserError(
-            f"Modal: {error}. If it is the secret: modal secret create {config.modal.wandb_secret} WANDB_API_KEY=..., "
-            "or run with --no-wandb."
-        ) from None
-    except modal.exception.ConnectionError as error:
-        raise UserError(f"Modal cannot be reached ({error}). Look at the network, or use --backend auto.") from None
-    if result.error is not None:
-        raise UserError(result.error)
-    print(f"Fetched {files} files ({size / 2**20:.1f} MiB) into {config.output_dir / config.run_name}")
-    return result.exit_code
+        return rented_hardware(config)
+    except UserError:
+        return None
 
 
-def upload(config: PipelineFields, volume: modal.Volume) -> PipelineFields:
-    """Send local input files to the volume; returns the settings for the container."""
-    inputs = local_inputs(config)
-    places = {path: remote_name(path) for path in inputs.values()}
-    if places:
-        with volume.batch_upload(force=True) as batch:
-            for path, place in places.items():
-                put = batch.put_directory if path.is_dir() else batch.put_file
-                put(path, place)
-        for path, place in places.items():
-            if remote_name(path) != place:  # its place is named by what it held before
-                raise UserError(f"{path}: changed while it was uploaded. Run the same command again.")
-    # The name may go on after the path: data.parquet:column
-    names = {name: moved_name(name, path, f"{RUNS}/{places[path]}") for name, path in inputs.items()}
-    config = with_source_names(config, names)
-    return config.model_copy(update={"backend": "cuda"})
+def _send_off(
+    request: RunRequest, config: PipelineFields, shape: Shape, rows: list[PlannedStage], running: RunApp | None
+) -> State:
+    """Inputs and the run's ledger to the volume, the app, the call. What is written here makes the folder a run."""
+    run, run_dir = str(config.run_name), request.run_dir
+    stored = config_yaml(config)
+    with explained(" Nothing was started.", secret=config.modal.wandb_secret):
+        registry = Registry()
+        if (other := registry.holder(run)) is not None:
+            raise UserError(f"run {run}: call {other} works on it on Modal. {way_on(run)}")
+        volume = modal.Volume.from_name(config.modal.volume, create_if_missing=True)
+        copy = VolumeCopy(volume)
+        refuse_other_run(copy, run_dir, going_up=True)
+        accept(config, run_dir, rows, stored)
+        there = upload(with_price(config), volume, RUNS)
+        send_run(copy, volume, run_dir)
+        job = Job(
+            run, config_yaml(there), stored, _selection(request.stages),
+            config.modal.volume, RUNS, request.layout.device, time.time(), time.time() + config.modal.timeout_seconds,
+            f"{getpass.getuser()}@{socket.gethostname()}", shape.hosts, request.resume,
+        )  # fmt: skip
+        app_id, call = _begin(config, shape, job, running)
+    state = State(run, call, app_id, config.modal.volume, shape.describe(), job.by, time.time())
+    registry.write(state)
+    note_call(run_dir, state)
+    return state
 
 
-def plan(request: RunRequest) -> int:
+def _selection(stages: StageSelection) -> dict[str, str | None]:
+    return {"only": stages.only, "from_": stages.from_, "until": stages.until}
+
+
+def _begin(config: PipelineFields, shape: Shape, job: Job, running: RunApp | None) -> tuple[str, str]:
+    """Ids of the app and of the conductor's call, which go on without this program."""
+    if running is not None:
+        changed = {"cpu": running.functions["cpu"], "gpu": running.functions["gpu"]}
+        changed["gpu"] = changed["gpu"].with_options(
+            gpu=shape.gpu(), cpu=shape.cpus, memory=shape.memory_mib, secrets=secrets_of(config, dict(os.environ)),
+            volumes=volumes_of(config), timeout=int(min(config.modal.timeout_seconds, 86400)),
+        )  # fmt: skip
+        return _spawn(running.app, running.functions | changed, job)
+    made = build_app(config, shape)
+    with modal.enable_output():  # the first time it takes minutes, which are told
+        made.image.build()
+    try:
+        with made.app.run(detach=True):
+            return _spawn(made.app, made.functions, job)
+    except KeyboardInterrupt:
+        pass
+    if made.app.app_id is not None:  # Modal's client swallows Ctrl-C here
+        made.app.stop()
+    raise KeyboardInterrupt
+
+
+def _spawn(app: modal.App, functions: dict[str, Any], job: Job) -> tuple[str, str]:
+    call = functions["conductor"].spawn(job, {name: function.hydrate() for name, function in functions.items()})
+    return str(app.app_id), str(call.object_id)
+
+
+def note_call(run_dir: Path, state: State) -> None:
+    """Keep the call's id in the run's folder."""
+    values = {"call": state.call, "app": state.app, "volume": state.volume, "what": state.what, "since": state.since}
+    write_sealed(run_dir / MODAL_FILE, values)
+
+
+def plan(request: RunRequest, shape: Shape) -> int:
     """Print what would run, and where, without an account."""
     from ray_pipeline.dag.workflow import execute
 
     settings = request.config.modal
-    print(f"Modal: would rent {settings.gpu_type} x {request.layout.gpus} for at most {settings.timeout_seconds} s")
+    cores = f"{shape.cpus:g} cores and {shape.memory_mib / 1024:.0f} GiB each"
+    print(f"Modal: would rent {shape.describe()} ({cores}) for at most {settings.timeout_seconds} s")
     return execute(request)

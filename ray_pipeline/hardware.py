@@ -200,7 +200,9 @@ def keys(env: Mapping[str, str], home: Path) -> dict[str, bool]:
     return {
         "WANDB_API_KEY": bool(env.get("WANDB_API_KEY")) or "api.wandb.ai" in netrc,
         "HF_TOKEN": bool(env.get("HF_TOKEN")) or (home / ".cache/huggingface/token").is_file(),
-        "MODAL_TOKEN": bool(env.get("MODAL_TOKEN_ID") and env.get("MODAL_TOKEN_SECRET")) or modal_file.is_file(),
+        "MODAL_TOKEN": bool(env.get("MODAL_TOKEN_ID") and env.get("MODAL_TOKEN_SECRET"))
+        or all(env.get(f"MODAL_OAUTH_{part}") for part in ("REFRESH_TOKEN", "CLIENT_ID", "CLIENT_SECRET"))
+        or modal_file.is_file(),
     }
 
 

@@ -40,6 +40,7 @@ VERBS = {
     "inspect-batch": ("inspect_batch", "inspect_batch"),
     "config-show": ("config_show", "config_show"),
     "verify-parallel": ("verify_parallel", "verify_parallel"),
+    "modal": ("modal", "modal_group"),
     "doctor": ("doctor", "doctor"),
     "test": ("smoke", "smoke_test"),
     "verify-cuda": ("doctor", "doctor"),

@@ -44,8 +44,9 @@ def check_inputs(request: RunRequest) -> None:
         from ray_pipeline.teachers.teacher_folder import check_teacher
 
         check_teacher(config, layout)
-    if config.backend == "modal":
-        return  # functions and the sandbox are needed where the stages run
+    if config.backend == "modal":  # the sandbox is needed where the stages run; functions travel from here
+        _check_travelling(config, working)
+        return
     if config.tools.without_landlock or config.grpo.scoring.without_landlock:
         _tell_without_landlock()
     if any(stage in working for stage in EVALUATED):
@@ -56,6 +57,17 @@ def check_inputs(request: RunRequest) -> None:
         from ray_pipeline.rewards.registry import check_reward_names
 
         check_reward_names(config.grpo.rewards, without_landlock=config.grpo.scoring.without_landlock)
+
+
+def _check_travelling(config: PipelineFields, working: list[str]) -> None:
+    """Rewards and tools by name, before anything is rented."""
+    from ray_pipeline.rewards.registry import get_reward
+    from ray_pipeline.tools.known_tools import get_tool
+
+    for name in config.tools.names if any(stage in working for stage in EVALUATED) else ():
+        get_tool(name)
+    for name in config.grpo.rewards if "grpo" in working else ():
+        get_reward(name)
 
 
 def _tell_without_landlock() -> None:

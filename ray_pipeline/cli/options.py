@@ -139,6 +139,10 @@ layout_options = grouped(
     click.option("--budget-usd", type=float, help="Save and stop before more than this is spent; see cost."),
     click.option("--time-sliced", is_flag=True, hidden=True),
 )
+rent_options = grouped(
+    click.option("--detach", is_flag=True, help="With --backend modal: leave once it has begun; see the verb modal."),
+    click.option("--yes", is_flag=True, help="With --backend modal: do not ask before GPUs are rented."),
+)
 chain_options = grouped(
     click.option("--skip", multiple=True, metavar="STAGE", help="Leave this stage out of the run. May be repeated."),
     click.option("--dpo", is_flag=True, help="Train on preferences between SFT and GRPO."),

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from ray_pipeline.cli.options import chain_options, layout_options, stage_options, take_request
+from ray_pipeline.cli.options import chain_options, layout_options, rent_options, stage_options, take_request
 from ray_pipeline.cli.run import can_resume, checked, executor
 from ray_pipeline.cli.runs import find_run, output_dir
 
@@ -15,6 +15,7 @@ from ray_pipeline.cli.runs import find_run, output_dir
 @click.argument("run")
 @layout_options
 @stage_options
+@rent_options
 @chain_options
 @click.option("--output-dir", help="Folder of all runs. Default: runs.")
 @click.option("--max-steps", type=click.IntRange(1, 10**8), help="Lower the steps of every training stage.")

@@ -10,9 +10,16 @@ import click
 
 from ray_pipeline.cli.group import Interrupted
 from ray_pipeline.cli.input_checks import check_inputs
-from ray_pipeline.cli.options import layout_options, place_options, recipe_options, stage_options, take_request
+from ray_pipeline.cli.options import (
+    layout_options,
+    place_options,
+    recipe_options,
+    rent_options,
+    stage_options,
+    take_request,
+)
 from ray_pipeline.cli.runs import output_dir
-from ray_pipeline.errors import command
+from ray_pipeline.errors import UserError, command
 from ray_pipeline.settings.run_folder import CONFIG_FILE
 
 if TYPE_CHECKING:
@@ -27,6 +34,7 @@ if TYPE_CHECKING:
 @layout_options
 @place_options
 @stage_options
+@rent_options
 def run(**options: Any) -> int:
     """Train: every stage, or those asked for. What is already done with the same settings is not done again."""
     given = take_request(options)
@@ -56,7 +64,12 @@ def checked(config: PipelineFields, options: dict[str, Any], *, resume: bool = F
     notices(config)
     config = config.model_copy(update={"run_name": config.run_name or default_run_name(config)})
     cluster = named_cluster() if config.backend != "modal" else None
-    request = RunRequest(config, layout_there(config, cluster), stages, resume, options["dry_run"], cluster)
+    if options["detach"] and config.backend != "modal":
+        raise UserError("--detach: a run on this machine ends with the terminal. Add --backend modal, or use nohup.")
+    request = RunRequest(
+        config, layout_there(config, cluster), stages, resume, options["dry_run"], cluster,
+        detach=options["detach"], yes=options["yes"],
+    )  # fmt: skip
     check_inputs(request)
     return request
 

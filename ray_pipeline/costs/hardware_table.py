@@ -92,12 +92,22 @@ def peak_of(title: str, precision: str) -> float | None:
     return None if device is None else device.peak(precision != "fp32")
 
 
+def rented_hardware(config: PipelineFields) -> Hardware:
+    """The GPU that `modal.gpu_type` names; of several the one with the least memory, as any of them may be had.
+
+    Raises:
+        UserError: naming what is in the table.
+    """
+    found = [find_hardware(name.rstrip("+ ")) for name in config.modal.gpu_type.split(",")]
+    return min(found, key=lambda device: device.memory)
+
+
 def default_hardware(config: PipelineFields) -> Hardware:
     """What the settings would run on: this machine's CPU, or the GPU that `modal.gpu_type` names."""
     if config.backend == "cpu":
         return this_cpu()
     try:
-        return find_hardware(config.modal.gpu_type)
+        return rented_hardware(config)
     except UserError as error:
         text = str(error).replace("--hardware ", "modal.gpu_type=", 1)
         raise UserError(f"{text} Name one with --hardware to plan for it.") from None
@@ -107,7 +117,7 @@ def running_hardware(config: PipelineFields, device: str, cluster: Cluster | Non
     """What ranks on this machine, on Modal or in a Ray cluster will have; None for a GPU that is not in the table."""
     if config.backend == "modal":
         try:
-            return find_hardware(config.modal.gpu_type)
+            return rented_hardware(config)
         except UserError:
             return None
     if cluster is not None:

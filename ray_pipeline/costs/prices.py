@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ray_pipeline.settings.schema import PipelineFields
+from ray_pipeline.settings.schema import TRAINING_STAGES, PipelineFields
 
 DATE, SOURCE = "2026-06", "modal.com/pricing"
 MODAL_USD_PER_SECOND = {
@@ -44,11 +44,15 @@ def price(config: PipelineFields) -> Price | None:
     """What a GPU of this run costs; None where that is not known, or it costs nothing."""
     modal = config.backend == "modal"
     if config.cost.usd_per_gpu_hour is not None:
-        return Price(config.cost.usd_per_gpu_hour, "cost.usd_per_gpu_hour", modal or config.cost.whole_run)
+        return Price(config.cost.usd_per_gpu_hour, "cost.usd_per_gpu_hour", config.cost.whole_run)
     if not modal:
         return None
-    found = MODAL_USD_PER_SECOND.get(config.modal.gpu_type.lower().split(":")[0].rstrip("!"))
-    return None if found is None else Price(found * 3600, f"{SOURCE}, {DATE}", True)
+    names = [name.strip().split(":")[0].rstrip("!+") for name in config.modal.gpu_type.lower().split(",")]
+    found = [MODAL_USD_PER_SECOND[name] for name in names if name in MODAL_USD_PER_SECOND]
+    if len(found) < len(names):
+        return None
+    # Whichever type is had, it is not more than this.
+    return Price(max(found) * 3600, f"{SOURCE}, {DATE}", config.cost.whole_run)
 
 
 def with_price(config: PipelineFields) -> PipelineFields:
@@ -76,7 +80,8 @@ def _gpu_hours(entry: Mapping[str, Any], config: PipelineFields, each: Price) ->
     elif entry["status"] == "interrupted":  # it lived until its last sign of life
         seconds += max(0.0, float(seen) - float(entry["started"]))
     ranks = int(entry.get("ranks") or 0)
-    gpus = (config.layout.gpus or ranks) if each.whole_run else ranks
+    trains = entry["stage"] in TRAINING_STAGES
+    gpus = (config.layout.gpus or ranks) if each.whole_run else ranks if trains else 0
     return seconds / 3600 * gpus
 
 

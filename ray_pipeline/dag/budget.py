@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ray_pipeline.costs.estimate import make_plan
-from ray_pipeline.costs.hardware_table import Hardware, find_hardware, running_hardware
+from ray_pipeline.costs.hardware_table import Hardware, rented_hardware, running_hardware
 from ray_pipeline.costs.prices import price, spent, usd
 from ray_pipeline.dag.ledger import read_status
 from ray_pipeline.dag.plan import PlannedStage
@@ -62,7 +62,7 @@ def estimate_lines(
     hardware: Hardware | None
     try:
         if config.backend == "modal":
-            hardware = find_hardware(config.modal.gpu_type)
+            hardware = rented_hardware(config)
         else:
             hardware = running_hardware(config, layout.device, cluster)
     except UserError:

@@ -87,7 +87,7 @@ def _decide(
         state = f"finished, {seconds_text(record.seconds)}" if record is not None and finished else "not finished"
         return replace(row, action="reuse" if finished else "skip", reason=f"not asked for; {state}")
     _need_inputs(stage, inputs, selection, rows)
-    flag = selection.forces(stage)
+    flag = selection.forces(stage, None if record is None else record.finished)
     rerun = [name for name in inputs if rows[name].action in ("run", "resume")]
     if record is not None and finished:
         if attempt is not None and not attempt.is_finished:

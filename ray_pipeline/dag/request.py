@@ -15,11 +15,18 @@ from ray_pipeline.settings.schema import STAGES, PipelineFields
 
 @dataclass(frozen=True)
 class StageSelection:
-    """`--stage` (one again), or `--from` and `--until` (a range)."""
+    """`--stage` (one again), or `--from` and `--until` (a range).
+
+    Attributes:
+        among: the stages that this process may run; None: all. since: Unix seconds; a stage that finished after them is
+            not run again by a flag, as it was run because of it.
+    """
 
     only: str | None = None
     from_: str | None = None
     until: str | None = None
+    among: tuple[str, ...] | None = None
+    since: float | None = None
 
     def check(self) -> None:
         """Refuse names that do not exist and combinations that say nothing.
@@ -50,6 +57,8 @@ class StageSelection:
 
     def selects(self, stage: str) -> bool:
         """Whether the stage may run."""
+        if self.among is not None and stage not in self.among:
+            return False
         if self.only:
             return stage == self.only
         index = STAGES.index(stage)
@@ -57,9 +66,9 @@ class StageSelection:
         last = STAGES.index(self.until) if self.until else len(STAGES) - 1
         return first <= index <= last
 
-    def forces(self, stage: str) -> str | None:
-        """The flag by which the stage runs again though it is finished."""
-        if not self.selects(stage):
+    def forces(self, stage: str, finished: float | None = None) -> str | None:
+        """The flag by which the stage runs again though it is finished, as it was at `finished` (Unix seconds)."""
+        if not self.selects(stage) or (self.since is not None and (finished or 0.0) >= self.since):
             return None
         return "--stage" if self.only else "--from" if self.from_ else None
 
@@ -73,6 +82,9 @@ class RunRequest:
         resume: apply settings that changed since the run was started; else they are refused.
         cluster: what the Ray cluster has that is to run it; None for a machine alone.
         dry_run: print the plan alone. stage_functions: in place of the stages' own `run`, by name, for tests.
+        detach, yes: of a run elsewhere: leave once it has begun; do not ask before it costs money.
+        stored: settings (YAML) that are kept as the run's own in place of `config`, which fits one machine alone.
+        shared_folder: whether all machines of a cluster have the run's folder.
     """
 
     config: PipelineFields
@@ -82,6 +94,10 @@ class RunRequest:
     dry_run: bool = False
     cluster: Cluster | None = None
     stage_functions: Mapping[str, StageFunction] = field(default_factory=dict)
+    detach: bool = False
+    yes: bool = False
+    stored: str | None = None
+    shared_folder: bool = True
 
     @property
     def run_dir(self) -> Path:

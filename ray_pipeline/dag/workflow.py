@@ -79,7 +79,7 @@ def execute(request: RunRequest) -> int:
     run_dir, layout, selection = request.run_dir, request.layout, request.stages
     if not request.resume:
         refuse_other_config(request.config, run_dir)
-    config = _with_absolute_paths(with_layout(request.config, layout))
+    config = with_absolute_paths(with_layout(request.config, layout))
     refuse_foreign_run(run_dir)
     if request.dry_run:
         rows = plan(config, layout, run_dir, selection)
@@ -98,7 +98,7 @@ def execute(request: RunRequest) -> int:
         failed = False
         if any(job.runs for job in jobs):
             note_invocation(run_dir)
-            with connected_ray(layout, run_dir, config.layout.wait_for_nodes):
+            with connected_ray(layout, run_dir, config.layout.wait_for_nodes, shared=request.shared_folder):
                 import ray
 
                 # num_cpus=0: the task only waits for its workers; holding a CPU would starve them.
@@ -119,7 +119,7 @@ def _jobs(request: RunRequest, rows: Sequence[PlannedStage]) -> list[StageJob]:
     """Store the settings as the run's own; what each stage's task is given."""
     config, run_dir = request.config, request.run_dir
     files = {row.stage: stage_files(config, row.stage) for row in rows}
-    run = _accept(config, run_dir, rows)
+    run = accept(config, run_dir, rows, request.stored)
     note_digests(config.output_dir, {path for read in files.values() for path in read})
     return [
         StageJob(
@@ -130,13 +130,13 @@ def _jobs(request: RunRequest, rows: Sequence[PlannedStage]) -> list[StageJob]:
     ]  # fmt: skip
 
 
-def _with_absolute_paths(config: PipelineFields) -> PipelineFields:
+def with_absolute_paths(config: PipelineFields) -> PipelineFields:
     """Local sources by absolute path: stages and later resumes may start in another folder."""
     return with_source_names(config, {name: absolute_name(name) for name in source_names(config).values()})
 
 
-def _accept(config: PipelineFields, run_dir: Path, rows: Sequence[PlannedStage]) -> RunFile:
-    """Store the settings as the run's own, with the identities they give.
+def accept(config: PipelineFields, run_dir: Path, rows: Sequence[PlannedStage], stored: str | None = None) -> RunFile:
+    """Store the settings, or those in `stored` that mean the same elsewhere, as the run's own, with their identities.
 
     Raises:
         UserError: an input file changed since the stages were planned.
@@ -155,7 +155,7 @@ def _accept(config: PipelineFields, run_dir: Path, rows: Sequence[PlannedStage])
         if row.fresh:
             run.reruns[row.identity] = run.reruns.get(row.identity, 0) + 1
     run.save()
-    write_text(run_dir / CONFIG_FILE, with_checksum(config_yaml(config)))
+    write_text(run_dir / CONFIG_FILE, with_checksum(stored or config_yaml(config)))
     return run
 
 
@@ -176,11 +176,12 @@ def _finish(config: PipelineFields, run_dir: Path, rows: Sequence[PlannedStage],
 
 
 @contextmanager
-def connected_ray(layout: Layout, run_dir: Path, wait: float = 0.0) -> Iterator[None]:
+def connected_ray(layout: Layout, run_dir: Path, wait: float = 0.0, *, shared: bool = True) -> Iterator[None]:
     """A quiet local Ray, or the cluster that RAY_ADDRESS names; one this process already has is used and left alone.
 
     Args:
-        wait: seconds that a cluster which grows is given to hold the ranks.
+        wait: seconds that a cluster which grows is given to hold the ranks. shared: whether its nodes are to have the
+            run's folder.
     Raises:
         UserError: the cluster cannot be reached, cannot hold the ranks, or its nodes do not share the run's folder.
         StageFailed: a local Ray does not start.
@@ -199,7 +200,7 @@ def connected_ray(layout: Layout, run_dir: Path, wait: float = 0.0) -> Iterator[
                     # Ray puts handlers in their place that end the process with a dump of C++ frames.
                     signal.signal(number, handler)
         wait_for(layout.gpus, layout.min_gpus or layout.gpus, layout.device, wait)
-        if cluster_address() is not None:
+        if cluster_address() is not None and shared:
             refuse_unshared(run_dir)
         yield
     finally:

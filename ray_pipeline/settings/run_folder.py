@@ -1,6 +1,6 @@
 """Names of what lies in a run's folder, each written here alone.
 
-    RUN/config.yaml, run.json, invocations.json, .lock, report.html
+    RUN/config.yaml, run.json, invocations.json, modal.json, .lock, report.html
     RUN/<stage>-<identity>/   record.json, progress.json, metrics.jsonl, samples.json, heldout.json, timeline.json,
                               guards.json, error.log, logs/, checkpoints/, and of what the stage makes
                               manifest.json, tokenizer/, model/, adapter/
@@ -17,6 +17,7 @@ CONFIG_FILE = "config.yaml"  # the settings that the run was accepted with
 LOCK = ".lock"  # held by the one process that works on the run
 REPORT_FILE = "report.html"
 INVOCATIONS_FILE = "invocations.json"  # what was typed, when, on which machine, with which versions
+MODAL_FILE = "modal.json"  # the call on Modal that runs it, or ran it last
 STOP_FILE = "stop.json"  # a request that the run save and stop
 
 RECORD = "record.json"  # of a stage, beside its outputs

@@ -205,7 +205,7 @@ class CostConfig(Section):
         description="of one's own cluster or contract; default: Modal's list price with --backend modal, else none",
     )
     whole_run: bool = Field(
-        False, description="GPUs are paid for in every stage, as on Modal, not where ranks train alone"
+        False, description="GPUs are paid for in every stage, not where ranks train alone: a machine rented whole"
     )
     budget_usd: PositiveFloat | None = Field(
         None, description="of the whole run: told at 50, 75 and 90%; at 99% it saves and stops"
@@ -215,11 +215,23 @@ class CostConfig(Section):
 class ModalConfig(Section):
     """Where `--backend modal` runs."""
 
-    gpu_type: str = "H100"
-    timeout_seconds: Annotated[int, Field(gt=0, le=7 * 86400)] = 86400
+    gpu_type: str = Field("H100", description="several with commas are tried in that order; CPU: ranks without one")
+    timeout_seconds: Annotated[int, Field(gt=0, le=30 * 86400)] = Field(
+        86400, description="of the whole run; beyond a day Modal's functions are begun again and resume"
+    )
     volume: str = "deepseek-runs"
     hf_cache_volume: str = "huggingface-cache"
-    wandb_secret: str = "wandb"
+    wandb_secret: str = Field("wandb", description="Modal's secret with WANDB_API_KEY, where it is not set here")
+    hf_secret: str | None = Field(None, description="Modal's secret with HF_TOKEN, where it is not set here")
+    region: str | None = Field(None, description='for example "us-east", several with commas; costs more')
+    nonpreemptible: bool = Field(
+        False, description="containers without GPUs are not taken away, at three times the price; with GPUs all may be"
+    )
+    cpus: PositiveFloat | None = Field(None, description="cores of a container that trains; default: two a GPU")
+    memory_gib: PositiveFloat | None = Field(None, description="of it; default: what `plan` says")
+    local_modules: list[str] = Field(
+        default_factory=list, description="Python packages that go along, beside those named as module:function"
+    )
 
 
 class PipelineFields(Section):

@@ -43,10 +43,16 @@ def test_what_was_spent_counts_every_attempt_and_the_one_that_runs():
     assert spent(config("cpu"), stages) is None and spent_text(config("cpu"), stages) is None
 
 
-def test_rented_gpus_are_paid_for_where_no_rank_trains_and_one_s_own_are_not():
+def test_gpus_are_paid_for_where_no_rank_trains_on_machines_rented_whole_alone():
     alone = [{"stage": "data_prep", "status": "done", "ranks": 1, "seconds": 3600.0}]
-    assert spent(config(usd_per_gpu_hour=1.0), alone) == pytest.approx(3.0)
-    assert spent(config("cuda", usd_per_gpu_hour=1.0), alone) == pytest.approx(1.0)
+    assert spent(config(usd_per_gpu_hour=1.0), alone) == 0.0, "data is prepared in a container without GPUs"
+    assert spent(config("cuda", usd_per_gpu_hour=1.0), alone) == 0.0
+    assert spent(config("cuda", usd_per_gpu_hour=1.0, whole_run=True), alone) == pytest.approx(3.0)
+
+
+def test_of_several_types_the_dearest_is_reckoned_with():
+    assert price(config(gpu="L4, H100")).usd_per_hour == pytest.approx(MODAL_USD_PER_SECOND["h100"] * 3600)
+    assert price(config(gpu="H100,unheard-of")) is None
 
 
 def test_the_line_of_status():

@@ -1,0 +1,86 @@
+"""Which runs there are on Modal, and who works on them: a Dict of Modal's, the same from every machine."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, fields
+from typing import Any
+
+import modal
+
+from modal_gpu.job import State
+
+NAME = "ray-pipeline-runs"
+
+
+class Registry:
+    """States by run, and a lock for each that holds across containers and machines."""
+
+    def __init__(self, name: str = NAME):
+        self._dict = modal.Dict.from_name(name, create_if_missing=True)
+
+    def read(self, run: str) -> State | None:
+        """What is known of a run; None where it was never launched, or nobody asked for it in a week."""
+        found = self._dict.get(run)
+        if found is None:
+            return None
+        known = {entry.name for entry in fields(State)}
+        return State(**{name: value for name, value in found.items() if name in known})
+
+    def write(self, state: State) -> None:
+        """Replace what is known."""
+        state.updated = time.time()
+        self._dict[state.run] = asdict(state)
+
+    def note(self, run: str, **values: Any) -> None:
+        """Change some of it. Notes are for people: one that is lost stops nothing."""
+        state = self.read(run) or State(run)
+        for name, value in values.items():
+            setattr(state, name, value)
+        self.write(state)
+
+    def runs(self) -> list[str]:
+        """Names of all that are known."""
+        return sorted(str(key) for key in self._dict.keys() if not str(key).endswith("/lock"))  # noqa: SIM118
+
+    def holder(self, run: str) -> str | None:
+        """Id of the call that works on the run; None where nobody does, or the call is over."""
+        found = self._dict.get(f"{run}/lock")
+        return str(found) if found and call_lives(str(found)) else None
+
+    def lock(self, run: str, call: str) -> str | None:
+        """Take the run for a call; the id of the other call that has it, or None when it is taken."""
+        key = f"{run}/lock"
+        if self._dict.put(key, call, skip_if_exists=True):
+            return None
+        other = str(self._dict.get(key))
+        if other == call:  # this call, begun again in another container
+            return None
+        if other != "None" and call_lives(other):
+            return other
+        self._dict.pop(key, None)
+        return None if self._dict.put(key, call, skip_if_exists=True) else str(self._dict.get(key))
+
+    def hand_over(self, run: str, call: str) -> None:
+        """Give the lock to the call that goes on."""
+        self._dict[f"{run}/lock"] = call
+
+    def unlock(self, run: str, call: str) -> None:
+        """Let go, if it is this call's."""
+        if self._dict.get(f"{run}/lock") == call:
+            self._dict.pop(f"{run}/lock", None)
+
+
+def call_lives(call: str) -> bool:
+    """Whether a call has not ended yet."""
+    try:
+        modal.FunctionCall.from_id(call).get(timeout=0)
+    except TimeoutError:
+        return True
+    except modal.exception.TimeoutError:  # its results are gone, or its time was up
+        return False
+    except modal.exception.Error:
+        return False
+    except Exception:  # noqa: BLE001  what the function raised there is raised here
+        return False
+    return False
