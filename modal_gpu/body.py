@@ -42,7 +42,7 @@ def conduct(job: Job, functions: Mapping[str, Any]) -> Outcome:
     state = registry.read(job.run) or State(job.run)
     if state.call != me and state.piece:  # what another call left; this one begins anew
         state.piece, state.place, state.exit_code = "", "", 0
-    state.call, state.outcome, state.volume, state.by, state.stop = me, {}, job.volume, job.by, False
+    state.call, state.outcome, state.volume, state.by = me, {}, job.volume, job.by
     registry.write(state)
     outcome = Outcome(EXIT_FAILED, "the conductor was stopped")
     try:
@@ -85,7 +85,7 @@ class _Conductor:
         call = modal.FunctionCall.from_id(self.piece)
         while True:
             try:
-                return call.get(timeout=POLL)  # type: ignore[no-any-return]
+                return call.get(timeout=POLL)
             except TimeoutError:
                 if time.time() - self.began > HAND_OVER:
                     return None
@@ -176,10 +176,9 @@ def _told(registry: Registry, run: str, checkpoint: str) -> None:
 
 def _stop_wanted(registry: Registry, run: str) -> bool:
     try:
-        state = registry.read(run)
+        return registry.stop_wanted(run)
     except modal.exception.Error:
         return False
-    return state is not None and state.stop
 
 
 def _settings(job: Job, device: str) -> Any:

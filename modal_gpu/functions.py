@@ -57,11 +57,9 @@ def build_app(config: PipelineFields, shape: Shape) -> RunApp:
     image, settings = build_image(config), config.modal
     region = [name.strip() for name in settings.region.split(",")] if settings.region else None
     limit = int(min(settings.timeout_seconds, LONGEST))
-    # A container that is taken away begins its input again; so does one that crashed, a few times.
-    retries = modal.Retries(max_retries=3, initial_delay=1.0, backoff_coefficient=2.0)
-    common: dict[str, Any] = {
-        "image": image, "timeout": limit, "retries": retries, "region": region, "include_source": False,
-    }  # fmt: skip
+    # A container that is taken away begins its input again. One that crashed does so only where the conductor says.
+    again = modal.Retries(max_retries=5, initial_delay=1.0, backoff_coefficient=2.0)
+    common: dict[str, Any] = {"image": image, "timeout": limit, "region": region, "include_source": False}
     stages = common | {"volumes": volumes_of(config), "secrets": secrets_of(config, dict(os.environ))}
     body = work if shape.hosts == 1 else modal.clustered(size=shape.hosts, rdma=not shape.on_cpu)(work)
     gpu = app.function(
@@ -76,6 +74,8 @@ def build_app(config: PipelineFields, shape: Shape) -> RunApp:
         {
             "gpu": gpu,
             "cpu": app.function(name="prepare", cpu=STAGE_CPUS, memory=STAGE_MIB, **plain)(work),
-            "conductor": app.function(name="conductor", cpu=CONDUCTOR_CPUS, memory=CONDUCTOR_MIB, **common)(conduct),
+            "conductor": app.function(
+                name="conductor", cpu=CONDUCTOR_CPUS, memory=CONDUCTOR_MIB, retries=again, **common
+            )(conduct),
         },
     )

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import os
 import re
+import sys
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +21,7 @@ PACKAGES = ("model", "ray_pipeline", "modal_gpu")
 CUDA_IMAGE = "nvidia/cuda:13.0.1-devel-ubuntu24.04"
 PYTHON = "3.11"
 _ROOT = Path(__file__).resolve().parent.parent
-_IN_IMAGES = re.compile(r'\s*;.*extra\s*==\s*["\'](?P<extra>[^"\']+)["\']')
+_EXTRA = re.compile(r'\s*;.*extra\s*==\s*["\'](?P<extra>[^"\']+)["\']')
 
 
 def declared_dependencies(extras: Sequence[str] = ()) -> list[str]:
@@ -31,7 +33,7 @@ def declared_dependencies(extras: Sequence[str] = ()) -> list[str]:
         return [*project["dependencies"], *(text for extra in extras for text in optional[extra])]
     out = []
     for text in importlib.metadata.requires("ray-pipeline") or []:
-        found = _IN_IMAGES.search(text)
+        found = _EXTRA.search(text)
         if found is None or found["extra"] in extras:
             out.append(text.partition(";")[0].strip())
     return out
@@ -78,6 +80,8 @@ def user_modules(config: PipelineFields) -> list[str]:
     named = [name for name in (*config.grpo.rewards, *config.tools.names) if ":" in name]
     modules = [name.partition(":")[0] for name in named if not name.startswith("reasoning_gym:")]
     tops = sorted({name.partition(".")[0] for name in (*modules, *config.modal.local_modules)} - set(PACKAGES))
+    if tops and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
     for name in tops:
         if importlib.util.find_spec(name) is None:
             raise UserError(f"modal.local_modules: there is no Python module {name} here. Run from its folder.")

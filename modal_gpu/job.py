@@ -63,8 +63,7 @@ class State:
 
     Attributes:
         call: id of the call that runs it. piece: of the one in which stages run now. place, phase: where and what.
-        saved: the newest checkpoint that is on the volume. stop: somebody asked it to save and end.
-        outcome: how it ended.
+        saved: the newest checkpoint that is on the volume. outcome: how it ended.
     """
 
     run: str
@@ -80,7 +79,6 @@ class State:
     phase: str = "waiting for a container"
     saved: str = ""
     exit_code: int = 0
-    stop: bool = False
     outcome: dict[str, Any] = field(default_factory=dict)
 
     @property

@@ -13,6 +13,7 @@ from typing import Any
 
 import modal
 
+from modal_gpu.body import LONGEST
 from modal_gpu.failures import check_credentials, check_reachable, explained, way_on
 from modal_gpu.files import VolumeCopy, refuse_other_run, send_run, upload
 from modal_gpu.functions import RUNS, RunApp, build_app, secrets_of, volumes_of
@@ -20,6 +21,7 @@ from modal_gpu.gpus import Shape, shape_of, trained_layout
 from modal_gpu.job import Job, State, place_of
 from modal_gpu.registry import Registry
 from modal_gpu.watch import watch
+from ray_pipeline.cli.group import Interrupted
 from ray_pipeline.costs.estimate import make_plan
 from ray_pipeline.costs.hardware_table import PROCESS, rented_hardware
 from ray_pipeline.costs.prices import with_price
@@ -78,8 +80,11 @@ def _execute(request: RunRequest, running: RunApp | None) -> int:
     run = str(config.run_name)
     tell(config, shape, rows, request)
     confirm(request, shape, working)
-    check_reachable()
-    state = _send_off(request, config, shape, rows, running)
+    try:
+        check_reachable()
+        state = _send_off(request, config, shape, rows, running)
+    except KeyboardInterrupt:
+        raise Interrupted("Stopped. Nothing was started on Modal.") from None
     print(f"Modal: call {state.call} runs {run}. {way_on(run)}")
     if request.detach:
         return 0
@@ -157,9 +162,9 @@ def _send_off(
             config.modal.volume, RUNS, request.layout.device, time.time(), time.time() + config.modal.timeout_seconds,
             f"{getpass.getuser()}@{socket.gethostname()}", shape.hosts, request.resume,
         )  # fmt: skip
-        app_id, call = _begin(config, shape, job, running)
-    state = State(run, call, app_id, config.modal.volume, shape.describe(), job.by, time.time())
-    registry.write(state)
+        state = State(run, volume=config.modal.volume, what=shape.describe(), by=job.by, since=time.time())
+        registry.forget_stop(run)
+        state = _begin(config, shape, job, running, state)
     note_call(run_dir, state)
     return state
 
@@ -168,31 +173,36 @@ def _selection(stages: StageSelection) -> dict[str, str | None]:
     return {"only": stages.only, "from_": stages.from_, "until": stages.until}
 
 
-def _begin(config: PipelineFields, shape: Shape, job: Job, running: RunApp | None) -> tuple[str, str]:
-    """Ids of the app and of the conductor's call, which go on without this program."""
+def _begin(config: PipelineFields, shape: Shape, job: Job, running: RunApp | None, state: State) -> State:
+    """Start the conductor, which goes on without this program; the state with its call's id."""
     if running is not None:
         changed = {"cpu": running.functions["cpu"], "gpu": running.functions["gpu"]}
         changed["gpu"] = changed["gpu"].with_options(
             gpu=shape.gpu(), cpu=shape.cpus, memory=shape.memory_mib, secrets=secrets_of(config, dict(os.environ)),
-            volumes=volumes_of(config), timeout=int(min(config.modal.timeout_seconds, 86400)),
+            volumes=volumes_of(config), timeout=int(min(config.modal.timeout_seconds, LONGEST)),
         )  # fmt: skip
-        return _spawn(running.app, running.functions | changed, job)
+        return _spawn(running.app, running.functions | changed, job, state)
     made = build_app(config, shape)
     with modal.enable_output():  # the first time it takes minutes, which are told
         made.image.build()
-    try:
-        with made.app.run(detach=True):
-            return _spawn(made.app, made.functions, job)
-    except KeyboardInterrupt:
-        pass
-    if made.app.app_id is not None:  # Modal's client swallows Ctrl-C here
+    with made.app.run(detach=True):
+        return _spawn(made.app, made.functions, job, state)
+    # Here only after Ctrl-C, which Modal's client swallows.
+    if made.app.app_id is not None:
         made.app.stop()
     raise KeyboardInterrupt
 
 
-def _spawn(app: modal.App, functions: dict[str, Any], job: Job) -> tuple[str, str]:
+def _spawn(app: modal.App, functions: dict[str, Any], job: Job, state: State) -> State:
+    state.app = str(app.app_id)
+    registry = Registry()
+    registry.write(state)  # before the call, whose conductor adds to it
     call = functions["conductor"].spawn(job, {name: function.hydrate() for name, function in functions.items()})
-    return str(app.app_id), str(call.object_id)
+    state.call = str(call.object_id)
+    known = registry.read(state.run)
+    if known is not None and not known.call:
+        registry.note(state.run, call=state.call)
+    return state
 
 
 def note_call(run_dir: Path, state: State) -> None:

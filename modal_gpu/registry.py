@@ -41,7 +41,19 @@ class Registry:
 
     def runs(self) -> list[str]:
         """Names of all that are known."""
-        return sorted(str(key) for key in self._dict.keys() if not str(key).endswith("/lock"))  # noqa: SIM118
+        return sorted(str(key) for key in self._dict.keys() if "/" not in str(key))  # noqa: SIM118
+
+    def ask_to_stop(self, run: str) -> None:
+        """Let the run save and end; apart from its state, which others write too."""
+        self._dict[f"{run}/stop"] = True
+
+    def stop_wanted(self, run: str) -> bool:
+        """Whether somebody asked."""
+        return bool(self._dict.get(f"{run}/stop"))
+
+    def forget_stop(self, run: str) -> None:
+        """A run that is begun again is meant to run."""
+        self._dict.pop(f"{run}/stop", None)
 
     def holder(self, run: str) -> str | None:
         """Id of the call that works on the run; None where nobody does, or the call is over."""

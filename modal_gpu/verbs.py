@@ -181,7 +181,7 @@ def stop_run(run: str, *, now: bool) -> int:
 
 def _saves_and_ends(registry: Registry, state: State) -> bool:
     """Whether the run did so, when it was asked to, in the time it has for that."""
-    registry.note(state.run, stop=True)
+    registry.ask_to_stop(state.run)
     print(f"Asked {state.run} to save and end; --now does not wait for that.", flush=True)
     until = time.monotonic() + STOP_WAIT
     while time.monotonic() < until:

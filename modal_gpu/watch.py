@@ -153,7 +153,7 @@ def choose(call: str, state: State) -> None:
         raise Detached
     try:
         answer = input(MENU).strip().lower()[:1]
-    except (EOFError, KeyboardInterrupt):
+    except (EOFError, OSError, KeyboardInterrupt):  # the terminal may be gone
         raise Detached from None
     if answer == "s":
         stop(call, state)

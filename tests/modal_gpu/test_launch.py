@@ -35,7 +35,8 @@ def test_three_h100_train_and_cpus_do_the_rest(world: World, tmp_path: Path, cap
     assert gpus(train) == ("H100", 3)
     assert gpus(prepare) == gpus(conductor) == ("", 0)
     assert train._experimental_group_size == 0
-    assert train.timeout_secs == 86400 and train.retry_policy.retries == 3
+    assert train.timeout_secs == 86400
+    assert (conductor.retry_policy.retries, train.retry_policy.retries) == (5, 0), "it decides what is begun again"
     assert train.single_use_containers
     assert train.resources.milli_cpu == 6000 and train.resources.memory_mb >= 16384
     mounts = {mount.mount_path: mount.volume_id for mount in train.volume_mounts}

@@ -149,7 +149,7 @@ def test_ctrl_c_before_the_call_starts_nothing(
     monkeypatch.setattr("modal_gpu.launch.upload", lambda *_: os.kill(os.getpid(), signal.SIGINT) or time.sleep(5))
     flags = ["--gpus", "1", "--yes", "--run-name", "toy", "--output-dir", str(tmp_path / "runs")]
     assert main(["run", "--backend", "modal", *flags]) == 130
-    assert "Stopped. Go on with: " in capsys.readouterr().err
+    assert "Nothing was started on Modal." in capsys.readouterr().err
     assert not world.calls
 
 
@@ -192,7 +192,7 @@ def test_stop_from_another_machine(launched: World, capsys: pytest.CaptureFixtur
 
 def test_stop_lets_it_save_first(launched: World, capsys: pytest.CaptureFixture) -> None:
     def saves() -> None:
-        while not state_of().stop:
+        while not Registry().stop_wanted("toy"):
             time.sleep(0.1)
         launched.finish(launched.calls["fc-1"], *succeeded(Outcome(2, "it was asked to", user_error=True)))
 
