@@ -19,7 +19,7 @@ import modal
 
 from modal_gpu.hosts import joined_hosts, tidy_checkpoints
 from modal_gpu.job import Job, Outcome, Place, State, place_of
-from modal_gpu.registry import Registry
+from modal_gpu.run_registry import Registry
 from modal_gpu.volume_sync import lasting
 from ray_pipeline.errors import EXIT_FAILED, EXIT_USER_ERROR, StageFailed, UserError, first_line
 

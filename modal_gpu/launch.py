@@ -19,9 +19,8 @@ from modal_gpu.files import VolumeCopy, refuse_other_run, send_run, upload
 from modal_gpu.functions import RUNS, RunApp, build_app, secrets_of, volumes_of
 from modal_gpu.gpus import Shape, shape_of, trained_layout
 from modal_gpu.job import Job, State, place_of
-from modal_gpu.registry import Registry
+from modal_gpu.run_registry import Registry
 from modal_gpu.watch import watch
-from ray_pipeline.cli.group import Interrupted
 from ray_pipeline.costs.estimate import make_plan
 from ray_pipeline.costs.hardware_table import PROCESS, rented_hardware
 from ray_pipeline.costs.prices import with_price
@@ -42,22 +41,11 @@ GIB = 2**30
 
 def execute_on_modal(request: RunRequest) -> int:
     """Run the pipeline on Modal and bring its outputs into the local run folder. Returns the run's exit code."""
-    return _execute(request, None)
+    return execute_in(request, None)
 
 
-def run_with(recipe: str, overrides: dict[str, Any], functions: RunApp) -> int:
-    """What `modal run` starts: a recipe, in an app that is running already."""
-    from ray_pipeline.layout.choice import resolve_layout
-    from ray_pipeline.settings.loading import load_config
-
-    config = load_config(Path(recipe) if recipe else None, {"backend": "modal", **overrides}, os.environ)
-    from ray_pipeline.dag.identity import default_run_name
-
-    config = config.model_copy(update={"run_name": config.run_name or default_run_name(config)})
-    return _execute(RunRequest(config, resolve_layout(config, 0), yes=True), functions)
-
-
-def _execute(request: RunRequest, running: RunApp | None) -> int:
+def execute_in(request: RunRequest, running: RunApp | None) -> int:
+    """As `execute_on_modal`, in an app that is running already where there is one."""
     layout = trained_layout(request.config, request.layout)
     request = replace(request, layout=layout)
     shape = sized(request.config, request, shape_of(request.config, layout))
@@ -79,12 +67,12 @@ def _execute(request: RunRequest, running: RunApp | None) -> int:
     check_credentials()
     run = str(config.run_name)
     tell(config, shape, rows, request)
-    confirm(request, shape, working)
     try:
+        confirm(request, shape, working)
         check_reachable()
         state = _send_off(request, config, shape, rows, running)
     except KeyboardInterrupt:
-        raise Interrupted("Stopped. Nothing was started on Modal.") from None
+        raise KeyboardInterrupt("Nothing was started on Modal.") from None
     print(f"Modal: call {state.call} runs {run}. {way_on(run)}")
     if request.detach:
         return 0

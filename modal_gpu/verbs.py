@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,10 @@ from modal.config import config as modal_settings
 from modal_gpu.failures import OAUTH, check_credentials, check_reachable, explained, within
 from modal_gpu.files import VolumeCopy, fetch
 from modal_gpu.job import State
-from modal_gpu.registry import Registry, call_lives
+from modal_gpu.run_registry import Registry, call_lives
 from modal_gpu.watch import stop
 from ray_pipeline.errors import UserError, command, did_you_mean
+from ray_pipeline.settings.run_folder import CONFIG_FILE
 from ray_pipeline.settings.schema import ModalConfig
 
 STOP_WAIT = 120.0  # seconds that a run is given to save
@@ -50,47 +52,31 @@ def _find(registry: Registry, run: str) -> State:
     )
 
 
-def show_status(run: str | None, runs_dir: Path, *, as_json: bool) -> int:
-    """One run from the volume's own files, as `status` shows one here; or all runs, a line each."""
+def run_status(run: str, read: Callable[[Path], dict[str, Any]]) -> tuple[str, dict[str, Any]]:
+    """A line on the call, and the run's facts from the volume's own files; no stages before it began.
+
+    Args:
+        read: makes the facts of a run's folder, as `status` shows them.
+    """
     registry = _connected()
-    if run is None:
-        return _list(registry, as_json)
     state = _find(registry, run)
     with explained(), tempfile.TemporaryDirectory() as folder:
         going = bool(state.call) and not state.ended and call_lives(state.call)
-        volume = modal.Volume.from_name(state.volume)
-        fetch(VolumeCopy(volume), state.run, Path(folder), small=True)
-        facts = _facts(Path(folder, state.run), state, going)
-    if as_json:
-        print(json.dumps(facts, indent=2))
-        return 0
-    from ray_pipeline.cli.status import show
-
-    print(_headline(state, going))
-    if facts["stages"]:
-        show(facts)
-    if not going:
-        print(f"Fetch it with `{command('modal', 'pull', state.run)}`.")
-    return 0
-
-
-def _facts(run_dir: Path, state: State, going: bool) -> dict[str, Any]:
-    from ray_pipeline.cli.status import cost_text
-    from ray_pipeline.dag.ledger import read_status
-    from ray_pipeline.settings.run_folder import CONFIG_FILE
-
-    if not (run_dir / CONFIG_FILE).is_file():
-        return {"run": state.run, "stages": [], "modal": asdict(state) | {"going": going}}
-    facts = read_status(run_dir)
+        fetch(VolumeCopy(modal.Volume.from_name(state.volume)), state.run, Path(folder), small=True)
+        run_dir = Path(folder, state.run)
+        facts: dict[str, Any] = read(run_dir) if (run_dir / CONFIG_FILE).is_file() else {"run": state.run, "stages": []}
     for stage in facts["stages"]:
         # Nobody here holds the run's lock; there, a container may.
         if stage["status"] == "interrupted" and going and stage["stage"] in state.phase:
             stage["status"] = "running"
         if "folder" in stage:
             stage["folder"] = f"{state.volume}:/{state.run}/{Path(stage['folder']).name}"
-    facts |= {"run_dir": f"{state.volume}:/{state.run}", "worked_on_by": None}
-    facts["cost"] = cost_text(run_dir, facts["stages"])
-    return facts | {"modal": asdict(state) | {"going": going}}
+    facts |= {
+        "run_dir": f"{state.volume}:/{state.run}",
+        "worked_on_by": None,
+        "modal": asdict(state) | {"going": going},
+    }
+    return _headline(state, going), facts
 
 
 def _headline(state: State, going: bool) -> str:
@@ -106,7 +92,9 @@ def _headline(state: State, going: bool) -> str:
     return "; ".join(parts)
 
 
-def _list(registry: Registry, as_json: bool) -> int:
+def list_runs(*, as_json: bool) -> int:
+    """All runs that are known, a line each."""
+    registry = _connected()
     with explained():
         states = [state for name in registry.runs() if (state := registry.read(name)) is not None]
         going = {state.run: not state.ended and bool(state.call) and call_lives(state.call) for state in states}

@@ -11,7 +11,7 @@ from typing import Any
 
 from ray_pipeline.records.artifacts import write_sealed
 from ray_pipeline.records.integrity import file_sha256, unsealed
-from ray_pipeline.records.stop_request import ask_to_stop
+from ray_pipeline.records.progress import ask_to_stop
 from ray_pipeline.settings.run_folder import CHECKPOINTS, PROGRESS_FILE
 
 SUMS = "modal-sums.json"  # of a run's files on the volume: size and SHA-256

@@ -13,7 +13,7 @@ import modal
 from modal_gpu.failures import SILENCE, explained, way_on
 from modal_gpu.files import VolumeCopy, fetch
 from modal_gpu.job import Outcome, State
-from modal_gpu.registry import Registry
+from modal_gpu.run_registry import Registry
 from ray_pipeline.errors import EXIT_FAILED, StageFailed, UserError, command, first_line
 
 ASK_EVERY = 2.0

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from typing import Any
+
 import click
 
 from ray_pipeline.cli.runs import output_dir
+from ray_pipeline.cli.status import cost_text, show
+from ray_pipeline.errors import command
 
 
 @click.group()
@@ -24,12 +30,30 @@ def setup(check_run: bool) -> int:
 @modal_group.command()
 @click.argument("run", required=False)
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
-@click.option("--output-dir", help="Folder of all runs. Default: runs.")
-def status(run: str | None, as_json: bool, **options: str | None) -> int:
+def status(run: str | None, as_json: bool) -> int:
     """Show RUN's stages, progress and cost as they are on Modal; without RUN, all runs there."""
-    from modal_gpu.verbs import show_status
+    from modal_gpu.verbs import list_runs, run_status
 
-    return show_status(run, output_dir(options["output_dir"]), as_json=as_json)
+    if run is None:
+        return list_runs(as_json=as_json)
+    headline, facts = run_status(run, facts_of)
+    if as_json:
+        click.echo(json.dumps(facts, indent=2))
+        return 0
+    click.echo(headline)
+    if facts["stages"]:
+        show(facts)
+    if not facts["modal"]["going"]:
+        click.echo(f"Fetch it with `{command('modal', 'pull', facts['run'])}`.")
+    return 0
+
+
+def facts_of(run_dir: Path) -> dict[str, Any]:
+    """What `status` shows of a run's folder."""
+    from ray_pipeline.dag.ledger import read_status
+
+    facts = read_status(run_dir)
+    return facts | {"cost": cost_text(run_dir, facts["stages"])}
 
 
 @modal_group.command()

@@ -90,7 +90,9 @@ def can_resume(config: PipelineFields) -> Iterator[None]:
     """Turn Ctrl-C, and the signals that end a program, into one line that says how to go on."""
     try:
         yield
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stopped:
+        if str(stopped):  # nothing to go on with
+            raise Interrupted(f"Stopped. {stopped}") from None
         place = () if config.output_dir == output_dir(None) else ("--output-dir", config.output_dir)
         raise Interrupted(f"Stopped. Go on with: {command('resume', str(config.run_name), *place)}") from None
 

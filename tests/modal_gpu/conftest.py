@@ -38,4 +38,5 @@ def containers(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("modal_gpu.functions.HF_CACHE", f"{mounted}/hf")
     found = Containers(world)
     yield found
+    (tmp_path / "log").write_text(world.text_of())
     found.stop()

@@ -197,7 +197,7 @@ class Task:
             "PATH": os.environ["PATH"], "HOME": str(self.folder), "PYTHONPATH": str(ROOT), "MODAL_IS_REMOTE": "1",
             "MODAL_SERVER_URL": f"unix://{socket}", "MODAL_CONTAINER_ARGUMENTS_PATH": str(arguments),
             "MODAL_TASK_ID": self.id, "MODAL_CLOUD_PROVIDER": "CLOUD_PROVIDER_OCI", "RAY_TMPDIR": str(self.ray),
-            "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline", "PYTHONUNBUFFERED": "1",
+            "OMP_NUM_THREADS": "1", "RAY_worker_niceness": "0", "WANDB_MODE": "offline", "PYTHONUNBUFFERED": "1",
         }  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from modal_proto import api_pb2 as pb
 from modal_gpu import body
 from modal_gpu.body import conduct
 from modal_gpu.job import Job, Outcome, State
-from modal_gpu.registry import Registry
+from modal_gpu.run_registry import Registry
 from tests.modal_gpu.world import Call, World, succeeded
 
 TIMED_OUT = pb.GenericResult(

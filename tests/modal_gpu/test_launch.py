@@ -202,7 +202,7 @@ def test_without_credentials_it_says_how_to_get_them(
 def test_a_run_that_is_worked_on_is_not_begun_twice(
     world: World, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    from modal_gpu.registry import Registry
+    from modal_gpu.run_registry import Registry
 
     assert launch(tmp_path, "--gpus", "1") == 0
     assert Registry().lock("toy", "fc-1") is None
@@ -216,6 +216,21 @@ def test_a_run_of_another_folder_is_not_mixed_with(world: World, tmp_path: Path,
     assert launch(tmp_path, "--gpus", "1") == 0
     assert launch(tmp_path / "other", "--gpus", "1") == 2
     assert "is on Modal's volume already" in capsys.readouterr().err and len(world.calls) == 1
+
+
+def test_modal_s_own_command_line_starts_a_recipe(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from modal_gpu import app as entry
+
+    monkeypatch.chdir(tmp_path)
+    world.start = lambda world, call: world.finish(call, *succeeded(Outcome(0)))
+    with entry.app.run():
+        assert entry._run(None, {"layout.gpus": 2, "layout.dp_size": 2, "modal.gpu_type": "L4", "run_name": "toy"}) == 0
+    (bound,) = world.requests(pb.FunctionBindParamsRequest)
+    found = bound.function_options.resources.gpu_config
+    assert (found.gpu_type, found.count) == ("L4", 2)
+    assert (tmp_path / "runs/toy/run.json").exists()
 
 
 def test_deploying_needs_no_secret_and_no_run(world: World) -> None:

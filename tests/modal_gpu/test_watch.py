@@ -15,10 +15,11 @@ from modal_proto import api_pb2 as pb
 
 from modal_gpu import watch
 from modal_gpu.job import Outcome, State
-from modal_gpu.registry import Registry
+from modal_gpu.run_registry import Registry
 from modal_gpu.volume_sync import write_sums
 from ray_pipeline.cli import main
 from ray_pipeline.dag.ledger import RunFile
+from ray_pipeline.errors import UserError
 from tests.modal_gpu.world import Call, World, raised, succeeded
 
 
@@ -110,12 +111,18 @@ def test_silence_is_told_and_ends_nothing(
 
 
 def interrupted(monkeypatch: pytest.MonkeyPatch, *answers: str) -> None:
-    """Ctrl-C after a second, and what is typed then; without answers nobody is there."""
-    monkeypatch.setattr("sys.stdin.isatty", lambda: bool(answers), raising=False)
+    """Ctrl-C once it is watched, and what is typed then; without answers nobody is there."""
+
+    class Asked(watch._Asked):
+        def __init__(self, call: str):
+            super().__init__(call)
+            for index in range(max(1, len(answers))):
+                threading.Timer(0.5 + index, os.kill, (os.getpid(), signal.SIGINT)).start()
+
     left = list(answers)
+    monkeypatch.setattr("sys.stdin.isatty", lambda: bool(answers), raising=False)
     monkeypatch.setattr("builtins.input", lambda _: left.pop(0))
-    for index in range(max(1, len(answers))):
-        threading.Timer(1.0 + index, os.kill, (os.getpid(), signal.SIGINT)).start()
+    monkeypatch.setattr(watch, "_Asked", Asked)
 
 
 @pytest.mark.parametrize("answers", [(), ("d",)])
@@ -151,6 +158,17 @@ def test_ctrl_c_before_the_call_starts_nothing(
     assert main(["run", "--backend", "modal", *flags]) == 130
     assert "Nothing was started on Modal." in capsys.readouterr().err
     assert not world.calls
+
+
+def test_ctrl_c_while_it_is_fetched_says_how_to_go_on(
+    launched: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupts(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(watch, "fetch", interrupts)
+    with pytest.raises(UserError, match="not all of it was fetched. Go on with: .* modal pull toy"):
+        watch.finish(Outcome(0), state_of(), tmp_path / "runs/toy")
 
 
 def test_status_without_a_run_lists_them(launched: World, capsys: pytest.CaptureFixture) -> None:
