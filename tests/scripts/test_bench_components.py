@@ -46,5 +46,6 @@ def test_a_quick_run_writes_a_table_a_plot_and_where_it_was_measured(
     assert len(rows) == 5 and rows[2].startswith("MQA            plain") and "x (" in rows[2]
     data = json.loads((tmp_path / "bench_components.json").read_text())
     (entry,) = data["components"]
-    assert entry["milliseconds"].keys() == {"ours", "plain", "transformers Llama, sdpa"} and data["versions"]["torch"]
+    assert entry["cpu_milliseconds"].keys() == {"ours", "plain", "transformers Llama, sdpa"}
+    assert data["versions"]["torch"] and data["threads"] == 1
     ElementTree.fromstring((tmp_path / "bench_components.svg").read_text())
