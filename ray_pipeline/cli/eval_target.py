@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ray_pipeline.cli.runs import choose_stage, find_run, finished_stages, list_runs
+from ray_pipeline.cli.runs import choose_stage, find_run, finished_stages, list_runs, no_runs
 from ray_pipeline.errors import UserError, did_you_mean, resume_command
 from ray_pipeline.settings.chain import POLICY_STAGES
 from ray_pipeline.settings.run_folder import CONFIG_FILE, HELDOUT_QUESTIONS, MODEL, RECORD, TOKENIZER
@@ -42,10 +42,11 @@ def find_model(
         return _of_run(find_run(given, runs_dir), stage, default)
     if not path.is_dir():
         known = [run.name for run in list_runs(runs_dir)]
-        there = f" The runs there are {', '.join(known[:10])}." if known else ""
+        if not known:
+            raise UserError(f'"{given}": no model folder, and {no_runs(runs_dir)}')
         raise UserError(
-            f'"{given}": neither a run in {runs_dir}{did_you_mean(given, known)} nor a folder.{there} Give a run, or '
-            "the path of a model folder."
+            f'"{given}": neither a run in {runs_dir}{did_you_mean(given, known)} nor a folder. The runs there are '
+            f"{', '.join(known[:10])}. Give a run, or the path of a model folder."
         )
     if stage is not None:
         raise UserError(f"--stage {stage}: {given} is a folder and no run. Leave it out.")

@@ -36,12 +36,13 @@ def find_run(name: str, folder: Path) -> Path:
             return candidate.absolute()
     known = [run.name for run in list_runs(folder)]
     if not known:
-        raise UserError(f'run "{name}": {_no_runs(folder)}')
+        raise UserError(f'run "{name}": {no_runs(folder)}')
     shown = ", ".join(known[:10]) + (f" and {len(known) - 10} more" if len(known) > 10 else "")
     raise UserError(f'run "{name}": not found in {folder}{did_you_mean(name, known)}. The runs there are {shown}.')
 
 
-def _no_runs(folder: Path) -> str:
+def no_runs(folder: Path) -> str:
+    """The end of a message where a run was meant and none is there."""
     return f"there are no runs in {folder}. Start one with `{command('run')}`, or give --output-dir."
 
 
@@ -53,7 +54,7 @@ def latest_run(folder: Path) -> Path:
     """
     runs = list_runs(folder)
     if not runs:
-        raise UserError(_no_runs(folder))
+        raise UserError(no_runs(folder))
     return runs[0].absolute()
 
 
