@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ray_pipeline.data.chat.chat import Chat
 from ray_pipeline.data.chat.tokenizer import ChatTokenizer
 from ray_pipeline.data.files.fields import BadRecord
-from ray_pipeline.data.files.reading import Tally
+from ray_pipeline.data.files.reading import LOOKED_ON, Tally
 from ray_pipeline.data.forms.turns import Conversation
 from ray_pipeline.data.rows.packing import Row, pack_conversations
 from ray_pipeline.data.rows.shards import write_rows
@@ -34,20 +34,20 @@ class Encoder:
 
     Attributes:
         phase: what is reported to `progress`. source: what messages call the conversations.
-        tally: may say to omit those that cannot be encoded; they get no sample, and are counted.
+        tally: counts those that cannot be encoded; it may say to omit them, and then they get no sample.
     """
 
     tokenizer: ChatTokenizer
     progress: Report
     phase: str
     source: str
-    tally: Tally | None = None
+    tally: Tally = field(default_factory=Tally)
 
     def whole(self, chats: Sequence[Chat]) -> list[Encoded]:
         """(ids, mask) of every conversation, in order; no ids where it is omitted.
 
         Raises:
-            UserError: the template refuses or spoils one, naming it and the source, or nothing of it would be trained.
+            UserError: the template refuses or spoils some, or nothing of them would be trained: all of them, by kind.
         """
         found = self._encode(lambda part: [[encoded] for encoded in self.tokenizer.encode_chats(part)], chats)
         return [parts[0] if parts else ([], []) for parts in found]
@@ -63,45 +63,49 @@ class Encoder:
 
     def _encode(self, encode: Encode, chats: Sequence[Chat]) -> list[list[Encoded]]:
         out: list[list[Encoded]] = []
+        self.tally.records = self.tally.records or len(chats)
+        ends_at = len(chats)
         for start in range(0, len(chats), CHUNK):
+            if start >= ends_at:
+                break
             self.progress(self.phase, start, len(chats))
-            chunk = chats[start : start + CHUNK]
+            out += self._chunk(encode, chats[start : start + CHUNK], start)
+            if self.tally.num_bad and not self.tally.skip:
+                ends_at = min(ends_at, start + LOOKED_ON)
+        if not self.tally.skip:
             try:
-                out += encode(chunk)
-            except UserError:
-                if self.tally is None or not self.tally.skip:
-                    _name_the_first(encode, chunk, start, self.source)
-                    raise
-                out += _one_by_one(encode, chunk, start, self.tally)
-        for number, parts in enumerate(out, start=1):
-            if not all(any(mask[1:]) for _, mask in parts):
-                raise UserError(
-                    f"{self.source}: no token of conversation {number} would be trained, as nothing in it is the "
-                    "assistant's. Remove it."
-                )
+                self.tally.settle()
+            except UserError as error:
+                raise UserError(f"{self.source}: {error}") from None
+        return out
+
+    def _chunk(self, encode: Encode, chats: Sequence[Chat], start: int) -> list[list[Encoded]]:
+        """The samples of some conversations; those that cannot be encoded are counted and have none."""
+        try:
+            found: list[list[Encoded] | UserError] = list(encode(chats))
+        except UserError:
+            found = [_alone(encode, chat) for chat in chats]
+        out: list[list[Encoded]] = []
+        for number, (chat, parts) in enumerate(zip(chats, found, strict=True), start=start + 1):
+            if isinstance(parts, UserError):
+                reason = str(parts)
+            elif not all(any(mask[1:]) for _, mask in parts):
+                reason = "no token of it would be trained, as nothing in it is the assistant's"
+            else:
+                out.append(parts)
+                continue
+            asked = next((str(m["content"]) for m in chat.messages if m["role"] == "user"), "")
+            self.tally.add_bad(f'conversation {number} ("{asked:.40}")', BadRecord(reason))
+            out.append([])
         return out
 
 
-def _one_by_one(encode: Encode, chats: Sequence[Chat], start: int, tally: Tally) -> list[list[Encoded]]:
-    """Encoded conversations; one that cannot be has no sample."""
-    out: list[list[Encoded]] = []
-    for number, chat in enumerate(chats, start=start + 1):
-        try:
-            out += encode([chat])
-        except UserError as error:
-            tally.add_bad(f"conversation {number}", BadRecord(str(error)))
-            out.append([])
-    return out
-
-
-def _name_the_first(encode: Encode, chats: Sequence[Chat], start: int, source: str) -> None:
-    """Raise UserError for the first conversation that cannot be encoded, telling which it is."""
-    for number, chat in enumerate(chats, start=start + 1):
-        try:
-            encode([chat])
-        except UserError as error:
-            asked = next(str(m["content"]) for m in chat.messages if m["role"] == "user")
-            raise UserError(f'{source}: conversation {number} ("{asked:.40}"): {error}') from None
+def _alone(encode: Encode, chat: Chat) -> list[Encoded] | UserError:
+    """The samples of one conversation, or why it has none."""
+    try:
+        return encode([chat])[0]
+    except UserError as error:
+        return error
 
 
 def write_conversations(
@@ -121,9 +125,9 @@ def write_conversations(
     """
     seq_len, source = config.data.seq_len, f"--sft-data {config.data.sft}"
     chats = [conversation.chat() for conversation in conversations]
+    tally = tally or Tally()
     samples = Encoder(tokenizer, progress, "conversations", source, tally).turns(chats)
-    if tally is not None:
-        tally.settle()
+    tally.settle()
     # Samples of one conversation have one digest, and so go to the same side.
     digests = [content_hash(c.text) for c, parts in zip(conversations, samples, strict=True) for _ in parts]
     encoded = [part for parts in samples for part in parts]

@@ -90,9 +90,9 @@ def write_preferences(
     """
     data, source = config.data, f"data.preferences={config.data.preferences}"
     chats = [chat for preference in preferences for chat in preference.chats()]
+    tally = tally or Tally()
     encoded = Encoder(tokenizer, progress, "preferences", source, tally).whole(chats)
-    if tally is not None:
-        tally.settle()
+    tally.settle()
     pairs = zip(preferences, encoded[::2], encoded[1::2], strict=True)
     usable = [(pair, (chosen, rejected)) for pair, chosen, rejected in pairs if chosen[0] and rejected[0]]
     preferences, both = [pair for pair, _ in usable], [ids for _, ids in usable]

@@ -50,31 +50,34 @@ def silent(*_):
     """No progress."""
 
 
-def test_the_first_conversation_that_cannot_be_trained_is_named(folder, monkeypatch):
+def test_all_conversations_that_cannot_be_trained_are_told_at_once_by_kind(folder, monkeypatch):
     tokenizer = load_tokenizer(folder)
-    chats = [chat(f"question {i}?", "yes") for i in range(5)]
+    chats = [chat(f"question {i}?", "yes") for i in range(7)]
     chats[3] = chat("a question that goes on for more than forty letters?", "<think>a</think>b")
+    chats[4] = chat("nothing here is the assistant's", "b")._replace(trained_from=2)
+    chats[6] = chat("another thought?", "<think>a</think>b")
     monkeypatch.setattr(conversations, "CHUNK", 2)
-    with pytest.raises(UserError, match=r'^here: conversation 4 \("a question that [^?]*"\): the chat'):
+    with pytest.raises(UserError) as error:
         Encoder(tokenizer, silent, "phase", "here").whole(chats)
+    message = str(error.value)
+    assert message.startswith('here: conversation 4 ("a question that goes on for more than fo"): the chat template drop')
+    assert '(2 like it: conversation 4 ("' in message and 'conversation 7 ("another thought?"))' in message
+    assert 'conversation 5 ("nothing here is the assistant\'s"): no token of it would be trained' in message
+    assert "In all 3 of 7 records looked at cannot be used." in message
     assert len(Encoder(tokenizer, silent, "phase", "here").whole(chats[:3])) == 3
 
 
-def test_conversations_a_template_refuses_are_left_out_where_that_is_asked_for(folder, monkeypatch):
+def test_conversations_that_cannot_be_trained_are_left_out_where_that_is_asked_for(folder, monkeypatch):
     tokenizer, tally = load_tokenizer(folder), Tally(skip=True, most=0.5, records=5)
     chats = [chat(f"question {i}?", "yes") for i in range(5)]
     chats[3] = chat("why?", "<think>a</think>b")
+    chats[4] = chat("and?", "b")._replace(trained_from=2)
     monkeypatch.setattr(conversations, "CHUNK", 2)
     encoded = Encoder(tokenizer, silent, "phase", "here", tally).whole(chats)
-    assert [bool(ids) for ids, _ in encoded] == [True, True, True, False, True]
-    [kind] = tally.bad.values()
-    assert (kind.count, kind.places) == (1, ["conversation 4"]) and "drops <think>" in kind.example
-
-
-def test_a_conversation_with_nothing_to_train_is_refused(folder):
-    chats = [chat("a?", "b"), chat("a?", "b")._replace(trained_from=2)]
-    with pytest.raises(UserError, match=r"^here: no token of conversation 2 would be trained"):
-        Encoder(load_tokenizer(folder), silent, "phase", "here").whole(chats)
+    assert [bool(ids) for ids, _ in encoded] == [True, True, True, False, False]
+    dropped, untrained = tally.bad.values()
+    assert (dropped.count, dropped.places) == (1, ['conversation 4 ("why?")']) and "drops <think>" in dropped.example
+    assert untrained.places == ['conversation 5 ("and?")'] and untrained.example.startswith("no token of it would be")
 
 
 @pytest.mark.parametrize(
