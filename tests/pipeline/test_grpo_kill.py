@@ -10,6 +10,7 @@ import pytest
 
 from ray_pipeline.launch.launchers import InlineLauncher, RayLauncher
 from ray_pipeline.launch.local_ray import start_ray
+from ray_pipeline.records.metrics_file import read_metrics
 from tests.training.grpo_run import arguments, prepare, train
 
 pytestmark = pytest.mark.slow
@@ -48,6 +49,20 @@ def unbroken(folder) -> dict[str, str]:
 
 def test_actors_train_what_the_ranks_own_sampling_does_and_old_weights_do_not(unbroken):
     assert unbroken["actors"] == unbroken["ranks"] != unbroken["stale"]
+
+
+def test_answers_of_older_weights_train_with_importance_weights_and_how_far_they_are_is_told(folder, unbroken):
+    """The first answers are of the weights that they train; of later ones the sampler is a step behind."""
+    fresh, stale = (
+        [entry for entry in read_metrics(folder / f"{engine}-whole") if "grpo/effective_sample_size" in entry]
+        for engine in ("actors", "stale")
+    )
+    assert len(fresh) == len(stale) == STEPS
+    for entry in [*fresh, stale[0]]:
+        assert entry["grpo/sampler_gap_max"] < 1e-5 and entry["grpo/effective_sample_size"] > 1 - 1e-6
+    for entry in stale[1:]:
+        assert entry["grpo/sampler_gap_max"] > 1e-3 and entry["grpo/effective_sample_size"] < 1 - 1e-6
+        assert entry["grpo/correction_mean"] != pytest.approx(1, abs=1e-6)
 
 
 @pytest.mark.parametrize("place", ["rollouts", "scoring", "update"])

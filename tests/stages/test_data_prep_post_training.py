@@ -119,7 +119,7 @@ def test_what_is_left_out_and_not_read_stands_in_the_manifest(tmp_path):
     )  # fmt: skip
     read = manifest["reading"][f"--sft-data {sft}"]
     assert (read["records"], read["not_read"], read["cut"]) == (61, {"id": 59}, False)
-    assert [entry["first"] for entry in read["left_out"]] == [[f"{sft}:8"], ["conversation 60"]]
+    assert [entry["first"] for entry in read["left_out"]] == [[f"{sft}:8"], ['conversation 60 ("2+4?")']]
     assert manifest["datasets"]["sft/train"]["documents"] + manifest["datasets"]["sft/validation"]["documents"] == 59
     assert manifest["reading"][f"--data {texts}"]["not_read"] == {"url": 60}
     assert [text.partition(": ")[2][:30] for text in manifest["notices"]] == ["2 of 61 records are left out: "]

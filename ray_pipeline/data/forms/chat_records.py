@@ -30,20 +30,23 @@ class Form:
 
 
 def as_document(record: Record, column: str | None = None) -> str:
-    """The text of a record, for pretraining.
+    """The text of a record, for pretraining: a column, or what is said in it, its system message first.
 
     Raises:
-        BadRecord: no field with text.
+        BadRecord: no field with text; images or sound beside it, unless the column is named.
     """
     if column is not None:
         return text(record, column)
+    refuse_media(record)
     if "text" in record:
         return text(record, "text")
     if "messages" in record:
-        return "\n".join(part for turn in read_turns(record["messages"], "messages") for part in said(turn))
+        turns = with_system(record, read_turns(record["messages"], "messages"))
+        return "\n".join(part for turn in turns for part in said(turn))
     for first, second in (("prompt", "response"), ("question", "answer"), ("prompt", "answer")):
         if first in record and second in record:
-            return f"{text(record, first)}\n{text(record, second)}"
+            asked = (str(turn["content"]) for turn in system_turns(record))
+            return "\n".join([*asked, question_text(record, first), text(record, second)])
     raise BadRecord(f'needs a field "text" (or "messages", "question" and "answer"), but has {names(record)}')
 
 

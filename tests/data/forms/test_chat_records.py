@@ -73,6 +73,9 @@ def test_own_question_lines_come_back():
         ({"messages": TURNS}, "hi\nhello"),
         ({"prompt": "a", "response": "b"}, "a\nb"),
         ({"question": "a", "answer": "b"}, "a\nb"),
+        ({"messages": TURNS, "system": "Be brief."}, "Be brief.\nhi\nhello"),
+        ({"question": "a", "answer": "B", "context": "c", "choices": ["x", "y"]}, "c\na\nA. x\nB. y\nB"),
+        ({"prompt": "a", "response": "b", "system_prompt": "s"}, "s\na\nb"),
     ],
 )
 def test_documents(record, text):
@@ -80,7 +83,7 @@ def test_documents(record, text):
 
 
 def test_a_column_may_be_named():
-    assert as_document({"story": "once", "text": "no"}, "story") == "once"
+    assert as_document({"story": "once", "text": "no", "images": ["a.png"]}, "story") == "once"
     with pytest.raises(BadRecord, match='needs a field "story", but has "text"'):
         as_document({"text": "no"}, "story")
 
@@ -127,6 +130,7 @@ def test_sharegpts_system_column_comes_first():
         (as_document, {"body": "x"}, 'needs a field "text".*but has "body"'),
         (as_document, {}, "has no fields at all"),
         (as_document, {"text": 3}, '"text" must be text, but is int'),
+        (as_document, {"text": "<image> a cat", "images": ["a.png"]}, 'the record has "images", but this model reads'),
         (as_conversation, {"text": "x"}, 'has "text", which is no form of conversation. Accepted are "messages"'),
         (as_conversation, {"mesages": TURNS}, r'has "mesages" \(did you mean "messages"\?\)'),
         (as_conversation, {"messages": []}, "must be a list of turns"),
