@@ -46,6 +46,11 @@ def test_a_stage_is_judged_alone(capsys: pytest.CaptureFixture) -> None:
     assert main(["plan", *layout, "--stage", "distillation"]) == 2
     assert "distillation.student.num_hidden_layers=4" in capsys.readouterr().err
 
+    layout = ["--gpus", "2", "--dp-size", "2", "--hardware", "cpu", "--set", "sft.batch_size=3"]
+    assert main(["plan", *layout, "--stage", "pretrain"]) == 0
+    assert main(["plan", *layout, "--stage", "sft"]) == 2
+    assert "sft.batch_size=3" in capsys.readouterr().err
+
 
 BIG = ["run", "--config", str(ROOT / "configs/large.yaml"), "--backend", "cpu", "--gpus", "1", "--pp-size", "1"]
 

@@ -17,6 +17,8 @@ from ray_pipeline.data.rows.loader import PackedRows
 from ray_pipeline.data.tasks.question import prepared_questions
 from ray_pipeline.engine.checkpoints.checkpoint import find_damage, list_checkpoints
 from ray_pipeline.errors import UserError
+from ray_pipeline.records.integrity import damage
+from ray_pipeline.training.pairs import REFERENCE
 from tests.fuzz.driving import SECONDS, Ending, Hung, clock, end_of, report
 from tests.pipeline.driving import TOY, finish, start
 
@@ -24,13 +26,18 @@ pytestmark = pytest.mark.slow
 
 FLIPS = 200
 RUN = "toy"
+DPO = [
+    f"dpo.{key}"
+    for key in ("steps=4", "batch_size=4", "eval_every=2", "checkpoint_every=2", "optimizer.warmup_steps=1")
+]
 NEVER_READ = ("wandb", "ray", ".lock", ".workers.lock")  # of other programs, or of a run that works
 
 
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("flips") / "runs"
-    finish(start("run", "--config", str(TOY), "--run-name", RUN, folder=folder), folder)
+    dpo = ["--dpo", *(part for setting in DPO for part in ("--set", setting))]
+    finish(start("run", "--config", str(TOY), "--run-name", RUN, *dpo, folder=folder), folder)
     return folder / RUN
 
 
@@ -67,8 +74,9 @@ def rows(folder: Path) -> str:
     return hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in tensors)).hexdigest()
 
 
-def damage_of(checkpoint: Path) -> str:
-    if found := find_damage(checkpoint):
+def judged(found: str | None) -> str:
+    """What a stage does with the damage that it finds."""
+    if found:
         raise UserError(found)
     return "whole"
 
@@ -82,21 +90,24 @@ def readers(run_dir: Path, path: Path) -> Iterator[tuple[str, Callable[[], Endin
         yield "resume", verb(run_dir, "resume", RUN, "--dry-run")
     if stage == "data_prep" or len(parts) == 1:
         data = next(run_dir.glob("data_prep-*"))
-        for name in ("pretrain", "sft"):
-            yield f"inspect {name}", verb(run_dir, "inspect-batch", RUN, "--stage", name, "--rows", "1")
+        for name in ("pretrain", "sft", "preferences"):
+            stage_of = {"preferences": "dpo"}.get(name, name)
+            yield f"inspect {name}", verb(run_dir, "inspect-batch", RUN, "--stage", stage_of, "--rows", "1")
             for split in ("train", "validation"):
                 yield f"rows {name} {split}", function(lambda f=data / name / split: rows(f))
         yield "inspect grpo", verb(run_dir, "inspect-batch", RUN, "--stage", "grpo")
         for split in ("train", "heldout"):
             yield f"questions {split}", function(lambda f=data / "prompts" / f"{split}.jsonl": prepared_questions(f))
         yield "tokenizer", function(lambda: load_tokenizer(data / "tokenizer").to_json())
-    if stage in ("pretrain", "sft", "grpo", "distillation", "data_prep") or len(parts) == 1:
+    if stage in ("pretrain", "sft", "dpo", "grpo", "distillation", "data_prep") or len(parts) == 1:
         asked = "sft" if stage == "data_prep" or len(parts) == 1 else stage
         given = ("--stage", asked, "--max-new-tokens", "8", "--temperature", "0", "--chat", "What is 2+2?")
         yield "generate", verb(run_dir, "generate", RUN, *given)
     for checkpoint in list_checkpoints(path.parent.parent) or list_checkpoints(path.parent):
         if checkpoint in path.parents:
-            yield "checkpoint", function(lambda f=checkpoint: damage_of(f))
+            yield "checkpoint", function(lambda f=checkpoint: judged(find_damage(f)))
+    if path.parent.name in ("teacher_answers", REFERENCE):
+        yield path.parent.name, function(lambda: judged(damage(path.parent)))
     if stage == "export" and "gguf" not in path.suffix:
         for folder in {p.parent for p in (run_dir / parts[0]).rglob("config.json")}:
             if folder in path.parents:

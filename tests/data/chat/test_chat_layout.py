@@ -191,6 +191,12 @@ def test_nine_in_ten_published_templates_render_as_in_transformers_with_a_right_
     assert all(rendered[kind] > 50 and right[kind] >= 0.9 * rendered[kind] for kind in KINDS), (rendered, right)
 
 
+@pytest.mark.parametrize("kind", ["plain", "system", "turns", "thought"])
+def test_deepseek_r1s_own_template_renders_with_a_right_mask(kind):
+    [path] = [path for path in PUBLISHED if path.stem == "deepseek_r1_distill"]
+    assert is_right(made(path.read_text(), "<｜end▁of▁sentence｜>"), KINDS[kind], path.name)
+
+
 def is_right(tokenizer, messages, name):
     """Whether the answers and nothing else are trained; a template may be refused, but only with the true reason."""
     try:
