@@ -196,6 +196,9 @@ def test_the_tokenizer_learns_from_every_source_by_its_share_and_from_all_over_a
     assert abs(len(of[0]) - len(of[1])) <= 2 and 150 <= len(sampled) <= 240
     places = [int(text.split()[0][1:]) for text in of[1]]
     assert min(places) < 20 and max(places) > 380 and np.std(places) > 90
+    weighted = list(Choice(corpus, config(3.0, 1.0, validation_fraction=0.01)).sample(16_000))
+    shares = [sum(len(text) for text in weighted if text[0] == letter) for letter in "ab"]
+    assert abs(shares[0] / shares[1] - 3) < 0.2
     monkeypatch.setattr(mixture, "SAMPLED_BLOCKS", 4)
     assert 60 <= len(list(choice.sample(16_000))) <= 88  # all of four blocks of each source
     whole = list(choice.sample(10**9))
