@@ -49,7 +49,12 @@ _CHOICES = {
 @click.option(
     "--timeout", type=click.FloatRange(1, 7 * 86400), default=300.0, show_default=True, help="Seconds per layout."
 )
-@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the results to this file as well.")
+@click.option(
+    "--json",
+    "json_file",
+    type=click.Path(path_type=Path),
+    help="Write the results here as well; what passed there with the same code is not run again.",
+)
 def verify_parallel(every: bool, json_file: Path | None, steps: int | None, timeout: float, **options: Any) -> int:
     """Train the same steps on one process and in a layout, and compare losses, gradient norms, weights and routing.
 
@@ -205,19 +210,27 @@ def verify(
 
     from ray_pipeline.verification import tally as report
     from ray_pipeline.verification.world import Verifier
+    from ray_pipeline.verification.written_results import WrittenResults
 
-    console, start, results = Console(), time.monotonic(), []
+    console, start = Console(), time.monotonic()
     if not console.is_terminal:
         console = Console(width=WIDTH)
     report.say(console, report.heading(cases))
+    written = WrittenResults(json_file, selection.refused, machine(), tolerances)
+    results = written.passed(cases)
+    before = [result.case for result in results]
+    if before:
+        report.say(console, f"{len(before)} of {len(cases)} passed before, with this code: {json_file}")
     try:
         with (
             Verifier(cases[0].layout.device, tolerances, timeout=timeout) as verifier,
-            report.Tally(console, len(cases)) if every else nullcontext() as tally,
+            report.Tally(console, len(cases), before=len(before)) if every else nullcontext() as tally,
         ):
-            for _, group in groupby(cases, lambda case: (case.layout, case.precision, case.optimizer)):
+            left = [case for case in cases if case not in before]
+            for _, group in groupby(left, lambda case: (case.layout, case.precision, case.optimizer)):
                 for result in verifier.run(tuple(group)):
                     results.append(result)
+                    written.write(results)
                     if tally is not None:
                         tally.add(result)
                     else:
@@ -227,8 +240,7 @@ def verify(
             report.print_table(console, results)
             report.print_refused(console, selection.refused)
             report.print_summary(console, results, len(cases), time.monotonic() - start)
-        if json_file is not None:
-            write_results(json_file, report.as_dict(results, selection.refused, machine()))
+        written.write(results, now=True)
     return 0 if all(result.passed for result in results) else 1
 
 
@@ -245,16 +257,8 @@ def check_writable(path: Path) -> None:
     Raises:
         UserError: the file cannot be written there, or another one is there.
     """
+    from ray_pipeline.verification.written_results import KEYS
+
     if path.is_dir() or not path.absolute().parent.is_dir():
         raise UserError(f"--json {path}: must name a file in a folder that exists.")
-    refuse_to_replace("--json", path, lambda path: has_keys(path, frozenset({"passed", "layouts", "refused"})))
-
-
-def write_results(path: Path, results: dict[str, Any]) -> None:
-    """As indented JSON."""
-    import json
-
-    try:
-        path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--json {path}: cannot be written ({error.strerror}). Give another file.") from None
+    refuse_to_replace("--json", path, lambda path: has_keys(path, KEYS))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -155,8 +154,8 @@ def print_summary(console: Console, results: Sequence[Result], total: int, secon
 class Tally:
     """Progress over many layouts: done, rate, time left. `with Tally(console, total) as tally: tally.add(result)`"""
 
-    def __init__(self, console: Console, total: int, *, plain_every: float = PLAIN_EVERY):
-        self.total, self.done, self.failed = total, 0, 0
+    def __init__(self, console: Console, total: int, *, before: int = 0, plain_every: float = PLAIN_EVERY):
+        self.total, self.before, self.done, self.failed = total, before, before, 0
         self.lines = ProgressLines(console, plain_every=plain_every, transient=True)
         self._start = time.monotonic()
 
@@ -180,24 +179,6 @@ class Tally:
     def text(self) -> str:
         """`12/310  0.31/s  15 min 50 s left  0 FAIL`"""
         seconds = max(time.monotonic() - self._start, 1e-9)
-        rate = self.done / seconds
-        left = f"  {seconds_text((self.total - self.done) / rate)} left" if self.done else ""
+        rate = (self.done - self.before) / seconds
+        left = f"  {seconds_text((self.total - self.done) / rate)} left" if rate else ""
         return f"{self.done}/{self.total}  {rate:.2f}/s{left}  {self.failed} FAIL"
-
-
-def as_dict(
-    results: Sequence[Result],
-    refused: Mapping[str, Sequence[tuple[Layout, Refusal]]],
-    machine: Mapping[str, Any],
-) -> dict[str, Any]:
-    """Everything, JSON-able."""
-    return {
-        "passed": all(result.passed for result in results),
-        "machine": dict(machine),
-        "layouts": [result.as_dict() for result in results],
-        "refused": [
-            {"rule": rule, "flags": layout.flags(), "reason": str(refusal)}
-            for rule, found in refused.items()
-            for layout, refusal in found
-        ],
-    }  # fmt: skip

@@ -97,3 +97,26 @@ def test_mistakes_are_told_before_anything_starts(
     monkeypatch.setattr("ray_pipeline.verification.world.Verifier.__enter__", lambda self: pytest.fail("started"))
     assert main(["verify-parallel", *arguments]) == 2
     assert expected in capsys.readouterr().err
+
+
+def test_what_passed_with_this_code_is_not_run_again(
+    capsys: pytest.CaptureFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A long verification that was broken off goes on; of other code, or other bounds, nothing counts."""
+    file = tmp_path / "results.json"
+    given = [*PP2, "--zero-stage", "0", "--json", str(file)]
+    assert main(given) == 0
+    first = json.loads(file.read_text())
+    capsys.readouterr()
+    narrow = ["--zero-stage", "0", "--activation-checkpointing", "none"]
+    assert main(["verify-parallel", "--all", *PP2[1:], *narrow, "--json", str(file)]) == 0
+    text = capsys.readouterr().out
+    second = json.loads(file.read_text())["layouts"]
+    assert len(second) > 1 and [e for e in second if e["case"] == first["layouts"][0]["case"]] == first["layouts"]
+    assert f"1 of {len(second)} passed before, with this code: {file}" in text
+    assert f"PASS: {len(second)} of {len(second)} pass" in text
+    assert main([*given, "--tolerance", "1e-5"]) == 0
+    assert "passed before" not in capsys.readouterr().out
+    monkeypatch.setattr("ray_pipeline.verification.written_results.code_digest", lambda: "of other code")
+    assert main([*given, "--tolerance", "1e-5"]) == 0
+    assert "passed before" not in capsys.readouterr().out
