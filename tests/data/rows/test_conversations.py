@@ -60,7 +60,7 @@ def test_all_conversations_that_cannot_be_trained_are_told_at_once_by_kind(folde
     with pytest.raises(UserError) as error:
         Encoder(tokenizer, silent, "phase", "here").whole(chats)
     message = str(error.value)
-    assert message.startswith('here: conversation 4 ("a question that goes on for more than fo"): the chat template drop')
+    assert message.startswith('here: conversation 4 ("a question that goes on for more than fo"): the chat templ')
     assert '(2 like it: conversation 4 ("' in message and 'conversation 7 ("another thought?"))' in message
     assert 'conversation 5 ("nothing here is the assistant\'s"): no token of it would be trained' in message
     assert "In all 3 of 7 records looked at cannot be used." in message
