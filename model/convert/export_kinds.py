@@ -19,19 +19,25 @@ class Tolerance:
     Attributes:
         agreement: least share of positions with the same likeliest token.
         mean: largest mean |Δ log p|, weighted by p. worst: largest |Δ log p| of any token with p >= 1%.
+        coarse: largest mean up to which a file beyond the others is refused alone: rounding can move what the model
+            chooses to read or where it sends a token, and no program is at fault. A file beyond it too is wrong.
     """
 
     agreement: float
     mean: float
     worst: float
+    coarse: float = 0.0
 
 
 # Both compute in fp32, in another order.
 EXACT = Tolerance(1.0, 1e-3, 1e-2)
+# A graph of the same operations in the same precision.
+SAME = Tolerance(1.0, 1e-5, 1e-4)
 # llama.cpp rounds what it multiplies with these weights, too. A rounding can send a token to another expert, so the
 # largest difference is not bounded; the mean tells a wrong tensor (whole nats) from rounding.
 HALF = Tolerance(0.95, 0.02, math.inf)
 ROUNDED = Tolerance(0.85, 0.1, math.inf)
+COARSE = Tolerance(0.85, 0.1, math.inf, coarse=1.0)  # nats; wrong tensors and wrong metadata are further off
 
 
 @dataclass(frozen=True)
@@ -40,7 +46,7 @@ class ExportKind:
 
     Attributes:
         name: as it is typed. what: it in a few words.
-        form: hf (a folder), gguf (one file), native (a folder of our own format).
+        form: hf (a folder), gguf (one file), native (a folder of our own format), onnx (a graph in a folder).
         stored: type of most matrices: torch's name, or GGML's. file_type: llama.cpp's name of the mixture.
         weighted: whether the rounding can use an importance matrix.
         rounding: largest error of a matrix, relative to its root mean square.
@@ -48,7 +54,7 @@ class ExportKind:
     """
 
     name: str
-    form: Literal["hf", "gguf", "native"]
+    form: Literal["hf", "gguf", "native", "onnx"]
     what: str
     stored: str
     rounding: float
@@ -68,7 +74,7 @@ class ExportKind:
 
 
 def _quantised(name: str, what: str, stored: str, rounding: float) -> ExportKind:
-    return ExportKind(name, "gguf", what, stored, rounding, ROUNDED, f"MOSTLY_{name.upper()}", weighted=True)
+    return ExportKind(name, "gguf", what, stored, rounding, COARSE, f"MOSTLY_{name.upper()}", weighted=True)
 
 
 # Rounding errors are about twice those of normal numbers: weights that matter little may be further off.
@@ -91,3 +97,4 @@ KINDS: dict[str, ExportKind] = {
         _quantised("q2_k", "GGUF, about 3 bits a weight", "Q2_K", 0.6),
     )
 }
+ONNX = ExportKind("onnx", "onnx", "ONNX graph in fp32", "float32", 0.0, SAME)

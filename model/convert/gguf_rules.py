@@ -7,6 +7,7 @@ from model.config import ModelConfig
 # Of fewer index heads all may say nothing of a token. Many scores are exactly 0 then, and which of the equal ones are
 # read is llama.cpp's choice, another than training's. Found by comparison: with 16 all log-probabilities are the same.
 TIE_FREE_HEADS = 16
+HADAMARD = 64  # features of the smallest rotation that llama.cpp has for an indexer's queries and keys
 LITE_LAYERS = (26, 27)  # how llama.cpp's deepseek2 loader recognises models without q_lora_rank
 
 
@@ -26,6 +27,13 @@ def gguf_gap(config: ModelConfig) -> str | None:
     if config.topk_method == "group_limited_greedy" and config.topk_group < config.n_group:
         # It scores a group by the sum of its two best experts, as V3 does; V2 takes the best one.
         return "llama.cpp's deepseek2 has no topk_method=group_limited_greedy"
+    dim = config.index_head_dim
+    if config.attention == "dsa" and (dim < HADAMARD or dim & (dim - 1)):
+        # It would not refuse the file but end the process that loads it: ggml.c, GGML_ASSERT(ggml_can_mul_mat(a, b)).
+        return (
+            f"llama.cpp's deepseek32 turns index heads of 2^n features, {HADAMARD} at least, and this model has "
+            f"index_head_dim={dim}"
+        )
     if config.attention == "dsa" and _reads_some(config) and config.index_n_heads < TIE_FREE_HEADS:
         return (
             f"llama.cpp's deepseek32 reads other tokens than training did where index scores are equal, as they often "

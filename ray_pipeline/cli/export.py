@@ -11,14 +11,15 @@ import click
 
 from model.convert.export_kinds import KINDS
 from ray_pipeline.cli.runs import output_dir
-from ray_pipeline.errors import StageFailed, UserError, command, did_you_mean
+from ray_pipeline.errors import EXIT_FAILED, StageFailed, UserError, command, did_you_mean
 from ray_pipeline.settings.run_folder import CONFIG_FILE, EXPORT_CARD, PROGRESS_FILE
 
 if TYPE_CHECKING:
     from ray_pipeline.evaluation.model_source import ModelSource
     from ray_pipeline.launch.stage_context import StageContext
 
-FORMATS = ("hf", "gguf")
+FORMATS = ("hf", "gguf", "onnx", "coreml")
+USUAL = ("hf", "gguf")  # as the stage writes
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Wanted:
 @click.command()
 @click.argument("model")
 @click.option("--stage", help="Of the run. Default: the last of pretrain, sft, dpo, grpo; RUN:STAGE says the same.")
-@click.option("--format", "formats", help="hf, gguf or both: hf,gguf. Default: what --quantize asks for, else both.")
+@click.option("--format", "formats", help="Of hf,gguf,onnx,coreml. Default: what --quantize asks, else hf,gguf.")
 @click.option("--quantize", help="Kinds of number, for example q8_0,f16 or bfloat16. Default: those of the run.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write, new or of this verb.")
 @click.option("--licence", help="Of the weights, for the model card. Default: the run's.")
@@ -55,10 +56,10 @@ def export(
     public: bool,
     runs_dir: str | None,
 ) -> int:
-    """Write MODEL (a run, or RUN:STAGE) to --out as a Hugging Face folder, GGUF files, or both.
+    """Write MODEL (a run, or RUN:STAGE) to --out as a Hugging Face folder, GGUF files, a graph.
 
     Every file is loaded by the program that it is for and compared with the model. When one differs, nothing is put in
-    place.
+    place; a GGUF kind so coarse that it makes another model is left out alone, and named.
     """
     from ray_pipeline.cli.eval_target import find_model
     from ray_pipeline.cli.hub_upload import check_push
@@ -72,11 +73,11 @@ def export(
     context = stage_context(source, model, wanted, out, licence)
     if push is not None:
         check_push(push, public=public)
-    write(context, wanted, out)
+    refused = write(context, wanted, out)
     if push is not None:
         click.echo(f"Sending it to {push} ...")
         click.echo(f"Sent: {send(out, push, public=public)}")
-    return 0
+    return EXIT_FAILED if refused else 0
 
 
 def known_kinds() -> dict[str, str]:
@@ -103,7 +104,7 @@ def read_wanted(formats: str | None, quantize: str | None) -> Wanted:
     if len(dtypes) > 1:
         raise UserError(f"--quantize {quantize}: one folder holds one of {' and '.join(dtypes)}. Give one of them.")
     gguf = tuple(kind for kind in kinds if table[kind] == "gguf")
-    wanted = asked or [name for name in FORMATS if name in {table[kind] for kind in kinds}] or FORMATS
+    wanted = asked or [name for name in USUAL if name in {table[kind] for kind in kinds}] or USUAL
     return Wanted(tuple(wanted), gguf, dtypes[0] if dtypes else None)
 
 
@@ -172,9 +173,14 @@ class _NoRanks:
 
 def _check_formats(source: ModelSource, kinds: Sequence[str], wanted: Wanted) -> None:
     """Refuse what EXPORT would leave out: here it was asked for by name."""
+    from model.convert.coreml_file import coreml_missing
     from model.convert.gguf_rules import check_gguf
+    from model.convert.onnx_file import onnx_missing
     from ray_pipeline.records.artifacts import read_model_config
 
+    for name, missing in (("onnx", onnx_missing), ("coreml", coreml_missing)):
+        if name in wanted.formats and (found := missing()) is not None:
+            raise UserError(f"--format {name} needs {found}")
     if "gguf" not in wanted.formats:
         return
     if not kinds:
@@ -189,9 +195,11 @@ def _check_formats(source: ModelSource, kinds: Sequence[str], wanted: Wanted) ->
         raise UserError(f"GGUF of {source.name}: {reason}") from None
 
 
-def write(context: StageContext, wanted: Wanted, out: Path) -> None:
+def write(context: StageContext, wanted: Wanted, out: Path) -> list[str]:
     """Write aside, check, put in place, and print what was checked.
 
+    Returns:
+        Files that were left out, because their rounding makes another model.
     Raises:
         StageFailed: a file that is not the model; nothing is left in `out`.
     """
@@ -212,3 +220,7 @@ def write(context: StageContext, wanted: Wanted, out: Path) -> None:
     print_checks(out, [Check(**{**check, "notes": tuple(check["notes"])}) for check in card["checks"]])
     for program, why in card["not_asked"].items():
         click.echo(f"Not asked: {program} ({why}).")
+    refused = [check["name"] for check in card["checks"] if check["status"] == "refused"]
+    if refused:
+        click.echo(f"REFUSED: {', '.join(refused)}: rounding makes another model of it. Choose a finer kind.", err=True)
+    return refused

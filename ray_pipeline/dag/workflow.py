@@ -54,7 +54,7 @@ from ray_pipeline.records.artifacts import write_text
 from ray_pipeline.records.input_files import note_digests
 from ray_pipeline.records.progress import go_on
 from ray_pipeline.report.run_page import write_report
-from ray_pipeline.report.summary import print_summary, summary_rows
+from ray_pipeline.report.summary import print_summary, refused_exports, summary_rows
 from ray_pipeline.settings.chain import upstream
 from ray_pipeline.settings.layers import with_checksum
 from ray_pipeline.settings.loading import config_yaml
@@ -172,7 +172,11 @@ def _finish(config: PipelineFields, run_dir: Path, rows: Sequence[PlannedStage],
     nothing = [e["stage"] for e in status["stages"] if e["status"] == "learned_nothing" and e["stage"] in ours]
     if nothing:
         console.print(f"LEARNED NOTHING: {', '.join(nothing)} did not beat the input.", style="yellow", markup=False)
-    return EXIT_FAILED if failed or nothing else 0
+    refused = [name for e in status["stages"] if e["stage"] in ours for name in refused_exports(e.get("metrics") or {})]
+    if refused:
+        text = f"REFUSED: {', '.join(refused)}: rounding makes another model of it; export.json has the figures."
+        console.print(text, style="yellow", markup=False)
+    return EXIT_FAILED if failed or nothing or refused else 0
 
 
 @contextmanager

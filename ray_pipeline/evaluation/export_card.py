@@ -17,7 +17,9 @@ from ray_pipeline.settings.chain import lineage, reads_folder
 from ray_pipeline.settings.run_folder import EXPORT_CARD
 
 FORMAT = 1
-PACKAGES = ("ray-pipeline", "torch", "transformers", "safetensors", "tokenizers", "gguf", "xllamacpp")
+PACKAGES = (
+    "ray-pipeline", "torch", "transformers", "safetensors", "tokenizers", "gguf", "xllamacpp", "onnx", "onnxruntime",
+)  # fmt: skip
 
 
 def versions() -> dict[str, str]:

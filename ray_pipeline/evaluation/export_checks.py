@@ -18,9 +18,11 @@ from model.config import ModelConfig
 from model.convert.export_kinds import KINDS, ExportKind
 from model.convert.gguf_read import read_gguf
 from model.convert.hf_load import load_hf
+from model.convert.onnx_file import read_onnx
 from model.transformer import Transformer
 from ray_pipeline.errors import UserError
 from ray_pipeline.evaluation.llama_cpp import LlamaCpp, LlamaMissing
+from ray_pipeline.evaluation.onnx_program import OnnxProgram
 from ray_pipeline.evaluation.proof import Check, Material, Program, our_answers, prove
 from ray_pipeline.evaluation.proof_programs import OurProgram, TransformersProgram
 from ray_pipeline.evaluation.rounding_cost import RoundingCost
@@ -82,6 +84,8 @@ def _programs(export: Export) -> list[Callable[[], Program]]:
     path = export.path
     if export.kind.form == "gguf":
         return [lambda: _llama(export)]
+    if export.kind.form == "onnx":
+        return [lambda: OnnxProgram(path)]
     ours: Callable[[], Program] = lambda: OurProgram.of_folder(path)  # noqa: E731
     if export.kind.form == "native" or export.kind.name == "fp8":  # transformers reads FP8 blocks on GPUs alone
         return [ours]
@@ -118,6 +122,8 @@ def _held_by(export: Export) -> tuple[Transformer, float]:
 
 
 def _read(export: Export) -> tuple[ModelConfig, dict[str, Tensor]]:
+    if export.kind.form == "onnx":
+        return replace(export.model.config, num_nextn_predict_layers=0), read_onnx(export.path)
     if export.kind.form != "gguf":
         return load_hf(export.path)
     config, selected = read_gguf(export.path)

@@ -115,7 +115,8 @@ class Check:
 
     Attributes:
         name: the file. program: what loaded it, with its version.
-        status: "passed", "failed" or "not run". detail: what failed, or why it was not run.
+        status: "passed", "failed", "refused" or "not run". A refused file is read as it should be, but its rounding
+            makes another model of it. detail: what failed, or why it was not run.
         notes: what is in the file otherwise than asked, a sentence each.
     """
 
@@ -167,10 +168,13 @@ def prove(program: Program, answers: Sequence[Answer], material: Material, toler
     figures = total.figures() | {
         "greedy_answers_compared": float(len(answers)), "greedy_answers_different": float(different)
     }  # fmt: skip
-    problems += total.problems(tolerance)
+    problems += total.withheld()
+    far = total.problems(tolerance)
     if different and tolerance.agreement == 1:
-        problems.append(f"{different} of {len(answers)} greedy answers differ")
-    return Check("", "failed" if problems else "passed", figures, "; ".join(problems), program.name)
+        far.append(f"{different} of {len(answers)} greedy answers differ")
+    coarse = figures["mean_logprob_difference"] <= tolerance.coarse
+    status = "failed" if problems or (far and not coarse) else "refused" if far else "passed"
+    return Check("", status, figures, "; ".join(problems + far), program.name)
 
 
 def _texts(program: Program, material: Material) -> list[str]:
@@ -238,11 +242,15 @@ class _Comparison:
             "max_logprob_difference": self.worst,
         }
 
+    def withheld(self) -> list[str]:
+        """What the program did not tell, a sentence."""
+        if self.told >= max(self.positions, 1):
+            return []
+        return [f"log-probabilities of {self.told} of {self.positions} positions to compare"]
+
     def problems(self, allowed: Tolerance) -> list[str]:
         """What is beyond the tolerance, a sentence each."""
-        found, out = self.figures(), []
-        if self.told < max(self.positions, 1):
-            out.append(f"log-probabilities of {self.told} of {self.positions} positions to compare")
+        found, out = self.figures(), list[str]()
         if found["greedy_agreement"] < allowed.agreement:
             out.append(
                 f"likeliest token agrees at {found['greedy_agreement']:.1%} of positions, under {allowed.agreement:.0%}"

@@ -19,16 +19,15 @@ from ray_pipeline.evaluation.model_source import describe_folder
 from ray_pipeline.evaluation.models import NativeBackend, load
 
 
-class TransformersProgram:
-    """A Hugging Face folder in transformers' Auto classes; see `proof.Program`."""
+class FolderTokenizer:
+    """What transformers' AutoTokenizer and GenerationConfig read in a folder: the texts of a `proof.Program`."""
 
     def __init__(self, folder: Path):
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoTokenizer, GenerationConfig
 
-        self.name = f"transformers {version('transformers')}"
-        with _quiet():
-            self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        listed = GenerationConfig.from_pretrained(folder).eos_token_id
+        self.ends = frozenset(listed if isinstance(listed, list) else [listed])
 
     def ids(self, text: str) -> list[int]:
         """As `Program.ids`."""
@@ -44,8 +43,19 @@ class TransformersProgram:
 
     def ends_at(self, token: int) -> bool:
         """As `Program.ends_at`, by generation_config.json; the tokenizer must agree on its own."""
-        listed = self.model.generation_config.eos_token_id
-        return token in (listed if isinstance(listed, list) else [listed])
+        return token in self.ends
+
+
+class TransformersProgram(FolderTokenizer):
+    """A Hugging Face folder in transformers' Auto classes; see `proof.Program`."""
+
+    def __init__(self, folder: Path):
+        from transformers import AutoModelForCausalLM
+
+        self.name = f"transformers {version('transformers')}"
+        with _quiet():
+            self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        super().__init__(folder)
 
     @torch.inference_mode()
     def logprobs(self, ids: list[int], first: int) -> Tensor:
@@ -64,7 +74,7 @@ class TransformersProgram:
 
     def token_logprobs(self, ids: list[int]) -> list[float | None]:
         """As `Program.token_logprobs`."""
-        return _of_tokens(self.logprobs(ids, 1), ids)
+        return of_tokens(self.logprobs(ids, 1), ids)
 
     def close(self) -> None:
         """Free the weights."""
@@ -106,7 +116,7 @@ class OurProgram:
 
     def token_logprobs(self, ids: list[int]) -> list[float | None]:
         """As `Program.token_logprobs`."""
-        return _of_tokens(self.logprobs(ids, 1), ids)
+        return of_tokens(self.logprobs(ids, 1), ids)
 
     def greedy(self, prompt: list[int], limit: int) -> list[int]:
         """As `Program.greedy`."""
@@ -134,5 +144,6 @@ def _quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _of_tokens(rows: Tensor, ids: list[int]) -> list[float | None]:
+def of_tokens(rows: Tensor, ids: list[int]) -> list[float | None]:
+    """Of every token but the first: rows [tokens - 1, vocab_size]."""
     return list(rows.gather(1, torch.tensor(ids[1:])[:, None]).squeeze(1).tolist())

@@ -12,7 +12,7 @@ from rich.table import Table
 from ray_pipeline.evaluation.proof import Check
 from ray_pipeline.records.units import bytes_text, percent
 
-_STYLES = {"passed": "green", "failed": "red", "not run": "yellow"}
+_STYLES = {"passed": "green", "failed": "red", "refused": "red", "not run": "yellow"}
 _WIDTH = 120  # of a pipe, where nobody says how wide it is
 
 

@@ -82,17 +82,28 @@ def figure_text(stage: str, metrics: Mapping[str, float]) -> str:
         if "params" in metrics:
             text += f", {count_text(metrics['params'])} parameters"
         return text
-    agreement = [value for name, value in metrics.items() if name.endswith(".gguf/greedy_agreement")]
+    refused = refused_exports(metrics)
+    left_out = f"; refused: {', '.join(refused)}, of which rounding makes another model" if refused else ""
+    agreement = [
+        value for name, value in metrics.items()
+        if name.endswith(".gguf/greedy_agreement") and name.partition("/")[0] not in refused
+    ]  # fmt: skip
     if agreement:  # export: one per file
         checked = metrics.get("checks_passed", sum(name.endswith("/greedy_agreement") for name in metrics))
-        return f"{checked:.0f} exports checked, GGUF greedy agreement {percent(min(agreement))} or more"
+        return f"{checked:.0f} exports checked, GGUF greedy agreement {percent(min(agreement))} or more{left_out}"
     if "checks_passed" in metrics:
         native = any(name.startswith("native/") for name in metrics)
         form = " in this project's format (transformers has no such class)" if native else ""
         left = metrics.get("checks_not_run", 0.0)
-        return f"{metrics['checks_passed']:.0f} exports checked{form}" + (f", {left:.0f} GGUF not" if left else "")
+        not_run = f", {left:.0f} GGUF not" if left else ""
+        return f"{metrics['checks_passed']:.0f} exports checked{form}{not_run}{left_out}"
     first = list(metrics.items())[:3]
     return ", ".join(f"{name.replace('_', ' ')} {number_text(value)}" for name, value in first) + left_out_text(metrics)
+
+
+def refused_exports(metrics: Mapping[str, float]) -> list[str]:
+    """Files that EXPORT did not put in place."""
+    return sorted(name.removesuffix("/refused") for name in metrics if name.endswith("/refused"))
 
 
 def sources_text(metrics: Mapping[str, float], most: int = 6) -> str:

@@ -40,16 +40,19 @@ def run(context: StageContext, formats: Collection[str] = ("hf", "gguf")) -> Sta
     """Write, reload, compare, and put in place what is the model.
 
     Args:
-        formats: "hf" (a folder, also of our own format) and "gguf"; the verb `export` may ask for one alone.
+        formats: "hf" (a folder, also of our own format) and "gguf"; the verb `export` may ask for one alone, and for
+            "onnx" and "coreml".
     Raises:
         UserError: an upstream model that is damaged, or one GGUF cannot hold.
-        StageFailed: an exported file that does not give what the model gives, with the figures.
+        StageFailed: an exported file that does not give what the model gives, with the figures; or nothing but kinds
+            whose rounding makes another model of it. One of these among others is left out, and named.
     """
     models = exported_models(context)
     checks: list[Check] = []
     with tempfile.TemporaryDirectory() as aside:
         tokenizers = {place: _tokenizer_of(context, stage, Path(aside, place)) for place, stage in models.items()}
-        progress = Progress(context.folder, STAGE, len(models) + len(context.config.export.gguf))
+        files = len(models) + len(context.config.export.gguf) + len({"onnx", "coreml"} & set(formats))
+        progress = Progress(context.folder, STAGE, files)
         for place, stage in models.items():
             checks += Exporter(context, place, stage, tokenizers[place], progress).run(formats)
     write_card(context.folder, checks)
@@ -58,9 +61,11 @@ def run(context: StageContext, formats: Collection[str] = ("hf", "gguf")) -> Sta
     for check in checks:  # the first program is the one that the file is for
         figures = {f"{check.name}/{figure}": value for figure, value in check.figures.items()}
         metrics = figures | metrics
-    passed = {check.name for check in checks if check.status == "passed"}
-    metrics["checks_passed"] = float(len(passed))
-    metrics["checks_not_run"] = float(len({check.name for check in checks} - passed))
+    named = {status: {check.name for check in checks if check.status == status} for status in ("passed", "refused")}
+    for name in sorted(named["refused"]):
+        metrics[f"{name}/refused"] = 1.0
+    metrics["checks_passed"] = float(len(named["passed"]))
+    metrics["checks_not_run"] = float(len({check.name for check in checks} - named["passed"] - named["refused"]))
     return StageResult(context.folder, metrics)
 
 
@@ -74,6 +79,9 @@ def _tokenizer_of(context: StageContext, stage: str, aside: Path) -> Path:
 
 def _raise_failures(checks: list[Check]) -> None:
     failed = [check for check in checks if check.status == "failed"]
+    refused = [check for check in checks if check.status == "refused"]
+    if not failed and {check.name for check in refused} == {check.name for check in checks}:
+        failed = refused  # nothing is left
     if failed:
         lines = [f"{check.name}: {check.detail}" for check in failed]
         figures = [f"{check.name}: {json.dumps(check.figures)}" for check in failed]

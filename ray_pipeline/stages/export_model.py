@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from model.convert.export_kinds import KINDS, GgufKind
+from model.convert.coreml_file import NotConvertible, converter, save_coreml
+from model.convert.export_kinds import KINDS, ONNX, GgufKind
 from model.convert.ggml import QuantiserMissing, check_quantiser
 from model.convert.gguf import Importance, save_gguf
 from model.convert.gguf_rules import check_gguf as check_gguf_config
@@ -21,6 +22,7 @@ from model.convert.hf import save_hf
 from model.convert.hf_config import unpublished_reason
 from model.convert.importance import importance_matrix
 from model.convert.native import save_native
+from model.convert.onnx_file import save_onnx
 from model.convert.tokenizer_start import begins_with_bos
 from model.transformer import Transformer
 from ray_pipeline.data.chat.ollama import modelfile
@@ -78,6 +80,10 @@ class Exporter:
             _check_convertible(self.model, self.tokenizer, kinds)
         for kind in kinds:
             self._export_gguf(kind, gap)
+        if "onnx" in formats and self.place == "hf":
+            self._export_onnx()
+        if "coreml" in formats and self.place == "hf":
+            self._export_coreml()
         if "hf" in formats:
             self._export_folder()
         return self.done
@@ -160,6 +166,30 @@ class Exporter:
             },
         )  # fmt: skip
 
+    def _export_onnx(self) -> None:
+        folder = self.context.folder / ONNX.name
+        self.progress.phase("writing and checking ONNX")
+        export = Export(folder.name, folder, ONNX, self.model, self.material)
+        self._put(export, atomic_folder(folder), self._write_onnx, _is_whole(folder))
+
+    def _export_coreml(self) -> None:
+        """Converted and read back, which is all that another machine than a Mac can do."""
+        folder = self.context.folder / "coreml"
+        self.progress.phase("writing and inspecting Core ML")
+        card = card_of(self.context, self.stage, self.model)
+        with atomic_folder(folder) as aside:
+            try:
+                notes = save_coreml(aside, self.model, tokenizer_folder=self.tokenizer, model_card=card)
+            except NotConvertible as error:
+                raise UserError(f"--format coreml: {error}. Leave it out.") from None
+        detail = "converted and read back; Core ML itself runs on Apple's systems alone"
+        self.done.append(Check(folder.name, "not run", detail=detail, program=converter(), notes=tuple(notes)))
+        self.progress.update(int(self.progress.state["step"]) + 1)
+
+    def _write_onnx(self, aside: Path) -> list[str]:
+        card = card_of(self.context, self.stage, self.model)
+        return save_onnx(aside, self.model, tokenizer_folder=self.tokenizer, model_card=card)
+
     def _export_folder(self) -> None:
         published = unpublished_reason(self.model.config) is None
         name = self.place if published else self.place.replace("hf", "native")
@@ -194,7 +224,7 @@ class Exporter:
                 with place as aside:
                     notes = write(aside)
                     checks = check_export(replace(export, path=aside, notes=tuple(notes)))
-                    if any(check.status == "failed" for check in checks):
+                    if any(check.status in ("failed", "refused") for check in checks):
                         raise _NotTheModel(checks)
                     if aside.is_dir():
                         with (aside / "README.md").open("a", encoding="utf-8") as card:

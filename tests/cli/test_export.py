@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from gguf import GGUFReader
 
+from model.convert import onnx_file
 from ray_pipeline.cli import main
 from ray_pipeline.cli.export import known_kinds, read_wanted
 from ray_pipeline.evaluation.proof import Check
@@ -31,6 +32,31 @@ def runs(tmp_path_factory) -> Path:
 def refused(capsys, *arguments) -> str:
     assert main([str(word) for word in arguments]) == 2
     return capsys.readouterr().err
+
+
+def test_a_refused_kind_is_left_out_and_the_exit_code_says_so(runs, tmp_path, capsys, monkeypatch):
+    real = export_model.check_export
+
+    def coarse(export):
+        checks = real(export)
+        return [replace(c, status="refused", detail="too far") for c in checks] if "q2_k" in export.name else checks
+
+    monkeypatch.setattr(export_model, "check_export", coarse)
+    out = tmp_path / "out"
+    asked = ["export", "toy:pretrain", "--output-dir", str(runs), "--out", str(out), "--quantize", "q2_k,f32"]
+    assert main(asked) == 1
+    assert (out / "model-f32.gguf").is_file() and not (out / "model-q2_k.gguf").exists()
+    said = capsys.readouterr()
+    assert "model-q2_k.gguf: too far" in said.out
+    assert said.err.endswith("REFUSED: model-q2_k.gguf: rounding makes another model of it. Choose a finer kind.\n")
+
+
+def test_onnx_is_written_where_its_packages_are(runs, tmp_path, capsys, monkeypatch):
+    words = ["toy:pretrain", "--output-dir", runs, "--out", tmp_path / "out", "--format", "onnx"]
+    monkeypatch.setattr(onnx_file, "_PACKAGES", ("no_such_package",))
+    said = refused(capsys, "export", *words)
+    assert "--format onnx needs no_such_package: pip install 'ray-pipeline[onnx]'" in said
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_asked_kinds_are_written_checked_and_replaced_by_the_next_call(runs, tmp_path, capsys):
@@ -84,7 +110,7 @@ def test_a_folder_of_anything_else_is_not_replaced(runs, tmp_path, capsys):
     ("arguments", "said"),
     [
         (["toy", "--quantize", "q9"], "--quantize q9: not known"),
-        (["toy", "--format", "onyx"], "--format onyx: not known. Known are hf, gguf"),
+        (["toy", "--format", "onyx"], "--format onyx: not known. Known are hf, gguf, onnx, coreml"),
         (["toy", "--format", "hf", "--quantize", "f16"], "f16 is a kind of gguf"),
         (["toy", "--quantize", "float32,bfloat16"], "one folder holds one of"),
         (["toy", "--quantize", " , "], "names nothing"),

@@ -169,6 +169,35 @@ def test_an_export_that_fails_is_not_put_in_place_and_fails_the_stage_with_the_f
     assert {p.name for p in (tmp_path / "export").iterdir()} == {"export.json", "progress.json"}
 
 
+SPARSE = {"attention": "dsa", "index_n_heads": 16, "index_head_dim": 64, "index_topk": 4}
+
+
+def test_a_kind_so_coarse_that_it_makes_another_model_is_refused_and_named_and_the_others_are_kept(tmp_path):
+    """Of sparse attention: rounding makes the indexer choose other tokens."""
+    pytest.importorskip("xllamacpp")
+    result = export.run(make_context(tmp_path, {"export": {"gguf": ["f32", "q2_k"]}}, **SPARSE))
+    checks = {c["name"]: c for c in read_checks(tmp_path / "export")}
+    assert checks["model-q2_k.gguf"]["status"] == "refused" and "over 0.1" in checks["model-q2_k.gguf"]["detail"]
+    assert checks["model-f32.gguf"]["status"] == checks["hf"]["status"] == "passed"
+    there = {path.name for path in (tmp_path / "export").iterdir()}
+    assert {"hf", "model-f32.gguf"} < there and not any("q2_k" in name for name in there)
+    assert result.metrics["model-q2_k.gguf/refused"] == 1 and result.metrics["checks_not_run"] == 0
+    assert figure_text("export", result.metrics) == (
+        "3 exports checked, GGUF greedy agreement 100.0% or more; refused: model-q2_k.gguf, of which rounding makes "
+        "another model"
+    )
+    assert "| `model-q2_k.gguf` | llama.cpp" in (tmp_path / "export/hf/README.md").read_text()
+
+
+def test_nothing_but_refused_kinds_fails_the_stage(tmp_path, monkeypatch):
+    refused = Check("model-q2_k.gguf", "refused", {"greedy_agreement": 0.2}, "likeliest token agrees at 20%")
+    monkeypatch.setattr(export_model, "check_export", lambda export: [refused])
+    context = make_context(tmp_path, {"export": {"gguf": ["q2_k"]}})
+    with pytest.raises(StageFailed, match=r"model-q2_k\.gguf: likeliest token agrees at 20%"):
+        export.run(context, formats=("gguf",))
+    assert {p.name for p in (tmp_path / "export").iterdir()} == {"export.json", "progress.json"}
+
+
 def test_weights_that_differ_from_the_model_fail_for_real(tmp_path, monkeypatch):
     real = export_model.save_hf
 

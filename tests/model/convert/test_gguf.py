@@ -273,10 +273,17 @@ def test_architectures_deepseek2_has_no_place_for_are_named(change, gap):
 
 
 def test_sparse_attention_whose_scores_are_often_equal_has_no_gguf():
-    few = dataclasses.replace(CONFIG, attention="dsa", index_topk=8)
+    few = dataclasses.replace(CONFIG, attention="dsa", index_topk=8, index_head_dim=64)
     assert "reads other tokens than training did where index scores are equal" in str(gguf_gap(few))
     for change in ({"index_n_heads": 16}, {"index_topk": CONFIG.max_position_embeddings}):
         assert gguf_gap(dataclasses.replace(few, **change)) is None
+
+
+@pytest.mark.parametrize("dim", [16, 32, 96, 192])
+def test_index_heads_that_would_abort_llama_cpp_have_no_gguf(dim):
+    config = dataclasses.replace(CONFIG, attention="dsa", index_n_heads=16, index_topk=8, index_head_dim=dim)
+    assert f"this model has index_head_dim={dim}" in str(gguf_gap(config))
+    assert gguf_gap(dataclasses.replace(config, index_head_dim=128)) is None
 
 
 def test_deepseek_v2_lites_layer_count_may_have_direct_queries():
