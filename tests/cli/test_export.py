@@ -110,7 +110,7 @@ def test_a_folder_of_anything_else_is_not_replaced(runs, tmp_path, capsys):
     ("arguments", "said"),
     [
         (["toy", "--quantize", "q9"], "--quantize q9: not known"),
-        (["toy", "--format", "onyx"], "--format onyx: not known. Known are hf, gguf, onnx, coreml"),
+        (["toy", "--format", "pickle"], "--format pickle: not known. Known are hf, gguf, onnx, coreml"),
         (["toy", "--format", "hf", "--quantize", "f16"], "f16 is a kind of gguf"),
         (["toy", "--quantize", "float32,bfloat16"], "one folder holds one of"),
         (["toy", "--quantize", " , "], "names nothing"),
