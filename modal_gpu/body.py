@@ -27,6 +27,8 @@ MOST_FAILURES = 3  # of a piece, one after the other, without a checkpoint betwe
 LONGEST = 24 * 3600.0  # seconds that Modal lets an input take
 HAND_OVER = 23 * 3600.0  # after these the conductor begins its own successor
 POLL = 30.0
+# Of the service itself, which say nothing of the call that is asked for.
+UNANSWERED = (modal.exception.ServiceError, modal.exception.ConnectionError, modal.exception.InternalError)
 
 
 def conduct(job: Job, functions: Mapping[str, Any]) -> Outcome:
@@ -44,13 +46,11 @@ def conduct(job: Job, functions: Mapping[str, Any]) -> Outcome:
         state.piece, state.place, state.exit_code = "", "", 0
     state.call, state.outcome, state.volume, state.by = me, {}, job.volume, job.by
     registry.write(state)
-    outcome = Outcome(EXIT_FAILED, "the conductor was stopped")
-    try:
-        outcome = _Conductor(job, functions, registry, me).run()
-    finally:
-        if outcome.moved is None:
-            registry.note(job.run, outcome=asdict(outcome), phase="ended", piece="")
-            registry.unlock(job.run, me)
+    # An error leaves lock and state as they are: this call begins again, and waits for the piece that goes on.
+    outcome = _Conductor(job, functions, registry, me).run()
+    if outcome.moved is None:
+        registry.note(job.run, outcome=asdict(outcome), phase="ended", piece="")
+        registry.unlock(job.run, me)
     return outcome
 
 
@@ -92,6 +92,8 @@ class _Conductor:
                 if time.time() >= self.job.deadline:
                     call.cancel(terminate_containers=True)
                     return Outcome(EXIT_FAILED, "modal.timeout_seconds are over; what was saved is kept.")
+            except UNANSWERED:
+                time.sleep(min(POLL, 5.0))
             except modal.exception.FunctionTimeoutError:
                 return self._again("it ran as long as Modal lets a function run")
             except modal.exception.InputCancellation:
@@ -124,6 +126,7 @@ def work(job: Job, place: Place) -> Outcome:
     volume = modal.Volume.from_name(job.volume)
     volume.reload()
     registry = Registry()
+    registry.take_over(f"{job.run}/piece", modal.current_function_call_id() or "")
     try:
         with joined_hosts(job, volume.commit) as leads:
             if not leads:  # another host of the cluster runs the stages; this one's ranks work for it

@@ -73,6 +73,11 @@ class Registry:
         self._dict.pop(key, None)
         return None if self._dict.put(key, call, skip_if_exists=True) else str(self._dict.get(key))
 
+    def take_over(self, run: str, call: str) -> None:
+        """Take it for a call, and end the other one that has it: nobody waits for that any more."""
+        while (other := self.lock(run, call)) is not None:
+            modal.FunctionCall.from_id(other).cancel(terminate_containers=True)
+
     def hand_over(self, run: str, call: str) -> None:
         """Give the lock to the call that goes on."""
         self._dict[f"{run}/lock"] = call

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import modal
 
+from modal_gpu.body import UNANSWERED
 from modal_gpu.failures import SILENCE, explained, way_on
 from modal_gpu.files import VolumeCopy, fetch
 from modal_gpu.job import Outcome, State
@@ -45,11 +46,7 @@ class _Asked:
                 self.ended.set()
             except TimeoutError:
                 self.heard = time.monotonic()
-            except (
-                modal.exception.ServiceError,
-                modal.exception.ConnectionError,
-                modal.exception.InternalError,
-            ) as error:
+            except UNANSWERED as error:
                 self.trouble = first_line(error)
                 time.sleep(1.0)
             except BaseException as error:  # noqa: BLE001  what ended the call is raised here

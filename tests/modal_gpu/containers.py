@@ -151,8 +151,9 @@ class Task:
         env = self._environment(socket, arguments)
         mounts = [f"mount --bind {view.folder} {place}" for place, view in self.views.values()]
         script = " && ".join(
-            ["mount -t tmpfs tmpfs /dev/shm", *mounts, f"exec {sys.executable} -m modal._container_entrypoint"]
+            ["mount -t tmpfs tmpfs /dev/shm", *mounts, f"{sys.executable} -m modal._container_entrypoint"]
         )
+        script += "; exit $?"  # not itself the first process: Ray takes a parent with that number for one that died
         for place, _ in self.views.values():
             Path(place).mkdir(parents=True, exist_ok=True)
         self.process = subprocess.Popen(

@@ -142,6 +142,34 @@ def test_a_second_conductor_does_not_work_on_the_same_run(called: World) -> None
     assert conduct(job(), pieces.functions()) == Outcome(0), "the lock of a call that is over is taken"
 
 
+def test_an_error_of_the_conductor_s_own_leaves_its_piece_to_the_next_try(called: World) -> None:
+    pieces = Pieces(called, [None])
+    with pytest.raises(RuntimeError):
+        conduct(job(), pieces.functions() | {"cpu": SimpleNamespace(spawn=_breaks(pieces))})
+    state = Registry().read("toy")
+    assert state is not None and not state.ended
+    assert Registry().lock("toy", "fc-me") is None, "the same call has it still"
+
+
+def _breaks(pieces: Pieces) -> Callable[..., Any]:
+    def spawn(*_: Any) -> Any:
+        raise RuntimeError("the service was away")
+
+    return spawn
+
+
+def test_a_piece_that_nobody_waits_for_is_ended_by_the_next_one(called: World) -> None:
+    for name in ("fc-old", "fc-new"):
+        called.calls[name] = Call(name, "fu-1", pb.FunctionInput())
+    registry = Registry()
+    registry.take_over("toy/piece", "fc-old")
+    registry.take_over("toy/piece", "fc-old")
+    assert called.calls["fc-old"].output is None, "the same call, in another container"
+    registry.take_over("toy/piece", "fc-new")
+    assert called.calls["fc-old"].output is not None and called.calls["fc-new"].output is None
+    assert registry.runs() == []
+
+
 def test_after_most_of_a_day_another_conductor_goes_on(called: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(body, "HAND_OVER", 0.1)
     pieces = Pieces(called, [None, None])
