@@ -26,6 +26,7 @@ from ray_pipeline.serving.responses_split import ResponsesSplitter
 from ray_pipeline.serving.several import lines_of, merged_events, merged_replies, one_each
 
 PASSED = ("/v1/completions", "/v1/messages/count_tokens", "/tokenize", "/detokenize")
+TURNS = ("/v1/chat/completions", "/v1/messages", "/v1/messages/count_tokens")  # paths that read a conversation
 SECONDS_TO_CONNECT, SEND_SECONDS = 10.0, 60.0
 
 
@@ -68,6 +69,8 @@ class Door:
         if isinstance(model, str) and model != self.upstream.model:
             message = f"model {model[:200]!r} is not served here: {self.upstream.model} is"
             return JSONResponse(error_body(404, message, param="model", code="model_not_found"), 404)
+        if path in TURNS and (fault := _turns_fault(body)) is not None:
+            return JSONResponse(error_body(400, fault, param="messages"), 400)
         try:
             bodies = one_each(body)
         except ValueError as error:
@@ -159,6 +162,17 @@ class Door:
 async def _close(answers: Sequence[httpx.Response]) -> None:
     for answer in answers:
         await answer.aclose()
+
+
+def _turns_fault(body: dict[str, Any]) -> str | None:
+    """What is wrong with the form of a conversation. llama.cpp answers a turn without a role with a 500."""
+    turns = body.get("messages")
+    if not isinstance(turns, list) or not turns:
+        return f"messages: must be a list of turns, at least one (given: {str(turns)[:100]})"
+    for number, turn in enumerate(turns):
+        if not isinstance(turn, dict) or not isinstance(turn.get("role"), str):
+            return f"messages.{number}: must be an object with a role (given: {str(turn)[:100]})"
+    return None
 
 
 def _refused(status: int, content: bytes) -> Response:

@@ -121,9 +121,10 @@ class MessagesSplitter:
     def event(self, name: str, value: Json) -> Events:
         """See `Splitter`."""
         kind = value.get("type")
-        if not self._started and kind in ("message_start", "content_block_start"):
+        if not self._started and kind not in (None, "error", "ping"):
             self._started = True
-            if kind != "message_start":  # llama.cpp omits it where an answer begins with half a letter
+            # llama.cpp omits it where an answer begins with half a letter, and all but the end where it is no more.
+            if kind != "message_start":
                 return [("message_start", _message_start(self.model, self.prompt_tokens)), *self.event(name, value)]
         if kind == "content_block_start" and value["content_block"].get("type") == "text":
             self._parts = AnswerParts(thinking=self.thinking)

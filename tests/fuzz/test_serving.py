@@ -101,14 +101,9 @@ def resting(address: str, server: psutil.Process) -> tuple[int, int]:
     return server.memory_info().rss, server.num_fds()
 
 
-KNOWN = pytest.mark.xfail(
-    reason="llama.cpp answers a message without a role, beside other faults, with a 500 of its own"
-)
-
-
 @pytest.mark.parametrize(
     ("engine", "count", "paths"),
-    [("native", 10_000, NATIVE), pytest.param("llamacpp", 1_000, DOOR, marks=KNOWN)],
+    [("native", 10_000, NATIVE), ("llamacpp", 1_000, DOOR)],
     ids=["native", "llamacpp"],
 )
 def test_a_flood_of_good_and_bad_requests(tmp_path, engine, count, paths):
