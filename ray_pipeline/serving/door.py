@@ -168,10 +168,10 @@ def _turns_fault(body: dict[str, Any]) -> str | None:
     """What is wrong with the form of a conversation. llama.cpp answers a turn without a role with a 500."""
     turns = body.get("messages")
     if not isinstance(turns, list) or not turns:
-        return f"messages: must be a list of turns, at least one (given: {str(turns)[:100]})"
+        return f"messages: must be a list of turns, at least one (given: {repr(turns)[:100]})"
     for number, turn in enumerate(turns):
         if not isinstance(turn, dict) or not isinstance(turn.get("role"), str):
-            return f"messages.{number}: must be an object with a role (given: {str(turn)[:100]})"
+            return f"messages.{number}: must be an object with a role (given: {repr(turn)[:100]})"
     return None
 
 

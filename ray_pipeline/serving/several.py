@@ -29,7 +29,7 @@ def one_each(body: Json) -> list[Json]:
     if count is None:
         return [body]
     if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= MOST_CHOICES:
-        raise ValueError(f"n: must be a whole number from 1 to {MOST_CHOICES} (given: {str(count)[:100]})")
+        raise ValueError(f"n: must be a whole number from 1 to {MOST_CHOICES} (given: {repr(count)[:100]})")
     seed = body.get("seed")
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0 or count == 1:
         return [body | {"n": 1}] * count
