@@ -25,6 +25,9 @@ ENGINES = ("auto", "llamacpp", "vllm", "native")
 @click.option("--slots", type=click.IntRange(1, 1024), default=8, show_default=True, help="Answers written together.")
 @click.option("--context", type=click.IntRange(8, 1 << 27), help="Tokens of prompt and answer. Default: the model's.")
 @click.option("--threads", type=click.IntRange(1, 4096), help="CPU threads. Default: all cores.")
+@click.option(
+    "--speculative", is_flag=True, help="llamacpp: draft with the model's MTP module; the same greedy answers."
+)
 @click.option("--output-dir", "runs_dir", help="Folder of all runs. Default: runs.")
 def serve(
     model: str,
@@ -35,6 +38,7 @@ def serve(
     slots: int,
     context: int | None,
     threads: int | None,
+    speculative: bool,
     runs_dir: str | None,
 ) -> int:
     """Serve MODEL: a run, RUN:STAGE, a model folder (checkpoint or Hugging Face), or a .gguf file."""
@@ -51,10 +55,14 @@ def serve(
     served = find_served(model, output_dir(runs_dir))
     order = preference(has_gpu=torch.cuda.is_available())
     chosen = choose_engine(served, engine, known_engines(), order)
+    if speculative and chosen.name != "llamacpp":
+        raise UserError(
+            f"--speculative: the engine {chosen.name} does not draft. Use --engine llamacpp, or leave the flag out."
+        )
     listening = bind(host, port)  # before the model is loaded, which may take long
     try:
         click.echo(f"Loading {served.name} with the engine {chosen.name} ...")
-        running = chosen.start(served, EngineSettings(slots, context, threads))
+        running = chosen.start(served, EngineSettings(slots, context, threads, speculative))
         try:
             address = _address(host, listening.getsockname()[1])
             run_server(

@@ -69,8 +69,9 @@ class Door:
         if isinstance(model, str) and model != self.upstream.model:
             message = f"model {model[:200]!r} is not served here: {self.upstream.model} is"
             return JSONResponse(error_body(404, message, param="model", code="model_not_found"), 404)
-        if path in TURNS and (fault := _turns_fault(body)) is not None:
-            return JSONResponse(error_body(400, fault, param="messages"), 400)
+        for param, fault in (("messages", _turns_fault(path, body)), ("tools", _tools_fault(body))):
+            if fault is not None:
+                return JSONResponse(error_body(400, fault, param=param), 400)
         try:
             bodies = one_each(body)
         except ValueError as error:
@@ -164,8 +165,10 @@ async def _close(answers: Sequence[httpx.Response]) -> None:
         await answer.aclose()
 
 
-def _turns_fault(body: dict[str, Any]) -> str | None:
+def _turns_fault(path: str, body: dict[str, Any]) -> str | None:
     """What is wrong with the form of a conversation. llama.cpp answers a turn without a role with a 500."""
+    if path not in TURNS:
+        return None
     turns = body.get("messages")
     if not isinstance(turns, list) or not turns:
         return f"messages: must be a list of turns, at least one (given: {repr(turns)[:100]})"
@@ -173,6 +176,14 @@ def _turns_fault(body: dict[str, Any]) -> str | None:
         if not isinstance(turn, dict) or not isinstance(turn.get("role"), str):
             return f"messages.{number}: must be an object with a role (given: {repr(turn)[:100]})"
     return None
+
+
+def _tools_fault(body: dict[str, Any]) -> str | None:
+    """What is wrong with the form of the tools, which llama.cpp answers with a 500 as well."""
+    tools = body.get("tools")
+    if tools is None or (isinstance(tools, list) and all(isinstance(one, dict) for one in tools)):
+        return None
+    return f"tools: must be a list of objects (given: {repr(tools)[:100]})"
 
 
 def _refused(status: int, content: bytes) -> Response:

@@ -41,12 +41,13 @@ class EngineSettings:
 
     Attributes:
         slots: answers written at the same time. context: tokens of prompt and answer; None for the model's own.
-        threads: None for all cores.
+        threads: None for all cores. speculative: tokens are drafted by the model's MTP module, and checked.
     """
 
     slots: int = 32
     context: int | None = None
     threads: int | None = None
+    speculative: bool = False
 
 
 @dataclass(frozen=True)

@@ -49,11 +49,21 @@ def check_gguf_file(path: Path) -> GGUFReader:
 
 def gguf_context(path: Path) -> int | None:
     """The context length that the file states."""
+    return _stated(path, "context_length")
+
+
+def gguf_drafts(path: Path) -> bool:
+    """Whether the file holds an MTP module, which llama.cpp drafts with."""
+    return bool(_stated(path, "nextn_predict_layers"))
+
+
+def _stated(path: Path, key: str) -> int | None:
+    """A number that the file states of its architecture."""
     from gguf import GGUFReader
 
     reader = GGUFReader(path)
     architecture = reader.get_field("general.architecture")
-    field = None if architecture is None else reader.get_field(f"{architecture.contents()}.context_length")
+    field = None if architecture is None else reader.get_field(f"{architecture.contents()}.{key}")
     return None if field is None else int(field.contents())
 
 

@@ -20,6 +20,9 @@ from ray_pipeline.tools.format import TOOL_TOKENS
 INSTALL = "xllamacpp is not installed: pip install 'ray-pipeline[serve]'"
 
 
+DRAFTED = 1  # tokens at a time: one module drafts a second from its own, less certain state
+
+
 class LlamaCppEngine:
     """See `Engine`."""
 
@@ -51,12 +54,14 @@ class LlamaCppEngine:
     def start(self, model: ServedModel, settings: EngineSettings) -> RunningEngine:
         """Load the GGUF file, made first where there is none."""
         from ray_pipeline.serving.door import Upstream, door_app
-        from ray_pipeline.serving.gguf_file import gguf_context, gguf_of
+        from ray_pipeline.serving.gguf_file import gguf_context, gguf_drafts, gguf_of
 
         path = gguf_of(model)
         own = gguf_context(path)
         if settings.context is not None and own is not None and settings.context > own:
             raise UserError(f"--context {settings.context}: the model's own is {own}. Give at most that.")
+        if settings.speculative and not gguf_drafts(path):
+            raise UserError(f"--speculative: {path} holds no MTP module, which would draft. Leave the flag out.")
         context = settings.context or own or 4096
         key = secrets.token_urlsafe(24)  # pages in a browser could find its port, too
         try:
@@ -103,4 +108,9 @@ def _server(path: Path, name: str, context: int, settings: EngineSettings, key: 
     params.endpoint_metrics, params.endpoint_slots, params.endpoint_props = True, False, False
     # What a request does not say is as in OpenAI's API and in the other engines: nothing is cut.
     params.sampling.temp, params.sampling.top_k, params.sampling.top_p, params.sampling.min_p = 1.0, 0, 1.0, 0.0
+    if settings.speculative:
+        params.speculative.types = [xllamacpp.common_speculative_type.COMMON_SPECULATIVE_TYPE_DRAFT_MTP]
+        draft = params.speculative.draft
+        draft.n_max = DRAFTED
+        draft.cpuparams.n_threads = draft.cpuparams_batch.n_threads = params.cpuparams.n_threads
     return xllamacpp.Server(params)

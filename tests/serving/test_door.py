@@ -173,6 +173,7 @@ def test_several_answers_are_those_of_their_seeds_and_all_their_tokens_count(doo
     ("path", "body"),
     [
         ("responses", {"input": 4}),
+        ("chat/completions", {"messages": [{"role": "user", "content": "x"}], "tools": [4]}),
         *[
             (path, {"messages": turns, "max_tokens": 4})
             for path in ("chat/completions", "messages", "messages/count_tokens")
