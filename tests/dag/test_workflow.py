@@ -170,6 +170,11 @@ def test_stage_that_learns_nothing_makes_the_exit_code_one_and_the_rest_goes_on(
     assert toy.calls(tmp_path / "toy") == []
 
 
+def test_a_refused_export_makes_the_exit_code_one(tmp_path, capsys):
+    assert run(tmp_path, functions=toy.FUNCTIONS | {"export": toy.refuses}) == 1
+    assert "REFUSED: model-q2_k.gguf: rounding makes another model of it" in capsys.readouterr().out
+
+
 def test_second_run_on_one_folder_is_refused(tmp_path):
     with RunLock(tmp_path / "toy"), pytest.raises(UserError, match=r"toy: process \d+ on .* is working on this run"):
         run(tmp_path)

@@ -80,6 +80,11 @@ def bug(context: StageContext) -> StageResult:
     raise ZeroDivisionError("a bug in a stage")
 
 
+def refuses(context: StageContext) -> StageResult:
+    """As EXPORT where one kind of file was too coarse."""
+    return StageResult(context.folder, {"checks_passed": 2.0, "model-q2_k.gguf/refused": 1.0})
+
+
 def learns_nothing(context: StageContext) -> StageResult:
     write_json(context.folder / "out.json", 1)
     return StageResult(context.folder, {"accuracy": 0.25}, {"input_accuracy": 0.25}, False)
