@@ -24,7 +24,7 @@ from ray_pipeline.evaluation.marking import are_right
 
 pytestmark = pytest.mark.slow
 RECIPE = Path(__file__).with_name("sums.yaml")
-CONVERSATIONS, ASKED = 8500, 500  # of the latter DATA_PREP holds out 400
+CONVERSATIONS, ASKED = 8500, 2000  # of the latter DATA_PREP holds out a fifth
 LIMIT = 40  # tokens of an answer
 ENGINES = ("llamacpp", "native")
 
