@@ -10,11 +10,11 @@ from typing import IO
 import modal
 import pytest
 
-from modal_gpu.files import fetch, local_inputs, remote_name, upload
+from modal_gpu.files import fetch, local_inputs, remote_name, send_run, upload
 from modal_gpu.gpus import Shape, gpu_types
 from modal_gpu.image import CUDA_IMAGE, build_image, declared_dependencies, needed_extras, pinned
 from modal_gpu.volume_sync import SUMS, read_sums, write_sums
-from ray_pipeline.dag.ledger import RunFile
+from ray_pipeline.dag.ledger import Record, RunFile, begin_record, close_record
 from ray_pipeline.errors import UserError
 from ray_pipeline.settings.loading import load_config
 
@@ -154,6 +154,27 @@ def test_the_newest_checkpoint_of_an_unfinished_stage_can_come_along(tmp_path: P
     fetch(on_a_volume(tmp_path / "there"), "toy", tmp_path, checkpoints=True)
     found = [path.relative_to(tmp_path).as_posix() for path in tmp_path.glob("toy/*/checkpoints/*/*")]
     assert found == ["toy/grpo-34/checkpoints/step_2/shard"]
+
+
+def test_what_went_further_here_goes_along_with_its_newest_checkpoint_alone(tmp_path: Path) -> None:
+    run_dir = tmp_path / "toy"
+    on_a_volume(run_dir)
+    done = begin_record(run_dir / "sft-12", Record("sft", "12", "running"))
+    close_record(run_dir / "sft-12", done, "done")
+    begin_record(run_dir / "grpo-34", Record("grpo", "34", "running"))
+    for number in (1, 2):
+        checkpoint = run_dir / "grpo-34/checkpoints"
+        (checkpoint / f"step_{number}").rename(checkpoint / f"step_{number:08d}")
+    up = FakeUpload()
+    send_run(FakeVolume({}), up, run_dir)
+    assert set(up.put) == {
+        "toy/run.json", "toy/sft-12/record.json", "toy/sft-12/model/model.safetensors", "toy/grpo-34/record.json",
+        "toy/grpo-34/metrics.jsonl", "toy/grpo-34/checkpoints/step_00000002/shard",
+    }  # fmt: skip
+    there = FakeVolume({name: path.read_bytes() for name, path in up.put.items()})
+    again = FakeUpload()
+    send_run(there, again, run_dir)
+    assert set(again.put) == {"toy/run.json"}, "nothing goes up twice"
 
 
 def test_another_run_of_the_name_is_not_replaced(tmp_path: Path) -> None:
