@@ -21,7 +21,7 @@ COPY ray_pipeline ray_pipeline
 COPY modal_gpu modal_gpu
 COPY configs configs
 RUN pip install --no-cache-dir -c constraints.txt torch --index-url "$TORCH_INDEX" \
-    && pip install --no-cache-dir -c constraints.txt -e ".[llama,gym,eval,serve,tensorboard,watch]"
+    && pip install --no-cache-dir -c constraints.txt -e ".[llama,gym,eval,serve,replicas,tensorboard,watch]"
 # Ray passes objects through shared memory; give the container more of it for large runs (--shm-size).
 ENTRYPOINT ["python", "-m", "ray_pipeline.cli"]
 CMD ["--help"]

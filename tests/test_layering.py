@@ -35,6 +35,7 @@ OWNERS = {
         "ray_pipeline.launch",
         "ray_pipeline.data.text.ray_prepare",
         "ray_pipeline.rollouts.ray_engine",
+        "ray_pipeline.serving.ray_replicas",
     ),
     "deepspeed": ("ray_pipeline.engine.zero",),
     "wandb": ("ray_pipeline.records.trackers.wandb_tracker",),

@@ -11,9 +11,28 @@ from ray_pipeline.cli.runs import output_dir
 from ray_pipeline.errors import UserError
 
 if TYPE_CHECKING:
-    from ray_pipeline.serving.engines import RunningEngine, ServedModel
+    from ray_pipeline.serving.engines import Engine, EngineSettings, RunningEngine, ServedModel
 
 ENGINES = ("auto", "llamacpp", "vllm", "native")
+MOST_REPLICAS = 4096
+
+
+class Replicas(click.ParamType[tuple[int, int]]):
+    """`2`, or `1:4` for as many of them as requests need."""
+
+    name = "N or LEAST:MOST"
+
+    def convert(
+        self, value: str | tuple[int, int], param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, int]:
+        """Both numbers, equal for a single one."""
+        if isinstance(value, tuple):
+            return value
+        least, colon, most = value.partition(":")
+        numbers = [least, most if colon else least]
+        if all(n.isascii() and n.isdigit() for n in numbers) and 1 <= int(least) <= int(numbers[1]) <= MOST_REPLICAS:
+            return int(least), int(numbers[1])
+        self.fail(f"{value!r} is no number of replicas. Give one, as 2, or a range, as 1:4.", param, ctx)
 
 
 @click.command()
@@ -24,9 +43,12 @@ ENGINES = ("auto", "llamacpp", "vllm", "native")
 @click.option("--api-key", envvar="RAY_PIPELINE_API_KEY", help="What clients must send. Default: none is asked for.")
 @click.option("--slots", type=click.IntRange(1, 1024), default=8, show_default=True, help="Answers written together.")
 @click.option("--context", type=click.IntRange(8, 1 << 27), help="Tokens of prompt and answer. Default: the model's.")
-@click.option("--threads", type=click.IntRange(1, 4096), help="CPU threads. Default: all cores.")
+@click.option("--threads", type=click.IntRange(1, 4096), help="CPU threads. Default: all cores, shared by replicas.")
 @click.option(
     "--speculative", is_flag=True, help="llamacpp: draft with the model's MTP module; the same greedy answers."
+)
+@click.option(
+    "--replicas", type=Replicas(), help="Copies of the engine, by Ray Serve; here, or where RAY_ADDRESS says."
 )
 @click.option("--output-dir", "runs_dir", help="Folder of all runs. Default: runs.")
 def serve(
@@ -39,6 +61,7 @@ def serve(
     context: int | None,
     threads: int | None,
     speculative: bool,
+    replicas: tuple[int, int] | None,
     runs_dir: str | None,
 ) -> int:
     """Serve MODEL: a run, RUN:STAGE, a model folder (checkpoint or Hugging Face), or a .gguf file."""
@@ -47,22 +70,13 @@ def serve(
     _need_packages()
     if api_key is not None and not (api_key.isascii() and api_key.strip() == api_key and api_key):
         raise UserError("--api-key: must be ASCII letters, digits and signs, without spaces around it.")
-    import torch
-
-    from ray_pipeline.serving.engines import EngineSettings, choose_engine, known_engines, preference
+    from ray_pipeline.serving.engines import EngineSettings
     from ray_pipeline.serving.http_server import bind, guard_rules, run_server
 
     served = find_served(model, output_dir(runs_dir))
-    order = preference(has_gpu=torch.cuda.is_available())
-    chosen = choose_engine(served, engine, known_engines(), order)
-    if speculative and chosen.name != "llamacpp":
-        raise UserError(
-            f"--speculative: the engine {chosen.name} does not draft. Use --engine llamacpp, or leave the flag out."
-        )
     listening = bind(host, port)  # before the model is loaded, which may take long
     try:
-        click.echo(f"Loading {served.name} with the engine {chosen.name} ...")
-        running = chosen.start(served, EngineSettings(slots, context, threads, speculative))
+        running = _start(served, engine, EngineSettings(slots, context, threads, speculative), replicas)
         try:
             address = _address(host, listening.getsockname()[1])
             run_server(
@@ -73,6 +87,39 @@ def serve(
     finally:
         listening.close()
     return 0
+
+
+def _start(
+    served: ServedModel, engine: str, settings: EngineSettings, replicas: tuple[int, int] | None
+) -> RunningEngine:
+    """The engine that was asked for, or the first that can, with the model loaded: in this process or in replicas."""
+    from ray_pipeline.serving.engines import choose_engine, known_engines, preference
+
+    def choose(*, has_gpu: bool) -> Engine:
+        chosen = choose_engine(served, engine, known_engines(), preference(has_gpu=has_gpu))
+        if settings.speculative and chosen.name != "llamacpp":
+            raise UserError(
+                f"--speculative: the engine {chosen.name} does not draft. Use --engine llamacpp, or leave it out."
+            )
+        return chosen
+
+    if replicas is None:
+        import torch
+
+        chosen = choose(has_gpu=torch.cuda.is_available())
+        click.echo(f"Loading {served.name} with the engine {chosen.name} ...")
+        return chosen.start(served, settings)
+    from ray_pipeline.serving.ray_replicas import ReplicaCount, close_ray, open_ray, start_replicas
+
+    count = ReplicaCount(*replicas)
+    try:
+        cluster = open_ray()
+        chosen = choose(has_gpu=cluster.gpus > 0)
+        click.echo(f"Loading {served.name} with {count} replicas of the engine {chosen.name} ...")
+        return start_replicas(chosen.name, served, settings, count, cluster)
+    except BaseException:
+        close_ray()
+        raise
 
 
 def _need_packages() -> None:
