@@ -90,7 +90,7 @@ def start_replicas(
     quiet = LoggingConfig(log_level="ERROR", enable_access_log=False)
     serve.start(proxy_location="Disabled", logging_config=quiet)
     logging.getLogger("ray.serve").setLevel(logging.ERROR)  # it warns of every request that is refused
-    deployment = serve.deployment(
+    deployment: Any = serve.deployment(
         EngineReplica, name=DEPLOYMENT, logging_config=quiet, ray_actor_options=resources,
         max_ongoing_requests=ONGOING_PER_SLOT * settings.slots, max_queued_requests=count.queued,
         health_check_period_s=HEALTH_SECONDS, health_check_timeout_s=HEALTH_LATE_SECONDS,
@@ -211,5 +211,5 @@ class Replicas:
         from ray import serve
 
         application = serve.status().applications.get(self._application)
-        deployment = None if application is None else application.deployments.get(DEPLOYMENT)
+        deployment: Any = None if application is None else application.deployments.get(DEPLOYMENT)
         return 0 if deployment is None else int(deployment.replica_states.get("RUNNING", 0))
