@@ -18,7 +18,7 @@ from ray_pipeline.launch.cluster import Cluster, alive, cluster_address, connect
 from ray_pipeline.launch.local_ray import start_local_ray
 from ray_pipeline.serving.engines import EngineSettings, RunningEngine, ServedModel
 from ray_pipeline.serving.guard import Message
-from ray_pipeline.serving.replica import Asked, EngineReplica
+from ray_pipeline.serving.replica import EngineReplica, ForwardedRequest
 from ray_pipeline.serving.replica_door import ReplicaLost, TooMany, replica_app
 
 INSTALL = "--replicas needs Ray Serve. Install it: pip install 'ray-pipeline[replicas]'"
@@ -178,8 +178,8 @@ class Replicas:
     def __init__(self, application: str, handle: Any):
         self._application, self._handle = application, handle
 
-    async def ask(self, asked: Asked) -> AsyncIterator[list[Message]]:
-        """One replica's answer. Another one is asked where the first ended before it said anything.
+    async def ask(self, request: ForwardedRequest) -> AsyncIterator[list[Message]]:
+        """One replica's answer. Another one gets the request where the first ended before it said anything.
 
         Raises:
             TooMany: all replicas are busy and enough requests wait.
@@ -189,7 +189,7 @@ class Replicas:
         from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
         for _ in range(MOST_TRIES):
-            answer, said = self._handle.answer.remote(asked), False
+            answer, said = self._handle.answer.remote(request), False
             try:
                 async for messages in answer:
                     said = True

@@ -15,7 +15,7 @@ from ray_pipeline.serving.guard import Message
 
 
 @dataclass(frozen=True)
-class Asked:
+class ForwardedRequest:
     """A request on its way from the door to a replica.
 
     Attributes:
@@ -64,15 +64,15 @@ class EngineReplica:
         Raises:
             RuntimeError: the engine is not well.
         """
-        said = [message async for messages in self.answer(Asked("GET", "/health")) for message in messages]
+        said = [message async for messages in self.answer(ForwardedRequest("GET", "/health")) for message in messages]
         if (status := said[0]["status"]) != 200:
             raise RuntimeError(f"the engine answers its health check with {status}")
 
-    async def answer(self, asked: Asked) -> AsyncIterator[list[Message]]:
+    async def answer(self, request: ForwardedRequest) -> AsyncIterator[list[Message]]:
         """The engine's answer, as the messages of ASGI that its application sends; those that are there at once come
         together. Where the caller gives up, the application is cancelled, which ends its work."""
         sent: asyncio.Queue[Message | None] = asyncio.Queue()
-        waiting: list[Message] = [{"type": "http.request", "body": asked.body, "more_body": False}]
+        waiting: list[Message] = [{"type": "http.request", "body": request.body, "more_body": False}]
 
         async def receive() -> Message:
             if not waiting:
@@ -81,7 +81,7 @@ class EngineReplica:
 
         async def run() -> None:
             try:
-                await self._running.app(asked.scope, receive, sent.put)
+                await self._running.app(request.scope, receive, sent.put)
             finally:
                 sent.put_nowait(None)
 

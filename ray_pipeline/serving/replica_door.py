@@ -14,7 +14,7 @@ from starlette.routing import Route
 from ray_pipeline.serving.common_routes import add_common_routes
 from ray_pipeline.serving.guard import Message, Receive, Send, error_body
 from ray_pipeline.serving.native_answers import until_left
-from ray_pipeline.serving.replica import Asked
+from ray_pipeline.serving.replica import ForwardedRequest
 
 SEND_SECONDS = 60.0  # a client that reads nothing for so long is let go
 HEALTH_SECONDS = 10.0
@@ -34,7 +34,7 @@ class ReplicaLost(Exception):
 class Replicas(Protocol):
     """What requests are passed to."""
 
-    def ask(self, asked: Asked) -> AsyncIterator[list[Message]]:
+    def ask(self, request: ForwardedRequest) -> AsyncIterator[list[Message]]:
         """The messages of one replica's answer.
 
         Raises:
@@ -56,13 +56,17 @@ class _Relay:
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         request = Request(scope, receive)
         headers = [(name, value) for name, value in scope["headers"] if name.lower() not in KEPT_HERE]
-        asked = Asked(scope["method"], scope["path"], scope["query_string"], headers, await request.body())
-        await until_left(lambda: self._pass(asked, scope, receive, send), request)
+        forwarded = ForwardedRequest(
+            scope["method"], scope["path"], scope["query_string"], headers, await request.body()
+        )
+        await until_left(lambda: self._pass(forwarded, scope, receive, send), request)
 
-    async def _pass(self, asked: Asked, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+    async def _pass(
+        self, request: ForwardedRequest, scope: MutableMapping[str, Any], receive: Receive, send: Send
+    ) -> None:
         kind = None  # of the answer, from its first message on
         try:
-            async for messages in self.replicas.ask(asked):
+            async for messages in self.replicas.ask(request):
                 for message in messages:
                     kind = _kind(message) if kind is None else kind
                     async with asyncio.timeout(SEND_SECONDS):
