@@ -44,7 +44,7 @@ class Tasks:
 
 
 @contextmanager
-def no_ray(*_: Any) -> Iterator[None]:
+def no_ray(*_: Any, **__: Any) -> Iterator[None]:
     yield
 
 

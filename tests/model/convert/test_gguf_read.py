@@ -21,7 +21,7 @@ from ray_pipeline.data.chat.tokenizer import load_tokenizer
 from tests.evaluation.made_models import EXPORTABLE, save_tokenizer
 
 PLAIN = replace(EXPORTABLE, num_nextn_predict_layers=0)
-V32 = {"attention": "dsa", "index_n_heads": 16, "index_topk": 8, "num_nextn_predict_layers": 1}
+V32 = {"attention": "dsa", "index_n_heads": 16, "index_head_dim": 64, "index_topk": 8, "num_nextn_predict_layers": 1}
 YARN = RopeScaling(factor=40.0, original_max_position_embeddings=64, mscale=0.707, mscale_all_dim=0.707)
 V2 = {"scoring_func": "softmax", "topk_method": "greedy", "norm_topk_prob": False}
 
