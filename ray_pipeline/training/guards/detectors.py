@@ -126,7 +126,7 @@ def dead_experts(settings: GuardsConfig) -> Detector:
 
     def look(figures: Figures) -> str | None:
         idle = figures["moe/idle_experts"]
-        return f"{idle:.0f} experts of one layer get no token" if idle else None
+        return f"no token goes to {idle:.0f} of one layer's experts" if idle else None
 
     return _in_a_row(settings, look, "moe/idle_experts")
 
