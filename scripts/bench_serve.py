@@ -6,8 +6,8 @@ python scripts/bench_serve.py --mtp RUN:pretrain   # llama.cpp with and without 
 python scripts/bench_serve.py --quick              # does it run?
 
 Nothing is timed before all servers give the same greedy answers. Each has a process of its own; those that are not
-asked are halted meanwhile. With --continuous-batching transformers 5.23 fails on DeepseekV3: its cache is made for heads of
-qk_rope_head_dim.
+asked are halted meanwhile. The peer is `transformers serve` as it is: with --continuous-batching it (5.23) fails
+on DeepseekV3, as its cache is made for heads of qk_rope_head_dim.
 """
 
 from __future__ import annotations
