@@ -54,7 +54,7 @@ def start_mtp(folder: Path, task: Task, model: str) -> list[Server]:
     return [Server(who, name, words, folder / f"mtp {who}.log", task.threads) for who, words in commands.items()]
 
 
-def compare(servers: Sequence[Server], task: Task, model: str, peers: str) -> list[dict[str, Any]]:
+def compare(servers: Sequence[Server], task: Task, model: str, peer: str) -> list[dict[str, Any]]:
     """Every server at every number of clients, in turns.
 
     Raises:
@@ -81,13 +81,13 @@ def compare(servers: Sequence[Server], task: Task, model: str, peers: str) -> li
                 asked += clients * task.each
                 if round_ >= 0:
                     turns[server.name].append(turn)
-        out.append(summary(turns, model, clients, peers))
+        out.append(summary(turns, model, clients, peer))
         print("\n".join(lines(out[-1])), flush=True)
     return out
 
 
-def summary(turns: dict[str, list[dict[str, Any]]], model: str, clients: int, peers: str) -> dict[str, Any]:
-    """Medians and spread of every server, and each one's speed over the fastest peer's, in all and round by round."""
+def summary(turns: dict[str, list[dict[str, Any]]], model: str, clients: int, peer: str) -> dict[str, Any]:
+    """Medians and spread of every server, and each one's speed over the peer's, in all and round by round."""
     rows: dict[str, Any] = {
         name: {
             "tokens_per_second": spread([turn["tokens_per_second"] for turn in taken]),
@@ -95,12 +95,8 @@ def summary(turns: dict[str, list[dict[str, Any]]], model: str, clients: int, pe
         }
         for name, taken in turns.items()
     }
-    of_peers = [name for name in rows if name.startswith(peers) and (name != "llamacpp --speculative")]
-    peer = max(of_peers, key=lambda name: rows[name]["tokens_per_second"]["median"])
     for name, row in rows.items():
-        row["speed_vs_peer"] = (
-            row["tokens_per_second"]["median"] / rows[peer]["tokens_per_second"]["median"]
-        )  # fmt: skip
+        row["speed_vs_peer"] = row["tokens_per_second"]["median"] / rows[peer]["tokens_per_second"]["median"]
         pairs = zip(turns[name], turns[peer], strict=True)
         row["speed_vs_peer_by_round"] = spread([a["tokens_per_second"] / b["tokens_per_second"] for a, b in pairs])
     return {"model": model, "clients": clients, "peer": peer, "servers": rows}
