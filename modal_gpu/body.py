@@ -17,6 +17,7 @@ from typing import Any
 
 import modal
 
+from modal_gpu.failures import UNANSWERED
 from modal_gpu.hosts import joined_hosts, tidy_checkpoints
 from modal_gpu.job import Job, Outcome, Place, State, place_of
 from modal_gpu.run_registry import Registry
@@ -28,7 +29,6 @@ LONGEST = 24 * 3600.0  # seconds that Modal lets an input take
 HAND_OVER = 23 * 3600.0  # after these the conductor begins its own successor
 POLL = 30.0
 # Of the service itself, which say nothing of the call that is asked for.
-UNANSWERED = (modal.exception.ServiceError, modal.exception.ConnectionError, modal.exception.InternalError)
 
 
 def conduct(job: Job, functions: Mapping[str, Any]) -> Outcome:

@@ -15,6 +15,8 @@ from modal.config import config as modal_settings
 
 from ray_pipeline.errors import UserError, command, first_line
 
+# Raised where nobody knows how things stand there.
+UNANSWERED = (modal.exception.ServiceError, modal.exception.ConnectionError, modal.exception.InternalError)
 SILENCE = 10.0  # seconds without an answer after which something is said
 T = TypeVar("T")
 OAUTH = ("oauth_refresh_token", "oauth_client_id", "oauth_client_secret")

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Protocol
 
-from modal_gpu.volume_sync import SUMS, Sums, read_sums
+import modal
+
+from modal_gpu.volume_sync import SUMS, read_sums
 from ray_pipeline.dag.identity import local_path, moved_name, source_names, with_source_names
 from ray_pipeline.dag.ledger import Record, RunFile, read_record, refuse_foreign_run
 from ray_pipeline.errors import UserError, command
@@ -49,12 +51,8 @@ class VolumeCopy:
         """Empty where the folder is not there."""
         try:
             entries = self.volume.listdir(folder, recursive=True)
-        except FileNotFoundError:
+        except (FileNotFoundError, modal.exception.NotFoundError):
             return []
-        except Exception as error:
-            if type(error).__name__ == "NotFoundError":  # modal's, which this file does not import
-                return []
-            raise
         return [(entry.path.lstrip("/"), entry.size, entry.mtime) for entry in entries if entry.type.name == "FILE"]
 
     def read(self, path: str, into: IO[bytes]) -> None:
@@ -211,10 +209,8 @@ def fetch(
     entries = [(path, path.removeprefix(f"{run}/"), size, at) for path, size, at in volume.files(f"/{run}")]
     wanted = list(_wanted(entries, checkpoints=checkpoints, small=small))
     files = size = checked = 0
-    for path, name, length, changed in sorted(
-        wanted, key=lambda entry: entry[1] != RUN_FILE
-    ):  # run.json first: a fetch
-        # that is cut short leaves a folder that is known as this run's.
+    # run.json first: a fetch that is cut short leaves a folder that is known as this run's.
+    for path, name, length, changed in sorted(wanted, key=lambda entry: entry[1] != RUN_FILE):
         if only is not None and not only(name):
             continue
         target = run_dir / name
@@ -276,6 +272,3 @@ def _copy(volume: VolumeFiles, path: str, target: Path, changed: int, known: tup
 
 class _Damaged(Exception):
     """A file that is not what its sum is of."""
-
-
-__all__ = ["Fetched", "Sums", "VolumeCopy", "VolumeFiles", "fetch", "local_inputs", "remote_name", "upload"]

@@ -8,6 +8,7 @@ from typing import Any
 
 import modal
 
+from modal_gpu.failures import UNANSWERED
 from modal_gpu.job import State
 
 NAME = "ray-pipeline-runs"
@@ -89,15 +90,17 @@ class Registry:
 
 
 def call_lives(call: str) -> bool:
-    """Whether a call has not ended yet."""
+    """Whether a call has not ended yet.
+
+    Raises:
+        modal.exception.Error: Modal does not answer. Who took that for an end would take a run from its holder.
+    """
     try:
         modal.FunctionCall.from_id(call).get(timeout=0)
     except TimeoutError:
         return True
-    except modal.exception.TimeoutError:  # its results are gone, or its time was up
-        return False
-    except modal.exception.Error:
-        return False
-    except Exception:  # noqa: BLE001  what the function raised there is raised here
+    except UNANSWERED:
+        raise
+    except Exception:  # noqa: BLE001  its results are gone, its time was up, or what the function raised there
         return False
     return False

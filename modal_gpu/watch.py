@@ -6,12 +6,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import modal
 
-from modal_gpu.body import UNANSWERED
-from modal_gpu.failures import SILENCE, explained, way_on
+from modal_gpu.failures import SILENCE, UNANSWERED, explained, way_on
 from modal_gpu.files import VolumeCopy, fetch
 from modal_gpu.job import Outcome, State
 from modal_gpu.run_registry import Registry
@@ -168,7 +168,7 @@ def stop(call: str, state: State) -> None:
             if each:
                 modal.FunctionCall.from_id(each).cancel(terminate_containers=True)
         ended = Outcome(EXIT_FAILED, "it was stopped")
-        registry.note(state.run, outcome=ended.__dict__, phase="stopped", piece="")
+        registry.note(state.run, outcome=asdict(ended), phase="stopped", piece="")
         registry.unlock(state.run, call)
 
 

@@ -5,11 +5,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
-import io
-import logging
-from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,7 +14,7 @@ import torch
 from torch import Tensor
 
 from model.convert.graph_decoder import GraphDecoder
-from model.convert.graph_folder import INPUTS, OUTPUTS, dynamic_sizes, example, graph_notes, save_beside
+from model.convert.graph_folder import INPUTS, OUTPUTS, dynamic_sizes, example, graph_notes, quiet, save_beside
 from model.transformer import Transformer
 
 PACKAGE = "model.mlpackage"
@@ -55,7 +51,7 @@ def save_coreml(folder: Path, model: Transformer, *, tokenizer_folder: Path, mod
         NotConvertible: an architecture that coremltools cannot express.
         RuntimeError: the package does not hold what was converted.
     """
-    with _quiet():
+    with quiet("coremltools"):
         import coremltools
 
         rows = [{axis: free for axis, free in sizes.items() if axis > 0} for sizes in dynamic_sizes()]
@@ -118,16 +114,3 @@ def _untested() -> list[str]:
     newest = str(getattr(_deps, "_TORCH_MAX_VERSION", ""))
     tested = newest and torch.__version__.split("+")[0] == newest
     return [] if tested else [f"{converter()} was tested with torch up to {newest}, this is {torch.__version__}"]
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """coremltools tells what it has no use for, and shows bars."""
-    logger = logging.getLogger("coremltools")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        logger.setLevel(before)

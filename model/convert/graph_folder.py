@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import logging
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -53,3 +57,16 @@ def example(config: ModelConfig, batch: int = 2) -> tuple[Tensor, Tensor, Tensor
     ids = torch.arange(batch * new).view(batch, new) % config.vocab_size
     past = torch.zeros(num_caches(config), batch, old, cache_width(config))
     return ids, torch.ones(batch, old + new, dtype=torch.long), past
+
+
+@contextlib.contextmanager
+def quiet(package: str) -> Iterator[None]:
+    """Keep a converter's own report off the terminal: its steps, its bars, the packages that it has no use for."""
+    logger = logging.getLogger(package)
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logger.setLevel(before)

@@ -6,18 +6,14 @@ our modules and every bit, so that they can be read back.
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
-import io
-import logging
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from model.convert.graph_decoder import GraphDecoder
-from model.convert.graph_folder import INPUTS, OUTPUTS, dynamic_sizes, example, graph_notes, save_beside
+from model.convert.graph_folder import INPUTS, OUTPUTS, dynamic_sizes, example, graph_notes, quiet, save_beside
 from model.transformer import Transformer
 
 FILE = "model.onnx"
@@ -41,7 +37,7 @@ def save_onnx(folder: Path, model: Transformer, *, tokenizer_folder: Path, model
         What is in the file otherwise than in the model, a sentence each.
     """
     config = model.config
-    with _quiet():
+    with quiet("torch.onnx"):
         program = torch.onnx.export(
             GraphDecoder(model).eval(), example(config), input_names=list(INPUTS), output_names=list(OUTPUTS),
             dynamic_shapes=dynamic_sizes(), dynamo=True, opset_version=OPSET,
@@ -64,16 +60,3 @@ def read_onnx(folder: Path) -> dict[str, Tensor]:
         for one in graph.initializer
         if one.name.startswith(_PREFIX)
     }
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """The exporter tells every step, and which packages of others it has no use for."""
-    logger = logging.getLogger("torch.onnx")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            yield
-    finally:
-        logger.setLevel(before)

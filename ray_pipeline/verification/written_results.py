@@ -50,7 +50,7 @@ class WrittenResults:
     ):
         self.path, self._refused = path, refused
         held_to = {precision: asdict(tolerance) for precision, tolerance in tolerances.items()}
-        self._of = {"machine": dict(machine), "tolerances": held_to, "code": code_digest()}
+        self._of = {"machine": dict(machine), "tolerances": held_to, "code": code_digest() if path else ""}
         self._written = time.monotonic()
 
     def passed(self, cases: Iterable[Case]) -> list[Result]:

@@ -8,13 +8,14 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
+import modal
 import pytest
 from modal_proto import api_pb2 as pb
 
 from modal_gpu import body
 from modal_gpu.body import conduct
 from modal_gpu.job import Job, Outcome, State
-from modal_gpu.run_registry import Registry
+from modal_gpu.run_registry import Registry, call_lives
 from tests.modal_gpu.world import Call, World, succeeded
 
 TIMED_OUT = pb.GenericResult(
@@ -182,3 +183,18 @@ def test_after_most_of_a_day_another_conductor_goes_on(called: World, monkeypatc
     called.finish(called.calls["fc-1"], *succeeded(Outcome(0)))
     assert conduct(job(), pieces.functions()) == Outcome(0)
     assert pieces.places == ["cpu", "conductor"], "it waited for the piece that went on"
+
+
+def test_a_service_that_does_not_answer_frees_no_lock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only a call that is known to be over is; who does not know lets the holder have the run."""
+
+    class Call:
+        def get(self, timeout: float) -> None:
+            raise error
+
+    monkeypatch.setattr(modal.FunctionCall, "from_id", lambda _: Call())
+    for error in (modal.exception.ConnectionError("away"), modal.exception.ServiceError("busy")):
+        with pytest.raises(type(error)):
+            call_lives("fc-1")
+    error = modal.exception.OutputExpiredError("gone")
+    assert not call_lives("fc-1")
