@@ -221,16 +221,17 @@ def verify(
     before = [result.case for result in results]
     if before:
         report.say(console, f"{len(before)} of {len(cases)} passed before, with this code: {json_file}")
+    verifier = Verifier(cases[0].layout.device, tolerances, timeout=timeout)
     try:
         with (
-            Verifier(cases[0].layout.device, tolerances, timeout=timeout) as verifier,
+            verifier,
             report.Tally(console, len(cases), before=len(before)) if every else nullcontext() as tally,
         ):
             left = [case for case in cases if case not in before]
             for _, group in groupby(left, lambda case: (case.layout, case.precision, case.optimizer)):
                 for result in verifier.run(tuple(group)):
                     results.append(result)
-                    written.write(results)
+                    written.write(results, verifier.files)
                     if tally is not None:
                         tally.add(result)
                     else:
@@ -240,7 +241,7 @@ def verify(
             report.print_table(console, results)
             report.print_refused(console, selection.refused)
             report.print_summary(console, results, len(cases), time.monotonic() - start)
-        written.write(results, now=True)
+        written.write(results, verifier.files, now=True)
     return 0 if all(result.passed for result in results) else 1
 
 

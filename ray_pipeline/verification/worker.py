@@ -54,7 +54,9 @@ class Job:
 
 
 def run_rank(rank: int, job: Job, connection: Connection) -> None:
-    """Send an answer for each case, `{"losses", "norms", "comparison"}`; the last may be `{"error", "echo", ...}`."""
+    """Send an answer for each case, `{"losses", "norms", "files"}`, of rank 0 with its "comparison" and of the last
+    maybe `{"error", "echo", ...}` in its place; "files" are those of this project that the rank has imported.
+    """
     from model.parallel.collectives import CollectiveFailed
 
     _write_to(job.log(rank))
@@ -112,6 +114,7 @@ def _verify_case(rank: int, job: Job, index: int, mesh: Mesh, device: torch.devi
     from ray_pipeline.verification.compare import compare
     from ray_pipeline.verification.made_data import write_data
     from ray_pipeline.verification.steps import Trace, take_steps
+    from ray_pipeline.verification.written_results import imported_files
 
     case, path, data = job.cases[index], job.references[index], job.data[index]
     if job.is_reference:
@@ -121,7 +124,7 @@ def _verify_case(rank: int, job: Job, index: int, mesh: Mesh, device: torch.devi
     )
     gathered: list[Any] = [None] * job.layout.gpus
     dist.all_gather_object(gathered, trace.loads)
-    answer: dict[str, Any] = {"losses": trace.losses, "norms": trace.norms}
+    answer: dict[str, Any] = {"losses": trace.losses, "norms": trace.norms, "files": imported_files()}
     if rank == 0:
         loads = [{name: load for step in steps for name, load in step.items()} for steps in zip(*gathered, strict=True)]
         whole = replace(trace, loads=loads)

@@ -33,11 +33,15 @@ class Verifier:
 
     Args:
         timeout: seconds one case may take; a collective may wait for half of it.
+
+    Attributes:
+        files: of this project, that the ranks have imported until now.
     """
 
     def __init__(self, device: str, tolerances: Mapping[str, Tolerance], *, timeout: float = 300.0):
         self.device, self.tolerances, self.timeout = device, tolerances, timeout
         self.references: dict[str, Path] = {}  # the repr of a case in one process -> its trace
+        self.files: set[str] = set()
 
     def __enter__(self) -> Verifier:
         self._folder = TemporaryDirectory(prefix="verify-parallel-")
@@ -93,6 +97,7 @@ class Verifier:
 
     def _result(self, case: Case, answers: Mapping[int, Mapping[str, Any]], seconds: float) -> Result:
         result = Result(case, seconds, error=_cause(answers))
+        self.files |= {file for answer in answers.values() for file in answer.get("files", ())}
         if not result.error:
             result.comparison = answers[0]["comparison"]
             result.wrong = judge(result.comparison, self.tolerances[case.precision])
