@@ -24,11 +24,15 @@ if TYPE_CHECKING:
 @click.option("--stage", default="pretrain", help="The training stage to plan. Default: pretrain.")
 @click.option("--hardware", help="Device: a100-80gb, h100, h200, h800, b200, cpu. Default: what the settings name.")
 @click.option("--search", is_flag=True, help="The fastest layouts that fit --gpus ranks; what other flags set is kept.")
+@click.option("--published", is_flag=True, help="Published runs beside their plans; takes no other flag but --json.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the whole plan to this file too.")
-def plan(stage: str, hardware: str | None, search: bool, json_file: Path | None, **options: Any) -> int:
+def plan(
+    stage: str, hardware: str | None, search: bool, published: bool, json_file: Path | None, **options: Any
+) -> int:
     """What a layout costs: parameters, memory, communication, time. Starts nothing. Exit code 1 if it does not fit.
 
     With --search: the fastest layouts that fit, of all that are legal on as many ranks.
+    With --published: what runs of others took, what the planner says that they take, and why.
     """
     from rich.console import Console
 
@@ -40,23 +44,64 @@ def plan(stage: str, hardware: str | None, search: bool, json_file: Path | None,
         hint, known = did_you_mean(stage, TRAINING_STAGES), ", ".join(TRAINING_STAGES)
         raise UserError(f"--stage {stage}: no such training stage{hint}. They are {known}.")
     if json_file is not None:
-        made = frozenset({"found", "judged"}) if search else frozenset({"fullest_pp_rank", "fits"})
+        kinds = {"search": {"found", "judged"}, "published": {"runs", "changes"}, "": {"fullest_pp_rank", "fits"}}
+        made = frozenset(kinds["published" if published else "search" if search else ""])
         refuse_to_replace("--json", json_file, lambda path: has_keys(path, made))
+    console = Console(width=None if Console().is_terminal else 150)
+    if published:
+        _refuse_other_flags()
+        _write(json_file, _published(console))
+        return 0
     request = take_request(options)
     config = request.load()
     device = default_hardware(config) if hardware is None else find_hardware(hardware)
-    console = Console(width=None if Console().is_terminal else 150)
     if search:
         given = {key.removeprefix("layout.") for key in request.overrides if key.startswith("layout.")}
         fits, found = _search(console, config, stage, device, frozenset(given))
     else:
         fits, found = _plan(console, config, stage, device)
-    if json_file is not None:
-        try:
-            json_file.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"--json {json_file}: {error.strerror or error}. Choose another file.") from None
+    _write(json_file, found)
     return 0 if fits else 1
+
+
+def _refuse_other_flags() -> None:
+    """Published runs have settings of their own.
+
+    Raises:
+        UserError: naming the flags that would change nothing.
+    """
+    from click.core import ParameterSource
+
+    from ray_pipeline.errors import UserError
+
+    context = click.get_current_context()
+    given = {name for name in context.params if context.get_parameter_source(name) is ParameterSource.COMMANDLINE}
+    others = [param.opts[0] for param in context.command.params if param.name in given - {"published", "json_file"}]
+    if others:
+        text = ", ".join(others)
+        raise UserError(
+            f"--published with {text}: published runs have settings of their own. Omit {text}, or --published."
+        )
+
+
+def _write(json_file: Path | None, found: dict[str, Any]) -> None:
+    from ray_pipeline.errors import UserError
+
+    if json_file is None:
+        return
+    try:
+        json_file.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--json {json_file}: {error.strerror or error}. Choose another file.") from None
+
+
+def _published(console: Console) -> dict[str, Any]:
+    from ray_pipeline.costs.published_runs import AIM, CHANGES, RUNS
+    from ray_pipeline.costs.table import print_published
+
+    print_published(console, RUNS)
+    changes = {text: AIM.with_features(**features) for text, features in CHANGES.items()}
+    return {"runs": [run.as_dict() for run in RUNS], "changes": {"run": AIM.name, "seconds": changes}}
 
 
 def _alone(config: PipelineFields, stage: str, device: Hardware) -> PipelineFields:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rich.console import Console
 from rich.table import Table
 
 from ray_pipeline.costs.estimate import Plan
 from ray_pipeline.costs.picture import pp_layout_text
+from ray_pipeline.costs.published_runs import AIM, CHANGES, Run
 from ray_pipeline.costs.search import Search
 from ray_pipeline.costs.timing import flops_per_token
 from ray_pipeline.costs.weights import main_model
@@ -74,6 +77,34 @@ def print_search(console: Console, search: Search, stage: str, device: str) -> N
         f"layouts judged: {search.judged}; sets of sizes gone through: {search.tried} of {search.sizes}{end}",
         style="dim", highlight=False,
     )  # fmt: skip
+
+
+def print_published(console: Console, runs: Sequence[Run]) -> None:
+    """Published runs beside the plan of each, what it is made of, and this engine's plan of the same layout."""
+    kinds = {
+        "products": "products", "attention": "attention", "memory": "memory", "computed again": "again",
+        "messages of tp": "tp", "dispatch": "dispatch", "idle in the pipeline": "idle",
+        "gradients and update": "update",
+    }  # fmt: skip
+    console.print("Published runs, in seconds of a step: planned by their features, and of what", style="bold")
+    table = _table("run", "published", "planned", "off by", *kinds.values(), "this engine")
+    for run in runs:
+        shares = (f"{run.planned.shares[kind]:.1f}" for kind in kinds)
+        set_by = "*" if run.sets else " "
+        table.add_row(
+            run.name, f"{run.seconds:.1f}", f"{run.planned.seconds:.1f}", f"{run.error:+.0%}{set_by}", *shares,
+            f"{run.ours[0]:.0f}",
+        )  # fmt: skip
+    console.print(table)
+    note = "* One share of the device's speed was set by this run. this engine: its plan of the same layout in bf16."
+    console.print(note, style="dim", highlight=False)
+    console.print(f"\n{AIM.name}: what features are worth, one at a time", style="bold", highlight=False)
+    changed = _table("", "step")
+    for text, features in CHANGES.items():
+        changed.add_row(text, f"{AIM.with_features(**features):.1f} s")
+    seconds, work = AIM.ours
+    changed.add_row(f"this engine: {work.layout.axes()}", f"{seconds:.1f} s")
+    console.print(changed)
 
 
 def _layers_text(plan: Plan) -> str:

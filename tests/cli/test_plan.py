@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from ray_pipeline.cli import main
+from ray_pipeline.costs import published_runs
 
 ROOT = Path(__file__).resolve().parents[2]
 V3 = ["plan", "--config", str(ROOT / "configs/v3-671b.yaml"), "--gpus", "2048", "--pp-size", "16", "--ep-size", "64"]
@@ -88,9 +89,25 @@ def test_json_is_written_beside_the_page(tmp_path: Path, capsys: pytest.CaptureF
     assert "4 CPU ranks: pp=2 dp=2" in capsys.readouterr().out
 
 
+def test_published_runs_are_shown_beside_their_plans(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(published_runs, "RUNS", published_runs.RUNS[1:8])  # the others' schedules take seconds to play
+    file = tmp_path / "published.json"
+    assert main(["plan", "--published", "--json", str(file)]) == 0
+    page = capsys.readouterr().out
+    for expected in ("DeepSeek-V3, 1024 H100, bf16", "61.8", "Qwen3-30B", "+2%*", "this engine: pp=8 dp=64 tp=2 ep=64"):
+        assert expected in page
+    found = json.loads(file.read_text())
+    assert found["runs"][0]["published"] == 61.756
+    assert found["changes"]["seconds"]["without all three"] > 2 * found["changes"]["seconds"]["as it was run"]
+    assert main(["plan", "--published", "--json", str(file)]) == 0, "its own file is replaced"
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
+        (["--published", "--search", "--gpus", "8"], "--published with --gpus, --search: published runs have settings"),
         (["--hardware", "h10"], '--hardware h10: not in the table (did you mean "h100"?)'),
         (["--stage", "distil"], '--stage distil: no such training stage (did you mean "distillation"?)'),
         (["--gpus", "8", "--pp-size", "3"], "Nearest layout that works: --gpus"),
