@@ -9,6 +9,7 @@ from ray_pipeline.costs.advice import advise
 from ray_pipeline.costs.fit import Fit, judge
 from ray_pipeline.costs.hardware_table import Hardware, for_ranks
 from ray_pipeline.costs.picture import RankMap, placement, pp_layout_text, rank_map
+from ray_pipeline.costs.reading import Reading, reading
 from ray_pipeline.costs.timing import Timing, flops_per_token, message_seconds, step_timing
 from ray_pipeline.costs.traffic import Traffic, groups, rank_traffic
 from ray_pipeline.costs.weights import counts, main_model
@@ -24,6 +25,7 @@ class Plan(Fit):
     Attributes:
         hardware: what one rank has. parameters: "total" and "active" numbers by kind.
         traffic: of each pipeline rank. advice: flags that would make it fit, where it does not.
+        reading: rows from disk; None where there are none.
     """
 
     work: Workload
@@ -33,6 +35,7 @@ class Plan(Fit):
     timing: Timing
     ranks: RankMap
     advice: list[str]
+    reading: Reading | None
 
     def messages(self) -> list[tuple[Traffic, float]]:
         """Per axis and operation what the rank that sends most of it sends, with the seconds it takes."""
@@ -81,6 +84,7 @@ class Plan(Fit):
                 {"axis": message.axis, "operation": message.operation, "bytes": message.bytes, "seconds": seconds}
                 for message, seconds in self.messages()
             ],
+            "reading": None if self.reading is None else asdict(self.reading),
             "timing": asdict(timing) | {"stage_seconds": timing.seconds * work.steps, "steps": work.steps},
         }
 
@@ -102,4 +106,5 @@ def make_plan(
         timing=step_timing(work, each),
         ranks=rank_map(work),
         advice=[] if fit.fits_device else advise(judged or config, work, fit.usable, each),
+        reading=reading(work),
     )  # fmt: skip

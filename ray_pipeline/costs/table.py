@@ -171,6 +171,11 @@ def _time(plan: Plan) -> Table:
     micro = f"{work.micro_batches} micro-batch{'es' if work.micro_batches > 1 else ''} per rank"
     rows = f"{work.rows} rows of {work.seq_len}, {micro} of {work.rows_at_once}"
     table.add_row("tokens", f"{count_text(work.tokens_per_step)} ({rows})")
+    if plan.reading is not None:
+        read = plan.reading
+        text = f"{bytes_text(read.rank)} a rank, the whole batch; its own are {bytes_text(read.own)}. Before the step: "
+        text += f"{time_text(read.storage)} of a node's storage, {time_text(read.making)} of a core"
+        table.add_row("rows read", text)
     each = flops_per_token(work)
     total = scaled(each * work.tokens_per_step)
     table.add_row("FLOPs", f"{scaled(each)}FLOP per token, {total}FLOP per step")
