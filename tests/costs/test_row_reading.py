@@ -10,7 +10,7 @@ import pytest
 
 from ray_pipeline.costs.estimate import make_plan
 from ray_pipeline.costs.hardware_table import find_hardware
-from ray_pipeline.costs.reading import reading
+from ray_pipeline.costs.row_reading import reading
 from ray_pipeline.costs.workload import workload
 from ray_pipeline.data.rows.loader import PackedRows, row_order
 from ray_pipeline.data.rows.packing import Row
