@@ -26,7 +26,8 @@ from ray_pipeline.records.integrity import manifest_files
 from ray_pipeline.settings.run_folder import CHECKPOINTS, MANIFEST
 
 RAY_PORT, NEWS_PORT = 6379, 6380
-WAIT = 120.0  # seconds that the hosts wait for one another
+WAIT = 300.0  # seconds that the hosts wait for one another: a fresh one reads its image while it starts Ray
+TRIES = 3  # of the leader, whose Ray may not come up at once
 BEAT = 1.0
 
 
@@ -40,13 +41,14 @@ def joined_hosts(job: Job, commit: Callable[[], None]) -> Iterator[bool]:
         yield True
         return
     cluster = modal.Cluster.from_context()
-    addresses, rank = list(cluster.container_ips()), cluster.container_rank()
+    # IPv4: Ray joins nodes by these addresses, and does not take Modal's IPv6 ones everywhere.
+    addresses, rank = list(cluster.container_ips(family="ipv4")), cluster.container_rank()
     if rank > 0:
         follow(Path(job.runs_dir, job.run), addresses[0], addresses[rank], commit)
         yield False
         return
-    _ray("start", "--head", f"--node-ip-address={addresses[0]}", f"--port={RAY_PORT}", "--include-dashboard=false")
-    os.environ["RAY_ADDRESS"] = _endpoint(addresses[0], RAY_PORT)
+    _start_head(addresses[0])
+    os.environ["RAY_ADDRESS"] = f"{addresses[0]}:{RAY_PORT}"
     news = News(Path(job.runs_dir, job.run), addresses[0])
     try:
         _wait_for_nodes(len(addresses))
@@ -60,13 +62,9 @@ def joined_hosts(job: Job, commit: Callable[[], None]) -> Iterator[bool]:
 def in_cluster() -> bool:
     """Whether this container is one of several."""
     try:
-        return len(modal.Cluster.from_context().container_ips()) > 1
+        return len(modal.Cluster.from_context().container_ips(family="ipv4")) > 1
     except modal.exception.Error:
         return False
-
-
-def _endpoint(address: str, port: int) -> str:
-    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
 
 
 def _ray(*words: str) -> None:
@@ -76,6 +74,17 @@ def _ray(*words: str) -> None:
     if found.returncode:
         last = (found.stderr.strip() or found.stdout.strip()).splitlines()[-1:] or ["no reason given"]
         raise StageFailed(f"ray {words[0]} failed on host {socket.gethostname()}: {last[0]}", found.stderr)
+
+
+def _start_head(address: str) -> None:
+    for left in reversed(range(TRIES)):
+        try:
+            _ray("start", "--head", f"--node-ip-address={address}", f"--port={RAY_PORT}", "--include-dashboard=false")
+            return
+        except StageFailed:
+            if not left:
+                raise
+            _ray("stop", "--force")
 
 
 def _wait_for_nodes(number: int) -> None:
@@ -100,8 +109,7 @@ class News:
 
     def __init__(self, run_dir: Path, address: str):
         self.run_dir = run_dir
-        family = socket.AF_INET6 if ":" in address else socket.AF_INET
-        self._socket = socket.socket(family, socket.SOCK_STREAM)
+        self._socket = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self._socket.bind((address, NEWS_PORT))
         self._socket.listen()
@@ -147,16 +155,17 @@ def ask(address: str) -> list[str] | None:
 
 def follow(run_dir: Path, leader: str, own: str, commit: Callable[[], None]) -> None:
     """On a host that does not lead: join Ray, and make its ranks' shards last, until the leader ends."""
-    until, joined, silent = time.monotonic() + WAIT, False, 0
-    while not joined and time.monotonic() < until:
+    until, heard, silent = time.monotonic() + WAIT, False, 0
+    while True:
         try:
-            _ray("start", f"--address={_endpoint(leader, RAY_PORT)}", f"--node-ip-address={own}")
-            joined = True
-        except StageFailed:
+            _ray("start", f"--address={leader}:{RAY_PORT}", f"--node-ip-address={own}")
+            break
+        except StageFailed as error:
+            if time.monotonic() > until:
+                raise StageFailed(
+                    f"host {own} could not join Ray at {leader} within {WAIT:.0f} s ({error}).", error.details
+                ) from None
             time.sleep(2.0)
-    if not joined:
-        raise StageFailed(f"host {own} could not join Ray at {leader} within {WAIT:.0f} s.")
-    heard = False
     try:
         while silent < 5 and (heard or time.monotonic() < until + WAIT):
             time.sleep(BEAT)

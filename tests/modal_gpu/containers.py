@@ -150,6 +150,9 @@ class Task:
         arguments.write_bytes(self._arguments().SerializeToString())
         env = self._environment(socket, arguments)
         mounts = [f"mount --bind {view.folder} {place}" for place, view in self.views.values()]
+        if self.group.size > 1:
+            (self.folder / "hosts").write_text("127.0.0.1 localhost\n::1 i6pn.modal.local\n")
+            mounts.append(f"mount --bind {self.folder}/hosts /etc/hosts")
         script = " && ".join(
             ["mount -t tmpfs tmpfs /dev/shm", *mounts, f"{sys.executable} -m modal._container_entrypoint"]
         )
@@ -194,7 +197,9 @@ class Task:
         keys = {
             name: value for secret in self.definition.secret_ids for name, value in self.world.secrets[secret].items()
         }
-        return keys | self.group.extra | {
+        # Of a cluster each has one CPU, so that Ray cannot place the ranks of two on one of them.
+        cpus = {"RAY_OVERRIDE_RESOURCES": '{"CPU": 1}'} if self.group.size > 1 else {}
+        return keys | self.group.extra | cpus | {
             "PATH": os.environ["PATH"], "HOME": str(self.folder), "PYTHONPATH": str(ROOT), "MODAL_IS_REMOTE": "1",
             "MODAL_SERVER_URL": f"unix://{socket}", "MODAL_CONTAINER_ARGUMENTS_PATH": str(arguments),
             "MODAL_TASK_ID": self.id, "MODAL_CLOUD_PROVIDER": "CLOUD_PROVIDER_OCI", "RAY_TMPDIR": str(self.ray),

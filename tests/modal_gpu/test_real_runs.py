@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from modal_gpu import gpus
 from modal_gpu.run_registry import Registry
 from ray_pipeline.cli import main
 from ray_pipeline.dag.ledger import read_record, read_status
@@ -101,3 +102,44 @@ def test_a_run_that_is_taken_away_in_each_stage(
     now = {entry["stage"]: entry["folder"] for entry in read_status(run_dir)["stages"]}
     assert [stage for stage in STAGES if now[stage] != before[stage]] == ["distillation", "export"]
     assert "backend: modal" in (run_dir / "config.yaml").read_text()
+
+
+class TakesHostAway:
+    """Takes the second of two hosts away once, when a checkpoint of both is on the volume; keeps what each wrote."""
+
+    def __init__(self, world: World):
+        self.world, self.taken, self.shards = world, False, dict[int, set[str]]()
+
+    def __call__(self, task: Task) -> None:
+        if task.group.size == 1 or task.preempted:
+            return
+        own = task.views["deepseek-runs"][1].folder
+        if not self.taken:  # the first containers, which have nothing of each other's
+            self.shards.setdefault(task.rank, set()).update(path.name for path in own.rglob("*.distcp"))
+        there = self.world.volume("deepseek-runs").glob(f"toy/pretrain-*/{CHECKPOINTS}/step_*")
+        if task.rank == 1 and not self.taken and any(len(list(path.glob("*.distcp"))) == 2 for path in there):
+            self.taken = True
+            task.kill()
+
+
+def test_two_hosts_train_together_and_go_on_when_one_is_taken_away(
+    world: World, containers: Containers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One CPU rank on each, Ray across them, no shared disk."""
+    types = [each for each in gpus.TYPES if each.name != gpus.CPU]
+    monkeypatch.setattr(gpus, "TYPES", (*types, gpus.GpuType(gpus.CPU, most=1, joins=True)))
+    takes = TakesHostAway(world)
+    containers.looks.append(takes)
+    place = ["--output-dir", str(tmp_path / "runs"), "--run-name", "toy"]
+    start = ["run", "--backend", "modal", "--gpu-type", "CPU", "--gpus", "2", "--pp-size", "2", *place, *SMALL]
+    code = main([*start, "--skip", "grpo", "--skip", "distillation"])
+    log = world.text_of()
+    assert code in (0, 1), log[-3000:]
+    assert takes.taken and takes.shards == {0: {"__0_0.distcp"}, 1: {"__1_0.distcp"}}, "a rank on each host"
+    first, again, sft = containers.of("train")
+    assert [len(group.tasks) for group in (first, again, sft)] == [2, 2, 2]
+    assert log.count("checkpoint at step") == 1, "both went on from the same one"
+    stages = read_status(tmp_path / "runs/toy")["stages"]
+    assert {entry["stage"]: (entry["status"] in ("done", "learned_nothing"), entry["attempt"]) for entry in stages} == {
+        "data_prep": (True, 1), "pretrain": (True, 2), "sft": (True, 1), "export": (True, 1),
+    }  # fmt: skip
