@@ -60,6 +60,22 @@ class VolumeCopy:
         self.volume.read_file_into_fileobj(path, into)
 
 
+class VolumeRun:
+    """One run's files on a volume, as `records.mirror` reads them."""
+
+    def __init__(self, copy: VolumeFiles, run: str):
+        self.copy, self.run = copy, run
+
+    def files(self) -> dict[str, tuple[int, object]]:
+        """Bytes and Unix seconds of the last change by path below the run."""
+        found = self.copy.files(f"/{self.run}")
+        return {path.removeprefix(f"{self.run}/"): (size, changed) for path, size, changed in found}
+
+    def read(self, name: str, start: int) -> bytes:
+        """A volume gives files whole."""
+        return (read_small(self.copy, f"{self.run}/{name}") or b"")[start:]
+
+
 @dataclass(frozen=True)
 class Fetched:
     """What was copied; checked: files that were held against their SHA-256."""
@@ -192,14 +208,14 @@ def _goes(path: Path, folder: Path, newest: int | None) -> bool:
 
 
 def fetch(
-    volume: VolumeFiles, run: str, output_dir: Path, *, checkpoints: bool = False, small: bool = False,
+    volume: VolumeFiles, run: str, output_dir: Path, *, checkpoints: bool = False,
     only: Callable[[str], bool] | None = None,
 ) -> Fetched:  # fmt: skip
     """Copy a run's files to `output_dir/run`, each written aside, checked and renamed. What is here already is kept.
 
     Args:
         checkpoints: the newest of each unfinished stage too, with which a run goes on here.
-        small: of the files those alone by which its progress is told. only: of the paths below the run.
+        only: of the paths below the run.
     Raises:
         UserError: another run of this name, or a folder that is none, is there; a file that arrives damaged.
     """
@@ -207,7 +223,7 @@ def fetch(
     refuse_other_run(volume, run_dir)
     sums = read_sums(read_small(volume, f"{run}/{SUMS}") or b"")
     entries = [(path, path.removeprefix(f"{run}/"), size, at) for path, size, at in volume.files(f"/{run}")]
-    wanted = list(_wanted(entries, checkpoints=checkpoints, small=small))
+    wanted = list(_wanted(entries, checkpoints=checkpoints))
     files = size = checked = 0
     # run.json first: a fetch that is cut short leaves a folder that is known as this run's.
     for path, name, length, changed in sorted(wanted, key=lambda entry: entry[1] != RUN_FILE):
@@ -221,9 +237,7 @@ def fetch(
     return Fetched(files, size, checked)
 
 
-def _wanted(
-    entries: list[tuple[str, str, int, int]], *, checkpoints: bool, small: bool
-) -> Iterator[tuple[str, str, int, int]]:
+def _wanted(entries: list[tuple[str, str, int, int]], *, checkpoints: bool) -> Iterator[tuple[str, str, int, int]]:
     newest: dict[str, str] = {}
     for _, name, _, _ in entries:
         parts = name.split("/")
@@ -237,10 +251,8 @@ def _wanted(
         if parts[-1] in NOT_FETCHED or any(part.startswith(".") for part in parts[:-1]):
             continue
         if CHECKPOINTS in parts:
-            if not checkpoints or small or parts[0] in finished or newest.get(parts[0]) not in parts:
+            if not checkpoints or parts[0] in finished or newest.get(parts[0]) not in parts:
                 continue
-        elif small and (len(parts) > 2 or not parts[-1].endswith((".json", ".yaml", ".jsonl", ".log"))):
-            continue
         yield entry
 
 

@@ -14,11 +14,12 @@ import modal
 from modal.config import config as modal_settings
 
 from modal_gpu.failures import OAUTH, check_credentials, check_reachable, explained, within
-from modal_gpu.files import VolumeCopy, fetch
+from modal_gpu.files import VolumeCopy, VolumeRun, fetch
 from modal_gpu.job import State
 from modal_gpu.run_registry import Registry, call_lives
 from modal_gpu.watch import stop
 from ray_pipeline.errors import UserError, command, did_you_mean
+from ray_pipeline.records.mirror import Mirror
 from ray_pipeline.settings.run_folder import CONFIG_FILE
 from ray_pipeline.settings.schema import ModalConfig
 
@@ -62,9 +63,11 @@ def run_status(run: str, read: Callable[[Path], dict[str, Any]]) -> tuple[str, d
     state = _find(registry, run)
     with explained(), tempfile.TemporaryDirectory() as folder:
         going = bool(state.call) and not state.ended and call_lives(state.call)
-        fetch(VolumeCopy(modal.Volume.from_name(state.volume)), state.run, Path(folder), small=True)
-        run_dir = Path(folder, state.run)
-        facts: dict[str, Any] = read(run_dir) if (run_dir / CONFIG_FILE).is_file() else {"run": state.run, "stages": []}
+        there, run_dir = _files(state), Path(folder, state.run)
+        facts: dict[str, Any] = {"run": state.run, "stages": []}
+        if CONFIG_FILE in there.files():
+            Mirror(there, run_dir, state.run).look()
+            facts = read(run_dir)
     for stage in facts["stages"]:
         # Nobody here holds the run's lock; there, a container may.
         if stage["status"] == "interrupted" and going and stage["stage"] in state.phase:
@@ -77,6 +80,17 @@ def run_status(run: str, read: Callable[[Path], dict[str, Any]]) -> tuple[str, d
         "modal": asdict(state) | {"going": going},
     }
     return _headline(state, going), facts
+
+
+def files_of(run: str) -> VolumeRun:
+    """The files of a run as its volume has them."""
+    state = _find(_connected(), run)
+    with explained():
+        return _files(state)
+
+
+def _files(state: State) -> VolumeRun:
+    return VolumeRun(VolumeCopy(modal.Volume.from_name(state.volume)), state.run)
 
 
 def _headline(state: State, going: bool) -> str:

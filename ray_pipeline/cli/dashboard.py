@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,13 @@ from ray_pipeline.dag.ledger import attempt_folder, read_status, worked_on_last
 from ray_pipeline.errors import UserError
 from ray_pipeline.launch.rank_errors import last_status, status_text
 from ray_pipeline.records.guard_file import interventions_text
+from ray_pipeline.records.mirror import Mirror
 from ray_pipeline.records.progress import progress_text
 from ray_pipeline.records.units import number_text, seconds_text
 from ray_pipeline.report.run_view import StageView, heat, sparkline
 
 EVERY = 1.0  # seconds between looks at the run's folder
+ALIVE = 180.0  # seconds for which a run that is elsewhere, whose lock nobody sees, is believed to go on
 COLOURS = {"done": "green", "running": "cyan", "interrupted": "yellow", "learned_nothing": "red", "failed": "red"}
 MOST_LAYERS = 12
 MOST_RANKS = 16
@@ -38,11 +41,11 @@ class Dashboard(App[None]):
     #log { height: 12; border: round $primary-darken-2; }
     """
 
-    def __init__(self, run_dir: Path, *, screenshot: str | None = None):
+    def __init__(self, run_dir: Path, *, mirror: Mirror | None = None, screenshot: str | None = None):
         super().__init__()
-        self.run_dir, self.screenshot = run_dir, screenshot
+        self.run_dir, self.mirror, self.screenshot = run_dir, mirror, screenshot
         self.chosen: str | None = None  # stage; None: the one that works
-        self.sub_title = run_dir.name
+        self.sub_title = run_dir.name if mirror is None else mirror.name
         self._views: dict[Path, StageView] = {}
         self._shown: Path | None = None
 
@@ -92,6 +95,12 @@ class Dashboard(App[None]):
         except UserError as error:
             self.notify(str(error), severity="error")
             return
+        if self.mirror is not None:
+            self.sub_title = self.mirror.trouble or self.mirror.name
+            for entry in stages:
+                heard = (entry.get("progress") or {}).get("time") or entry.get("started") or 0.0
+                if entry["status"] == "interrupted" and time.time() - heard < ALIVE:
+                    entry["status"] = "running"
         self._show_stages(stages)
         if (entry := worked_on_last(stages, self.chosen) or worked_on_last(stages)) is not None:
             self._show(entry)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import html
 import logging
+import signal
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 
 from ray_pipeline.cli.group import main
@@ -89,6 +93,24 @@ def test_logs_of_a_stage_that_has_not_begun_are_refused(run_dir, capsys):
     assert "run demo: export has not begun, so nothing was logged yet." in capsys.readouterr().err
 
 
+def test_logs_are_followed_as_they_come_until_ctrl_c(run_dir):
+    work = stage_folder(run_dir, "grpo", IDENTITIES["grpo"])
+    command = ["logs", "demo", "--follow", "--rank", "1", "--output-dir", str(run_dir.parent)]
+    child = subprocess.Popen(
+        [sys.executable, "-u", "-m", "ray_pipeline.cli", *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True,
+    )  # fmt: skip
+    assert child.stdout is not None
+    assert "rank 1 says so" in child.stdout.readline() and "printed by 1" in child.stdout.readline()
+    for rank in (0, 1):
+        with recorded(work, f"rank-{rank}"):
+            print(f"later by {rank}")
+    assert "later by 1" in child.stdout.readline()
+    child.send_signal(signal.SIGINT)
+    _, errors = child.communicate(timeout=60)
+    assert child.returncode == 130 and "Traceback" not in errors
+
+
 def test_status_says_what_guards_did_and_what_was_spent(run_dir, capsys):
     assert main(["status", "demo", "--output-dir", str(run_dir.parent)]) == 0
     said = capsys.readouterr().out
@@ -100,6 +122,17 @@ def test_watch_without_textual_is_refused_with_the_extra(run_dir, capsys, monkey
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert main(["watch", "demo", "--output-dir", str(run_dir.parent)]) == 2
     assert "pip install 'ray-pipeline[watch]'" in capsys.readouterr().err
+
+
+def test_a_run_in_a_bucket_is_watched_by_its_address(run_dir, tmp_path, capsys):
+    pytest.importorskip("textual")
+    fsspec.core.url_to_fs("memory://")[0].put(str(run_dir), "/runs/demo", recursive=True)
+    picture = tmp_path / "watch.svg"
+    assert main(["watch", "memory://runs/demo", "--screenshot", str(picture)]) == 0
+    text = html.unescape(picture.read_text()).replace("\xa0", " ")
+    assert all(shown in text for shown in ("memory://runs/demo", "running", "step 24/40", "rank 1 says so", "0.80 GB"))
+    assert main(["watch", "memory://runs", "--screenshot", str(picture)]) == 2
+    assert "memory://runs: holds no run" in capsys.readouterr().err
 
 
 def text_of(app: Any) -> str:

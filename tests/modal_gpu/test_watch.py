@@ -20,6 +20,7 @@ from modal_gpu.volume_sync import write_sums
 from ray_pipeline.cli import main
 from ray_pipeline.dag.ledger import RunFile
 from ray_pipeline.errors import UserError
+from ray_pipeline.settings.loading import config_yaml, load_config
 from tests.modal_gpu.world import Call, World, raised, succeeded
 
 
@@ -183,6 +184,19 @@ def test_status_of_a_run(launched: World, capsys: pytest.CaptureFixture) -> None
     assert main(["modal", "status", "toy"]) == 0
     assert "3 x H100, call fc-1" in capsys.readouterr().out
     assert main(["modal", "status", "tou"]) == 2
+    assert '(did you mean "toy"?)' in capsys.readouterr().err
+
+
+def test_the_dashboard_of_a_run_on_its_volume(launched: World, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    pytest.importorskip("textual")
+    picture = tmp_path / "watch.svg"
+    assert main(["watch", "modal://toy", "--screenshot", str(picture)]) == 2
+    assert "modal://toy: holds no run" in capsys.readouterr().err
+    there = launched.volume("deepseek-runs") / "toy"
+    (there / "config.yaml").write_text(config_yaml(load_config(None, {"run_name": "toy"})))
+    assert main(["watch", "modal://toy", "--screenshot", str(picture)]) == 0
+    assert "modal://toy" in picture.read_text() and "data_prep" in picture.read_text()
+    assert main(["watch", "modal://tou", "--screenshot", str(picture)]) == 2
     assert '(did you mean "toy"?)' in capsys.readouterr().err
 
 
