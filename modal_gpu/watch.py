@@ -36,7 +36,13 @@ class _Asked:
         self.error: BaseException | None = None
         self.ended = threading.Event()
         self.trouble = ""
-        threading.Thread(target=self._ask, name="call", daemon=True).start()
+        self._thread = threading.Thread(target=self._ask, name="call", daemon=True)
+        self._thread.start()
+
+    def leave(self) -> None:
+        """Ask no more. The answer that is waited for comes soon; cut off by the end of the program, it is a trace."""
+        self.ended.set()
+        self._thread.join(2 * ASK_EVERY)
 
     def _ask(self) -> None:
         call = modal.FunctionCall.from_id(self.call)
@@ -118,11 +124,24 @@ def _wait(state: State) -> Outcome:
 
 
 def _ending_of(call: str, state: State) -> Outcome:
-    asked, told = _Asked(call), False
+    asked = _Asked(call)
+    try:
+        _until_ended(asked, call, state)
+    finally:
+        asked.leave()
+    if asked.error is not None:
+        return _bad_end(asked.error)
+    assert asked.outcome is not None
+    return asked.outcome
+
+
+def _until_ended(asked: _Asked, call: str, state: State) -> None:
+    """Wait, tell of silence, and ask what Ctrl-C is to mean."""
+    told = False
     while True:
         try:
             if asked.ended.wait(0.2):
-                break
+                return
             silent = time.monotonic() - asked.heard
             if silent > SILENCE and not told:
                 told = True
@@ -134,10 +153,6 @@ def _ending_of(call: str, state: State) -> Outcome:
                 raise UserError(f"Modal did not answer for {silent:.0f} s. {way_on(state.run)}")
         except KeyboardInterrupt:
             choose(call, state)
-    if asked.error is not None:
-        return _bad_end(asked.error)
-    assert asked.outcome is not None
-    return asked.outcome
 
 
 def choose(call: str, state: State) -> None:

@@ -109,6 +109,30 @@ def test_rewards_of_the_user_s_travel_and_are_checked_before(
     assert any(name.endswith("shouting.py") for name in names)
 
 
+def test_the_key_of_the_hub_travels_or_is_modal_s_secret(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_mine")
+    assert launch(tmp_path, "--gpus", "1", "--set", "modal.hf_secret=hub") == 0
+    sent = [world.secrets[key] for key in world.created()["train"].function.secret_ids]
+    assert sent == [{"WANDB_API_KEY": "0" * 40, "HF_TOKEN": "hf_mine"}]
+    monkeypatch.delenv("HF_TOKEN")
+    world.secrets["st-9"], world.secret_names["hub"] = {"HF_TOKEN": "kept"}, "st-9"
+    assert launch(tmp_path, "--gpus", "1", "--no-wandb", "--set", "modal.hf_secret=hub", name="other") == 0
+    assert list(world.created()["train"].function.secret_ids) == ["st-9"]
+
+
+def test_a_run_is_resumed_on_another_gpu_in_another_layout(world: World, tmp_path: Path) -> None:
+    assert launch(tmp_path, "--gpus", "3", "--pp-size", "3", "--gpu-type", "H100") == 0
+    world.finish(world.calls["fc-1"], *succeeded(Outcome(1, "its container ended")))
+    change = ["--gpus", "2", "--pp-size", "1", "--dp-size", "2", "--gpu-type", "L40S", "--set", "grpo.beta=0.5"]
+    place = ["--output-dir", str(tmp_path / "runs")]
+    assert main(["resume", "toy", "--yes", "--detach", *change, *place]) == 0
+    assert gpus(world.created()["train"].function) == ("L40S", 2)
+    stored = (tmp_path / "runs/toy/config.yaml").read_text()
+    assert "gpu_type: L40S" in stored and "beta: 0.5" in stored and "backend: modal" in stored
+
+
 @pytest.mark.parametrize(
     ("flags", "text"),
     [
