@@ -53,6 +53,7 @@ _RANGE = re.compile(r"([1-5])(?:-([1-5]))?")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the whole report here.")
 @click.option("--html", "html_file", type=click.Path(path_type=Path), help="Write a page to read here.")
 @click.option("--report", "reports", multiple=True, metavar="NAME=FILE", help="Write by any other reporter.")
+@click.option("--no-tracking", is_flag=True, help="Tell the run's trackers nothing.")
 @click.option("--list", "list_tasks", is_flag=True, help="Show the tasks and stop.")
 @click.option("--output-dir", "runs_dir", help="Folder of all runs. Default: runs.")
 def evaluate(target: str | None, list_tasks: bool, **options: Any) -> int:
@@ -97,6 +98,8 @@ def _evaluated(target: str, options: dict[str, Any]) -> Report:
         return _read(Path(target), options)
     plan = make_plan(target, options)
     reports = [_ask(plan, source) for source in plan.models]
+    if not options["no_tracking"]:
+        _track(reports)
     other = plan.earlier or (reports[1] if len(reports) > 1 else None)
     if other is not None:
         reports[0].compare(other)
@@ -257,6 +260,20 @@ def _ask(plan: Plan, source: ModelSource) -> Report:
         "tools": list(settings.tools.names),
     }
     return Report(about, how, results, time.time())
+
+
+def _track(reports: list[Report]) -> None:
+    """Tell the trackers of the models' runs; a folder that cannot be written costs that alone."""
+    from ray_pipeline.dag.tracked_eval import track_evaluation
+
+    for report in reports:
+        try:
+            name = track_evaluation(report)
+        except (UserError, OSError) as error:
+            click.echo(f"Warning: {report.model['name']}: trackers are not told ({error})", err=True)
+            continue
+        if name is not None:
+            click.echo(f"Tracked as {name}", err=True)
 
 
 def print_tasks() -> None:

@@ -109,7 +109,7 @@ def make_run(
 ) -> Path:
     """DATA_PREP and the given training stages, finished, with `questions` held out."""
     run_dir = output_dir / name
-    overrides = {"run_name": name, "output_dir": str(output_dir), "data.seq_len": SEQ_LEN}
+    overrides = {"run_name": name, "output_dir": str(output_dir), "data.seq_len": SEQ_LEN, "tracking.wandb": False}
     write_text(run_dir / "config.yaml", with_checksum(config_yaml(load_config(None, overrides))))
     finish(run_dir, "data_prep", fill=lambda folder: fill_data(folder, questions))
     for stage in models:

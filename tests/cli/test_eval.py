@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,12 +14,17 @@ from model.convert.hf import save_hf
 from model.generate.decode import Decoder, generate
 from ray_pipeline.cli import main
 from ray_pipeline.dag.ledger import read_record, write_record
+from ray_pipeline.dag.tracked_eval import track_evaluation
 from ray_pipeline.data.chat.completion_text import completion_text
 from ray_pipeline.data.chat.tokenizer import load_tokenizer
 from ray_pipeline.data.tasks.question import prepared_questions
 from ray_pipeline.evaluation.marking import are_right
+from ray_pipeline.evaluation.outcome import Report
 from ray_pipeline.evaluation.statistics import wilson_interval
 from ray_pipeline.records.artifacts import atomic_folder, load_model
+from ray_pipeline.records.metrics_file import read_samples
+from ray_pipeline.settings.layers import with_checksum
+from ray_pipeline.settings.loading import config_yaml, load_config
 from tests.cli.made_run import TOY, finish, make_run
 from tests.evaluation.made_models import save_ours, save_qwen
 
@@ -242,3 +248,34 @@ def test_a_damaged_model_is_named(capsys: pytest.CaptureFixture, tmp_path: Path)
     content[-1] ^= 1
     weights.write_bytes(bytes(content))
     assert str(weights) in ask(capsys, tmp_path, "toy", code=2)
+
+
+def test_an_evaluation_is_a_run_of_its_runs_group_in_the_trackers(
+    capsys: pytest.CaptureFixture, place: Path, tmp_path: Path
+) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run_dir = tmp_path / "toy"
+    shutil.copytree(place / "runs" / "toy", run_dir)
+    config = load_config(None, {"run_name": "toy", "tracking.wandb": False, "tracking.tensorboard": True})
+    (run_dir / "config.yaml").write_text(with_checksum(config_yaml(config)))
+    report = tmp_path / "r.json"
+    asked = ["eval", "toy", *SHORT, "--json", str(report), "--output-dir", str(tmp_path)]
+    assert main([*asked, "--no-tracking"]) == 0
+    assert not (run_dir / "evaluations").exists()
+    assert main(asked) == 0
+    assert "Tracked as toy-eval-sft-" in capsys.readouterr().err
+    [folder] = (run_dir / "evaluations").iterdir()
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    [task] = written(report)["tasks"]
+    [found] = events.Scalars("val/heldout/accuracy")
+    assert found.value == pytest.approx(task["figures"]["accuracy"])
+    assert events.Scalars("val/heldout/pass_at_1")[0].value == pytest.approx(task["figures"]["accuracy"])
+    [shown] = [item for item in read_samples(folder) if item["prompt"] == task["items"][0]["prompt"]]
+    assert shown["completion"] == task["items"][0]["answers"][0]["completion"]
+    assert main(["status", "toy", "--output-dir", str(tmp_path)]) == 0, "the folder is none of a stage"
+
+
+def test_a_model_of_no_run_is_told_to_no_tracker(capsys: pytest.CaptureFixture, place: Path) -> None:
+    assert track_evaluation(Report({"folder": str(place / "hf")}, {}, [], 0.0)) is None

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import io
+import logging
 
 from rich.console import Console
 
 from ray_pipeline.dag.progress_view import ProgressView
 from ray_pipeline.records import progress as progress_module
+from ray_pipeline.records.event_log import recorded
 from ray_pipeline.records.progress import Progress, progress_text, read_progress
 
 
@@ -77,6 +79,19 @@ def test_terminal_shows_every_stage_on_its_own_line(tmp_path):
     text = out.getvalue()
     assert "step 4/4  loss 0.25  1,234 tokens/s" in text
     assert "waiting" in text
+
+
+def test_warnings_of_ranks_reach_the_terminal_once_and_what_they_print_does_not(tmp_path):
+    console, out = plain_console()
+    with ProgressView(console, {"sft": tmp_path}) as view:
+        view.start("sft")
+        for rank in (0, 1):
+            with recorded(tmp_path, f"rank-{rank}"):
+                logging.getLogger("ray_pipeline.tests").warning("the rate is odd")
+                print("a word of a library")
+        view.refresh()
+        view.finish("sft", "DONE in 3 s")
+    assert out.getvalue().splitlines() == ["sft: started", "sft: the rate is odd", "sft: DONE in 3 s"]
 
 
 def test_a_phase_in_bytes_shows_sizes_rate_and_time_left(tmp_path, monkeypatch):

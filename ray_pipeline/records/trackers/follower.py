@@ -19,6 +19,8 @@ from ray_pipeline.settings.run_folder import METRICS_FILE
 
 LOG = logging.getLogger(__name__)
 POLL = 0.5  # seconds between looks at the file
+MONEY = 30.0  # seconds between figures of what the run has cost
+SPENT = "cost/run_usd"
 
 
 class Follower(threading.Thread):
@@ -33,6 +35,7 @@ class Follower(threading.Thread):
         self._ended = threading.Event()
         self._since = time.time()
         self._told = 0  # alerts
+        self._priced = 0.0  # when what was spent was sent last
 
     def end(self, ending: Ending) -> None:
         """The stage has ended: send what is left, and that."""
@@ -59,7 +62,8 @@ class Follower(threading.Thread):
             for line in lines.read():
                 kind: Kind = "val" if is_validation(line) else "train"
                 if line["step"] > sent[kind]:
-                    tracker.log(line["step"], kind, {k: v for k, v in line.items() if k not in NOT_FIGURES})
+                    figures = {k: v for k, v in line.items() if k not in NOT_FIGURES}
+                    tracker.log(line["step"], kind, figures | self._money(line["time"]))
                     sent[kind] = line["step"]
                     fresh = line["step"] if kind == "val" else fresh
             if fresh is not None:  # samples are those of the last evaluation alone
@@ -69,7 +73,17 @@ class Follower(threading.Thread):
                 break
             self._ended.wait(POLL)
         assert self._ending is not None
+        if self._ending.verdict != "DONE":
+            tracker.alert(max(sent.values()), self._ending.verdict, self._ending.reason or "see the run's report")
         tracker.finish(self._ending)
+
+    def _money(self, written: float) -> dict[str, float]:
+        """What the run has cost, now and then; no line of an earlier attempt gets what was spent later."""
+        if written < self._since or time.monotonic() - self._priced < MONEY:
+            return {}
+        self._priced = time.monotonic()
+        amount = self.run_facts.spent()
+        return {} if amount is None else {SPENT: amount}
 
     def _send_samples(self, tracker: Tracker, step: int) -> None:
         try:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 Kind = Literal["train", "val"]
+SHOWN = ("prompt", "completion", "answer", "correct", "well_formed", "tokens", "finished")  # columns of samples
 Verdict = Literal["DONE", "LEARNED NOTHING", "FAILED"]
 
 
@@ -18,7 +19,8 @@ class TrackedRun:
     Attributes:
         folder: the stage's. run_id: the same over every resume. group: the run's name. name: tells stages and reruns
             with other settings apart.
-        config: settings, versions, commit, digests of what is read. upstream: stage -> digest of its weights.
+        config: settings, versions, commit, digests of what is read. upstream: stage -> digest of its weights or data.
+        spent: US dollars of the whole run so far; None where no price is known.
     """
 
     folder: Path
@@ -30,6 +32,7 @@ class TrackedRun:
     entity: str | None
     config: Mapping[str, Any]
     upstream: Mapping[str, str] = field(default_factory=dict)
+    spent: Callable[[], float | None] = lambda: None
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class Ending:
 
     Attributes:
         figures: final ones and baselines, with the parameter count. outputs: name -> folder of what it made.
-        digest: of its weights.
+        digest: of its weights, or its data.
     """
 
     verdict: Verdict

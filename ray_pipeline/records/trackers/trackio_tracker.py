@@ -7,12 +7,14 @@ from contextlib import redirect_stdout
 from io import StringIO
 from typing import Any
 
+import numpy as np
 import trackio
 from trackio.sqlite_storage import SQLiteStorage
 
 from ray_pipeline.records.metrics_file import is_validation
-from ray_pipeline.records.trackers.tracker import Ending, Kind, TrackedRun, numbers
+from ray_pipeline.records.trackers.tracker import SHOWN, Ending, Kind, TrackedRun, lists, numbers
 
+SAMPLES = "val/samples"
 ENDING = "ending"  # prefix of what is told once, at the end
 
 
@@ -27,7 +29,7 @@ class TrackioTracker:
             )  # fmt: skip
         received: dict[Kind, int] = {"train": 0, "val": 0}
         for row in SQLiteStorage.get_logs(run.project, self._run.name, run_id=self._run.id):
-            if not any(name.startswith(ENDING) for name in row):
+            if not any(name.startswith(ENDING) for name in row) and SAMPLES not in row:
                 kind: Kind = "val" if is_validation(row) else "train"
                 received[kind] = max(received[kind], int(row["step"]))
         self._step = max(received.values())
@@ -35,10 +37,15 @@ class TrackioTracker:
 
     def log(self, step: int, kind: Kind, figures: Mapping[str, Any]) -> None:
         self._step = step
-        self._run.log(numbers(figures), step=step)
+        loads = {
+            name: trackio.Histogram(np_histogram=(np.array(values), np.arange(len(values) + 1)))
+            for name, values in lists(figures).items()
+        }
+        self._run.log(numbers(figures) | loads, step=step)
 
     def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """It has tables of its own kind, with pandas; samples stay in the stage's folder."""
+        shown: list[Any] = [{name: row.get(name) for name in SHOWN} for row in rows]
+        self._run.log({SAMPLES: trackio.Table(data=shown)}, step=step)
 
     def alert(self, step: int, title: str, text: str) -> None:
         self._run.alert(title=title, text=f"step {step}: {text}")

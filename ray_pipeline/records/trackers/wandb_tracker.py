@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import netrc
 import os
 import shutil
@@ -13,10 +14,11 @@ from urllib.parse import urlsplit
 import numpy as np
 import wandb
 
-from ray_pipeline.records.trackers.tracker import Ending, Kind, TrackedRun, lists, numbers
+from ray_pipeline.records.trackers.tracker import SHOWN, Ending, Kind, TrackedRun, lists, numbers
 
+LOG = logging.getLogger(__name__)
+SHORT = 12  # digits of a digest by which an artifact is found again
 EVALUATED = "val/step"  # the step of the last evaluation, which `step` alone does not tell
-SHOWN = ("prompt", "completion", "answer", "correct", "well_formed", "tokens", "finished")  # columns of samples
 
 
 def can_log_in(env: Mapping[str, str], home: Path) -> bool:
@@ -61,7 +63,18 @@ class WandbTracker:
         evaluated = int(self._run.summary.get(EVALUATED, self._run.summary.get("eval/step", received)))
         if not received:
             self._run.summary[EVALUATED] = 0
+        if mode == "online":
+            self._use()
         return {"train": received, "val": evaluated}
+
+    def _use(self) -> None:
+        """Draw the line from what the stages before made to this run; offline their digests in its config say it."""
+        for stage, digest in self.of.upstream.items():
+            kind = "data" if stage == "data_prep" else "model"
+            try:
+                self._run.use_artifact(f"{self.of.group}-{stage}-{kind}:{digest[:SHORT]}", type=kind)
+            except (ValueError, TypeError, wandb.Error):  # made without a tracker, or elsewhere
+                LOG.info("Weights & Biases has no artifact of %s to point at", stage)
 
     def log(self, step: int, kind: Kind, figures: Mapping[str, Any]) -> None:
         row: dict[str, Any] = {"step": step, **numbers(figures)}
@@ -83,5 +96,5 @@ class WandbTracker:
             lineage = {"digest": ending.digest, "made_from": dict(self.of.upstream)}
             artifact = wandb.Artifact(f"{self.of.group}-{self.of.stage}-{name}", type=name, metadata=lineage)
             artifact.add_reference(folder.absolute().as_uri(), checksum=False)
-            self._run.log_artifact(artifact)
+            self._run.log_artifact(artifact, aliases=["latest", *([ending.digest[:SHORT]] if ending.digest else [])])
         self._run.finish(exit_code=ending.exit_code)

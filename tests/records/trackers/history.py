@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[3]
 SESSION = """
 import os, sys, time
 from pathlib import Path
+from ray_pipeline.records.artifacts import write_sealed
 from ray_pipeline.records.metrics_file import MetricsFile
 from ray_pipeline.records.trackers.tracker import Ending, TrackedRun
 from ray_pipeline.records.trackers.tracking import Tracking
@@ -21,7 +23,8 @@ from ray_pipeline.settings.schema import TrackingConfig
 folder, name, resume, first, last, kill = Path(sys.argv[1]), sys.argv[2], *map(int, sys.argv[3:])
 settings = TrackingConfig(**{"wandb": False, name: True})
 config = {"sft": {"steps": 8}, "commit": "c0"}
-run = TrackedRun(folder, "sft", "run-1-sft-abc", "abc123", "run-1", "tests", None, config)
+made_from = {"pretrain": "d1" * 32}
+run = TrackedRun(folder, "sft", "run-1-sft-abc", "abc123", "run-1", "tests", None, config, made_from, lambda: 0.25)
 tracking = Tracking(settings, run).start()
 lines = MetricsFile(folder, "sft", resume_step=resume)
 for step in range(first, last + 1):
@@ -34,20 +37,38 @@ if kill:
     time.sleep(1.0)
     os.kill(os.getpid(), 9)
 lines.close()
-tracking.finish(Ending("DONE", 0, figures={"accuracy": 1.0, "params": 7.0}))
+shown = {"prompt": "2 + 2", "completion": "5", "answer": "4", "correct": False}
+write_sealed(folder / "samples.json", {"samples": [shown]})
+(folder / "model").mkdir(exist_ok=True)
+(folder / "model" / "weights").write_text("w" * 1000)
+figures, outputs = {"accuracy": 1.0, "params": 7.0}, {"model": folder / "model"}
+tracking.finish(Ending("LEARNED NOTHING", 1, "not better", figures, outputs, "e5" * 32))
 assert not tracking.followers[0].failed
 """
 
 
 def session(folder: Path, name: str, resume: int, first: int, last: int, *, kill: bool = False, **env: str) -> None:
     """Log steps `first` to `last` after a resume at `resume`, and end well or by kill -9."""
+    done = session_in(folder, name, resume, first, last, kill=kill, **env)
+    assert done.returncode == (-9 if kill else 0), done.stderr
+
+
+def in_namespace() -> list[str]:
+    """What begins a command whose mounts nobody else sees."""
+    return ["unshare", *([] if os.getuid() == 0 else ["--map-root-user", "--user"]), "--mount"]
+
+
+def session_in(
+    folder: Path, name: str, resume: int, first: int, last: int, *, kill: bool = False, before: Sequence[str] = (),
+    **env: str,
+) -> subprocess.CompletedProcess[str]:  # fmt: skip
+    """As `session`, however it ends; `before` begins the command."""
     clean = {key: value for key, value in os.environ.items() if not key.startswith(("WANDB", "MLFLOW", "TRACKIO"))}
     places = {"WANDB_MODE": "offline", "TRACKIO_DIR": str(folder / "trackio"), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", SESSION, str(folder), name, *map(str, (resume, first, last, int(kill)))],
+    return subprocess.run(
+        [*before, sys.executable, "-c", SESSION, str(folder), name, *map(str, (resume, first, last, int(kill)))],
         env=clean | places | env, cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
-    assert done.returncode == (-9 if kill else 0), done.stderr
 
 
 def wandb_records(folder: Path) -> list[dict[str, Any]]:

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from ray_pipeline.records.guard_file import add_intervention
-from ray_pipeline.records.metrics_file import MetricsFile
+from ray_pipeline.records.metrics_file import MetricsFile, read_metrics
 from ray_pipeline.records.trackers.follower import Follower
 from ray_pipeline.records.trackers.tracker import Ending, TrackedRun
 from ray_pipeline.records.trackers.tracking import KNOWN, Tracking
 from ray_pipeline.settings.schema import TrackingConfig
-from tests.records.trackers.history import HISTORIES, ROOT, session, wandb_records
+from tests.records.trackers.history import HISTORIES, ROOT, in_namespace, session, session_in, wandb_records
 
 
 def run_in(folder: Path) -> TrackedRun:
@@ -52,13 +54,39 @@ def test_wandb_has_the_run_by_its_names_with_settings_and_verdict(tmp_path):
     )  # fmt: skip
     assert "c0" in str(run["config"])
     told = str([record for record in records if record["type"] == "summary"])
-    assert all(word in told for word in ("verdict", "DONE", "params", "exit_code"))
+    assert all(word in told for word in ("LEARNED NOTHING", "not better", "params", "exit_code", "cost/run_usd"))
+    (made,) = [record["artifact"] for record in records if record["type"] == "artifact" and "run-1" in str(record)]
+    assert (made["name"], made["type"], made["aliases"]) == ("run-1-sft-model", "model", ["latest", "e5e5e5e5e5e5"])
+    assert "d1d1d1" in made["metadata"] and (tmp_path / "model").as_uri() in str(made["manifest"]), "by reference"
+    tables = [json.loads(path.read_text()) for path in tmp_path.rglob("val/samples*.table.json")]
+    assert [table["data"][0][:4] for table in tables] == [["2 + 2", "5", "4", False]]
+    assert "LEARNED NOTHING" in str([record for record in records if record["type"] == "alert"])
 
 
 @pytest.mark.slow
 def test_wandb_that_cannot_be_reached_is_told_and_loses_no_line_of_the_file(tmp_path):
     with pytest.raises(AssertionError, match=r"Weights & Biases stopped|did not reach"):
         session(tmp_path, "wandb", 0, 1, 3, WANDB_MODE="online", WANDB_API_KEY="x", WANDB_BASE_URL="http://127.0.0.1:9")
+
+
+FULL = {"wandb": "wandb", "tensorboard": "tensorboard", "mlflow": "../../mlruns", "trackio": "trackio"}  # its folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(KNOWN))
+def test_a_disk_that_is_full_for_a_tracker_costs_training_nothing(tmp_path, name):
+    pytest.importorskip(KNOWN[name].package)
+    folder = tmp_path / "runs" / "run-1" / "sft-abc"
+    place = (folder / FULL[name]).resolve()
+    place.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    inside = [*in_namespace(), "sh", "-c", f'mount -t tmpfs -o size=4k tmpfs {place} && exec "$@"', "sh"]
+    done = session_in(folder, name, 0, 1, 3, before=inside)
+    if "mount: " in done.stderr and not (folder / "metrics.jsonl").exists():
+        pytest.skip("needs unshare and mount")
+    assert [line["step"] for line in read_metrics(folder)] == [1, 1, 2, 2, 3, 3], done.stderr
+    assert done.returncode == 0 or "assert not tracking.followers[0].failed" in done.stderr, done.stderr
+    assert "did not reach" in done.stderr or done.returncode == 0
 
 
 class Fake:
@@ -108,7 +136,7 @@ def test_what_a_tracker_has_is_not_sent_again_by_kind(tmp_path):
     log_steps(tmp_path, 2, 4, 6)
     tracking.finish(Ending("DONE", 0))
     assert [(step, kind) for step, kind, _ in tracker.rows] == [(4, "val"), (6, "train"), (6, "val")]
-    assert tracker.rows[1][2] == {"train/loss": 1.0} and tracker.ends == ["DONE"]
+    assert tracker.rows[1][2] == {"train/loss": 1.0} and tracker.ends == ["DONE"] and tracker.alerts == []
 
 
 def test_steps_that_are_taken_again_are_not_repeated(tmp_path):
@@ -146,6 +174,19 @@ def test_what_guards_did_is_an_alert(tmp_path):
     add_intervention(tmp_path, step=7, guard="loss spike", policy="warn", text="it rose", skipped=[], back_to=None)
     tracking.finish(Ending("DONE", 0))
     assert tracker.alerts == [(7, "loss spike")]
+
+
+def test_what_the_run_has_cost_is_told_now_and_then_and_not_of_an_earlier_attempt(tmp_path):
+    log_steps(tmp_path, 1)
+    tracker, run = Fake(), run_in(tmp_path)
+    tracking = Tracking(TrackingConfig(wandb=False), replace(run, spent=lambda: 0.5))
+    time.sleep(0.01)
+    tracking.followers = [Follower(lambda: tracker, "Fake", tracking.run)]
+    log_steps(tmp_path, 2, 3, resume=1)
+    tracking.start()
+    tracking.finish(Ending("FAILED", 1, "boom"))
+    assert [figures.get("cost/run_usd") for _, _, figures in tracker.rows] == [None, None, 0.5, None, None, None]
+    assert tracker.alerts == [(3, "FAILED")]
 
 
 DYING = """
