@@ -11,6 +11,8 @@ from ray_pipeline.records.metrics_file import read_metrics, read_samples
 from ray_pipeline.settings.chain import chain
 from ray_pipeline.settings.schema import PipelineFields
 from tests.pipeline.driving import TOY, digests, finish, kill, stages, start, wait_until_stage_works
+from tests.report.looking import look_at
+from tests.serving.browser import browser
 
 STAGES = chain(PipelineFields())
 RUN = ("run", "--config", str(TOY), "--run-name", "toy", "--gpus", "2", "--pp-size", "2")
@@ -71,6 +73,14 @@ def test_samples_and_report_can_be_read(finished):
     assert samples and {"prompt", "completion", "answer", "correct"} <= samples[0].keys()
     report = (finished / "toy" / "report.html").read_text()
     assert "Tokens per second" in report and "The same questions" in report and "python -m ray_pipeline.cli" in report
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])
+def test_every_section_of_the_report_has_its_place_on_a_screen_and_a_phone(finished, tmp_path, width, scheme):
+    with browser() as started:
+        sections = look_at(started, finished / "toy" / "report.html", width, scheme, tmp_path / f"{width}.png")
+    assert sections == ["stages", "curves", "evaluation", "questions", "data", "again"]
 
 
 @pytest.mark.slow

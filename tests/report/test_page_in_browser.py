@@ -11,21 +11,9 @@ from ray_pipeline.dag.ledger import Record, RunFile, begin_record, close_record,
 from ray_pipeline.launch.launchers import InlineLauncher
 from ray_pipeline.records.guard_file import add_intervention
 from ray_pipeline.report.run_page import write_report
+from tests.report.looking import look_at
 from tests.serving.browser import browser, page_at
 from tests.training.toy_run import arguments, train
-
-SIDEWAYS = """() => [...document.querySelectorAll("main *")].filter(one => {
-  const box = one.getBoundingClientRect();
-  return box.width && box.right > innerWidth + 1 && !one.closest(".uplot");
-}).map(one => one.tagName + "." + one.className)"""
-# Pairs of boxes that stand beside each other and share more than a pixel.
-OVERLAPS = """() => [".card", "figure", ".name, .track, .value", "h2", "h3", "nav a"].flatMap(what => {
-  const boxes = [...document.querySelectorAll(what)].map(one => one.getBoundingClientRect()).filter(box => box.width);
-  return boxes.flatMap((a, i) => boxes.slice(i + 1).filter(b =>
-    Math.min(a.right, b.right) - Math.max(a.left, b.left) > 1
-    && Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top) > 1
-  ).map(() => what));
-})"""
 
 
 @pytest.fixture(scope="module")
@@ -59,15 +47,7 @@ def started():
     ],
 )  # fmt: skip
 def test_everything_is_drawn_and_has_its_place(started, report, width, scheme):
-    size = {"width": width, "height": 2000}
-    with page_at(started, report.as_uri(), viewport=size, color_scheme=scheme) as page:
-        for place in page.locator(".plot").all():
-            place.scroll_into_view_if_needed()
-            place.locator("canvas").wait_for()
-        kinds = page.evaluate("() => [...new Set([...document.querySelectorAll('.plot')].map(p => p.dataset.kind))]")
-        assert kinds == ["chart", "experts", "step"]
-        assert page.evaluate(SIDEWAYS) == [] and page.evaluate(OVERLAPS) == []
-        assert page.evaluate("() => document.documentElement.scrollWidth <= innerWidth")
+    assert look_at(started, report, width, scheme) == ["stages", "curves", "questions", "again"]
 
 
 @pytest.mark.slow

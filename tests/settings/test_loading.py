@@ -45,6 +45,7 @@ def test_defaults_then_yaml_then_environment_then_flags(tmp_path: Path) -> None:
     config = load_config(path, {"grpo.beta": "0.4"}, env)
     assert config.grpo.beta == 0.4
     assert config.grpo.group_size == 4  # a group merges key by key
+    assert load_config(path, env={"RAY_PIPELINE_LOG": "debug"}).tracking.log_level == "debug", "a short name of its own"
 
 
 def test_preset_is_below_the_layer_that_names_it(tmp_path: Path) -> None:

@@ -47,7 +47,10 @@ def train(arguments: dict[str, Any]) -> dict[str, Any]:
     sft = rank.config.sft
     engine = rank.trainer_engine(rank.config.model, None, lora=sft.lora)
     source = SeededSource(
-        Batches(rank, arguments["fault"], 0.0), 0, neftune_alpha=sft.neftune_alpha, hidden_size=CONFIG.hidden_size
+        Batches(rank, engine, arguments["fault"], 0.0),
+        0,
+        neftune_alpha=sft.neftune_alpha,
+        hidden_size=CONFIG.hidden_size,
     )
     objective = CrossEntropy(0.3)
     loss = engine.evaluate(make_batch(1000), objective).loss

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ray_pipeline.data.rows.batch import Batch
+from ray_pipeline.engine.engine import Engine
 from ray_pipeline.objectives.cross_entropy import CrossEntropy
 from ray_pipeline.records.artifacts import weights_digest
 from ray_pipeline.settings.schema import PipelineFields
@@ -42,8 +43,8 @@ def arguments(folder: Path, *, layout: dict[str, Any] | None = None, **settings:
 class Batches:
     """`make_batch` of the step; on the way there the fault, if this is its rank and step."""
 
-    def __init__(self, rank: Rank, fault: dict[str, Any] | None, pace: float):
-        self.rank, self.fault, self.pace = rank, fault, pace
+    def __init__(self, rank: Rank, engine: Engine, fault: dict[str, Any] | None, pace: float):
+        self.rank, self.engine, self.fault, self.pace = rank, engine, fault, pace
 
     def batch(self, step: int) -> Batch:
         time.sleep(self.pace)
@@ -51,6 +52,8 @@ class Batches:
         strike(self.fault, self.rank, step, "batch")
         if self.fault is not None and step == self.fault.get("later"):
             raise ZeroDivisionError("a bug")
+        if self.fault is not None and self.fault["kind"] == "dead expert" and step >= self.fault["step"]:
+            starve(self.engine, expert=0)
         return make_batch(step)
 
     def metrics(self) -> dict[str, float]:
@@ -68,6 +71,13 @@ class Disturbed(CrossEntropy):
         values, fault = super().__call__(*args), self.batches.fault or {}
         factor = {"spike": 1000.0, "nan": float("nan")}.get(fault.get("kind", ""))
         return values if factor is None or self.batches.step != fault["step"] else values * factor
+
+
+def starve(engine: Engine, expert: int) -> None:
+    """Let no router choose this expert for the next step."""
+    for name, tensor in engine.state().items():
+        if name.endswith("e_score_correction_bias"):
+            tensor[expert] = -100.0
 
 
 def strike(fault: dict[str, Any] | None, rank: Rank, step: int, where: str) -> None:
@@ -95,7 +105,7 @@ def train(arguments: dict[str, Any]) -> dict[str, Any]:
     rank = start_rank(arguments)
     torch.set_num_threads(1)
     engine = rank.trainer_engine(rank.config.model, None)
-    batches = Batches(rank, arguments["fault"], arguments["pace"])
+    batches = Batches(rank, engine, arguments["fault"], arguments["pace"])
     objective = Disturbed(batches)
     started: list[int] = []
     trainer = Trainer(rank, engine, objective)
