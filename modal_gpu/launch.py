@@ -23,7 +23,7 @@ from modal_gpu.run_registry import Registry
 from modal_gpu.watch import watch
 from ray_pipeline.costs.estimate import make_plan
 from ray_pipeline.costs.hardware_table import PROCESS, rented_hardware
-from ray_pipeline.costs.prices import with_price
+from ray_pipeline.costs.prices import price, with_price
 from ray_pipeline.dag.budget import estimate_lines
 from ray_pipeline.dag.plan import PlannedStage, refuse_other_config
 from ray_pipeline.dag.plan import plan as plan_stages
@@ -49,6 +49,7 @@ def execute_in(request: RunRequest, running: RunApp | None) -> int:
     layout = trained_layout(request.config, request.layout)
     request = replace(request, layout=layout)
     shape = sized(request.config, request, shape_of(request.config, layout))
+    refuse_blind_budget(request.config)
     if request.dry_run:
         return plan(request, shape)
     request.stages.check()
@@ -77,6 +78,19 @@ def execute_in(request: RunRequest, running: RunApp | None) -> int:
     if request.detach:
         return 0
     return watch(state, request.run_dir)
+
+
+def refuse_blind_budget(config: PipelineFields) -> None:
+    """Refuse a budget that nobody can hold against anything.
+
+    Raises:
+        UserError: the price of what is rented is not known.
+    """
+    if config.cost.budget_usd is not None and price(config) is None:
+        raise UserError(
+            f"cost.budget_usd={config.cost.budget_usd:g}: what {config.modal.gpu_type} costs on Modal is not known "
+            "here. Give --set cost.usd_per_gpu_hour=... as well."
+        )
 
 
 def tell(config: PipelineFields, shape: Shape, rows: list[PlannedStage], request: RunRequest) -> None:

@@ -1,9 +1,9 @@
 """What GPUs cost, and what a run has cost so far. The only place with prices; they change, so they carry their date.
 
-Modal's prices per GPU and second, as pages of mid-2026 quote modal.com/pricing; several agree on H100, A100 80 GB,
-L40S, L4 and T4, the others stand in one alone: look there before you rely on them. Choosing a region multiplies them by
-1.25 to 2.5, and CPU and memory beyond what comes with a GPU are billed as well; neither is counted here. A price of
-one's own, for a cluster or for a contract, is `cost.usd_per_gpu_hour`.
+Modal's prices per GPU and second, as several pages of mid-2026 quote modal.com/pricing and agree; look there before you
+rely on them. None quotes B300, which so has no estimate, and takes no budget without `cost.usd_per_gpu_hour`. Choosing
+a region multiplies them by 1.25 to 2.5, and CPU and memory beyond what comes with a GPU are billed as well; neither is
+counted here. A price of one's own, for a cluster or for a contract, is `cost.usd_per_gpu_hour`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ MODAL_USD_PER_SECOND = {
     "b200": 0.001736,
     "h200": 0.001261,
     "h100": 0.001097,
+    "rtx-pro-6000": 0.000842,
     "a100-80gb": 0.000694,
     "a100-40gb": 0.000583,
     "a100": 0.000583,

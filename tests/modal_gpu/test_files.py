@@ -11,9 +11,10 @@ import modal
 import pytest
 
 from modal_gpu.files import fetch, local_inputs, remote_name, send_run, upload
-from modal_gpu.gpus import Shape, gpu_types
+from modal_gpu.gpus import CPU, TYPES, Shape, gpu_types
 from modal_gpu.image import CUDA_IMAGE, build_image, declared_dependencies, needed_extras, pinned
 from modal_gpu.volume_sync import SUMS, read_sums, write_sums
+from ray_pipeline.costs.prices import price
 from ray_pipeline.dag.ledger import Record, RunFile, begin_record, close_record
 from ray_pipeline.errors import UserError
 from ray_pipeline.settings.loading import load_config
@@ -45,6 +46,12 @@ def test_shapes_and_what_they_are_called() -> None:
     assert Shape(("CPU",), 1, 3).gpu() is None
     assert Shape(("H100",), 2, 8).describe() == "16 x H100 on 2 hosts"
     assert [found.name for found in gpu_types("h100!, l40s")] == ["H100!", "L40S"]
+
+
+def test_every_type_that_is_rented_has_a_price_but_one_that_nobody_quotes() -> None:
+    rented = [found.name for found in TYPES if found.name != CPU]
+    without = [n for n in rented if price(load_config(None, {"backend": "modal", "modal.gpu_type": n})) is None]
+    assert without == ["B300"]
 
 
 class FakeUpload:

@@ -145,6 +145,7 @@ def test_a_run_is_resumed_on_another_gpu_in_another_layout(world: World, tmp_pat
         (["--gpus", "8", "--dp-size", "8", "--gpu-type", "A10"], "at most 4 of A10"),
         (["--gpu-type", "CPU,H100"], "CPU cannot stand among GPUs"),
         (["--gpus", "7", "--pp-size", "7"], "more ranks than layers"),
+        (["--gpu-type", "B300", "--budget-usd", "5"], "cost.budget_usd=5: what B300 costs on Modal is not known here."),
     ],
 )
 def test_what_modal_cannot_place_is_refused(
