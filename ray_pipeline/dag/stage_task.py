@@ -32,6 +32,7 @@ class StageJob:
 
     Attributes:
         files: SHA-256 of the local files that the stage reads, as the run was accepted with them.
+        shared_folder: whether all machines of a cluster have the run's folder.
     """
 
     row: PlannedStage
@@ -42,6 +43,7 @@ class StageJob:
     wandb_id: str
     function: StageFunction | None
     files: Mapping[Path, str] = field(default_factory=dict)
+    shared_folder: bool = True
 
     @property
     def runs(self) -> bool:
@@ -83,7 +85,7 @@ def run_stage(job: StageJob, *upstream: StageResult) -> StageResult:
     launcher = RayLauncher(
         row.ranks, job.layout.device, max_restarts=limits.max_restarts, timeout_seconds=limits.timeout_seconds,
         frozen_seconds=limits.frozen_seconds,
-        elastic=elastic if row.stage in TRAINING_STAGES else (),
+        elastic=elastic if row.stage in TRAINING_STAGES else (), first_here=not job.shared_folder,
     )  # fmt: skip
     function = job.function or importlib.import_module(f"ray_pipeline.stages.{row.stage}").run
     guard = InputGuard(job.files, Digests(job.config.output_dir))

@@ -47,6 +47,7 @@ from ray_pipeline.dag.view import outcome_text, print_failure, print_lines, prin
 from ray_pipeline.data.rows.manifest import notices_of
 from ray_pipeline.errors import EXIT_FAILED, StageFailed, UserError
 from ray_pipeline.launch.cluster import cluster_address, connect, refuse_unshared, wait_for
+from ray_pipeline.launch.launchers import node_label
 from ray_pipeline.launch.local_ray import start_local_ray
 from ray_pipeline.launch.stage_context import StageResult
 from ray_pipeline.layout.layout import Layout, with_layout
@@ -103,11 +104,12 @@ def execute(request: RunRequest) -> int:
 
                 # num_cpus=0: the task only waits for its workers; holding a CPU would starve them.
                 task: Any = ray.remote(num_cpus=0, max_retries=0)(run_stage)
+                here = {} if request.shared_folder else {"label_selector": node_label()}
                 done: dict[str, StageResult | ray.ObjectRef[StageResult]] = {}
                 for job in jobs:
                     if job.runs:
                         inputs = (done[name] for name in job.inputs)
-                        done[job.row.stage] = task.options(name=job.row.stage).remote(job, *inputs)
+                        done[job.row.stage] = task.options(name=job.row.stage, **here).remote(job, *inputs)
                     elif job.row.action == "reuse":
                         done[job.row.stage] = job.earlier_result()
                 pending = [(job.row, done[job.row.stage]) for job in jobs if job.runs]
@@ -124,7 +126,7 @@ def _jobs(request: RunRequest, rows: Sequence[PlannedStage]) -> list[StageJob]:
     return [
         StageJob(
             row, config, request.layout, run_dir, upstream(config, row.stage), run.wandb_id(row.stage, row.identity),
-            request.stage_functions.get(row.stage), files[row.stage],
+            request.stage_functions.get(row.stage), files[row.stage], request.shared_folder,
         )
         for row in rows
     ]  # fmt: skip

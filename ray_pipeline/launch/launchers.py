@@ -194,6 +194,7 @@ class RayLauncher:
         max_restarts: deaths that are survived. timeout_seconds: limit of every collective.
         frozen_seconds: a rank without a sign of life is named, and ended as if it had died; 0: never.
         elastic: numbers of ranks to go on with while the cluster has not enough for all; none: wait for all.
+        first_here: rank 0 runs on this machine, since what it writes is read here, and machines share no folder.
     """
 
     def __init__(
@@ -205,8 +206,9 @@ class RayLauncher:
         timeout_seconds: float = 600.0,
         frozen_seconds: float = SECONDS,
         elastic: Sequence[int] = (),
+        first_here: bool = False,
     ):
-        self.ranks, self.device = ranks, device
+        self.ranks, self.device, self.first_here = ranks, device, first_here
         self.max_restarts, self.timeout_seconds = max_restarts, timeout_seconds
         self.frozen_seconds = frozen_seconds
         self.sizes = sorted({ranks, *elastic})
@@ -282,6 +284,17 @@ class RayLauncher:
         # Ranks of one machine are neighbours in the grid, whose innermost axes, tp and ep, send most.
         scaling = ScalingConfig(
             num_workers=workers, use_gpu=self.device == "cuda", resources_per_worker=resources,
-            placement_strategy="PACK",
+            placement_strategy="PACK", label_selector=self._places(),
         )  # fmt: skip
         return scaling, int(sum(cpus))
+
+    def _places(self) -> list[dict[str, str]] | None:
+        """Labels of the node that each rank needs; Ray numbers ranks in this order, node by node."""
+        return [node_label(), *({} for _ in range(self.ranks - 1))] if self.first_here else None
+
+
+def node_label() -> dict[str, str]:
+    """The label by which Ray finds the machine that asks."""
+    import ray
+
+    return {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
