@@ -284,13 +284,13 @@ class RayLauncher:
         # Ranks of one machine are neighbours in the grid, whose innermost axes, tp and ep, send most.
         scaling = ScalingConfig(
             num_workers=workers, use_gpu=self.device == "cuda", resources_per_worker=resources,
-            placement_strategy="PACK", label_selector=self._places(),
+            placement_strategy="PACK", **self._places(),
         )  # fmt: skip
         return scaling, int(sum(cpus))
 
-    def _places(self) -> list[dict[str, str]] | None:
+    def _places(self) -> dict[str, Any]:
         """Labels of the node that each rank needs; Ray numbers ranks in this order, node by node."""
-        return [node_label(), *({} for _ in range(self.ranks - 1))] if self.first_here else None
+        return {"label_selector": [node_label(), *[{}] * (self.ranks - 1)]} if self.first_here else {}
 
 
 def node_label() -> dict[str, str]:
