@@ -174,6 +174,26 @@ def test_without_yes_and_without_anybody_to_ask_nothing_is_rented(
     assert not world.seen and list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("answer", "code", "text"), [("n", 2, "Nothing was rented."), (None, 130, "Nothing was started on Modal.")]
+)
+def test_a_no_and_ctrl_c_at_the_question_rent_nothing(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, answer: str | None,
+    code: int, text: str,
+) -> None:  # fmt: skip
+    def asked(question: str) -> str:
+        assert question == "Rent them? [y/N] "
+        if answer is None:
+            raise KeyboardInterrupt
+        return answer
+
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    monkeypatch.setattr("builtins.input", asked)
+    assert main(["run", "--backend", "modal", "--gpus", "1", "--output-dir", str(tmp_path)]) == code
+    assert text in capsys.readouterr().err
+    assert not world.seen and list(tmp_path.iterdir()) == []
+
+
 def test_detach_is_for_modal(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert main(["run", "--detach", "--output-dir", str(tmp_path)]) == 2
     assert "--detach: a run on this machine ends with the terminal" in capsys.readouterr().err

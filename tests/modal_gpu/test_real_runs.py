@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from pathlib import Path
 
 import pytest
+from modal_proto import api_pb2 as pb
 
 from modal_gpu import gpus
 from modal_gpu.run_registry import Registry
 from ray_pipeline.cli import main
 from ray_pipeline.dag.ledger import read_record, read_status
+from ray_pipeline.records.metrics_file import read_metrics
 from ray_pipeline.settings.run_folder import CHECKPOINTS
 from ray_pipeline.settings.schema import TRAINING_STAGES
 from tests.modal_gpu.containers import Containers, Task
 from tests.modal_gpu.world import World
+from tests.pipeline.driving import finish, start
 
 pytestmark = pytest.mark.slow
 
@@ -102,6 +106,31 @@ def test_a_run_that_is_taken_away_in_each_stage(
     now = {entry["stage"]: entry["folder"] for entry in read_status(run_dir)["stages"]}
     assert [stage for stage in STAGES if now[stage] != before[stage]] == ["distillation", "export"]
     assert "backend: modal" in (run_dir / "config.yaml").read_text()
+
+
+def test_a_run_that_is_stopped_saves_first_and_goes_on_at_home(
+    world: World, containers: Containers, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    folder = tmp_path / "runs"
+    place = ["--output-dir", str(folder)]
+    start_there = ["run", "--backend", "modal", "--gpu-type", "CPU", "--gpus", "1", "--run-name", "toy", *place, *SMALL]
+    assert main([*start_there, "--set", "pretrain.steps=300", "--until", "pretrain", "--detach"]) == 0
+    until = time.monotonic() + 600
+    while not (saved := list(world.volume("deepseek-runs").glob(f"toy/pretrain-*/{CHECKPOINTS}/step_*"))):
+        assert time.monotonic() < until, world.text_of()[-3000:]
+        time.sleep(0.5)
+    assert main(["modal", "stop", "toy"]) == 0
+    assert f"Saved is {saved[0].parents[1].name}/{CHECKPOINTS}/step_" in capfd.readouterr().out
+    assert not world.requests(pb.FunctionCallCancelRequest), "it ended by itself"
+    assert main(["modal", "pull", "toy", "--checkpoints", *place]) == 0
+    (checkpoint,) = folder.glob(f"toy/pretrain-*/{CHECKPOINTS}/step_*")
+    step = int(checkpoint.name.removeprefix("step_"))
+    assert 0 < step < 300
+    finish(start("resume", "toy", "--backend", "cpu", "--until", "pretrain", folder=folder), folder)
+    assert f"checkpoint at step {step} of 300" in (folder / "output.log").read_text()
+    lines = read_metrics(checkpoint.parents[1])
+    steps = [line["step"] for line in lines if "train/loss" in line]
+    assert steps == sorted(set(steps)) and steps[-1] == 300 and steps[0] < step, "one history"
 
 
 class TakesHostAway:
