@@ -2,7 +2,7 @@
 """Tokens a second and time to the first text of `serve` beside `transformers serve`, same weights, interleaved.
 
 python scripts/bench_serve.py                      # 1, 8 and 32 clients
-python scripts/bench_serve.py --mtp RUN:pretrain   # llama.cpp with and without drafts by a trained MTP module, as well
+python scripts/bench_serve.py --mtp MODEL.gguf     # llama.cpp with and without drafts by a trained MTP module, instead
 python scripts/bench_serve.py --quick              # does it run?
 
 Nothing is timed before all servers give the same greedy answers. Each has a process of its own; those that are not
@@ -92,6 +92,8 @@ def summary(turns: dict[str, list[dict[str, Any]]], model: str, clients: int, pe
         name: {
             "tokens_per_second": spread([turn["tokens_per_second"] for turn in taken]),
             "first_ms": spread([1e3 * value for turn in taken for value in turn["first"]]),
+            "drafted": sum(turn["drafted"] for turn in taken),
+            "accepted": sum(turn["accepted"] for turn in taken),
         }
         for name, taken in turns.items()
     }
@@ -107,10 +109,12 @@ def lines(found: dict[str, Any]) -> list[str]:
     out = []
     for name, row in found["servers"].items():
         speed, by_round = row["tokens_per_second"], row["speed_vs_peer_by_round"]
+        drafts = f", {row['accepted']} of {row['drafted']} drafts accepted" if row["drafted"] else ""
         out.append(
             f"{found['model']:10} {found['clients']:3} clients  {name:42} {speed['median']:8.1f} tokens/s "
             f"({speed['p10']:.1f}-{speed['p90']:.1f}), first text {row['first_ms']['median']:8.1f} ms, "
             f"{row['speed_vs_peer']:.2f}x (by round {by_round['median']:.2f})"
+            f"{drafts}"
         )
     return out
 
@@ -121,7 +125,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=None, help="turns of every server; default: 5, quick: 1")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument(
-        "--mtp", default=None, help="a model whose MTP module was trained: a run, RUN:STAGE, a .gguf file"
+        "--mtp", default=None, help="measure drafts alone, by this model's MTP module: a run, RUN:STAGE, a .gguf file"
     )
     parser.add_argument("--quick", action="store_true", help="1 and 4 clients, short answers")
     parser.add_argument("--out", type=Path, default=None, help="folder; default: scripts/results/HARDWARE")
@@ -136,15 +140,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     where = provenance(ROOT, "cpu")
     where["versions"] |= {name: metadata.version(name) for name in ("transformers", "xllamacpp")}
     servers: list[Server] = []
-    results = []
     with tempfile.TemporaryDirectory(prefix="bench_serve-") as name:
         try:
-            servers += start_all(Path(name), task)
-            results += compare(servers, task, task.shape, PEER)
             if given.mtp is not None:
-                drafting = start_mtp(Path(name), task, given.mtp)
-                servers += drafting
-                results += compare(drafting, replace(task, clients=(1,), each=8), "mtp", "llamacpp")
+                servers += start_mtp(Path(name), task, given.mtp)
+                task = replace(task, clients=(1,), each=8)
+                results = compare(servers, task, "mtp", "llamacpp")
+            else:
+                servers += start_all(Path(name), task)
+                results = compare(servers, task, task.shape, PEER)
         except RuntimeError as error:
             print(error, file=sys.stderr)
             return 1
@@ -154,10 +158,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     out = given.out or ROOT / "scripts" / "results" / where["hardware"]
     out.mkdir(parents=True, exist_ok=True)
     where["load_average_at_end"] = os.getloadavg()[0]
-    data = {"benchmark": "bench_serve", **where, "task": asdict(task), "results": results}
-    (out / "bench_serve.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-    (out / "bench_serve.svg").write_text(plot.speeds(data), encoding="utf-8")
-    print(f"Results: {out / 'bench_serve.json'}, {out / 'bench_serve.svg'}")
+    benchmark = "bench_serve" if given.mtp is None else "bench_drafts"
+    data = {"benchmark": benchmark, **where, "task": asdict(task), "results": results}
+    table, picture = out / f"{benchmark}.json", out / f"{benchmark}.svg"
+    table.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    picture.write_text(plot.speeds(data), encoding="utf-8")
+    print(f"Results: {table}, {picture}")
     return 0
 
 

@@ -9,6 +9,8 @@ import secrets
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from ray_pipeline.errors import StageFailed, UserError
 
 TRIES = 3
@@ -26,12 +28,19 @@ def start_ray(**options: Any) -> None:
     # Ray tells on every start that its token authentication is on; nothing is to be done about that.
     logging.getLogger("ray").setLevel(logging.ERROR)
     for _ in range(TRIES):
+        others = set(psutil.Process().children(recursive=True))
         try:
             ray.init(configure_logging=False, log_to_driver=False, **options)
             return
         except Exception as error:
             if LATE not in str(error):
                 raise
+        # Ray leaves what it did start of itself, which would keep this machine busy through the next try.
+        half = set(psutil.Process().children(recursive=True)) - others
+        for process in half:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(half)
     raise StageFailed(
         f"Ray's processes did not start within 30 seconds, {TRIES} times over: this machine is too busy or short of "
         "memory. Run the same command again when less is going on."

@@ -17,11 +17,16 @@ from scripts.serve_bench.task import Task, question
 
 @dataclass(frozen=True)
 class Said:
-    """One streamed answer. first: seconds until its first text. tokens: as the server counts them."""
+    """One streamed answer. first: seconds until its first text. tokens: as the server counts them.
+
+    drafted, accepted: tokens that the server guessed ahead, and those of them that the model would have said.
+    """
 
     text: str
     tokens: int
     first: float
+    drafted: int
+    accepted: int
 
 
 async def _ask(client: httpx.AsyncClient, model: str, text: str, tokens: int) -> Said:
@@ -30,6 +35,7 @@ async def _ask(client: httpx.AsyncClient, model: str, text: str, tokens: int) ->
         "stream": True, "stream_options": {"include_usage": True},
     }  # fmt: skip
     began, first, said, counted = time.perf_counter(), None, "", 0
+    timings: dict[str, Any] = {}
     async with client.stream("POST", "/v1/chat/completions", json=body) as reply:
         if reply.status_code != 200:
             raise RuntimeError(f"status {reply.status_code}: {(await reply.aread())[:1000]!r}")
@@ -37,6 +43,7 @@ async def _ask(client: httpx.AsyncClient, model: str, text: str, tokens: int) ->
             if not line.startswith("data:") or line.endswith("[DONE]"):
                 continue
             chunk = json.loads(line[5:])
+            timings = chunk.get("timings") or timings
             if chunk.get("usage"):
                 counted = chunk["usage"]["completion_tokens"]
             for choice in chunk.get("choices", ()):
@@ -45,7 +52,7 @@ async def _ask(client: httpx.AsyncClient, model: str, text: str, tokens: int) ->
                 said += piece
     if first is None:
         raise RuntimeError(f"{client.base_url}: an answer without text")
-    return Said(said, counted, first)
+    return Said(said, counted, first, timings.get("draft_n", 0), timings.get("draft_n_accepted", 0))
 
 
 async def _all(server: Server, questions: Sequence[Sequence[str]], tokens: int) -> list[Said]:
@@ -82,4 +89,7 @@ def measure(server: Server, task: Task, clients: int, start: int) -> dict[str, A
     seconds = time.perf_counter() - began
     if wrong := [one.tokens for one in said if one.tokens != task.tokens]:
         raise RuntimeError(f"{server.name}: answers of {wrong} tokens instead of {task.tokens}")
-    return {"tokens_per_second": clients * task.each * task.tokens / seconds, "first": [one.first for one in said]}
+    return {
+        "tokens_per_second": clients * task.each * task.tokens / seconds, "first": [one.first for one in said],
+        "drafted": sum(one.drafted for one in said), "accepted": sum(one.accepted for one in said),
+    }  # fmt: skip

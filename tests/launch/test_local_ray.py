@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 
 import pytest
 import ray
@@ -33,6 +34,27 @@ def test_a_slow_start_is_tried_again_with_the_same_options(monkeypatch):
     start_ray(num_cpus=2)
     assert len(calls) == TRIES
     assert all(call == calls[0] and call["num_cpus"] == 2 for call in calls)
+
+
+def test_what_a_slow_start_left_running_is_ended_before_the_next_try(monkeypatch):
+    """Half of Ray's processes would keep the machine busy that was too busy; others of this process live on."""
+    mine = subprocess.Popen(["sleep", "600"])
+    left: list[subprocess.Popen[bytes]] = []
+
+    def init(**options: object) -> None:
+        assert all(one.poll() is not None for one in left)
+        left.append(subprocess.Popen(["sleep", "600"]))
+        if len(left) < TRIES:
+            raise late()
+
+    monkeypatch.setattr(ray, "init", init)
+    try:
+        start_ray()
+        assert [one.poll() is None for one in left] == [False] * (TRIES - 1) + [True] and mine.poll() is None
+    finally:
+        for one in (mine, *left):
+            one.kill()
+            one.wait()
 
 
 def test_one_that_never_comes_up_is_told_in_a_line(monkeypatch):

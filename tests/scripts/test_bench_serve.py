@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from scripts.bench_serve import PEER, main
+from tests.serving.made_servers import save_drafting
 
 
 @pytest.mark.slow
@@ -18,3 +19,14 @@ def test_quick_run_writes_every_server_at_each_number_of_clients(tmp_path: Path)
     assert [entry["clients"] for entry in results] == [1, 4]
     assert all({"native", "llamacpp", PEER} <= set(entry["servers"]) for entry in results)
     assert (tmp_path / "bench_serve.svg").read_text().startswith("<svg")
+
+
+@pytest.mark.slow
+def test_drafts_alone_are_measured_with_what_became_of_them(tmp_path: Path) -> None:
+    pytest.importorskip("xllamacpp")
+    model = save_drafting(tmp_path, 1)
+    assert main(["--quick", "--mtp", str(model), "--out", str(tmp_path)]) == 0
+    [entry] = json.loads((tmp_path / "bench_drafts.json").read_text())["results"]
+    plain, drafting = entry["servers"]["llamacpp"], entry["servers"]["llamacpp --speculative"]
+    assert plain["drafted"] == 0 < drafting["drafted"] and 0 <= drafting["accepted"] <= drafting["drafted"]
+    assert not (tmp_path / "bench_serve.json").exists()

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 import uvicorn
 
+from model.convert.gguf import save_gguf
 from model.convert.hf import save_hf
 from model.init import init_weights
 from model.transformer import Transformer
@@ -40,6 +41,19 @@ def save_model(folder: Path) -> Path:
     folder.mkdir()
     save_hf(folder, EXPORTABLE, model.state_dict(), tokenizer_folder=tokenizer, model_card="# t\n")
     return folder
+
+
+def save_drafting(root: Path, modules: int) -> Path:
+    """A random model with so many MTP modules, in F32: llama.cpp rounds drafts and single tokens differently."""
+    save_trained(train_bpe(["What is the larger of 12 and 34? Solve this and that."] * 20, 320), root / "tokenizer")
+    config = replace(EXPORTABLE, num_nextn_predict_layers=modules)
+    model = Transformer(config)
+    init_weights(model, config, seed=4)
+    save_gguf(
+        root / "m.gguf", config, model.state_dict(), kind="f32", tokenizer_folder=root / "tokenizer", name="m",
+        licence="unknown", end_ids=[],
+    )  # fmt: skip
+    return root / "m.gguf"
 
 
 ADD = {

@@ -2,42 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from pathlib import Path
-
 import httpx
 import pytest
 from click.testing import CliRunner
 
-from model.convert.gguf import save_gguf
-from model.init import init_weights
-from model.transformer import Transformer
 from ray_pipeline.cli.serve import serve
 from ray_pipeline.cli.served_model import find_served
-from ray_pipeline.data.chat.tokenizer_files import save_trained, train_bpe
 from ray_pipeline.errors import UserError
 from ray_pipeline.serving.engines import EngineSettings, known_engines
-from tests.evaluation.made_models import EXPORTABLE
-from tests.serving.made_servers import save_model, serving
+from tests.serving.made_servers import save_drafting, save_model, serving
 
 pytest.importorskip("xllamacpp")
 
 
-def save(root: Path, modules: int) -> Path:
-    """A random model with so many MTP modules, in F32: llama.cpp rounds drafts and single tokens differently."""
-    save_trained(train_bpe(["What is the larger of 12 and 34? Solve this and that."] * 20, 320), root / "tokenizer")
-    config = replace(EXPORTABLE, num_nextn_predict_layers=modules)
-    model = Transformer(config)
-    init_weights(model, config, seed=4)
-    save_gguf(
-        root / "m.gguf", config, model.state_dict(), kind="f32", tokenizer_folder=root / "tokenizer", name="m",
-        licence="unknown", end_ids=[],
-    )  # fmt: skip
-    return root / "m.gguf"
-
-
 def test_drafts_by_mtp_are_made_and_change_no_greedy_answer(tmp_path):
-    path = save(tmp_path, 1)
+    path = save_drafting(tmp_path, 1)
     said, drafted = [], []
     for speculative in (False, True):
         settings = EngineSettings(slots=2, threads=1, speculative=speculative)
@@ -53,7 +32,7 @@ def test_drafts_by_mtp_are_made_and_change_no_greedy_answer(tmp_path):
 
 
 def test_a_model_without_an_mtp_module_and_an_engine_that_does_not_draft_are_refused(tmp_path):
-    served = find_served(str(save(tmp_path, 0)), tmp_path)
+    served = find_served(str(save_drafting(tmp_path, 0)), tmp_path)
     with pytest.raises(UserError, match="holds no MTP module"):
         known_engines()["llamacpp"].start(served, EngineSettings(2, speculative=True))
     folder = save_model(tmp_path / "hf")
