@@ -5,9 +5,9 @@ python scripts/bench_serve.py                      # 1, 8 and 32 clients
 python scripts/bench_serve.py --mtp MODEL.gguf     # llama.cpp with and without drafts by a trained MTP module, instead
 python scripts/bench_serve.py --quick              # does it run?
 
-Nothing is timed before all servers give the same greedy answers. Each has a process of its own; those that are not
-asked are halted meanwhile. The peer is `transformers serve` as it is: with --continuous-batching it (5.23) fails
-on DeepseekV3, as its cache is made for heads of qk_rope_head_dim.
+Nothing is timed before all servers give the same greedy answers, but for ties. Each has a process of its own; those
+that are not asked are halted meanwhile. The peer is `transformers serve` as it is: with --continuous-batching it (5.23)
+fails on DeepseekV3, as its cache is made for heads of qk_rope_head_dim.
 """
 
 from __future__ import annotations
@@ -28,11 +28,12 @@ sys.path.insert(0, str(ROOT))
 
 from scripts.parallel_bench.results import provenance, spread  # noqa: E402
 from scripts.serve_bench import plot  # noqa: E402
-from scripts.serve_bench.clients import answers, measure  # noqa: E402
+from scripts.serve_bench.clients import answers, measure, tie  # noqa: E402
 from scripts.serve_bench.servers import Server, ours, theirs  # noqa: E402
 from scripts.serve_bench.task import NAME, Task, prepare  # noqa: E402
 
 PEER = "transformers serve"
+TIE = 1e-4  # nats: of two tokens as likely as that, what rounds differently may take either
 
 
 def start_all(folder: Path, task: Task) -> list[Server]:
@@ -66,10 +67,14 @@ def compare(servers: Sequence[Server], task: Task, model: str, peer: str) -> lis
         said[server.name] = answers(server, task)
         server.halt()
     first = said[servers[0].name]
+    servers[0].go_on()
     for name, found in said.items():
-        same = sum(one == other for one, other in zip(first, found, strict=True))
-        if same < len(first):
-            raise RuntimeError(f"{name}: {same} of {len(first)} greedy answers are those of {servers[0].name}")
+        for number, (one, other) in enumerate(zip(first, found, strict=True)):
+            if one != other and (sure := tie(servers[0], task, number, other)) > TIE:
+                raise RuntimeError(
+                    f"{name}: answers {other!r}, not {one!r} as {servers[0].name}, which is {sure:g} nats surer there"
+                )
+    servers[0].halt()
     out, asked = [], 0
     for clients in task.clients:
         turns: dict[str, list[dict[str, Any]]] = {server.name: [] for server in servers}

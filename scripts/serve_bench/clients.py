@@ -73,6 +73,26 @@ def answers(server: Server, task: Task) -> list[str]:
     return [one.text for one in said]
 
 
+def tie(server: Server, task: Task, number: int, other: str) -> float:
+    """How sure a server is of the token at which another's greedy answer to a checked question leaves its own.
+
+    Returns:
+        nats between its two likeliest tokens there: what rounds differently may take either where that is nothing.
+    """
+    body = {
+        "model": server.model, "messages": [{"role": "user", "content": question(-1 - number)}],
+        "max_tokens": task.tokens, "temperature": 0, "logprobs": True, "top_logprobs": 2,
+    }  # fmt: skip
+    reply = httpx.post(f"{server.address}/v1/chat/completions", json=body, timeout=None, trust_env=False).json()
+    said = ""
+    for token in reply["choices"][0]["logprobs"]["content"]:
+        said += token["token"]
+        if not other.startswith(said):
+            first, second = token["top_logprobs"]
+            return float(first["logprob"] - second["logprob"])
+    return 0.0
+
+
 def measure(server: Server, task: Task, clients: int, start: int) -> dict[str, Any]:
     """One turn of a server: tokens of all answers a second, and each answer's seconds to the first text.
 
