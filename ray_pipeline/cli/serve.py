@@ -115,7 +115,7 @@ def _start(
     try:
         cluster = open_ray()
         chosen = choose(has_gpu=cluster.gpus > 0)
-        click.echo(f"Loading {served.name} with {count} replicas of the engine {chosen.name} ...")
+        click.echo(f"Loading {served.name} with {count} of the engine {chosen.name} ...")
         return start_replicas(chosen.name, served, settings, count, cluster)
     except BaseException:
         close_ray()

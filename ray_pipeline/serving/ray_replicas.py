@@ -44,7 +44,8 @@ class ReplicaCount:
     queued: int = 1024
 
     def __str__(self) -> str:
-        return str(self.least) if self.least == self.most else f"{self.least} to {self.most}"
+        number = str(self.least) if self.least == self.most else f"{self.least} to {self.most}"
+        return f"{number} replica{'s' * (self.most > 1)}"
 
 
 def open_ray() -> Cluster:
@@ -88,8 +89,8 @@ def start_replicas(
     settings, resources = share(engine, settings, count, cluster)
     name = f"ray-pipeline-{secrets.token_hex(4)}"
     quiet = LoggingConfig(log_level="ERROR", enable_access_log=False)
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)  # it tells of its start, and warns of every refused request
     serve.start(proxy_location="Disabled", logging_config=quiet)
-    logging.getLogger("ray.serve").setLevel(logging.ERROR)  # it warns of every request that is refused
     deployment: Any = serve.deployment(
         EngineReplica, name=DEPLOYMENT, logging_config=quiet, ray_actor_options=resources,
         max_ongoing_requests=ONGOING_PER_SLOT * settings.slots, max_queued_requests=count.queued,
@@ -118,7 +119,7 @@ def start_replicas(
         stop()
         raise
     replicas = Replicas(name, handle.options(stream=True))
-    return RunningEngine(f"{count} replicas of {engine}", replica_app(replicas, engine), stop)
+    return RunningEngine(f"{count} of {engine}", replica_app(replicas, engine), stop)
 
 
 def share(
