@@ -21,6 +21,7 @@ from ray_pipeline.errors import EXIT_FAILED, EXIT_USER_ERROR, StageFailed, UserE
 VERBS = {
     "run": ("run", "run"),
     "resume": ("resume", "resume"),
+    "sweep": ("sweep", "sweep"),
     "plan": ("plan", "plan"),
     "status": ("status", "status"),
     "compare": ("compare", "compare"),

@@ -195,10 +195,13 @@ class RunFile:
 
 
 class RunLock:
-    """One process at a time works on a run folder. The kernel lets go when that process ends, however it ends."""
+    """One process at a time works on a run folder. The kernel lets go when that process ends, however it ends.
 
-    def __init__(self, run_dir: Path):
-        self.run_dir = run_dir
+    kind: what the folder holds, and `name_option` names another one, in messages.
+    """
+
+    def __init__(self, run_dir: Path, *, kind: str = "run", name_option: str = "--run-name"):
+        self.run_dir, self.kind, self.name_option = run_dir, kind, name_option
         self._file: TextIO | None = None
 
     def __enter__(self) -> RunLock:
@@ -223,8 +226,8 @@ class RunLock:
         holder = lock_holder(self.run_dir) or {}
         who = f"process {holder['pid']} on {holder['host']}" if "pid" in holder else "another process"
         return UserError(
-            f"{self.run_dir}: {who} is working on this run. Wait for it or stop it, then resume; or start another run "
-            "with --run-name."
+            f"{self.run_dir}: {who} is working on this {self.kind}. Wait for it or stop it, then resume; or start "
+            f"another {self.kind} with {self.name_option}."
         )
 
 
