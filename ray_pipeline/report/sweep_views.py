@@ -17,11 +17,16 @@ from ray_pipeline.report.sweep_result import SettingRow, SweepResult
 
 TITLE = "Sweep "  # how the page's title begins
 STYLES = {"best": "bold green", "worse": "red", "not told apart": "yellow"}
-HEADS = ("", "setting", "mean", "95% interval", "seeds", "against the best", "seen from", "verdict", "time")
+HEADS = ("mean", "95% interval", "seeds", "against the best", "seen from", "verdict", "time")
+
+
+def heads(result: SweepResult) -> tuple[str, ...]:
+    """The table's columns: a setting's number and values, then `HEADS`."""
+    return "", *(result.rows[0].values if result.rows else ()), *HEADS
 
 
 def cells(result: SweepResult, row: SettingRow) -> tuple[str, ...]:
-    """The table's row, by `HEADS`."""
+    """The table's row, by `heads`."""
     mean, test = row.mean, row.test
     interval = difference = seen = ""
     if mean is not None and mean.low is not None and mean.high is not None:
@@ -34,8 +39,8 @@ def cells(result: SweepResult, row: SettingRow) -> tuple[str, ...]:
     seeds = f"{done} of {len(row.trials)}" + (f", {row.failed} FAILED" if row.failed else "")
     seconds = sum(trial.seconds for trial in row.trials)
     return (
-        str(row.number), row.text, "" if mean is None else result.value(mean.value), interval, seeds, difference, seen,
-        row.verdict, seconds_text(seconds) if seconds else "",
+        str(row.number), *row.values.values(), "" if mean is None else result.value(mean.value), interval, seeds,
+        difference, seen, row.verdict, seconds_text(seconds) if seconds else "",
     )  # fmt: skip
 
 
@@ -52,7 +57,10 @@ def notes(result: SweepResult) -> list[str]:
             f"over all {count} (Holm). Seen from: the true difference that {len(result.seeds)} seeds show in "
             f"{POWER:.0%} of all cases, with the spread seen here; smaller ones may be there all the same."
         )
-    odd = [f"{trial.run}: {trial.note}" for trial in result.trials if trial.note]
+    odd = [
+        f"{note}: {', '.join(trial.run for trial in result.trials if trial.note == note)}"
+        for note in dict.fromkeys(trial.note for trial in result.trials if trial.note)
+    ]
     failed = [f"{trial.run} FAILED: {trial.reason.splitlines()[0]}" for trial in result.trials if trial.reason]
     waiting = [trial.run for trial in result.trials if trial.status == "not run"]
     if waiting:
@@ -63,7 +71,7 @@ def notes(result: SweepResult) -> list[str]:
 def print_sweep(console: Console, result: SweepResult) -> None:
     """The table and its notes."""
     table = Table(title=f"{result.title} after {result.stage}", title_justify="left", title_style="bold")
-    for name in HEADS:
+    for name in heads(result):
         table.add_column(name, overflow="fold")
     for row in result.rows:
         table.add_row(*map(Text, cells(result, row)), style=STYLES.get(row.verdict, ""))
@@ -80,7 +88,7 @@ def render_sweep(result: SweepResult) -> str:
         "sweep.html",
         title=TITLE + result.folder.name,
         result=result,
-        heads=HEADS,
+        heads=heads(result),
         rows=[(row, cells(result, row)) for row in result.rows],
         notes=notes(result),
         plots=[{"title": result.title, "note": "a point a seed; a bar the 95% interval of the mean"}]

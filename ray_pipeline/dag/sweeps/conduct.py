@@ -129,7 +129,7 @@ class Conduct:
         else:
             note = f"; {outcome.note}" if outcome.note else ""
             self._say(
-                f"{name} done ({count}): {self.measured.title} {self.result().value(outcome.figure)}, "
+                f"{name} done ({count}): {self.measured.title}: {self.result().value(outcome.figure)}, "
                 f"{seconds_text(outcome.seconds)}{note}"
             )
         self._write(self.result())

@@ -14,7 +14,7 @@ from ray_pipeline.settings.schema import STAGES, TRAINING_STAGES, PipelineFields
 Mode = Literal["min", "max"]
 # What a stage reaches by itself: figure, and what it is called.
 OWN: Mapping[str, tuple[str, Mode, str]] = {
-    "pretrain": ("validation_loss", "min", "held-out loss, nats"),
+    "pretrain": ("validation_loss", "min", "held-out loss in nats"),
     "sft": ("accuracy", "max", "held-out accuracy"),
     "dpo": ("preference_accuracy", "max", "held-out preference accuracy"),
     "grpo": ("accuracy", "max", "held-out accuracy"),

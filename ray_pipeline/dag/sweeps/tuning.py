@@ -67,6 +67,10 @@ class _Listener(tune.Callback):
     def __init__(self, told: Told):
         self.told = told
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing: Tune keeps a copy of everything that it is given, and of a console there is none."""
+        return {}
+
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A batch begins."""
         self.told.begun(_batch(trial.config))
@@ -100,6 +104,13 @@ class _Searched(Searcher):
     def set_search_properties(self, metric: str | None, mode: str | None, config: dict[str, Any], **spec: Any) -> bool:
         """The search has its own."""
         return True
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing, as of `_Listener`: what was suggested is in the sweep's file."""
+        return {}
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing, likewise."""
 
     def suggest(self, trial_id: str) -> dict[str, Any]:
         """The next setting."""

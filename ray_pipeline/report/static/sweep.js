@@ -41,7 +41,7 @@ function sweepOptions(chart, width) {
     width, height: 280, series, padding: [10, 12, 0, 0],
     scales: {
       x: {time: false, distr: chart.log ? 3 : 1, range: room},
-      y: {range: () => known.length ? apart(null, Math.min(...known), Math.max(...known)) : [0, 1]},
+      y: {range: () => known.length ? apart(Math.min(...known), Math.max(...known)) : [0, 1]},
     },
     axes: [
       {...axis, size: 26, gap: 3, ...(chart.series.length && chart.x.length <= 30 ? {splits: () => chart.x} : {}),

@@ -14,7 +14,7 @@ ALL = ("pretrain", "sft", "grpo", "distillation")
 
 def test_a_stages_own_figure():
     assert measure(None, ("pretrain",)).text == "pretrain.validation_loss:min"
-    assert measure(None, ("pretrain",)).title == "held-out loss, nats"
+    assert measure(None, ("pretrain",)).title == "held-out loss in nats"
     assert measure(None, ALL).text == "distillation.accuracy:max"
     assert measure(None, ("pretrain", "sft", "dpo")).text == "dpo.preference_accuracy:max"
 
