@@ -34,6 +34,11 @@ class Range:
     whole: bool
     log: bool
 
+    @property
+    def ends(self) -> tuple[str, str]:
+        """Both as they are set."""
+        return self.text(self.low), self.text(self.high)
+
     def text(self, value: float) -> str:
         """A value as it is set."""
         return str(round(value)) if self.whole else f"{value:.4g}"
@@ -67,7 +72,7 @@ def parse_grid(given: Sequence[str], stages: Sequence[str]) -> tuple[Axis, ...]:
         if name in _OWN or name.startswith(("layout.", "tracking.", "modal.", "cost.")):
             way_out = _OWN.get(name, "It changes no result; use --set")
             raise UserError(f"--grid {name}: this is not for a grid. {way_out}.")
-        axis = Axis(name, _keys(name, stages), **_values(name, values))
+        axis = Axis(name, _keys(name, stages), *_values(name, values))
         for key in axis.keys:
             if key in seen:
                 raise UserError(f"--grid {name}: {key} is given by --grid {seen[key]} already. Give it once.")
@@ -81,13 +86,13 @@ def _keys(name: str, stages: Sequence[str]) -> tuple[str, ...]:
     return every if name not in known_keys() and every and all(key in known_keys() for key in every) else (name,)
 
 
-def _values(name: str, text: str) -> dict[str, tuple[str, ...] | Range]:
+def _values(name: str, text: str) -> tuple[tuple[str, ...], Range | None]:
     if (found := _RANGE.fullmatch(text)) is not None:
         low, high = (float(part) for part in found.groups())
         if not low < high or not math.isfinite(high):
             raise UserError(f"--grid {name}={text}: a range goes from a smaller number to a larger one.")
         whole = all(re.fullmatch(r"[+-]?\d+", part) for part in found.groups())
-        return {"range": Range(low, high, whole, low > 0 and high >= LOG_RATIO * low)}
+        return (), Range(low, high, whole, low > 0 and high >= LOG_RATIO * low)
     values = tuple(_split(text))
     for value in values:
         if not value:
@@ -96,7 +101,7 @@ def _values(name: str, text: str) -> dict[str, tuple[str, ...] | Range]:
             raise UserError(f"--grid {name}={short_text(text)}: {value} is given twice. Give each value once.")
         if _RANGE.fullmatch(value):
             raise UserError(f"--grid {name}={short_text(text)}: a range stands alone. Give it, or values.")
-    return {"values": values}
+    return values, None
 
 
 def _split(text: str) -> list[str]:
@@ -132,9 +137,8 @@ def combinations(axes: Sequence[Axis]) -> list[dict[str, str]]:
 
 def corners(axes: Sequence[Axis]) -> list[dict[str, str]]:
     """Settings that hold every listed value and both ends of every range once at least, to be looked at beforehand."""
-    ends = [axis.values or tuple(axis.range.text(end) for end in (axis.range.low, axis.range.high)) for axis in axes
-            if axis.values or axis.range is not None]  # fmt: skip
-    longest = max(map(len, ends))
+    ends = [axis.values if axis.range is None else axis.range.ends for axis in axes]
+    longest = max(map(len, ends), default=1)
     return [
         {axis.name: values[index % len(values)] for axis, values in zip(axes, ends, strict=True)}
         for index in range(longest)
