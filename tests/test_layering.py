@@ -32,7 +32,7 @@ SHORT = {
 OWNERS = {
     "ray": (
         "ray_pipeline.dag.workflow",
-        "ray_pipeline.dag.sweeps.search",
+        "ray_pipeline.dag.sweeps.suggestions",
         "ray_pipeline.dag.sweeps.tuning",
         "ray_pipeline.launch",
         "ray_pipeline.data.text.ray_prepare",
@@ -45,7 +45,7 @@ OWNERS = {
     "tensorboardX": ("ray_pipeline.records.trackers.tensorboard_tracker",),
     "mlflow": ("ray_pipeline.records.trackers.mlflow_tracker",),
     "textual": ("ray_pipeline.cli.dashboard",),
-    "optuna": ("ray_pipeline.dag.sweeps.search",),
+    "optuna": ("ray_pipeline.dag.sweeps.suggestions",),
     "modal": ("modal_gpu",),
     "click": ("ray_pipeline.cli",),
     "pydantic_settings": ("ray_pipeline.settings.loading",),

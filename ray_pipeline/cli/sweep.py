@@ -87,10 +87,10 @@ def asked(options: dict[str, Any]) -> Sweep:
     Raises:
         UserError: what cannot be tried, or another sweep of this name.
     """
-    from ray_pipeline.dag.sweeps.grid import combinations, parse_grid
     from ray_pipeline.dag.sweeps.measure import last_stage
-    from ray_pipeline.dag.sweeps.search import need_optuna
+    from ray_pipeline.dag.sweeps.suggestions import need_optuna
     from ray_pipeline.dag.sweeps.sweep_file import Sweep, is_sweep, read_sweep, refuse_other_sweep
+    from ray_pipeline.dag.sweeps.sweep_grid import combinations, parse_grid
     from ray_pipeline.dag.workflow import with_absolute_paths
 
     request = take_request(options)
@@ -192,8 +192,8 @@ def check(sweep: Sweep, place: Place) -> None:
         UserError: naming the setting.
     """
     from ray_pipeline.dag.request import RunRequest, StageSelection
-    from ray_pipeline.dag.sweeps.grid import corners, setting_text
     from ray_pipeline.dag.sweeps.measure import measure
+    from ray_pipeline.dag.sweeps.sweep_grid import corners, setting_text
 
     measure(sweep.metric, sweep.stages)
     said = StringIO()

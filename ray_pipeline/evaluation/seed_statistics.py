@@ -72,7 +72,7 @@ def seed_test(own: Sequence[float], other: Sequence[float]) -> SeedTest:
     """
     if len(own) != len(other) or len(own) < 2:
         raise ValueError(f"{len(own)} and {len(other)} seeds: a paired test needs the same ones, at least two")
-    from scipy.special import stdtr  # slow to import
+    from scipy.special import stdtr
 
     mean = mean_of([a - b for a, b in zip(own, other, strict=True)])
     assert mean.low is not None and mean.high is not None and mean.spread is not None
@@ -89,10 +89,13 @@ def detectable(spread: float, pairs: int) -> float:
     Args:
         spread: standard deviation of the differences. pairs: seeds, two or more.
     """
-    from scipy.optimize import brentq
-
-    shift = brentq(lambda shift: power(shift, pairs) - POWER, 0.0, 1e3)
-    return float(shift) * spread / math.sqrt(pairs)
+    low, high = 0.0, 1.0
+    while power(high, pairs) < POWER:
+        high *= 2
+    for _ in range(50):  # halves of the range: to the last digit
+        middle = (low + high) / 2
+        low, high = (middle, high) if power(middle, pairs) < POWER else (low, middle)
+    return high * spread / math.sqrt(pairs)
 
 
 def power(shift: float, pairs: int) -> float:

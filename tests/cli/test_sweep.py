@@ -33,7 +33,7 @@ ASKED = ["sweep", "--config", TOY, "--until", "pretrain"]
 )
 def test_what_cannot_be_tried_is_refused_and_leaves_nothing(options, message, tmp_path, capsys, monkeypatch):
     if "optuna" in options:
-        monkeypatch.setattr("ray_pipeline.dag.sweeps.search.need_optuna", lambda: None)
+        monkeypatch.setattr("ray_pipeline.dag.sweeps.suggestions.need_optuna", lambda: None)
     assert main([*ASKED, *options, "--output-dir", str(tmp_path / "runs")]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()

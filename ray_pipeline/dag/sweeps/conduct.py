@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from ray_pipeline.dag.plan import refuse_other_config
-from ray_pipeline.dag.sweeps.grid import corners, setting_text
 from ray_pipeline.dag.sweeps.measure import Measure, measure
 from ray_pipeline.dag.sweeps.sweep_file import (
     BEST_FILE,
@@ -18,6 +17,7 @@ from ray_pipeline.dag.sweeps.sweep_file import (
     refuse_edited,
     run_name,
 )
+from ray_pipeline.dag.sweeps.sweep_grid import corners, setting_text
 from ray_pipeline.dag.sweeps.trial import Place, outcome_of
 from ray_pipeline.dag.workflow import connected_ray
 from ray_pipeline.errors import EXIT_FAILED, command
@@ -91,7 +91,7 @@ class Conduct:
                     self.outcomes[index, seed] = outcome
 
     def _run_rest(self) -> None:
-        from ray_pipeline.dag.sweeps.search import Suggestions
+        from ray_pipeline.dag.sweeps.suggestions import Suggestions
         from ray_pipeline.dag.sweeps.tuning import Batch, Told, run_batches
 
         sweep = self.sweep

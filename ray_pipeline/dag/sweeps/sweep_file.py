@@ -21,7 +21,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ray_pipeline.dag.identity import identities
-from ray_pipeline.dag.sweeps.grid import Axis, overrides, parse_grid
+from ray_pipeline.dag.sweeps.sweep_grid import Axis, overrides, parse_grid
 from ray_pipeline.errors import UserError, first_line
 from ray_pipeline.records.artifacts import write_sealed, write_text
 from ray_pipeline.records.integrity import read_sealed

@@ -22,7 +22,7 @@ from ray import tune
 from ray.tune.search import Searcher
 
 from ray_pipeline.dag.sweeps.measure import Measure
-from ray_pipeline.dag.sweeps.search import Suggestions
+from ray_pipeline.dag.sweeps.suggestions import Suggestions
 from ray_pipeline.dag.sweeps.sweep_file import TUNE_FOLDER, Sweep
 from ray_pipeline.dag.sweeps.trial import Place, run_trial
 from ray_pipeline.report.sweep_result import TrialOutcome

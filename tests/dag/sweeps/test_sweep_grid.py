@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ray_pipeline.dag.sweeps.grid import Axis, Range, combinations, corners, overrides, parse_grid
+from ray_pipeline.dag.sweeps.sweep_grid import Axis, Range, combinations, corners, overrides, parse_grid
 from ray_pipeline.errors import UserError
 
 STAGES = ("pretrain", "sft")

@@ -6,9 +6,9 @@ import importlib.util
 from collections.abc import Mapping
 from typing import Any
 
-from ray_pipeline.dag.sweeps.grid import Axis
 from ray_pipeline.dag.sweeps.measure import Measure
 from ray_pipeline.dag.sweeps.sweep_file import Sweep
+from ray_pipeline.dag.sweeps.sweep_grid import Axis
 from ray_pipeline.errors import UserError
 
 
