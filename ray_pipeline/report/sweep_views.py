@@ -51,11 +51,11 @@ def notes(result: SweepResult) -> list[str]:
     if len(result.seeds) < 2:
         out.append("One seed: nothing tells a difference from chance. Use --seeds 3 or more.")
     elif tests:
-        count = f"{len(tests)} test{'s' if len(tests) > 1 else ''}"
+        over = f" over all {len(tests)} tests (Holm)" if len(tests) > 1 else ""
         out.append(
-            "Against the best: mean difference on the same seeds, its 95% interval (paired t); the verdict is at 5% "
-            f"over all {count} (Holm). Seen from: the true difference that {len(result.seeds)} seeds show in "
-            f"{POWER:.0%} of all cases, with the spread seen here; smaller ones may be there all the same."
+            f"Against the best: mean difference on the same seeds, its 95% interval (paired t); the verdict is at 5%{over}."
+            f" Seen from: the true difference that {len(result.seeds)} seeds show in {POWER:.0%} of all cases, with the "
+            "spread seen here; smaller ones may be there all the same."
         )
     odd = [
         f"{note}: {', '.join(trial.run for trial in result.trials if trial.note == note)}"
