@@ -53,9 +53,9 @@ def notes(result: SweepResult) -> list[str]:
     elif tests:
         over = f" over all {len(tests)} tests (Holm)" if len(tests) > 1 else ""
         out.append(
-            f"Against the best: mean difference on the same seeds, its 95% interval (paired t); the verdict is at 5%{over}."
-            f" Seen from: the true difference that {len(result.seeds)} seeds show in {POWER:.0%} of all cases, with the "
-            "spread seen here; smaller ones may be there all the same."
+            "Against the best: mean difference on the same seeds, its 95% interval (paired t); the verdict is at "
+            f"5%{over}. Seen from: the true difference that {len(result.seeds)} seeds show in {POWER:.0%} of all "
+            "cases, with the spread seen here; smaller ones may be there all the same."
         )
     odd = [
         f"{note}: {', '.join(trial.run for trial in result.trials if trial.note == note)}"
