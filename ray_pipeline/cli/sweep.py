@@ -12,7 +12,7 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -97,7 +97,8 @@ def asked(options: dict[str, Any]) -> Sweep:
     config = request.load()
     if config.backend == "modal":
         raise UserError("sweep --backend modal: trials run on this machine or a Ray cluster. Use --backend auto.")
-    search, trials = options["search"] or "grid", options["trials"]
+    search: Literal["grid", "optuna"] = options["search"] or "grid"
+    trials = options["trials"]
     if search == "optuna":
         need_optuna()
         if trials is None or not options["grid"]:

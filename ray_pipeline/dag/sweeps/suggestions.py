@@ -52,6 +52,7 @@ class Suggestions:
     def ask(self, trial_id: str) -> tuple[int, dict[str, str]]:
         """Index and values of the next setting."""
         point = self.search.suggest(trial_id)
+        assert point is not None, "Optuna always has another one"
         if self.waiting:
             index = self.waiting.pop(0)
             return index, self.sweep.settings[index]

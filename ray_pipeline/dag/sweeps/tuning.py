@@ -29,7 +29,7 @@ from ray_pipeline.report.sweep_result import TrialOutcome
 
 FIGURE = "figure"  # the mean over a setting's seeds, by which a search goes
 # Of every trial Tune wants something: a byte of memory, so that it holds no CPU that its workers need.
-RESOURCES = [{"memory": 1}]
+RESOURCES: list[dict[str, int | float]] = [{"memory": 1}]
 
 
 @dataclass(frozen=True)
