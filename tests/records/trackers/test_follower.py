@@ -85,8 +85,8 @@ def test_a_disk_that_is_full_for_a_tracker_costs_training_nothing(tmp_path, name
     if "mount: " in done.stderr and not (folder / "metrics.jsonl").exists():
         pytest.skip("needs unshare and mount")
     assert [line["step"] for line in read_metrics(folder)] == [1, 1, 2, 2, 3, 3], done.stderr
-    assert done.returncode == 0 or "assert not tracking.followers[0].failed" in done.stderr, done.stderr
-    assert "did not reach" in done.stderr or done.returncode == 0
+    if done.returncode:  # of the last line alone, which asks whether the tracker failed
+        assert "No space left" in done.stderr and "training goes on" in done.stderr and "did not reach" in done.stderr
 
 
 class Fake:
