@@ -86,7 +86,7 @@ def test_a_disk_that_is_full_for_a_tracker_costs_training_nothing(tmp_path, name
         pytest.skip("needs unshare and mount")
     assert [line["step"] for line in read_metrics(folder)] == [1, 1, 2, 2, 3, 3], done.stderr
     if done.returncode:  # of the last line alone, which asks whether the tracker failed
-        assert "No space left" in done.stderr and "training goes on" in done.stderr and "did not reach" in done.stderr
+        assert "No space left" in done.stderr and "training goes on" in done.stderr
 
 
 class Fake:
