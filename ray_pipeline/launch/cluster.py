@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ray_pipeline.errors import UserError
-from ray_pipeline.launch.local_ray import show_token, start_ray
+from ray_pipeline.launch.local_ray import asks_for_token, show_token, start_ray
 
 CONNECT_SECONDS = 5.0
 PROBE_SECONDS = 60.0  # a worker process on a busy node takes some of them to start
@@ -89,14 +89,18 @@ def connect(address: str) -> None:
     """Join the cluster.
 
     Raises:
-        UserError: nothing answers there.
+        UserError: nothing answers there, or it asks for a password that this user does not have.
     """
     ship = {name: value for name, value in os.environ.items() if name.upper().startswith(SHIPPED)}
     try:
         if ":" in address.rpartition("/")[2]:  # Ray itself waits for two minutes
             host, _, port = address.rpartition("/")[2].rpartition(":")
             socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
-        show_token()
+            if asks_for_token(host, int(port), CONNECT_SECONDS) and not show_token():
+                raise UserError(
+                    f"RAY_ADDRESS={address}: the cluster asks for a password, and there is none in ~/.ray/auth_token. "
+                    "Copy that file from the machine that started the cluster, or set RAY_AUTH_TOKEN."
+                )
         start_ray(address=address, runtime_env={"env_vars": ship})
     except (OSError, ValueError) as error:  # a port that is no number; ConnectionError is an OSError
         raise UserError(

@@ -81,14 +81,32 @@ def _can_keep_token(home: Path) -> bool:
     return os.access(token, os.R_OK) if token.exists() else os.access(folder, os.W_OK)
 
 
-def show_token() -> None:
-    """Let this process show Ray's password to the cluster that it joins next, where this user has one.
+def show_token() -> bool:
+    """Let this process show Ray's password to the cluster that it joins next, and ask for it in its turn.
 
-    A cluster that `ray start` made beside that file asks for it, one that asks for none does not look at it, and Ray
-    itself shows it unasked only to clusters that it finds, not to one that is named.
+    For a cluster that asks for it alone, as one does that `ray start` made beside the password's file: the processes of
+    another one have none to show, and their answers (streams of Ray Serve, references) would never arrive here. Ray
+    itself does this for clusters that it finds, not for one that is named.
+
+    Returns:
+        Whether this user has a password.
     """
-    with contextlib.suppress(ImportError):  # before Ray 2.60 no cluster asked unless told to
-        from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
+    from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 
-        logging.getLogger("ray").setLevel(logging.ERROR)
-        maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    return bool(maybe_enable_token_auth_if_token_available(warn_if_disabled=False))
+
+
+def asks_for_token(host: str, port: int, seconds: float) -> bool:
+    """Whether the cluster refuses who shows no password, by a question without one that any process may ask."""
+    import grpc
+
+    with grpc.insecure_channel(f"{host}:{port}") as channel:
+        question: Any = channel.unary_unary(
+            "/ray.rpc.NodeInfoGcsService/GetClusterId", request_serializer=bytes, response_deserializer=bytes
+        )
+        try:
+            question(b"", timeout=seconds)
+        except grpc.RpcError as error:
+            return bool(error.code() == grpc.StatusCode.UNAUTHENTICATED)
+    return False

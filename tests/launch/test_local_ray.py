@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 
+import grpc
 import pytest
 import ray
 
 from ray_pipeline.errors import StageFailed, UserError
-from ray_pipeline.launch.local_ray import TRIES, start_local_ray, start_ray
+from ray_pipeline.launch.local_ray import TRIES, asks_for_token, start_local_ray, start_ray
 
 
 def failing(monkeypatch: pytest.MonkeyPatch, errors: list[Exception]) -> list[dict]:
@@ -89,3 +91,22 @@ def test_a_place_that_ray_cannot_write_to_is_named(monkeypatch):
     failing(monkeypatch, [PermissionError(13, "Permission denied", "/closed/ray")])
     with pytest.raises(UserError, match=r"Ray cannot write its files /closed/ray: Permission denied\. Set RAY_TMPDIR"):
         start_local_ray()
+
+
+def test_a_cluster_is_shown_no_password_that_it_does_not_ask_for():
+    """By gRPC's own server, which refuses who shows none as Ray's does, or answers; and where nothing listens."""
+
+    class Guard(grpc.ServerInterceptor):
+        def intercept_service(self, continuation, details):  # type: ignore[no-untyped-def]
+            code = grpc.StatusCode.UNAUTHENTICATED if guarded else grpc.StatusCode.UNIMPLEMENTED
+            return grpc.unary_unary_rpc_method_handler(lambda _, context: context.abort(code, "no"))
+
+    server = grpc.server(ThreadPoolExecutor(1), interceptors=[Guard()])
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    try:
+        for guarded in (True, False):
+            assert asks_for_token("127.0.0.1", port, 10.0) == guarded
+    finally:
+        server.stop(None).wait()
+    assert not asks_for_token("127.0.0.1", port, 10.0)
