@@ -28,7 +28,7 @@ def finish(process: subprocess.Popen, folder: Path) -> int:
     """Wait for the end; the log is part of any failure's message."""
     code = process.wait(timeout=600)
     # A toy may learn nothing: that is exit code 1, and a finished run all the same.
-    assert code in (0, 1), (folder / "output.log").read_text()[-6000:]
+    assert code in (0, 1), f"exit code {code}\n{(folder / 'output.log').read_text()[-6000:]}"
     return code
 
 
