@@ -96,18 +96,21 @@ def test_logs_of_a_stage_that_has_not_begun_are_refused(run_dir, capsys):
 def test_logs_are_followed_as_they_come_until_ctrl_c(run_dir):
     work = stage_folder(run_dir, "grpo", IDENTITIES["grpo"])
     command = ["logs", "demo", "--follow", "--rank", "1", "--output-dir", str(run_dir.parent)]
-    child = subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, "-u", "-m", "ray_pipeline.cli", *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        text=True,
-    )  # fmt: skip
-    assert child.stdout is not None
-    assert "rank 1 says so" in child.stdout.readline() and "printed by 1" in child.stdout.readline()
-    for rank in (0, 1):
-        with recorded(work, f"rank-{rank}"):
-            print(f"later by {rank}")
-    assert "later by 1" in child.stdout.readline()
-    child.send_signal(signal.SIGINT)
-    _, errors = child.communicate(timeout=60)
+        text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored below `nohup ... &`
+    ) as child:  # fmt: skip
+        try:
+            assert child.stdout is not None
+            assert "rank 1 says so" in child.stdout.readline() and "printed by 1" in child.stdout.readline()
+            for rank in (0, 1):
+                with recorded(work, f"rank-{rank}"):
+                    print(f"later by {rank}")
+            assert "later by 1" in child.stdout.readline()
+            child.send_signal(signal.SIGINT)
+            _, errors = child.communicate(timeout=60)
+        finally:
+            child.kill()
     assert child.returncode == 130 and "Traceback" not in errors
 
 
