@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from ray_pipeline.cli.output_files import has_keys, is_page, refuse_to_replace
+from ray_pipeline.cli.output_files import check_output_file, has_keys, is_page
 from ray_pipeline.cli.runs import find_run, output_dir
 from ray_pipeline.errors import UserError, command
 from ray_pipeline.settings.run_folder import CONFIG_FILE
@@ -75,10 +75,7 @@ def check_files(html_file: Path | None, json_file: Path | None) -> None:
     keys = frozenset({"kind", "runs", "settings", "stages"})
     given = (("--html", html_file, partial(is_page, title=TITLE)), ("--json", json_file, partial(has_keys, keys=keys)))
     for option, path, is_own in given:
-        if path is None:
-            continue
-        if path.is_dir() or not path.absolute().parent.is_dir():
-            raise UserError(f"{option} {path}: is a folder, or lies in none. Give the path of a file to write.")
-        refuse_to_replace(option, path, is_own)
+        if path is not None:
+            check_output_file(option, path, is_own)
     if html_file is not None and json_file is not None and html_file.absolute() == json_file.absolute():
         raise UserError(f"--html and --json: both name {html_file}. Give different files.")

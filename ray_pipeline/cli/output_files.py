@@ -33,6 +33,17 @@ def refuse_to_replace(option: str, path: Path, is_own: Callable[[Path], bool]) -
         )
 
 
+def check_output_file(option: str, path: Path, is_own: Callable[[Path], bool]) -> None:
+    """Refuse, before any work, a file that cannot be written or that the verb did not write. Arguments as above.
+
+    Raises:
+        UserError: naming the option and the path.
+    """
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise UserError(f"{option} {path}: is a folder, or lies in none. Give the path of a file to write.")
+    refuse_to_replace(option, path, is_own)
+
+
 def report_writers(options: dict[str, Any]) -> list[tuple[Any, Path]]:
     """(reporter, path) of everything that will be written.
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ray_pipeline.cli.options import layout_options, recipe_options, take_request
-from ray_pipeline.cli.output_files import has_keys, refuse_to_replace
+from ray_pipeline.cli.output_files import check_output_file, has_keys
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -46,7 +46,7 @@ def plan(
     if json_file is not None:
         kinds = {"search": {"found", "judged"}, "published": {"runs", "changes"}, "": {"fullest_pp_rank", "fits"}}
         made = frozenset(kinds["published" if published else "search" if search else ""])
-        refuse_to_replace("--json", json_file, lambda path: has_keys(path, made))
+        check_output_file("--json", json_file, lambda path: has_keys(path, made))
     console = Console(width=None if Console().is_terminal else 150)
     if published:
         _refuse_other_flags()

@@ -19,7 +19,7 @@ import click
 from ray_pipeline.cli.group import Interrupted
 from ray_pipeline.cli.input_checks import check_inputs
 from ray_pipeline.cli.options import layout_options, recipe_options, take_request
-from ray_pipeline.cli.output_files import has_keys, refuse_to_replace
+from ray_pipeline.cli.output_files import check_output_file, has_keys
 from ray_pipeline.cli.run import layout_there, notices
 from ray_pipeline.cli.runs import output_dir
 from ray_pipeline.errors import UserError, command
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from ray_pipeline.settings.schema import PipelineFields
 
 WITH_RESUME = ("resume", "seeds", "trials", "until", "metric", "jobs", "json_file", "output_dir")
-MOST_SEEDS, MOST_TRIALS, DEFAULT_SEEDS = 100, 1000, 3
+MOST_SEEDS, MOST_TRIALS, MOST_JOBS, DEFAULT_SEEDS = 100, 1000, 1000, 3
 
 
 @click.command()
@@ -44,7 +44,9 @@ MOST_SEEDS, MOST_TRIALS, DEFAULT_SEEDS = 100, 1000, 3
 @click.option("--trials", type=click.IntRange(1, MOST_TRIALS), help="With --search optuna: settings that are tried.")
 @click.option("--until", metavar="STAGE", help="The stages up to this one. Default: the last that trains.")
 @click.option("--metric", metavar="[STAGE.]NAME[:min|max]", help="What is compared. Default: the last stage's figure.")
-@click.option("--jobs", type=click.IntRange(1), help="Trials at once. Default: as many as GPUs, or a cluster, hold.")
+@click.option(
+    "--jobs", type=click.IntRange(1, MOST_JOBS), help="Trials at once. Default: as many as GPUs, or a cluster, hold."
+)
 @click.option("--name", help="Name of the sweep and its folder. Default: recipe and a hash of what is asked for.")
 @click.option("--output-dir", help="Folder that the sweep's folder lies in. Default: runs.")
 @click.option("--resume", metavar="FOLDER", help="Go on with this sweep; more --seeds and --trials may be given.")
@@ -58,8 +60,10 @@ def sweep(**options: Any) -> int:
 
     from ray_pipeline.dag.ledger import RunLock
     from ray_pipeline.dag.sweeps.sweep_file import refuse_foreign_sweep
+    from ray_pipeline.report.sweep_result import KEYS
 
-    check_json(options["json_file"])
+    if options["json_file"] is not None:
+        check_output_file("--json", options["json_file"], lambda path: has_keys(path, KEYS))
     wanted = stored(options) if options["resume"] else asked(options)
     refuse_foreign_sweep(wanted.folder)
     place = place_of(wanted.base)
@@ -212,21 +216,6 @@ def check(sweep: Sweep, place: Place) -> None:
                 raise UserError(f"trial {setting_text(values)}: {error}") from None
     for line in dict.fromkeys(said.getvalue().splitlines()):
         click.echo(line, err=True)
-
-
-def check_json(path: Path | None) -> None:
-    """Refuse a file that cannot be written, or is somebody else's.
-
-    Raises:
-        UserError: naming it.
-    """
-    from ray_pipeline.report.sweep_result import KEYS
-
-    if path is None:
-        return
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        raise UserError(f"--json {path}: is a folder, or lies in none. Give the path of a file to write.")
-    refuse_to_replace("--json", path, lambda there: has_keys(there, KEYS))
 
 
 @contextmanager

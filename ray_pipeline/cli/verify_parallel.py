@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ray_pipeline.cli.options import axis_options, take_request
-from ray_pipeline.cli.output_files import has_keys, refuse_to_replace
+from ray_pipeline.cli.output_files import check_output_file, has_keys
 from ray_pipeline.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
@@ -62,10 +62,11 @@ def verify_parallel(every: bool, json_file: Path | None, steps: int | None, time
     evenly, as a stage makes them. Exit code 1 if anything differs.
     """
     from ray_pipeline.verification.cases import default_steps
+    from ray_pipeline.verification.written_results import KEYS
 
     config = take_request(options).load()
     if json_file is not None:
-        check_writable(json_file)
+        check_output_file("--json", json_file, lambda path: has_keys(path, KEYS))
     precisions, optimizers, stages = (choices(options, key) for key in ("precision", "optimizer", "stage"))
     every = every or options["stage"] == "all"
     subject_for, selection = select(config, options, every, steps or default_steps(stages))
@@ -250,16 +251,3 @@ def machine() -> dict[str, Any]:
     from ray_pipeline import hardware
 
     return {**hardware.machine(), "cores": hardware.num_cpus(), **hardware.versions()}
-
-
-def check_writable(path: Path) -> None:
-    """Before minutes of work, not after them.
-
-    Raises:
-        UserError: the file cannot be written there, or another one is there.
-    """
-    from ray_pipeline.verification.written_results import KEYS
-
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        raise UserError(f"--json {path}: must name a file in a folder that exists.")
-    refuse_to_replace("--json", path, lambda path: has_keys(path, KEYS))

@@ -104,9 +104,8 @@ def execute(request: RunRequest) -> int:
 
                 # num_cpus=0: the task only waits for its workers; holding a CPU would starve them. DEFAULT: outside the
                 # placement group of a sweep's trial, which has no CPU for workers.
-                task: Any = ray.remote(num_cpus=0, max_retries=0)(run_stage)
-                shared = {"scheduling_strategy": "DEFAULT"}
-                here = shared if request.shared_folder else {"label_selector": node_label()}
+                task: Any = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy="DEFAULT")(run_stage)
+                here = {} if request.shared_folder else {"label_selector": node_label()}
                 done: dict[str, StageResult | ray.ObjectRef[StageResult]] = {}
                 for job in jobs:
                     if job.runs:

@@ -14,6 +14,7 @@ from typing import Any
 import ray_pipeline
 from ray_pipeline.layout.layout import Layout, Refusal
 from ray_pipeline.records.artifacts import write_text
+from ray_pipeline.records.integrity import file_sha256
 from ray_pipeline.verification.cases import Case, Tolerance
 from ray_pipeline.verification.compare import Comparison, Result
 
@@ -32,7 +33,7 @@ def imported_files() -> set[str]:
 def digest(file: str) -> str:
     """SHA-256 of one of this project's files; empty if there is none."""
     path = ROOT / file
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+    return file_sha256(path) if path.is_file() else ""
 
 
 class WrittenResults:

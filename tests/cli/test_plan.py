@@ -112,7 +112,7 @@ def test_published_runs_are_shown_beside_their_plans(
         (["--stage", "distil"], '--stage distil: no such training stage (did you mean "distillation"?)'),
         (["--gpus", "8", "--pp-size", "3"], "Nearest layout that works: --gpus"),
         (["--tp-size", "3", "--gpus", "3"], "num_attention_heads"),
-        (["--json", "/nowhere/plan.json"], "--json /nowhere/plan.json: No such file or directory"),
+        (["--json", "/nowhere/plan.json"], "--json /nowhere/plan.json: is a folder, or lies in none"),
     ],
 )
 def test_a_mistake_gets_one_message(arguments: list[str], expected: str, capsys: pytest.CaptureFixture) -> None:

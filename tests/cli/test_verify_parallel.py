@@ -85,8 +85,8 @@ def test_every_stage_of_one_layout(capsys: pytest.CaptureFixture, tmp_path: Path
         (["--pp-size", "2", "--schedule", "zbv", "--zero-stage", "2"], "Nearest layout that works: --gpus 2"),
         (["--gpus", "2", "--backend", "modal"], "layouts are verified on this machine"),
         (["--gpus", "2", "--backend", "cuda"], "2 ranks need as many GPUs; this machine has 0"),
-        (["--gpus", "2", "--json", "nowhere/file.json"], "--json nowhere/file.json: must name a file in a folder"),
-        (["--gpus", "2", "--json", "."], "--json .: must name a file"),
+        (["--gpus", "2", "--json", "nowhere/file.json"], "--json nowhere/file.json: is a folder, or lies in none"),
+        (["--gpus", "2", "--json", "."], "--json .: is a folder"),
         (["--gpus", "8", "--config", "v3-671b"], "its model has 6"),
     ],
 )

@@ -23,7 +23,7 @@ from ray_pipeline.settings.loading import load_config
 def test_image_pins_every_dependency_to_the_version_here() -> None:
     assert isinstance(build_image(load_config(None, {})), modal.Image)
     pins = [pinned(text) for text in declared_dependencies(["llama"])]
-    assert f"ray[data,default,train]=={importlib.metadata.version('ray')}" in pins
+    assert f"ray[data,default,train,tune]=={importlib.metadata.version('ray')}" in pins
     assert "torch==" + importlib.metadata.version("torch").partition("+")[0] in pins
     assert not any("+" in pin for pin in pins), "a local build such as +cpu is on no index"
     assert any(pin.startswith("xllamacpp==") for pin in pins)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
+import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +29,7 @@ from ray_pipeline.serving.http_server import bind, server_config
 from ray_pipeline.tools.format import render_calls
 from tests.evaluation.made_models import EXPORTABLE
 
+UP_SECONDS = 240  # Ray and two processes that import torch, on a machine with other work
 THINKS_OFTEN = 4.0  # factor of the marks' rows in the output matrix
 
 
@@ -113,3 +117,23 @@ def serving(running: RunningEngine, *, api_key: str | None = None) -> Iterator[s
         server.should_exit = True
         thread.join()
         running.stop()
+
+
+@contextmanager
+def verb_serving(folder: Path, *words: str, environment: Mapping[str, str]) -> Iterator[tuple[str, int]]:
+    """Address and process id of `serve FOLDER WORDS` in a process of its own."""
+    log = folder.parent / "serve.log"
+    command = [sys.executable, "-m", "ray_pipeline.cli", "serve", str(folder), *words, "--port", "0"]
+    with log.open("w") as errors:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment)
+    clock = threading.Timer(UP_SECONDS, process.kill)
+    clock.start()
+    assert process.stdout is not None
+    found = next((m for line in process.stdout if (m := re.search(r"chat page +(\S+)/", line))), None)
+    clock.cancel()
+    assert found is not None, log.read_text()[-3000:]
+    try:
+        yield found[1], process.pid
+    finally:
+        process.kill()
+        process.wait()

@@ -201,13 +201,13 @@ def test_an_answer_of_half_a_letter_alone_is_an_empty_message(door):
     client = anthropic.Anthropic(base_url=door, api_key="none", max_retries=0)
     asked: dict[str, Any] = {"model": "hf", "max_tokens": 1}
     asked["messages"] = [{"role": "user", "content": "What is 4 + 3?"}]
-    said = []
-    for seed in range(12):  # about every third of this model's tokens is less than a letter
-        with client.messages.stream(**asked, extra_body={"seed": seed}) as stream:
+    for _ in range(100):  # about every third of this model's tokens is less than a letter; this API knows no seed
+        with client.messages.stream(**asked) as stream:
             message = stream.get_final_message()
         assert message.stop_reason == "max_tokens" and message.usage.output_tokens == 1
-        said.append(len(message.content))
-    assert 0 in said, "the model of this test is to say half a letter now and then"
+        if not message.content:
+            return
+    raise AssertionError("the model of this test is to say half a letter now and then")
 
 
 def test_completions_have_log_probabilities_in_their_own_form(door):

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,14 +15,13 @@ import httpx
 import psutil
 import pytest
 
-from tests.serving.made_servers import save_model, serving, start
+from tests.serving.made_servers import UP_SECONDS, save_model, serving, start, verb_serving
 
 pytestmark = pytest.mark.slow
 pytest.importorskip("ray.serve")
 pytest.importorskip("xllamacpp")
 
 QUESTIONS = [f"What is {i} + {3 * i}?" for i in range(6)]
-UP_SECONDS = 300  # Ray and processes that import torch, on a machine with other work
 PROGRAM = [sys.executable, "-m", "ray_pipeline.cli"]
 
 
@@ -49,24 +46,13 @@ def cluster() -> Iterator[str]:
 
 
 @pytest.fixture
-def served(cluster: str, tmp_path: Path) -> Iterator[tuple[str, subprocess.Popen[str], Path]]:
+def served(cluster: str, tmp_path: Path) -> Iterator[tuple[str, psutil.Process, Path]]:
     """`serve --replicas 1:2` of llamacpp on that cluster: its address, its process, the model."""
-    folder, log = save_model(tmp_path / "hf"), tmp_path / "log"
-    words = ["serve", str(folder), "--engine", "llamacpp", "--replicas", "1:2", "--slots", "1", "--threads", "1"]
+    folder = save_model(tmp_path / "hf")
+    words = ("--engine", "llamacpp", "--replicas", "1:2", "--slots", "1", "--threads", "1")
     environment = os.environ | {"RAY_ADDRESS": cluster, "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(tmp_path / "c")}
-    with log.open("w") as errors:
-        process = subprocess.Popen(
-            [*PROGRAM, *words, "--port", "0"], stdout=subprocess.PIPE, stderr=errors, text=True, env=environment
-        )
-    clock = threading.Timer(UP_SECONDS, process.kill)
-    clock.start()
-    assert process.stdout is not None
-    found = next((m for line in process.stdout if (m := re.search(r"chat page +(\S+)/", line))), None)
-    clock.cancel()
-    assert found is not None, log.read_text()[-3000:]
-    yield found[1], process, folder
-    process.kill()
-    process.wait()
+    with verb_serving(folder, *words, environment=environment) as (address, pid):
+        yield address, psutil.Process(pid), folder
 
 
 def running(address: str) -> int:
@@ -97,5 +83,5 @@ def test_requests_that_wait_bring_a_second_replica_and_the_cluster_outlives_serv
     assert len(applications(cluster)) == 1
 
     process.send_signal(signal.SIGINT)
-    psutil.Process(process.pid).wait(UP_SECONDS)
+    process.wait(UP_SECONDS)
     assert not applications(cluster)

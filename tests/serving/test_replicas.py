@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
-import subprocess
-import sys
-import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -28,10 +24,9 @@ from ray_pipeline.serving.guard import Message
 from ray_pipeline.serving.ray_replicas import ReplicaCount, share
 from ray_pipeline.serving.replica import EngineReplica, ForwardedRequest
 from ray_pipeline.serving.replica_door import ReplicaLost, TooMany, replica_app
-from tests.serving.made_servers import save_model, serving, start
+from tests.serving.made_servers import UP_SECONDS, save_model, serving, start, verb_serving
 
 QUESTIONS = [f"What is {i} + {3 * i}?" for i in range(8)]
-UP_SECONDS = 240  # Ray and two processes that import torch, on a machine with other work
 
 
 @pytest.fixture(scope="module")
@@ -149,30 +144,16 @@ def test_a_machine_without_the_files_is_named(folder, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def verb(folder, tmp_path_factory) -> Iterator[tuple[str, psutil.Process]]:
+def verb(folder) -> Iterator[tuple[str, psutil.Process]]:
     """`serve --replicas 2` in a process of its own: its address, and the process."""
     pytest.importorskip("ray.serve")
-    log = tmp_path_factory.mktemp("log") / "log"
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    environment.pop("RAY_ADDRESS", None)
-    command = [sys.executable, "-m", "ray_pipeline.cli", "serve", str(folder), "--engine", "native"]
-    with log.open("w") as errors:
-        process = subprocess.Popen(
-            [*command, "--replicas", "2", "--slots", "4", "--port", "0"],
-            stdout=subprocess.PIPE, stderr=errors, text=True, env=environment,
-        )  # fmt: skip
-    clock = threading.Timer(UP_SECONDS, process.kill)
-    clock.start()
-    assert process.stdout is not None
-    found = next((m for line in process.stdout if (m := re.search(r"chat page +(\S+)/", line))), None)
-    clock.cancel()
-    assert found is not None, log.read_text()[-3000:]
-    running = psutil.Process(process.pid)
-    yield found[1], running
-    for child in running.children(recursive=True) if running.is_running() else []:
-        child.kill()
-    process.kill()
-    process.wait()
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"} | {"OMP_NUM_THREADS": "1"}
+    words = ("--engine", "native", "--replicas", "2", "--slots", "4")
+    with verb_serving(folder, *words, environment=environment) as (address, pid):
+        running = psutil.Process(pid)
+        yield address, running
+        for child in running.children(recursive=True) if running.is_running() else []:
+            child.kill()
 
 
 def replica_processes(process: psutil.Process) -> list[psutil.Process]:

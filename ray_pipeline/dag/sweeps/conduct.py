@@ -54,6 +54,11 @@ class Conduct:
         """By what settings are compared."""
         return measure(self.sweep.metric, self.sweep.stages)
 
+    @property
+    def _asked(self) -> int:
+        """Trials of the whole sweep."""
+        return (self.sweep.trials or len(self.sweep.settings)) * self.sweep.seeds
+
     def run(self) -> int:
         """Run what is not done yet and write the table after each trial.
 
@@ -62,8 +67,7 @@ class Conduct:
         """
         sweep = self.sweep
         self._look()
-        asked = (sweep.trials or len(sweep.settings)) * sweep.seeds
-        done = len(self.outcomes)
+        asked, done = self._asked, len(self.outcomes)
         self._say(
             f"sweep {sweep.folder}: {asked} trials, {done} done, up to {sweep.until}; {self.jobs} at once. "
             f"Compared by {self.measured.title} ({self.measured.stage}.{self.measured.name}, "
@@ -123,16 +127,16 @@ class Conduct:
     def _ended(self, index: int, outcome: TrialOutcome) -> None:
         name = run_name(index, self.sweep.settings[index], outcome.seed)
         self.outcomes[index, outcome.seed] = outcome
-        count = f"{len(self.outcomes)} of {(self.sweep.trials or len(self.sweep.settings)) * self.sweep.seeds}"
+        count, result = f"{len(self.outcomes)} of {self._asked}", self.result()
         if outcome.figure is None:
             self._say(f"{name} FAILED ({count}): {outcome.reason.splitlines()[0]}")
         else:
             note = f"; {outcome.note}" if outcome.note else ""
             self._say(
-                f"{name} done ({count}): {self.measured.title}: {self.result().value(outcome.figure)}, "
+                f"{name} done ({count}): {self.measured.title}: {result.value(outcome.figure)}, "
                 f"{seconds_text(outcome.seconds)}{note}"
             )
-        self._write(self.result())
+        self._write(result)
 
     def _rows(self) -> list[SettingRow]:
         return [

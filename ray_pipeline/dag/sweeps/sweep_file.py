@@ -21,6 +21,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ray_pipeline.dag.identity import identities
+from ray_pipeline.dag.request import StageSelection
 from ray_pipeline.dag.sweeps.sweep_grid import Axis, overrides, parse_grid
 from ray_pipeline.errors import UserError, first_line
 from ray_pipeline.records.artifacts import write_sealed, write_text
@@ -28,7 +29,7 @@ from ray_pipeline.records.integrity import read_sealed
 from ray_pipeline.settings.chain import trained
 from ray_pipeline.settings.layers import is_as_written, with_checksum
 from ray_pipeline.settings.loading import config_yaml, load_config
-from ray_pipeline.settings.schema import STAGES, PipelineFields
+from ray_pipeline.settings.schema import PipelineFields
 
 SWEEP_FILE, RECIPE_FILE, BEST_FILE = "sweep.json", "recipe.yaml", "best.yaml"
 RESULTS_FILE, PAGE_FILE, TUNE_FOLDER = "results.json", "sweep.html", ".tune"
@@ -78,7 +79,8 @@ class Sweep:
     @property
     def stages(self) -> tuple[str, ...]:
         """Those that train, up to `until`."""
-        return tuple(stage for stage in trained(self.base) if STAGES.index(stage) <= STAGES.index(self.until))
+        selection = StageSelection(until=self.until)
+        return tuple(stage for stage in trained(self.base) if selection.selects(stage))
 
     @property
     def axes(self) -> tuple[Axis, ...]:

@@ -23,7 +23,7 @@ from ray_pipeline.layout.choice import resolve_layout
 from ray_pipeline.report.sweep_result import TrialOutcome
 from ray_pipeline.settings.chain import chain
 from ray_pipeline.settings.run_folder import stage_folder
-from ray_pipeline.settings.schema import STAGES, PipelineFields
+from ray_pipeline.settings.schema import PipelineFields
 
 SAID = "sweep.log"  # in a trial's run: what `run` would have printed
 
@@ -66,7 +66,7 @@ def run_trial(
                 redirect_stderr(file),
             ):
                 print(time.strftime("%Y-%m-%d %H:%M:%S"))
-                for stage in stages_until(config, sweep.until):
+                for stage in stages_of(request):
                     _make(request, stage, invocation)
         outcome = outcome_of(request, measured)
         assert outcome is not None, "all its stages are finished"
@@ -78,9 +78,9 @@ def run_trial(
         return TrialOutcome(run, seed, "failed", reason=reason)
 
 
-def stages_until(config: PipelineFields, until: str) -> list[str]:
+def stages_of(request: RunRequest) -> list[str]:
     """The stages that a trial runs."""
-    return [stage for stage in chain(config) if STAGES.index(stage) <= STAGES.index(until)]
+    return [stage for stage in chain(request.config) if request.stages.selects(stage)]
 
 
 def _make(request: RunRequest, stage: str, invocation: str) -> None:
@@ -117,8 +117,7 @@ def outcome_of(request: RunRequest, measured: Measure) -> TrialOutcome | None:
         UserError: the figure is none of that stage.
     """
     config, run_dir = request.config, request.run_dir
-    assert request.stages.until is not None
-    wanted = stages_until(config, request.stages.until)
+    wanted = stages_of(request)
     found = identities(config)
     records = {stage: read_record(stage_folder(run_dir, stage, found[stage].key)) for stage in wanted}
     done = {stage: record for stage, record in records.items() if record is not None and record.is_finished}
