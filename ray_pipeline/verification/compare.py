@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ray_pipeline.verification.cases import Case, Tolerance
+from ray_pipeline.verification.cases import LEAST_MARGIN, Case, Tolerance
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,6 +25,8 @@ class Comparison:
             whose mean is below one (a divergence, a share) is held against one: it may be zero but for rounding.
         weights: largest absolute difference of a weight; `weight` is its name.
         misrouted: tokens that went to another expert, over all steps and layers, of `routed`.
+        seed: of weights and batches. margin: the least difference between the scores of an expert that one process
+            chose and of one that it did not.
     """
 
     losses: list[tuple[float, float]] = field(default_factory=list)
@@ -35,6 +37,8 @@ class Comparison:
     weight: str = ""
     misrouted: int = 0
     routed: int = 0
+    seed: int = 0
+    margin: float = math.inf
 
 
 @dataclass
@@ -77,6 +81,7 @@ def difference(reference: Sequence[float], other: Sequence[float], *, least: flo
 def compare(reference: Trace, trace: Trace) -> Comparison:
     """`trace.loads` must hold the routers of all ranks."""
     out = Comparison(list(zip(reference.losses, trace.losses, strict=False)))
+    out.seed, out.margin = reference.seed, reference.margin
     out.norms = list(zip(reference.norms, trace.norms, strict=False))
     metrics = [
         difference(list(a.values()), [b.get(key, math.nan) for key in a], least=a["tokens"])
@@ -119,4 +124,6 @@ def judge(comparison: Comparison, tolerance: Tolerance) -> list[str]:
             wrong.append(f"{comparison.weight} differs by {comparison.weights:.1e}, more than {tolerance.weights:g}")
         if comparison.misrouted:
             wrong.append(f"{comparison.misrouted} of {comparison.routed} tokens went to another expert")
+    if wrong and comparison.margin < LEAST_MARGIN:
+        wrong.append(f"it may be rounding: two experts' scores came within {comparison.margin:.0e} of each other")
     return wrong

@@ -64,6 +64,8 @@ def print_steps(console: Console, result: Result, tolerance: Tolerance) -> None:
         say(console, f"largest weight difference       {compared.weights:.1e}{where}{allowed}")
         loads = f"{compared.misrouted} of {compared.routed}" if compared.misrouted else f"none of {compared.routed}"
         say(console, f"tokens with another expert      {loads}")
+        margin = f"{compared.margin:.1e}" if math.isfinite(compared.margin) else "none"
+        say(console, f"least margin of a choice        {margin}, seed {compared.seed}")
     print_verdict(console, result)
 
 

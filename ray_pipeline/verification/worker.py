@@ -32,7 +32,7 @@ class Job:
         cases: of one layout, one after another in the same processes.
         references: of each case the trace of one process, written by the layout of one rank and read by the others.
         folder: empty, for the ranks to find each other and for what a stage writes.
-        data: what is trained on; of each case, written with its reference.
+        data: of each case, below which lies what is trained on, by seed; written with its reference.
         timeout: seconds a collective may wait.
     """
 
@@ -112,16 +112,17 @@ def _verify_case(rank: int, job: Job, index: int, mesh: Mesh, device: torch.devi
     import torch.distributed as dist
 
     from ray_pipeline.verification.compare import compare
-    from ray_pipeline.verification.made_data import write_data
-    from ray_pipeline.verification.steps import Trace, take_steps
+    from ray_pipeline.verification.steps import Trace, take_reference, take_steps
     from ray_pipeline.verification.written_results import imported_files
 
     case, path, data = job.cases[index], job.references[index], job.data[index]
+    folder = job.folder / str(index)
     if job.is_reference:
-        write_data(data, case.subject)
-    trace = take_steps(
-        case, mesh, device=device, folder=job.folder / str(index), data=data, whole_batch=job.is_reference
-    )
+        trace = reference = take_reference(case, mesh, device=device, folder=folder, data=data)
+    else:
+        reference = Trace(**torch.load(path, weights_only=True, mmap=True))
+        case, data = case.with_seed(reference.seed), data / str(reference.seed)
+        trace = take_steps(case, mesh, device=device, folder=folder, data=data)
     gathered: list[Any] = [None] * job.layout.gpus
     dist.all_gather_object(gathered, trace.loads)
     answer: dict[str, Any] = {"losses": trace.losses, "norms": trace.norms, "files": imported_files()}
@@ -130,6 +131,6 @@ def _verify_case(rank: int, job: Job, index: int, mesh: Mesh, device: torch.devi
         whole = replace(trace, loads=loads)
         if job.is_reference:
             torch.save(vars(whole), path)
-        reference = Trace(**torch.load(path, weights_only=True))
+            reference = whole
         answer["comparison"] = compare(reference, whole)
     return answer

@@ -35,6 +35,13 @@ def test_a_trace_equals_itself() -> None:
     assert judge(found, Tolerance(0.0, 0.0, 0.0)) == []
 
 
+def test_two_experts_of_the_same_score_are_told_where_something_differs() -> None:
+    close = replace(trace(), margin=6e-8)
+    assert judge(compare(close, trace()), TOLERANCES["fp32"]) == []
+    wrong = judge(compare(close, replace(trace(), norms=[4.01])), TOLERANCES["fp32"])
+    assert wrong[1:] == ["it may be rounding: two experts' scores came within 6e-08 of each other"]
+
+
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
