@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from ray_pipeline.cli.options import check_temperature
+from ray_pipeline.cli.eval_options import levels, sampling, split_names
 from ray_pipeline.cli.output_files import report_writers
 from ray_pipeline.cli.runs import output_dir
 from ray_pipeline.errors import UserError
@@ -22,9 +22,7 @@ if TYPE_CHECKING:
     from ray_pipeline.evaluation.outcome import Report
     from ray_pipeline.evaluation.tasks import Task
 
-SAMPLED_TEMPERATURE = 0.6  # DeepSeek-R1's (arXiv:2501.12948, §3)
 DEFAULT_NEW_TOKENS = 512  # where no run says how long its answers are
-_RANGE = re.compile(r"([1-5])(?:-([1-5]))?")
 
 
 @click.command(name="eval")
@@ -53,6 +51,10 @@ _RANGE = re.compile(r"([1-5])(?:-([1-5]))?")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the whole report here.")
 @click.option("--html", "html_file", type=click.Path(path_type=Path), help="Write a page to read here.")
 @click.option("--report", "reports", multiple=True, metavar="NAME=FILE", help="Write by any other reporter.")
+@click.option(
+    "--backend", type=click.Choice(["auto", "modal"]), default="auto", show_default=True,
+    help="modal: of a RUN there, on Modal's CPUs; the report comes here.",
+)  # fmt: skip
 @click.option("--no-tracking", is_flag=True, help="Tell the run's trackers nothing.")
 @click.option("--list", "list_tasks", is_flag=True, help="Show the tasks and stop.")
 @click.option("--output-dir", "runs_dir", help="Folder of all runs. Default: runs.")
@@ -64,15 +66,15 @@ def evaluate(target: str | None, list_tasks: bool, **options: Any) -> int:
     """
     from rich.console import Console
 
-    from ray_pipeline.report.evaluation.terminal import print_report
+    from ray_pipeline.report.evaluation.terminal import print_report, print_tasks
 
     if list_tasks:
-        print_tasks()
+        print_tasks(Console())
         return 0
     if target is None:
         raise UserError("name what to evaluate: a RUN or a PATH. `--list` shows the tasks.")
     writers = report_writers(options)
-    report = _evaluated(target, options)
+    report = (_evaluated_on_modal if options["backend"] == "modal" else _evaluated)(target, options)
     print_report(Console(), report)
     for write, path in writers:
         write(report, path)
@@ -104,6 +106,35 @@ def _evaluated(target: str, options: dict[str, Any]) -> Report:
     if other is not None:
         reports[0].compare(other)
     return reports[0]
+
+
+def _evaluated_on_modal(run: str, options: dict[str, Any]) -> Report:
+    """As `_evaluated`, of a run whose files are there; a comparison with a report, or with another run there."""
+    from modal_gpu.evaluation import evaluate_there
+    from ray_pipeline.evaluation.outcome import is_report, read_report
+
+    sampling(options)  # refused before a container is rented
+    levels(options["difficulty"])
+    here = ("backend", "compare", "json_file", "html_file", "reports", "runs_dir")
+    sent = {name: value for name, value in options.items() if name not in here}
+
+    def ask(run: str) -> Report:
+        with TemporaryDirectory() as folder:
+            file = Path(folder, "report.json")
+            file.write_text(evaluate_there(run, sent, report_values), encoding="utf-8")
+            return read_report(file)
+
+    other = Path(options["compare"] or "")
+    earlier = read_report(other) if is_report(other) else None
+    report = ask(run)
+    if options["compare"] is not None:
+        report.compare(earlier or ask(options["compare"]))
+    return report
+
+
+def report_values(run: str, options: dict[str, Any]) -> dict[str, Any]:
+    """An evaluation of one model as `--json` writes it."""
+    return _evaluated(run, {**options, "compare": None}).as_json()
 
 
 def _read(path: Path, options: dict[str, Any]) -> Report:
@@ -177,57 +208,6 @@ def make_plan(target: str, options: dict[str, Any]) -> Plan:
     return Plan(models, tasks, settings, ks, earlier)
 
 
-def sampling(options: dict[str, Any]) -> tuple[int, float, tuple[int, ...]]:
-    """Samples, temperature and the k of pass@k.
-
-    Raises:
-        UserError: fewer than one sample, equal samples, or a k that there are too few samples for.
-    """
-    samples, temperature = options["samples"], options["temperature"]
-    if samples < 1:
-        raise UserError(f"--samples {samples}: a question needs at least one answer. Use --samples 1.")
-    if temperature is None:
-        temperature = 0.0 if samples == 1 else SAMPLED_TEMPERATURE
-    check_temperature(temperature)
-    if samples > 1 and temperature == 0:
-        raise UserError(
-            f"--samples {samples} with --temperature 0: greedy answers to a question are all the same. Use a "
-            f"temperature above 0, such as {SAMPLED_TEMPERATURE}, or --samples 1."
-        )
-    if options["ks"] is None:
-        return samples, temperature, tuple(sorted({*(2**i for i in range(samples.bit_length()))} | {samples}))
-    try:
-        ks = tuple(sorted({int(k) for k in options["ks"].split(",")}))
-    except ValueError:
-        raise UserError(f"--k {options['ks']}: must be whole numbers with commas between them, such as 1,4.") from None
-    if ks[0] < 1 or ks[-1] > samples:
-        wrong = ks[0] if ks[0] < 1 else ks[-1]
-        raise UserError(
-            f"--k {wrong}: must be from 1 to the number of samples, {samples}. Use --samples {max(wrong, 1)}."
-        )
-    return samples, temperature, ks
-
-
-def levels(given: str | None) -> tuple[int, ...] | None:
-    """`1-3` -> (1, 2, 3).
-
-    Raises:
-        UserError: not such a range.
-    """
-    if given is None:
-        return None
-    match = _RANGE.fullmatch(given.strip())
-    low, high = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
-    if low > high:
-        raise UserError(f"--difficulty {given}: must be a level from 1 to 5, or two with a dash between, like 1-3.")
-    return tuple(range(low, high + 1))
-
-
-def split_names(given: str) -> list[str]:
-    """Names with commas between them."""
-    return [name.strip() for name in given.split(",") if name.strip()]
-
-
 def _ask(plan: Plan, source: ModelSource) -> Report:
     """Load one model and ask it everything."""
     from ray_pipeline.cli.eval_progress import AskProgress
@@ -274,18 +254,3 @@ def _track(reports: list[Report]) -> None:
             continue
         if name is not None:
             click.echo(f"Tracked as {name}", err=True)
-
-
-def print_tasks() -> None:
-    """Names, what may stand behind the colon, and what they ask."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    from ray_pipeline.evaluation.tasks import known_tasks
-
-    table = Table("task", "what it asks", box=None)
-    for entry in known_tasks().values():
-        name = f"{entry.name}:{entry.takes}" if entry.takes else entry.name
-        table.add_row(Text(name), Text(entry.summary))
-    Console().print(table)

@@ -13,6 +13,7 @@ from modal_gpu import gpus
 from modal_gpu.run_registry import Registry
 from ray_pipeline.cli import main
 from ray_pipeline.dag.ledger import read_record, read_status
+from ray_pipeline.evaluation.outcome import read_report
 from ray_pipeline.records.metrics_file import read_metrics
 from ray_pipeline.settings.run_folder import CHECKPOINTS
 from ray_pipeline.settings.schema import TRAINING_STAGES
@@ -91,6 +92,14 @@ def test_a_run_that_is_taken_away_in_each_stage(
     assert f"name: {text}" in stored and "backend: modal" in stored and str(tmp_path / "mnt") not in stored
     state = Registry().read("toy")
     assert state is not None and state.ended and Registry().holder("toy") is None
+
+    # The model answers there, on CPUs, as it does here.
+    ask = ["eval", "toy", "--stage", "sft", "--limit", "8"]
+    assert main([*ask, "--backend", "modal", "--json", str(tmp_path / "there.json")]) == 0
+    assert main([*ask, *place, "--no-tracking", "--json", str(tmp_path / "here.json")]) == 0
+    said = [read_report(tmp_path / f"{name}.json").tasks[0].items for name in ("there", "here")]
+    assert len(said[0]) == 8 and said[0] == said[1]
+    assert containers.of("evaluate")
 
     # At home everything is finished; a change runs what depends on it, on Modal again, in another layout.
     capfd.readouterr()

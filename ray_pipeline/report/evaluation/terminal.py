@@ -8,6 +8,7 @@ from rich.text import Text
 
 from ray_pipeline.evaluation.outcome import Report
 from ray_pipeline.evaluation.results import TaskResult
+from ray_pipeline.evaluation.tasks import known_tasks
 from ray_pipeline.report.evaluation.wording import (
     accuracy_text,
     model_text,
@@ -37,6 +38,15 @@ def print_report(console: Console, report: Report, *, samples: int = 1) -> None:
         _print_samples(console, task, samples)
     if report.comparison:
         console.print(_comparison(report))
+
+
+def print_tasks(console: Console) -> None:
+    """Names, what may stand behind the colon, and what they ask."""
+    table = Table("task", "what it asks", box=None)
+    for entry in known_tasks().values():
+        name = f"{entry.name}:{entry.takes}" if entry.takes else entry.name
+        table.add_row(Text(name), Text(entry.summary))
+    console.print(table)
 
 
 def _warn(console: Console, text: str) -> None:
