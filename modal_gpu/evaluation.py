@@ -43,11 +43,14 @@ def evaluate_there(run: str, options: dict[str, Any], evaluate: Evaluate) -> str
             secrets=[] if options["no_tracking"] else secrets_of(config, dict(os.environ)),
             cpu=STAGE_CPUS, memory=STAGE_MIB, timeout=int(min(config.modal.timeout_seconds, LONGEST)),
         )(answer)  # fmt: skip
+        found: dict[str, str] | None = None
         with modal.enable_output(), app.run():
             found = function.remote(there.run, {**options, "runs_dir": RUNS}, config.modal.volume, evaluate)
+    if found is None:  # after Ctrl-C, which Modal's client swallows; the app has ended with it
+        raise KeyboardInterrupt
     if "refused" in found:
         raise UserError(f"on Modal: {found['refused']}")
-    return str(found["report"])
+    return found["report"]
 
 
 def _settings(stored: bytes, run: str) -> PipelineFields:

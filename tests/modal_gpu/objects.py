@@ -98,10 +98,16 @@ class Objects:
         known = next((key for key, image in self.world.images.items() if image == request.image), None)
         key = known or self.world.new("im")
         self.world.images[key] = request.image
-        done = pb.GenericResult(status=pb.GenericResult.GENERIC_STATUS_SUCCESS)
+        done = pb.GenericResult(status=pb.GenericResult.GENERIC_STATUS_SUCCESS) if self.world.building is None else None
         return pb.ImageGetOrCreateResponse(
             image_id=key, result=done, metadata=pb.ImageMetadata(image_builder_version=request.builder_version)
         )
+
+    async def do_ImageJoinStreaming(self, _: pb.ImageJoinStreamingRequest) -> Any:
+        yield pb.ImageJoinStreamingResponse(task_logs=[pb.TaskLogs(data="Step 1/3 : FROM nvidia/cuda\n")])
+        assert self.world.building is not None
+        self.world.building()
+        await asyncio.sleep(60)
 
     def do_MountGetOrCreate(self, request: pb.MountGetOrCreateRequest) -> pb.MountGetOrCreateResponse:
         return pb.MountGetOrCreateResponse(

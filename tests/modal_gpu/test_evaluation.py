@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
 import time
 from pathlib import Path
 
@@ -46,6 +49,13 @@ def test_a_container_without_gpus_answers_beside_the_files(launched: World, caps
     assert app.app_state == pb.APP_STATE_EPHEMERAL, "it ends with this program"
     assert main([*ASK, "--no-tracking"]) == 2
     assert list(launched.created()["evaluate"].function.secret_ids) == []
+
+
+def test_ctrl_c_ends_it_there(launched: World) -> None:
+    began(launched)
+    launched.start = lambda *_: threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+    assert main(ASK) == 130
+    assert launched.requests(pb.AppClientDisconnectRequest), "with which Modal ends the app and its containers"
 
 
 @pytest.mark.parametrize(

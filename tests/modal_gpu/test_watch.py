@@ -161,6 +161,20 @@ def test_ctrl_c_before_the_call_starts_nothing(
     assert not world.calls
 
 
+def test_ctrl_c_while_the_image_is_built_starts_nothing_and_the_same_command_goes_on(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    flags = ["--gpus", "1", "--yes", "--detach", "--run-name", "toy", "--output-dir", str(tmp_path / "runs")]
+    world.building = lambda: threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+    assert main(["run", "--backend", "modal", *flags]) == 130
+    said = capsys.readouterr()
+    assert "Nothing was started on Modal." in said.err and "FROM nvidia/cuda" in said.out
+    assert not world.calls and Registry().holder("toy") is None
+    world.building = None
+    assert main(["run", "--backend", "modal", *flags]) == 0
+    assert list(world.calls) == ["fc-1"]
+
+
 def test_ctrl_c_while_it_is_fetched_says_how_to_go_on(
     launched: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -51,6 +51,7 @@ class World:
     unknown: list[str] = field(default_factory=list)
     errors: dict[str, GRPCError] = field(default_factory=dict)  # by name of the method
     delay: float = 0.0
+    building: Callable[[], None] | None = None  # called when somebody waits for an image, which is never ready then
     start: Callable[[World, Call], None] | None = None
     end: Callable[[World, Call, bool], None] | None = None
     numbers: dict[str, int] = field(default_factory=dict)

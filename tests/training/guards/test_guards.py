@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
@@ -20,8 +20,10 @@ from ray_pipeline.records.metrics_file import read_metrics
 from ray_pipeline.settings.checks import problems
 from ray_pipeline.settings.guards_config import GuardsConfig
 from ray_pipeline.settings.schema import LayoutConfig, OptimizerConfig, PipelineFields
+from ray_pipeline.training.guards.detectors import BEFORE_THE_STEP
 from ray_pipeline.training.guards.guards import Guards
 from tests.engine.test_parity import CONFIG, make_batch
+from tests.training.guards.test_detectors import FAULTS, WARM, sound
 from tests.training.toy_run import arguments, train
 
 STAGE = Path("toy", "pretrain-0")
@@ -55,6 +57,39 @@ def test_more_than_a_warning_is_for_the_trainer_to_act_on(tmp_path):
     with pytest.raises(UserError, match=r"sft: loss spike at step 21: .* went back 2 times before.*max_rewinds=2"):
         again.rewound(found, 15)
     assert interventions_text(read_interventions(tmp_path))[1].endswith("went back to step 15; skipped step 20, 21")
+
+
+@pytest.mark.parametrize(
+    ("name", "policy"),
+    [(name, policy) for name in FAULTS for policy in get_args(get_type_hints(GuardsConfig)[name])],
+)
+def test_every_guard_has_every_policy_that_it_takes(tmp_path, name, policy):
+    """Fed as the trainer feeds it: what it is to act on, or a warning kept with the stage."""
+    others = {other: "stop" if other == "not_finite" else "off" for other in FAULTS if other != name}
+    watch, figures = guards(tmp_path, **{**others, name: policy}), sound()
+    early = any(make.__name__ == name for make in BEFORE_THE_STEP)
+    look = watch.look_before if early else watch.look_after
+    assert [look(step, next(figures)) for step in range(1, WARM + 1)] == [None] * WARM
+    found = [look(WARM + step, next(figures) | FAULTS[name]) for step in range(1, 11)]
+    acted = [finding for finding in found if finding is not None]
+    told = read_interventions(tmp_path)
+    if policy in ("off", "warn"):
+        assert acted == []
+        kept = [(event["guard"], event["policy"]) for event in told]
+        assert kept == ([(name.replace("_", " "), "warn")] if policy == "warn" else [])
+        return
+    assert (acted[0].guard, acted[0].policy) == (name, policy)
+    assert WARM < acted[0].began <= acted[0].step <= WARM + 10
+    if policy == "skip":
+        watch.skipped(acted[0])
+        assert watch.left_out == {acted[0].step} == guards(tmp_path, **{name: policy}).left_out
+    elif policy == "rewind":
+        watch.rewound(acted[0], WARM)
+        assert acted[0].step in guards(tmp_path, **{name: policy}).left_out
+    else:
+        assert f"sft: {acted[0].name} at step {acted[0].step}: " in str(watch.stop(acted[0]))
+    (event,) = read_interventions(tmp_path)
+    assert (event["guard"], event["policy"]) == (acted[0].name, policy)
 
 
 def test_off_is_off(tmp_path):
