@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,10 +13,11 @@ import torch
 
 from model.transformer import Transformer
 from ray_pipeline.data.rows.loader import PackedRows
-from ray_pipeline.data.rows.packing import pack_documents
+from ray_pipeline.data.rows.packing import Row, pack_documents, pack_placed
 from ray_pipeline.data.rows.shards import write_rows
 from ray_pipeline.launch.stage_context import StageContext, StageResult
 from ray_pipeline.records.artifacts import load_model
+from ray_pipeline.records.metrics_file import read_metrics
 from ray_pipeline.settings.schema import PipelineFields
 from ray_pipeline.stages import pretrain
 from tests.settings.test_init_from import CONFIG, load, write
@@ -34,9 +38,29 @@ def write_data(folder: Path) -> None:
     (folder / "manifest.json").write_text(json.dumps({"unigram_entropy": 5.5}))
 
 
-def start(folder: Path, config: PipelineFields) -> StageResult:
-    write_data(folder / "data")
-    settings = {"pretrain": config.pretrain.model_copy(update={"steps": 3, "batch_size": 4}), "run_name": "toy"}
+def write_foreign_first(folder: Path) -> None:
+    """Held-out rows of two sources: first a few of tokens that nothing is trained on, then many like the trained."""
+    texts = [(0, [200 + (11 * i * j) % 97 for j in range(40)]) for i in range(6)]
+    texts += [(1, [(7 * i + 3 * j) % 50 for j in range(40)]) for i in range(40)]
+    held: Counter[int] = Counter()
+
+    def rows() -> Iterator[Row]:
+        for row, source, _ in pack_placed(texts, 32, 0):
+            held[source] += 1
+            yield row
+
+    target = folder / "pretrain" / "validation"
+    shutil.rmtree(target)
+    write_rows(
+        target, rows(), seq_len=32, vocab_size=320, tokens_per_shard=10**6,
+        sources=lambda: {("foreign", "own")[source]: count for source, count in held.items()},
+    )  # fmt: skip
+
+
+def start(folder: Path, config: PipelineFields, steps: int = 3) -> StageResult:
+    if not (folder / "data").exists():
+        write_data(folder / "data")
+    settings = {"pretrain": config.pretrain.model_copy(update={"steps": steps, "batch_size": 4}), "run_name": "toy"}
     config = config.model_copy(update=settings)
     inputs = {"data_prep": StageResult(folder / "data")}
     (folder / "pretrain").mkdir()
@@ -73,3 +97,18 @@ def test_a_model_that_does_not_beat_the_weights_it_was_given_learned_nothing(tmp
     result = start(tmp_path, config)
     assert result.learned is False
     assert result.baselines["input_loss"] == 1.9
+
+
+def test_the_best_checkpoint_and_the_verdict_go_by_all_sources(tmp_path):
+    """On the first source it gets worse from the first evaluation on."""
+    write_data(tmp_path / "data")
+    write_foreign_first(tmp_path / "data")
+    changes = {"tracking.wandb": False, "pretrain.optimizer.warmup_steps": 0, "pretrain.optimizer.lr": 3e-3}
+    config = load(write(tmp_path / "given"), changes | {"pretrain.eval_every": 10, "pretrain.checkpoint_every": 10})
+    result = start(tmp_path, config, steps=30)
+    lines = [line for line in read_metrics(tmp_path / "pretrain") if "val/validation_loss" in line]
+    foreign, whole = ([line[f"val/validation_loss{name}"] for line in lines] for name in ("/foreign", ""))
+    assert foreign == sorted(foreign) and foreign[0] < foreign[-1]
+    assert whole == sorted(whole, reverse=True)
+    assert json.loads((tmp_path / "pretrain/checkpoints/best.json").read_text())["step"] == 30
+    assert result.learned and result.metrics["validation_loss"] < result.baselines["input_loss"]
