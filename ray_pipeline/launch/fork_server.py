@@ -9,7 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -47,6 +47,19 @@ def environment(variables: Mapping[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
+def share_cores() -> None:
+    """Let the threads of this process, a rank on CPUs, work until they wait (Linux's SCHED_BATCH).
+
+    Otherwise every message that wakes a rank pushes another one off its core. Where ranks outnumber cores that takes
+    half of all time (docs/launch-and-faults.md has what was measured).
+    """
+    if not hasattr(os, "SCHED_BATCH"):  # another system than Linux
+        return
+    for thread in os.listdir("/proc/self/task"):  # gloo's are there already in a worker of Ray Train
+        with suppress(OSError):  # it has ended, or a container forbids it
+            os.sched_setscheduler(int(thread), os.SCHED_BATCH, os.sched_param(0))
+
+
 def start_ranks(
     function: Callable[..., None], args: tuple[Any, ...], ranks: int, variables: Mapping[str, str]
 ) -> ProcessContext:
@@ -63,6 +76,7 @@ def _rank(rank: int, variables: Mapping[str, str], function: Callable[..., None]
     """Body of one process: the server's environment is that of its start, so the starter's comes with the job."""
     import torch
 
+    share_cores()
     os.environ.clear()
     os.environ.update(variables)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))

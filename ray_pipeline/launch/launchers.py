@@ -20,7 +20,7 @@ from typing import Any, cast
 
 from ray_pipeline.errors import UserError
 from ray_pipeline.launch.cluster import alive, cpus_per_rank
-from ray_pipeline.launch.fork_server import start_ranks
+from ray_pipeline.launch.fork_server import share_cores, start_ranks
 from ray_pipeline.launch.frozen_ranks import SECONDS, FrozenWatch
 from ray_pipeline.launch.rank_errors import (
     ERRORS,
@@ -151,6 +151,8 @@ def _ray_rank(job: dict[str, Any]) -> dict[str, Any] | None:
     """What every Ray Train worker runs."""
     import ray.train
 
+    if job["device"] == "cpu":
+        share_cores()
     folder = Path(job["arguments"]["folder"])
     if any(entry["user_error"] for entry in rank_errors(folder)):
         # Ray Train restarts after any error, but a user's mistake stays one: end at once, the launcher tells it.
@@ -240,6 +242,7 @@ class RayLauncher:
                 "function": function,
                 "arguments": arguments,
                 "sizes": self.sizes,
+                "device": self.device,
                 "timeout": self.timeout_seconds,
             },
             torch_config=TorchConfig(

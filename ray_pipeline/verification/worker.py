@@ -13,6 +13,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ray_pipeline.launch.fork_server import share_cores
 from ray_pipeline.layout.layout import Layout
 from ray_pipeline.verification.cases import Case
 
@@ -59,6 +60,8 @@ def run_rank(rank: int, job: Job, connection: Connection) -> None:
     """
     from model.parallel.collectives import CollectiveFailed
 
+    if job.layout.device == "cpu":
+        share_cores()
     _write_to(job.log(rank))
     faulthandler.register(WHERE)  # the launcher asks a rank that hangs where it is
     try:
