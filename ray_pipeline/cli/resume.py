@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from ray_pipeline.cli.options import chain_options, layout_options, rent_options, stage_options, take_request
-from ray_pipeline.cli.run import can_resume, checked, executor
+from ray_pipeline.cli.run import worked_on
 from ray_pipeline.cli.runs import find_run, output_dir
 
 
@@ -24,7 +24,4 @@ def resume(run: str, **options: Any) -> int:
     """Go on with RUN from its last checkpoint, with the settings it was started with."""
     given = take_request(options)
     run_dir = find_run(run, output_dir(options["output_dir"]))
-    config = given.load_stored(run_dir)
-    request = checked(config, options, resume=True)
-    with can_resume(request.config):
-        return executor(config)(request)
+    return worked_on(given.load_stored(run_dir), options, resume=True)

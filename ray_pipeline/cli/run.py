@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -18,7 +18,7 @@ from ray_pipeline.cli.options import (
     stage_options,
     take_request,
 )
-from ray_pipeline.cli.runs import output_dir
+from ray_pipeline.cli.runs import bring, folder_here, kept_alike, output_dir
 from ray_pipeline.errors import UserError, command
 from ray_pipeline.settings.run_folder import CONFIG_FILE
 
@@ -37,16 +37,32 @@ if TYPE_CHECKING:
 @rent_options
 def run(**options: Any) -> int:
     """Train: every stage, or those asked for. What is already done with the same settings is not done again."""
+    from ray_pipeline.dag.identity import default_run_name
+
+    if "://" in (options["output_dir"] or ""):
+        options["output_dir"] = str(output_dir(options["output_dir"]))
     given = take_request(options)
-    folder = output_dir(options["output_dir"])
-    stored = folder / (options["run_name"] or "") / CONFIG_FILE
+    stored = output_dir(options["output_dir"]) / (options["run_name"] or "") / CONFIG_FILE
+    if options["run_name"] and options["config"] is None:
+        bring(stored.parent)
     if options["run_name"] and options["config"] is None and stored.is_file():
         config = given.load_stored(stored.parent.absolute())
     else:
         config = given.load()
-    request = checked(config, options)
-    with can_resume(request.config):
-        return executor(config)(request)
+    place = {"output_dir": folder_here(config.output_dir), "run_name": config.run_name or default_run_name(config)}
+    config = config.model_copy(update=place)
+    return worked_on(config, options)
+
+
+def worked_on(config: PipelineFields, options: dict[str, Any], *, resume: bool = False) -> int:
+    """Check what is asked for and do it; a run of a bucket is brought here first and kept there meanwhile."""
+    run_dir = (config.output_dir / str(config.run_name)).absolute()
+    if options["dry_run"]:
+        bring(run_dir)
+    with nullcontext() if options["dry_run"] else kept_alike(run_dir):
+        request = checked(config, options, resume=resume)
+        with can_resume(request.config):
+            return executor(config)(request)
 
 
 def checked(config: PipelineFields, options: dict[str, Any], *, resume: bool = False) -> RunRequest:
@@ -55,14 +71,12 @@ def checked(config: PipelineFields, options: dict[str, Any], *, resume: bool = F
     Raises:
         UserError: stages that do not exist, a layout that cannot run, inputs that cannot be read, too little memory.
     """
-    from ray_pipeline.dag.identity import default_run_name
     from ray_pipeline.dag.request import RunRequest, StageSelection
     from ray_pipeline.launch.cluster import named_cluster
 
     stages = StageSelection(only=options["stage"], from_=options["from_"], until=options["until"])
     stages.check()
     notices(config)
-    config = config.model_copy(update={"run_name": config.run_name or default_run_name(config)})
     cluster = named_cluster() if config.backend != "modal" else None
     if options["detach"] and config.backend != "modal":
         raise UserError("--detach: a run on this machine ends with the terminal. Add --backend modal, or use nohup.")

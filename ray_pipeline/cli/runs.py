@@ -1,20 +1,92 @@
-"""Finds runs by name, and what their finished stages left behind. A run is a folder that holds config.yaml."""
+"""Finds runs by name, and what their finished stages left behind. A run is a folder that holds config.yaml.
+
+A folder of runs may be in a bucket, under an address such as s3://BUCKET/runs: each run is worked on, and read, in a
+copy in the user's cache, whose folder remembers the address.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
 
 from ray_pipeline.errors import UserError, command, did_you_mean, resume_command
 from ray_pipeline.settings.run_folder import CONFIG_FILE
 
+if TYPE_CHECKING:
+    from ray_pipeline.records.buckets.kept_run import KeptRun
+
+ADDRESS_FILE = ".address"  # in a folder of copies: where its runs are kept
+
 
 def output_dir(given: str | None) -> Path:
-    """The folder of all runs: flag, environment, or the default."""
+    """The folder of all runs: flag, environment, or the default; of runs in a bucket the folder of their copies."""
     from ray_pipeline.settings.layers import ENV_PREFIX
     from ray_pipeline.settings.schema import PipelineFields
 
-    return Path(given or os.environ.get(f"{ENV_PREFIX}OUTPUT_DIR") or PipelineFields.model_fields["output_dir"].default)
+    default = PipelineFields.model_fields["output_dir"].default
+    return folder_here(given or os.environ.get(f"{ENV_PREFIX}OUTPUT_DIR") or default)
+
+
+def folder_here(place: str | Path) -> Path:
+    """A folder as it is, or where the runs under an address have their copies.
+
+    Raises:
+        UserError: an address of no known kind.
+    """
+    if isinstance(place, Path):  # of a recipe, where a path has made one slash of two
+        place = re.sub(r"^([a-z][a-z0-9+.-]+):/(?!/)", r"\1://", str(place))
+    if "://" not in place:
+        return Path(place)
+    from ray_pipeline.records.artifacts import write_text
+    from ray_pipeline.records.buckets.bucket import Bucket
+    from ray_pipeline.serving.environments import cache_folder
+
+    address = Bucket(place).address
+    folder = cache_folder() / "runs" / hashlib.sha256(address.encode()).hexdigest()[:12]
+    if not (folder / ADDRESS_FILE).is_file():
+        write_text(folder / ADDRESS_FILE, address)
+    return folder
+
+
+def kept_run(run_dir: Path) -> KeptRun | None:
+    """The run in its bucket; None where it is kept here alone."""
+    note = run_dir.parent / ADDRESS_FILE
+    if not note.is_file():
+        return None
+    from ray_pipeline.records.buckets.kept_run import KeptRun
+
+    return KeptRun(note.read_text(encoding="utf-8").strip(), run_dir)
+
+
+def bring(run_dir: Path) -> None:
+    """Make the copy of a run like its bucket's, unless a process of this machine works on it."""
+    from ray_pipeline.dag.ledger import lock_holder
+
+    kept = kept_run(run_dir)
+    if kept is not None and lock_holder(run_dir) is None and kept.exists():
+        kept.bring(checkpoints=False)
+        click.echo(f"{kept.bucket.address}: read in {run_dir}; what is written there goes up with `resume`", err=True)
+
+
+@contextmanager
+def kept_alike(run_dir: Path) -> Iterator[None]:
+    """While a run is worked on: its bucket gets what is written, and nobody else works on it there."""
+    run = kept_run(run_dir)
+    if run is None:
+        yield
+        return
+    from ray_pipeline.records.buckets.lease import kept
+
+    with kept(run):
+        yield
+    click.echo(f"Kept in {run.bucket.address}")
 
 
 def list_runs(folder: Path) -> list[Path]:
@@ -31,6 +103,8 @@ def find_run(name: str, folder: Path) -> Path:
     Raises:
         UserError: no such run, listing those there are.
     """
+    if name and "/" not in name:
+        bring(folder / name)
     for candidate in (folder / name, Path(name)):
         if name and (candidate / CONFIG_FILE).is_file():
             return candidate.absolute()

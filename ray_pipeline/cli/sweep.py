@@ -136,6 +136,8 @@ def folder_of(sweep: Sweep, options: dict[str, Any]) -> Path:
     name = options["name"] or f"sweep-{sweep.base.recipe}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
         raise UserError(f"--name {name}: a folder's name has letters, digits, dots and dashes, 100 at most.")
+    if "://" in str(options["output_dir"]):
+        raise UserError(f"--output-dir {options['output_dir']}: a sweep needs a folder here. `run` takes an address.")
     return (output_dir(options["output_dir"]) / name).absolute()
 
 

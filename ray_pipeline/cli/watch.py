@@ -60,7 +60,7 @@ def files_at(address: str) -> RunFiles:
         from modal_gpu.verbs import files_of
 
         return files_of(address.removeprefix(ON_MODAL))
-    from ray_pipeline.records.mirror import Bucket
+    from ray_pipeline.records.buckets.bucket import Bucket
 
     return Bucket(address)
 

@@ -236,15 +236,10 @@ class RayLauncher:
             "failure_config": FailureConfig(max_failures=self.max_restarts),
             "worker_runtime_env": {"env_vars": worker_environment(self.ranks, cores, self.device)},
         }
+        job = {"function": function, "arguments": arguments, "sizes": self.sizes, "timeout": self.timeout_seconds}
         trainer: Any = TorchTrainer(
             cast(Any, _ray_rank),
-            train_loop_config={
-                "function": function,
-                "arguments": arguments,
-                "sizes": self.sizes,
-                "device": self.device,
-                "timeout": self.timeout_seconds,
-            },
+            train_loop_config=job | {"device": self.device},
             torch_config=TorchConfig(
                 backend="gloo" if self.device == "cpu" else "cpu:gloo,cuda:nccl", timeout_s=int(self.timeout_seconds)
             ),

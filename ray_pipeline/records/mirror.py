@@ -1,6 +1,6 @@
 """A run that is worked on elsewhere, as a folder here: its small files, copied again as they change.
 
-A bucket is read by fsspec; what else gives a run's files (`RunFiles`), such as a volume of Modal's, is given.
+Whatever gives a run's files (`RunFiles`) is read: a bucket, a volume of Modal's.
 """
 
 from __future__ import annotations
@@ -9,12 +9,11 @@ import re
 import threading
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
-
-import fsspec
+from typing import Protocol
 
 from ray_pipeline.errors import UserError, first_line
 from ray_pipeline.records.artifacts import atomic_path
+from ray_pipeline.records.buckets.bucket import STAGE
 from ray_pipeline.settings.run_folder import (
     CONFIG_FILE,
     GUARDS_FILE,
@@ -29,7 +28,6 @@ from ray_pipeline.settings.run_folder import (
 
 EVERY = 5.0  # seconds between looks
 OVERLAP = 256  # bytes of a file that grows which are read again, to see that it is the same file
-STAGE = r"[a-z_]+-[0-9a-f]+(\.again)?"
 STATUS = r"status-\d+\.json"  # where each rank stands, in errors/
 # What progress is told by, by its path below the run; nothing else is read, however large a run is.
 SHOWN = re.compile(
@@ -49,45 +47,6 @@ class RunFiles(Protocol):
     def read(self, name: str, start: int) -> bytes:
         """A file's bytes from `start` on."""
         ...
-
-
-class Bucket:
-    """A run's folder under an address that fsspec reads: s3://, gs://, hf://, sftp://, ...
-
-    Raises:
-        UserError: no such protocol, or its package is not installed.
-    """
-
-    def __init__(self, address: str):
-        self.address = address
-        try:
-            self._system, self._folder = fsspec.core.url_to_fs(address, use_listings_cache=False)
-        except ImportError as error:  # it names the package
-            raise UserError(f"{address}: {first_line(error).rstrip('.')} (pip install it), then run again.") from None
-        except ValueError as error:
-            raise UserError(f"{address}: {first_line(error)}. Give an address such as s3://BUCKET/runs/RUN.") from None
-
-    def files(self) -> Mapping[str, tuple[int, object]]:
-        """Of the folders in which something is shown alone: checkpoints are not listed."""
-        found: dict[str, tuple[int, object]] = {}
-        folders = [""]
-        for folder in folders:
-            for entry in self._system.ls(f"{self._folder}/{folder}".rstrip("/"), detail=True):
-                name = f"{folder}/{entry['name'].rstrip('/').rpartition('/')[2]}".lstrip("/")
-                if entry["type"] == "file":
-                    found[name] = int(entry["size"] or 0), _version(entry)
-                elif re.fullmatch(rf"{STAGE}(/({LOGS}|errors))?", name):
-                    folders.append(name)
-        return found
-
-    def read(self, name: str, start: int) -> bytes:
-        return bytes(self._system.cat_file(f"{self._folder}/{name}", start=start))
-
-
-def _version(entry: Mapping[str, Any]) -> object:
-    """What the store says of a file's state; stores have names of their own for it."""
-    names = ("ETag", "etag", "mtime", "LastModified", "last_modified", "updated", "created")
-    return next((str(entry[name]) for name in names if entry.get(name)), None)
 
 
 class Mirror:

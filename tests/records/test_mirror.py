@@ -10,8 +10,9 @@ import fsspec
 import pytest
 
 from ray_pipeline.errors import UserError
+from ray_pipeline.records.buckets.bucket import Bucket
 from ray_pipeline.records.metrics_file import NewLines
-from ray_pipeline.records.mirror import Bucket, Mirror
+from ray_pipeline.records.mirror import Mirror
 
 WORK = "grpo-cccccccccc"
 
