@@ -124,8 +124,10 @@ def latest_run(folder: Path) -> Path:
     """The run changed last.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or they are in a bucket, of which the copies here need not be all.
     """
+    if (note := folder / ADDRESS_FILE).is_file():
+        raise UserError(f"{note.read_text(encoding='utf-8')}: name the RUN; those of a bucket are brought one by one.")
     runs = list_runs(folder)
     if not runs:
         raise UserError(no_runs(folder))

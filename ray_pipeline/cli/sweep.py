@@ -21,7 +21,7 @@ from ray_pipeline.cli.input_checks import check_inputs
 from ray_pipeline.cli.options import layout_options, recipe_options, take_request
 from ray_pipeline.cli.output_files import check_output_file, has_keys
 from ray_pipeline.cli.run import layout_there, notices
-from ray_pipeline.cli.runs import output_dir
+from ray_pipeline.cli.runs import ADDRESS_FILE, output_dir
 from ray_pipeline.errors import UserError, command
 
 if TYPE_CHECKING:
@@ -136,9 +136,10 @@ def folder_of(sweep: Sweep, options: dict[str, Any]) -> Path:
     name = options["name"] or f"sweep-{sweep.base.recipe}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
         raise UserError(f"--name {name}: a folder's name has letters, digits, dots and dashes, 100 at most.")
-    if "://" in str(options["output_dir"]):
-        raise UserError(f"--output-dir {options['output_dir']}: a sweep needs a folder here. `run` takes an address.")
-    return (output_dir(options["output_dir"]) / name).absolute()
+    place = output_dir(options["output_dir"])
+    if (place / ADDRESS_FILE).is_file():
+        raise UserError("--output-dir: a sweep needs a folder of this machine or cluster; `run` takes an address.")
+    return (place / name).absolute()
 
 
 def stored(options: dict[str, Any]) -> Sweep:
