@@ -1,4 +1,4 @@
-"""The default recipe takes the same PRETRAIN steps in every layout."""
+"""The same PRETRAIN steps in every layout of the default recipe; layers set by hand and large seeds, to the end."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from ray_pipeline.records.metrics_file import read_metrics
-from tests.pipeline.driving import finish, stages, start
+from ray_pipeline.settings.section import MOST_SEED
+from tests.pipeline.driving import TOY, finish, stages, start
 
 STEPS = 50
 LAYOUTS = {
@@ -36,3 +37,12 @@ def test_pipeline_and_zero_give_the_losses_of_one_process_over_50_steps(tmp_path
     for name in ("pp3", "dp2"):
         got = losses(tmp_path, name)
         torch.testing.assert_close(got, reference, rtol=0, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_layers_set_by_hand_and_the_largest_seed_go_through_every_stage(tmp_path):
+    """The student has fewer layers than the hand-set parts add up to, and is balanced instead."""
+    flags = ("--gpus", "2", "--pp-size", "2", "--pp-layout", "E+1|3+H", "--seed", str(MOST_SEED), "--no-wandb")
+    finish(start("run", "--config", str(TOY), "--run-name", "toy", *flags, folder=tmp_path), tmp_path)
+    found = stages(tmp_path, "toy")
+    assert {entry["status"] for entry in found.values()} <= {"done", "learned_nothing"}
+    assert {"pretrain", "sft", "grpo", "distillation", "export"} <= found.keys()
