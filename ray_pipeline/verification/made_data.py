@@ -23,7 +23,7 @@ from ray_pipeline.verification.cases import Subject
 STORED = 23  # rows, pairs, or twice as many conversations: no multiple of a batch, so that batches cross epochs
 PAD = 0
 SAMPLER_NOISE = 0.05  # nats between the sampler's log-probabilities and those of a uniform guess
-FINISHED = 0.6  # share of answers that are not cut off
+FINISHED = 0.6  # share of the other answers that are not cut off
 
 Draw = Callable[[int, int], NDArray[np.int64]]  # token ids, as many as a draw between two numbers says
 
@@ -78,8 +78,8 @@ def _pairs(draw: Draw, half: int) -> Callable[[int], Iterator[Row]]:
 
 
 def made_groups(subject: Subject, settings: GrpoConfig, iteration: int) -> list[Group]:
-    """Answers of one iteration. Some of each group are cut off: they score nothing, and with `mask_truncated` train
-    nothing.
+    """Answers of one iteration. Of each group the first is cut off, maybe others, and never the second: those that are
+    score nothing, and with `mask_truncated` train nothing.
 
     What is trained thus scores above its group's mean. Advantages of both signs add up to nothing: the policy's loss
     would pass zero again and again, where a relative difference is rounding divided by nothing.
@@ -92,7 +92,7 @@ def made_groups(subject: Subject, settings: GrpoConfig, iteration: int) -> list[
         for sample in range(settings.group_size):
             answer = rng.integers(1, vocab, rng.integers(1, settings.max_new_tokens + 1)).tolist()
             logprobs = (rng.uniform(-SAMPLER_NOISE, SAMPLER_NOISE, len(answer)) - log(vocab)).tolist()
-            finished = sample > 0 and bool(rng.random() < FINISHED)
+            finished = sample > 0 and (bool(rng.random() < FINISHED) or sample == 1)
             reward = finished * (1 + 0.2 * float(rng.random()))
             group.append(Marked(Completion(prompt, answer, logprobs, finished), reward, question=question))
         groups.append(group)

@@ -116,3 +116,12 @@ def test_made_up_answers_that_are_trained_score_above_their_groups_mean() -> Non
     assert (
         settings.mask_truncated and len({len(rollout.completion.tokens) for group in groups for rollout in group}) > 3
     )
+
+
+def test_every_batch_of_answers_trains_something_whatever_the_seed() -> None:
+    subject = small_subject(Layout())
+    settings = stage_config(Case(subject, Layout(), stage="grpo")).grpo
+    for seed in range(50):
+        for iteration in range(20):
+            for group in made_groups(replace(subject, seed=seed), settings, iteration):
+                assert [marked.completion.finished for marked in group][:2] == [False, True]
