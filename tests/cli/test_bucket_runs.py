@@ -47,7 +47,19 @@ def test_nothing_is_written_here_under_an_addresss_name(tmp_path: Path, capsys: 
     assert main(["run", "--config", str(recipe), "--dry-run"]) == 0
     assert main(["run", "--output-dir", "memory://bucket/planned", "--dry-run"]) == 0
     assert {path.name for path in tmp_path.iterdir()} == {"mine.yaml", "cache"}
-    with pytest.raises(UserError, match="Protocol not known: nosuch"):
-        folder_here("nosuch://bucket")
     assert main(["sweep", "--config", "smoke", "--grid", "sft.steps=1,2", "--output-dir", "memory://bucket/s"]) == 2
     assert "a sweep needs a folder of this machine" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("address", "said"),
+    [
+        ("nosuch://bucket", "Protocol not known: nosuch"),
+        ("s3://", "names no place in a store"),
+        ("://x", "names no place in a store"),
+        ("github://x", "missing 2 required positional arguments"),
+    ],
+)
+def test_what_is_no_store_is_refused(address: str, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        folder_here(address)

@@ -25,13 +25,17 @@ class Bucket:
     """
 
     def __init__(self, address: str):
-        self.address = address.rstrip("/")
+        self.address, example = address.rstrip("/"), "Give an address such as s3://BUCKET/runs/RUN."
+        if re.fullmatch(r"[a-z][a-z0-9+.-]*://.*[^/].*", address) is None:
+            raise UserError(f"{address}: names no place in a store. {example}")
         try:
             self._system, self._folder = fsspec.core.url_to_fs(self.address, use_listings_cache=False)
         except ImportError as error:  # it names the package
             raise UserError(f"{address}: {first_line(error).rstrip('.')} (pip install it), then run again.") from None
         except ValueError as error:
-            raise UserError(f"{address}: {first_line(error)}. Give an address such as s3://BUCKET/runs/RUN.") from None
+            raise UserError(f"{address}: {first_line(error)}. {example}") from None
+        except Exception as error:  # noqa: BLE001  of a store that wants more than an address
+            raise UserError(f"{address}: {type(error).__name__}: {first_line(error)}. {example}") from None
 
     def files(self) -> Mapping[str, Facts]:
         """Of the folders in which something is shown alone: checkpoints are not listed."""
