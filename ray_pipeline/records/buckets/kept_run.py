@@ -7,7 +7,6 @@ stage its record, and what is deleted here is deleted there after everything new
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -118,12 +117,6 @@ class KeptRun:
             self._here.pop(name), self._there.pop(name, None)
         self._save()
         return len(sent)
-
-    def set_aside(self) -> Path:
-        """Move the copy away; returns where to."""
-        target = self.copy.with_name(f".{self.copy.name}.aside-{time.strftime('%Y%m%d-%H%M%S')}")
-        self.copy.rename(target)
-        return target
 
     def _is_own(self, name: str) -> bool:
         """Whether the file here is not as it was when both were alike."""
