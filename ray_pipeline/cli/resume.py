@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from ray_pipeline.cli.options import chain_options, layout_options, rent_options, stage_options, take_request
-from ray_pipeline.cli.run import worked_on
+from ray_pipeline.cli.run import at_work, executor
 from ray_pipeline.cli.runs import find_run, output_dir
 
 
@@ -24,4 +24,6 @@ def resume(run: str, **options: Any) -> int:
     """Go on with RUN from its last checkpoint, with the settings it was started with."""
     given = take_request(options)
     run_dir = find_run(run, output_dir(options["output_dir"]))
-    return worked_on(given.load_stored(run_dir), options, resume=True)
+    config = given.load_stored(run_dir)
+    with at_work(config, options, resume=True) as request:
+        return executor(config)(request)

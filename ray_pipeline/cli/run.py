@@ -51,18 +51,20 @@ def run(**options: Any) -> int:
         config = given.load()
     place = {"output_dir": folder_here(config.output_dir), "run_name": config.run_name or default_run_name(config)}
     config = config.model_copy(update=place)
-    return worked_on(config, options)
+    with at_work(config, options) as request:
+        return executor(config)(request)
 
 
-def worked_on(config: PipelineFields, options: dict[str, Any], *, resume: bool = False) -> int:
-    """Check what is asked for and do it; a run of a bucket is brought here first and kept there meanwhile."""
+@contextmanager
+def at_work(config: PipelineFields, options: dict[str, Any], *, resume: bool = False) -> Iterator[RunRequest]:
+    """Check what is asked for, which the block does; a run of a bucket is brought here first and kept there."""
     run_dir = (config.output_dir / str(config.run_name)).absolute()
     if options["dry_run"]:
         bring(run_dir)
     with nullcontext() if options["dry_run"] else kept_alike(run_dir):
         request = checked(config, options, resume=resume)
         with can_resume(request.config):
-            return executor(config)(request)
+            yield request
 
 
 def checked(config: PipelineFields, options: dict[str, Any], *, resume: bool = False) -> RunRequest:

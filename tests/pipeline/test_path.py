@@ -68,7 +68,7 @@ def test_from_run_to_a_training_step_it_is_eight_calls(monkeypatch: pytest.Monke
             pass
 
         def run(self, name: str, function: Any, arguments: dict[str, Any]) -> dict[str, Any]:
-            job = {"function": function, "arguments": arguments, "sizes": [1], "timeout": 60.0}
+            job = {"function": function, "arguments": arguments, "sizes": [1], "device": "cpu", "timeout": 60.0}
             Path(arguments["folder"]).mkdir(exist_ok=True)
             figures = launchers._ray_rank(job)
             assert figures is not None
