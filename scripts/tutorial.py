@@ -26,7 +26,8 @@ WIDTH = 100  # columns of the terminal that the commands print to
 MARK = "\x1e"
 _BLOCK = re.compile(r"```console(?P<words>[^\n]*)\n(?P<body>.*?)```", re.DOTALL)
 _COMMAND = re.compile(r"^\$ (?:.*\\\n)*.*\n", re.MULTILINE)  # with the lines that a backslash continues
-_NUMBER = re.compile(r"[\d.,]*\d[\d.,]*|[━─]+|\s+")
+_TIME = r"(?:\d+ h )?(?:\d+ min )?\d+(?:\.\d+)? (?:s|min)\b"  # a unit more on a slower machine
+_NUMBER = re.compile(rf"{_TIME}|[\d.,]*\d[\d.,]*|[━─]+|\s+")
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,7 @@ def test_a_command_that_fails_ends_it_with_the_line_of_the_page(tmp_path: Path) 
 
 def test_tables_of_another_width_are_alike() -> None:
     assert alike("┏━━━┳━━━┓\n│ a │ 1.5 s │\n", "┏━━━━━┳━━━┓\n│ a   │ 22 s │\n")
+    assert alike("│ 1 min 26 s │\n", "│       16 s │\n") and alike("2 h 01 min 3 s left\n", "4 min 10 s left\n")
     assert not alike("a 1\n", "b 1\n") and not alike("a\n", "a\na\n")
 
 
