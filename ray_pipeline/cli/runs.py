@@ -70,8 +70,9 @@ def bring(run_dir: Path) -> None:
     from ray_pipeline.dag.ledger import lock_holder
 
     kept = kept_run(run_dir)
-    if kept is not None and lock_holder(run_dir) is None and kept.exists():
-        kept.bring(checkpoints=False)
+    if kept is None or lock_holder(run_dir) is not None:
+        return
+    if kept.bring(checkpoints=False) or (run_dir / CONFIG_FILE).is_file():
         click.echo(f"{kept.bucket.address}: read in {run_dir}; what is written there goes up with `resume`", err=True)
 
 

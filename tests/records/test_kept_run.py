@@ -63,7 +63,7 @@ def files(folder: Path) -> dict[str, str]:
 def test_another_machine_has_what_it_needs_to_go_on_and_no_more(run: KeptRun, tmp_path: Path) -> None:
     sent = run.push()
     other = elsewhere(run, tmp_path)
-    assert not other.copy.exists() and other.exists()
+    assert not other.copy.exists()
     other.bring(checkpoints=True)
     found = files(other.copy)
     assert found.items() <= files(run.copy).items()
@@ -218,3 +218,44 @@ def test_a_run_that_another_process_took_saves_and_stops(run: KeptRun, quick: No
         assert stop_reason(run.copy) == f"another process works on {run.bucket.address}"
         fill(run.copy, ["report.html"])
     assert "report.html" not in run.bucket.everything()
+
+
+def test_a_copy_that_was_killed_while_it_sent_goes_on_from_what_is_here(run: KeptRun, quick: None, monkeypatch) -> None:
+    """Its notes are older than both sides."""
+    Lease(run.bucket, run.copy_id).take()
+    run.bring(checkpoints=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "_save", lambda: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run.push()
+    fill(run.copy, [f"{WORK}/record.json"], "written after it was sent")
+    monkeypatch.setattr(lease.time, "time", lambda: 1e12)  # the lease has run out
+    with kept(run):
+        pass
+    assert run.bucket.read(f"{WORK}/record.json", 0).endswith(b"after it was sent")
+
+
+def test_a_copy_that_was_killed_while_it_was_brought_is_gone_on_with(run: KeptRun, tmp_path: Path, monkeypatch) -> None:
+    run.push()
+    other = elsewhere(run, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(other, "_save", lambda: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            other.bring(checkpoints=True)
+    again = elsewhere(run, tmp_path)
+    again.bring(checkpoints=True)
+    assert again.push() == 0
+
+
+def test_damaged_notes_are_named(run: KeptRun) -> None:
+    run.push()
+    notes = run.copy / ".bucket.json"
+    notes.write_text(notes.read_text().replace("config", "confug", 1))
+    with pytest.raises(UserError, match=r"\.bucket\.json: damaged"):
+        run.push()
+
+
+def test_a_store_that_is_gone_at_the_end_hides_nothing(run: KeptRun, quick: None, monkeypatch) -> None:
+    with pytest.raises(KeyError), kept(run):
+        monkeypatch.setattr(run.bucket, "read", lambda *_: 1 / 0)
+        raise KeyError("the stage")

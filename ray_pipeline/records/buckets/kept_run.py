@@ -7,15 +7,17 @@ stage its record, and what is deleted here is deleted there after everything new
 from __future__ import annotations
 
 import json
+import secrets
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from ray_pipeline.errors import UserError
-from ray_pipeline.records.artifacts import atomic_path, read_json, write_sealed
+from ray_pipeline.records.artifacts import atomic_path, write_sealed
 from ray_pipeline.records.buckets.bucket import Bucket, Facts
+from ray_pipeline.records.integrity import file_sha256, read_sealed
 from ray_pipeline.settings.run_folder import (
     CHECKPOINTS,
-    CONFIG_FILE,
     LOCK,
     MANIFEST,
     MODEL,
@@ -42,19 +44,22 @@ class KeptRun:
 
     def __init__(self, runs: str, copy: Path):
         self.bucket, self.copy = Bucket(f"{runs.rstrip('/')}/{copy.name}"), copy
+        self._id = secrets.token_hex(8)
         self._there: dict[str, Facts] = {}
         self._here: dict[str, Mark] = {}
 
-    def exists(self) -> bool:
-        """Whether the bucket has it."""
-        with self.bucket.explained():
-            return {RUN_FILE, CONFIG_FILE} <= self.bucket.everything().keys()
+    @property
+    def copy_id(self) -> str:
+        """Of this copy among all, for as long as it lies here."""
+        self._load()
+        return self._id
 
-    def bring(self, *, checkpoints: bool) -> int:
+    def bring(self, *, checkpoints: bool, newest_here: bool = False) -> int:
         """Copy what is there and not here; returns the number of files.
 
         Args:
             checkpoints: those of unfinished stages too, to go on with.
+            newest_here: this copy was the last that was worked on, and was killed: what differs is newer here.
         Raises:
             UserError: the bucket cannot be read; or the copy has changes that never arrived there, and the bucket has
                 changed as well.
@@ -64,7 +69,10 @@ class KeptRun:
             there = self.bucket.everything()
             wanted = {name: facts for name, facts in there.items() if _goes_down(name, there, checkpoints=checkpoints)}
             changed = [name for name, facts in wanted.items() if self._there.get(name) != facts]
-            if both := [name for name in changed if self._is_own(name)]:
+            both = [name for name in changed if self._is_own(name)]
+            if newest_here:
+                changed, both = [name for name in changed if name not in both], []
+            if both := [name for name in both if not self._is_alike(name)]:
                 raise UserError(
                     f"{self.copy}: {len(both)} files ({both[0]} ...) have changes that never arrived in "
                     f"{self.bucket.address}, which has gone on from another machine since. Move the folder away to go "
@@ -78,7 +86,8 @@ class KeptRun:
                 if not self._is_own(name):
                     (self.copy / name).unlink(missing_ok=True)
                 del self._there[name], self._here[name]
-        self._save()
+        if there or self.copy.is_dir():
+            self._save()
         return len(changed)
 
     def push(self) -> int:
@@ -123,6 +132,12 @@ class KeptRun:
         path = self.copy / name
         return path.exists() and self._here.get(name) != _mark(path)
 
+    def _is_alike(self, name: str) -> bool:
+        """Whether it has the same contents there: it was on its way when a process was killed."""
+        with tempfile.TemporaryDirectory() as folder:
+            self.bucket.get(name, Path(folder, "there"))
+            return file_sha256(Path(folder, "there")) == file_sha256(self.copy / name)
+
     def _vouching(self) -> list[str]:
         found = [path for pattern in (RUN_FILE, f"*/{RECORD}") for path in self.copy.glob(pattern)]
         return [path.relative_to(self.copy).as_posix() for path in found]
@@ -135,13 +150,14 @@ class KeptRun:
 
     def _load(self) -> None:
         """What is known of both, by whichever process last brought or pushed."""
-        path = self.copy / STATE
-        stored = read_json(path) if path.exists() else {"there": {}, "here": {}}
+        path, new = self.copy / STATE, {"id": self._id, "there": {}, "here": {}}
+        stored = read_sealed(path, f"Move {self.copy} away to go on from the bucket.") if path.exists() else new
+        self._id = stored["id"]
         self._there = {name: (size, version) for name, (size, version) in stored["there"].items()}
         self._here = {name: (size, at) for name, (size, at) in stored["here"].items()}
 
     def _save(self) -> None:
-        write_sealed(self.copy / STATE, {"there": self._there, "here": self._here}, durable=False)
+        write_sealed(self.copy / STATE, {"id": self._id, "there": self._there, "here": self._here}, durable=False)
 
 
 def _stays(name: str) -> bool:

@@ -10,7 +10,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from ray_pipeline.errors import StageFailed, UserError, resume_command
@@ -28,20 +28,21 @@ LOG = logging.getLogger(__name__)
 class Lease:
     """The right to work on a run; clocks of machines may differ by less than it holds."""
 
-    def __init__(self, bucket: Bucket):
-        self.bucket, self.mine = bucket, secrets.token_hex(8)
+    def __init__(self, bucket: Bucket, copy: str = ""):
+        self.bucket, self.copy, self.mine = bucket, copy, secrets.token_hex(8)
 
-    def take(self) -> None:
-        """Enter this process.
+    def take(self) -> bool:
+        """Enter this process; whether the last one worked on the same copy, and was killed.
 
         Raises:
             UserError: another one works on the run.
         """
         with self.bucket.explained():
-            self._refuse_other()
+            before = self._refuse_other()
             self._write()
             time.sleep(SETTLES)
             self._refuse_other()
+        return before is not None and before["copy"] == self.copy
 
     def renew(self) -> bool:
         """Hold it longer; False where somebody else has taken it."""
@@ -57,24 +58,25 @@ class Lease:
         if found is not None and found["id"] == self.mine:
             self.bucket.delete([LEASE])
 
-    def _refuse_other(self) -> None:
+    def _refuse_other(self) -> dict[str, Any] | None:
         found = self._read()
         if found is not None and found["id"] != self.mine and time.time() < found["until"]:
             raise UserError(
                 f"{self.bucket.address}: process {found['pid']} on {found['host']} is working on this run. Wait for it "
                 f"or stop it; if it was killed, it counts as gone in {found['until'] - time.time():.0f} s."
             )
+        return found
 
     def _read(self) -> dict[str, Any] | None:
         try:
             found = json.loads(self.bucket.read(LEASE, 0))
-            return {"id": str(found["id"]), "host": found["host"], "pid": found["pid"], "until": float(found["until"])}
+            return {name: found[name] for name in ("id", "copy", "host", "pid")} | {"until": float(found["until"])}
         except (FileNotFoundError, ValueError, KeyError, TypeError):  # nobody's, or half written
             return None
 
     def _write(self) -> None:
-        about = {"id": self.mine, "host": socket.gethostname(), "pid": os.getpid(), "until": time.time() + SECONDS}
-        self.bucket.write(LEASE, json.dumps(about).encode())
+        about = {"id": self.mine, "copy": self.copy, "host": socket.gethostname(), "pid": os.getpid()}
+        self.bucket.write(LEASE, json.dumps(about | {"until": time.time() + SECONDS}).encode())
 
 
 @contextmanager
@@ -87,10 +89,10 @@ def kept(run: KeptRun) -> Iterator[None]:
         UserError: the run cannot be brought, or another process works on it.
         StageFailed: at the end not all of it could be sent.
     """
-    lease, over = Lease(run.bucket), threading.Event()
-    lease.take()
+    lease, over = Lease(run.bucket, run.copy_id), threading.Event()
+    newest_here = lease.take()
     try:
-        run.bring(checkpoints=True)
+        run.bring(checkpoints=True, newest_here=newest_here)
         thread = threading.Thread(target=_repeat, args=(run, lease, over), name="bucket", daemon=True)
         thread.start()
         try:
@@ -107,7 +109,7 @@ def kept(run: KeptRun) -> Iterator[None]:
         thread.join()
         _send_last(run, lease)
     finally:
-        with run.bucket.explained():
+        with suppress(Exception):  # it runs out by itself, and would hide what ended the block
             lease.give_back()
 
 
