@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ray_pipeline.cli.runs import choose_stage, find_run, finished_stages, list_runs, no_runs
+from ray_pipeline.cli.runs import bring_named, choose_stage, finished_stages, list_runs, no_runs
 from ray_pipeline.errors import UserError, did_you_mean, resume_command
 from ray_pipeline.settings.chain import POLICY_STAGES
 from ray_pipeline.settings.run_folder import CONFIG_FILE, HELDOUT_QUESTIONS, MODEL, RECORD, TOKENIZER
@@ -32,14 +32,16 @@ def find_model(
         UserError: nothing of the kind, a stage that is not finished, or a damaged folder.
     """
     run, colon, named = given.rpartition(":")
+    bring_named(run or given, runs_dir)
     is_run = (runs_dir / run / CONFIG_FILE).is_file() or named in POLICY_STAGES + BY_NAME
     if colon and is_run and not Path(given).exists():
         if stage not in (None, named):
             raise UserError(f"{given} with --stage {stage}: two stages. Give one of them.")
         given, stage = run, named
     path = Path(given)
-    if (runs_dir / given / CONFIG_FILE).is_file() or (path / CONFIG_FILE).is_file():
-        return _of_run(find_run(given, runs_dir), stage, default)
+    for run_dir in (runs_dir / given, path):
+        if (run_dir / CONFIG_FILE).is_file():
+            return _of_run(run_dir.absolute(), stage, default)
     if not path.is_dir():
         known = [run.name for run in list_runs(runs_dir)]
         if not known:

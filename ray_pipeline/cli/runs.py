@@ -76,6 +76,12 @@ def bring(run_dir: Path) -> None:
         click.echo(f"{kept.bucket.address}: read in {run_dir}; what is written there goes up with `resume`", err=True)
 
 
+def bring_named(name: str, folder: Path) -> None:
+    """The same of a run by its name; a path is read as it is."""
+    if name and "/" not in name:
+        bring(folder / name)
+
+
 @contextmanager
 def kept_alike(run_dir: Path) -> Iterator[None]:
     """While a run is worked on: its bucket gets what is written, and nobody else works on it there."""
@@ -104,8 +110,7 @@ def find_run(name: str, folder: Path) -> Path:
     Raises:
         UserError: no such run, listing those there are.
     """
-    if name and "/" not in name:
-        bring(folder / name)
+    bring_named(name, folder)
     for candidate in (folder / name, Path(name)):
         if name and (candidate / CONFIG_FILE).is_file():
             return candidate.absolute()

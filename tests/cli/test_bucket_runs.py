@@ -37,6 +37,9 @@ def test_verbs_read_a_run_of_a_bucket(cache: Path, tmp_path: Path, capsys: pytes
     assert main(["status", made.name, "--output-dir", address]) == 0
     said = capsys.readouterr()
     assert "data_prep" in said.out and f"{address}/{made.name}: read in" in said.err
+    cache.rename(tmp_path / "gone too")
+    assert main(["generate", f"{made.name}:sft", "the cat", "--output-dir", address, "--max-new-tokens", "2"]) == 0
+    assert capsys.readouterr().err.count(f"{address}/{made.name}: read in") == 1
     assert main(["status", "--output-dir", address]) == 2
     assert "name the RUN" in capsys.readouterr().err
 

@@ -11,6 +11,7 @@ import secrets
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from ray_pipeline.errors import UserError
 from ray_pipeline.records.artifacts import atomic_path, write_sealed
@@ -150,7 +151,8 @@ class KeptRun:
 
     def _load(self) -> None:
         """What is known of both, by whichever process last brought or pushed."""
-        path, new = self.copy / STATE, {"id": self._id, "there": {}, "here": {}}
+        path = self.copy / STATE
+        new: dict[str, Any] = {"id": self._id, "there": {}, "here": {}}
         stored = read_sealed(path, f"Move {self.copy} away to go on from the bucket.") if path.exists() else new
         self._id = stored["id"]
         self._there = {name: (size, version) for name, (size, version) in stored["there"].items()}
