@@ -15,6 +15,7 @@ from ray_pipeline.settings.guards_config import GuardsConfig
 
 LEAST = 8  # steps that must be known before one is held against them
 SCATTER = 1.4826  # of a normal distribution, deviation over median absolute deviation
+TAIL, UPPER = 20, 1.645  # one value in twenty is that many deviations above a normal distribution's mean
 Figures = Mapping[str, float]
 Detector = Callable[[Figures], str | None]
 
@@ -29,10 +30,15 @@ class Remembered:
         """The median of them, or of the `last` ones."""
         return statistics.median(list(self.values)[-last:] if last else self.values)
 
+    def upper(self) -> float:
+        """The deviation of a normal distribution around zero that the largest twentieth of them would be of."""
+        known = sorted(self.values)
+        return known[-1 - len(known) // TAIL] / UPPER if known else 0.0
+
     def scatter(self) -> float:
         """Their deviation from what they fall or rise along: from step to step, so that a trend is none of it."""
         moves = [abs(after - before) for before, after in itertools.pairwise(self.values)]
-        return SCATTER / math.sqrt(2) * statistics.median(moves)
+        return SCATTER / math.sqrt(2) * statistics.median(moves) if moves else 0.0
 
 
 def not_finite(settings: GuardsConfig) -> Detector:
@@ -48,18 +54,25 @@ def not_finite(settings: GuardsConfig) -> Detector:
 
 
 def loss_spike(settings: GuardsConfig) -> Detector:
-    """A loss far above the last ones, by how they scatter from step to step and by a fifth of their size."""
-    losses = Remembered(settings.window)
+    """A loss far above the last ones, by how they scatter from step to step and by a fifth of their size.
+
+    Where batches of several kinds take turns, as answers of a student's own do, some losses always stand out: by how
+    far is remembered too.
+    """
+    losses, above = Remembered(settings.window), Remembered(settings.window)
 
     def look(figures: Figures) -> str | None:
         loss = figures.get("loss", math.nan)
         if not math.isfinite(loss):
             return None
         found = None
-        if len(losses.values) >= LEAST:
+        if losses.values:
             middle = losses.middle(LEAST)
-            if loss - middle > max(settings.spike * losses.scatter(), 0.2 * abs(middle), 0.02):
+            usual = max(settings.spike * max(losses.scatter(), above.upper()), 0.2 * abs(middle), 0.02)
+            if len(losses.values) >= LEAST and loss - middle > usual:
                 found = f"the loss is {loss:.4g}, that of the last {LEAST} steps {middle:.4g}"
+            else:
+                above.values.append(loss - middle)
         if found is None:  # a spike is nothing to hold the next step against
             losses.values.append(loss)
         return found

@@ -78,6 +78,17 @@ def test_a_spike_is_no_part_of_what_the_next_step_is_held_against():
     assert all(look(next(figures) | {"loss": 9.0}) for _ in range(20))
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_batches_of_another_kind_are_hardly_ever_spikes_and_a_spike_among_them_is(seed):
+    look, draw = BEFORE_THE_STEP[1](SETTINGS), random.Random(seed)
+
+    def loss() -> float:  # a distillation's: one step in four is on the student's own answers
+        return draw.lognormvariate(-1.9, 0.5) if draw.random() < 0.25 else 0.06 + draw.gauss(0, 0.01)
+
+    assert sum(look({"loss": loss()}) is not None for _ in range(800)) <= 2
+    assert look({"loss": 4.0}) is not None
+
+
 def test_figures_that_come_at_some_steps_alone_are_counted_among_themselves():
     look = next(make for make in ALL if make.__name__ == "frozen_reward")(SETTINGS)
     found = [look({"reward": 0.0} if step % 3 == 0 else {"loss": 1.0}) for step in range(18)]
