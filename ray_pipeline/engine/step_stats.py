@@ -31,6 +31,17 @@ class StepStats:
     metrics: dict[str, float]
     figures: dict[str, float] = field(default_factory=dict)
 
+    def means(self) -> dict[str, float]:
+        """The metrics divided by `weight`; those of a section that counts tokens of its own, as `mtp/tokens`, by these,
+        and left out where there are none."""
+        own = {name.removesuffix("/tokens"): count for name, count in self.metrics.items() if name.endswith("/tokens")}
+        means = {}
+        for name, value in self.metrics.items():
+            count = own.get(name.rpartition("/")[0], self.weight)
+            if count and not name.endswith("/tokens"):
+                means[name] = value / count
+        return means
+
 
 def objective_sums(values: Sequence[Tensor], width: int, device: torch.device) -> Tensor:
     """What an objective returned for this rank's micro-batches, [width] each (none without the last part), added up."""

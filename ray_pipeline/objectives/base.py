@@ -22,7 +22,8 @@ class Objective(Protocol):
 
     @property
     def metric_names(self) -> tuple[str, ...]:
-        """Names of the sums that `__call__` returns besides the loss; `mtp/tokens` names a section of its own."""
+        """Names of the sums that `__call__` returns besides the loss; `mtp/` is a section of its own, whose sums are
+        divided by `mtp/tokens`."""
         ...
 
     def weight(self, batch: Batch) -> float:

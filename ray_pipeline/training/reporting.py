@@ -105,7 +105,7 @@ class Reporter:
             optimizer = self.settings.optimizer
             figures = {"train/loss": loss, "train/grad_norm": stats.grad_norm, "train/lr": rate}
             figures |= {"train/clipped": float(stats.grad_norm > optimizer.grad_clip), "train/tokens": interval.tokens}
-            figures |= self._named({name: value / stats.weight for name, value in stats.metrics.items()})
+            figures |= self._named(stats.means())
             figures |= {name if "/" in name else f"train/{name}": value for name, value in stats.figures.items()}
             figures |= self._named(source) | self._speed(speed, seconds) | system_figures(self.rank)
             self.file.log(done, figures | ranks)
