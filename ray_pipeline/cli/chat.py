@@ -67,7 +67,9 @@ def chat(
         if not line.strip():
             continue
         try:
-            if line.startswith("/"):
+            if line.strip() == "/help":
+                screen.note(HELP + kinds(source.heldout))
+            elif line.startswith("/"):
                 if not command(talk, screen, line.strip()):
                     break
             else:
@@ -105,9 +107,7 @@ def command(talk: Conversation, screen: Screen, line: str) -> bool:
     rest = rest.strip()
     if name in ("/quit", "/exit"):
         return False
-    if name == "/help":
-        screen.note(HELP)
-    elif name == "/system":
+    if name == "/system":
         talk.system = rest
         screen.note("The system prompt is set." if rest else "There is no system prompt.")
     elif name == "/temp":
@@ -125,6 +125,24 @@ def command(talk: Conversation, screen: Screen, line: str) -> bool:
     else:
         raise UserError(f"{name}: no such command. /help lists them.")
     return True
+
+
+def kinds(heldout: Path | None) -> str:
+    """The kinds of question that a run was trained for, each with one that was held out; nothing where none are known.
+
+    Raises:
+        UserError: the run's file of held-out questions is damaged.
+    """
+    from ray_pipeline.data.tasks.question import prepared_questions
+
+    if heldout is None:
+        return ""
+    found: dict[str, str] = {}
+    for question in prepared_questions(heldout):
+        found.setdefault(question["category"] or "questions", question["prompt"])
+    return "\n\nIt was trained for questions like these:" + "".join(
+        f"\n{kind:14} {prompt}" for kind, prompt in sorted(found.items())
+    )
 
 
 def _temperature(text: str) -> float:

@@ -78,8 +78,9 @@ class SourceConfig(Section):
     """One source of documents in a mixture."""
 
     name: str = Field(
-        description="builtin, a path (.txt, .json, .jsonl, .csv, .parquet, .arrow; .gz and .zst as well), a folder or "
-        'glob of shards, or a datasets name "org/name[:split[:column]]"; ":text=story" at the end names the column'
+        description="builtin, builtin_dialogues (questions, most answered at once), a path (.txt, .json, .jsonl, .csv, "
+        ".parquet, .arrow; .gz and .zst as well), a folder or glob of shards, or a datasets "
+        'name "org/name[:split[:column]]"; ":text=story" at the end names the column'
     )
     weight: PositiveFloat | None = Field(
         None, description="share of the bytes, in any unit; without weights every source is used whole, once"
@@ -93,13 +94,14 @@ class DataConfig(Section):
     pretrain: list[SourceConfig] = Field(default_factory=lambda: [SourceConfig(name="builtin", licence="Apache-2.0")])
     sft: str = Field(
         "builtin",
-        description="conversations: builtin, builtin_tools (a calculator), builtin_no_tools (the same without), "
-        'path or datasets name; ":prompt=question,response=answer" at its end names the columns',
+        description="conversations: builtin, builtin_chat (with small talk), builtin_tools (a calculator), "
+        'builtin_no_tools (the same without), path or datasets name; ":prompt=question,response=answer" at its end '
+        "names the columns",
     )
     prompts: str = Field(
         "builtin",
-        description="questions with answers for GRPO and evaluation: builtin, builtin_tools, path, datasets name, or "
-        '"reasoning_gym:task[:size]"',
+        description="questions with answers for GRPO and evaluation: builtin, builtin_chat, builtin_tools, path, "
+        'datasets name, or "reasoning_gym:task[:size]"',
     )
     preferences: str = Field("builtin", description="pairs of a chosen and a rejected answer for DPO, same forms")
     seq_len: Tokens = Field(256, description="tokens per packed row")
@@ -143,7 +145,10 @@ class TokenizerConfig(Section):
     vocab_size: PositiveInt = 512
     tools: bool = Field(False, description="train: with the tokens and the chat template of tool calls")
     chat_template: str | None = Field(
-        None, min_length=1, description="a .jinja file, or one of the tokenizer's templates by name; default: its own"
+        None,
+        min_length=1,
+        description="a .jinja file, or one of the tokenizer's templates by name (a trained one's: default, and plain, "
+        "which writes turns in words); default: its own",
     )
 
 

@@ -49,6 +49,18 @@ def test_an_answer_is_what_generation_writes_and_the_next_goes_on_from_it(runs):
     assert chat.messages[1]["content"] == first.text
 
 
+def test_help_lists_the_commands_and_what_the_model_was_trained_for(runs, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("/help\n"))
+    assert main(["chat", "toy:sft", "--output-dir", str(runs)]) == 0
+    said = capsys.readouterr()
+    listed = (said.out + said.err).partition("trained for questions like these:")[2].split("\n")[1:]
+    [path] = runs.glob("toy/data_prep-*/prompts/heldout.jsonl")
+    questions = [json.loads(line) for line in path.read_text().splitlines()]
+    kinds = {question["category"] for question in questions}
+    assert {line.split()[0] for line in listed if line.strip()} == kinds
+    assert all(any(q["prompt"] in line for q in questions) for line in listed if line.strip())
+
+
 def test_a_retry_draws_with_the_next_seed_and_replaces_the_answer(runs):
     chat = talk(runs, temperature=1.5)
     first = chat.send("What is 2+2?", lambda _: None).text

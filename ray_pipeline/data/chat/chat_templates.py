@@ -26,6 +26,20 @@ DEEPSEEK_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<｜Assistant｜>' }}{% endif %}"
 )
 
+# A dialogue in plain words, for a model that has seen text alone, as DeepSeek-R1-Zero was (arXiv:2501.12948, table 1).
+# An answer begins on a line of its own: a space before it would be half of its first token.
+PLAIN = "plain"
+PLAIN_TEMPLATE = (
+    "{{ bos_token }}"
+    "{% for message in messages %}"
+    "{% if message['role'] == 'system' %}{{ message['content'] + '\n' }}"
+    "{% elif message['role'] == 'user' %}{{ 'User: ' + message['content'] + '\n' }}"
+    "{% elif message['role'] == 'assistant' %}{{ 'Assistant:\n' + message['content'] + eos_token }}"
+    "{% else %}{{ raise_exception('roles are system, user and assistant, not ' + message['role']) }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Assistant:\n' }}{% endif %}"
+)
+
 # The list of tools as DeepSeek-V3.1's model card words it.
 TOOLS_SECTION = (
     "{{ '## Tools\\nYou have access to the following tools:\\n' }}"

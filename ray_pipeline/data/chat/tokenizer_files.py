@@ -10,7 +10,7 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from ray_pipeline.data.chat.chat import ChatTemplate
-from ray_pipeline.data.chat.chat_templates import DEEPSEEK_TEMPLATE, DEEPSEEK_TOOLS_TEMPLATE
+from ray_pipeline.data.chat.chat_templates import DEEPSEEK_TEMPLATE, DEEPSEEK_TOOLS_TEMPLATE, PLAIN, PLAIN_TEMPLATE
 from ray_pipeline.data.chat.template_files import DEFAULT, FILE, NAMED_FOLDER, choose
 from ray_pipeline.data.chat.tokenizer import ChatTokenizer, load_tokenizer
 from ray_pipeline.data.tasks.question import THINK_CLOSE, THINK_OPEN
@@ -68,9 +68,10 @@ def train_bpe(texts: Iterable[str], vocab_size: int, *, tools: bool = False) -> 
 
 
 def trained_template(*, tools: bool, chat_template: str | None = None) -> ChatTemplate:
-    """The chat template of a tokenizer trained here: DeepSeek's, or the file that `tokenizer.chat_template` names."""
+    """The chat template of a tokenizer trained here: DeepSeek's, or what `tokenizer.chat_template` names: "plain", or a
+    file."""
     own = DEEPSEEK_TOOLS_TEMPLATE if tools else DEEPSEEK_TEMPLATE
-    chosen = choose({DEFAULT: own}, chat_template, Path("a trained tokenizer"))
+    chosen = choose({DEFAULT: own, PLAIN: PLAIN_TEMPLATE}, chat_template, Path("a trained tokenizer"))
     assert chosen is not None
     return ChatTemplate(chosen.source, SPECIAL_STRINGS)
 

@@ -13,6 +13,7 @@ from ray_pipeline.data.shared.cleaning import content_hash
 from ray_pipeline.data.shared.decontaminate import Decontaminator, words
 from ray_pipeline.data.sources.sources import (
     BUILTIN,
+    BUILTIN_CHAT,
     BUILTIN_NO_TOOLS,
     BUILTIN_TOOLS,
     PROMPTS_BUILTIN,
@@ -21,14 +22,26 @@ from ray_pipeline.data.sources.sources import (
     read_conversations,
     read_questions,
 )
-from ray_pipeline.data.tasks.mixes import GLANCE_SHARE, PROMPT_MIX, SFT_MIX, TOOLS_MIX, Mix, draw_unique
+from ray_pipeline.data.tasks.mixes import (
+    CHAT_MIX,
+    GLANCE_SHARE,
+    PROMPT_MIX,
+    SFT_MIX,
+    SMALL_TALK,
+    TOOLS_MIX,
+    Mix,
+    draw_unique,
+)
 from ray_pipeline.data.tasks.question import Question
 from ray_pipeline.data.tasks.reasoning_gym_source import gym_questions
+from ray_pipeline.data.tasks.small_talk import exchange
 from ray_pipeline.errors import UserError
 from ray_pipeline.settings.schema import PipelineFields
 
-_SFT_MIXES: dict[str, Mix] = {BUILTIN: SFT_MIX, BUILTIN_TOOLS: TOOLS_MIX, BUILTIN_NO_TOOLS: TOOLS_MIX}
-_PROMPT_MIXES: dict[str, Mix] = {BUILTIN: PROMPT_MIX, BUILTIN_TOOLS: TOOLS_MIX}
+_SFT_MIXES: dict[str, Mix] = {
+    BUILTIN: SFT_MIX, BUILTIN_CHAT: CHAT_MIX, BUILTIN_TOOLS: TOOLS_MIX, BUILTIN_NO_TOOLS: TOOLS_MIX,
+}  # fmt: skip
+_PROMPT_MIXES: dict[str, Mix] = {BUILTIN: PROMPT_MIX, BUILTIN_CHAT: CHAT_MIX, BUILTIN_TOOLS: TOOLS_MIX}
 
 
 @dataclass
@@ -66,6 +79,8 @@ def gather_questions(config: PipelineFields) -> QuestionSets:
         count = config.data.builtin_conversations
         drawn = draw_unique(_SFT_MIXES[name], config.seed, "conversations", count, taken)
         sets.conversations = [_demonstration(question, config.seed, name) for question in drawn]
+        if name == BUILTIN_CHAT:
+            sets.conversations += _small_talk(config.seed, round(SMALL_TALK * len(drawn)))
     else:
         _add_conversations(sets, config)
     if len(sets.conversations) < 2:
@@ -81,8 +96,16 @@ def _demonstration(question: Question, seed: int, source: str) -> Conversation:
     if source == BUILTIN_TOOLS:
         return tool_conversation(question)
     glance = source == BUILTIN_NO_TOOLS or Random(f"{seed}/glance/{question.prompt}").random() < GLANCE_SHARE
-    answer = {"role": "assistant", "content": question.at_a_glance if glance else question.completion}
-    return Conversation(({"role": "user", "content": question.prompt}, answer))
+    return _turns(question.prompt, question.at_a_glance if glance else question.completion)
+
+
+def _small_talk(seed: int, count: int) -> list[Conversation]:
+    made = [exchange(Random(f"{seed}/small talk/{index}")) for index in range(count)]
+    return [_turns(prompt, answer) for prompt, answer in made]
+
+
+def _turns(prompt: str, answer: str) -> Conversation:
+    return Conversation(({"role": "user", "content": prompt}, {"role": "assistant", "content": answer}))
 
 
 def _prompts(config: PipelineFields) -> QuestionSets:

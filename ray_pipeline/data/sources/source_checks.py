@@ -21,6 +21,7 @@ from ray_pipeline.data.sources.sources import (
     BUILTIN_TOOLS,
     PROMPTS_BUILTIN,
     SFT_BUILTIN,
+    TEXT_BUILTIN,
     Source,
     check_vocabulary,
     parse_source,
@@ -62,7 +63,7 @@ def check_sources(config: PipelineFields) -> list[str]:
         UserError: what is wrong with which source.
     """
     data, template = config.data, _known_template(config)
-    uses = [_Use("--data", s.name, (BUILTIN,), DOCUMENT, _documents) for s in data.pretrain if reads_text(config)]
+    uses = [_Use("--data", s.name, TEXT_BUILTIN, DOCUMENT, _documents) for s in data.pretrain if reads_text(config)]
     conversations = partial(_checked_conversations, template)
     uses += [
         _Use("--sft-data", data.sft, SFT_BUILTIN, CONVERSATION, conversations),

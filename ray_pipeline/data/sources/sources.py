@@ -29,8 +29,11 @@ from ray_pipeline.records.input_files import SUFFIXES, data_files, form, is_patt
 BUILTIN = "builtin"
 # Questions that a calculator is needed for: answered with one, and without.
 BUILTIN_TOOLS, BUILTIN_NO_TOOLS = "builtin_tools", "builtin_no_tools"
-SFT_BUILTIN = (BUILTIN, BUILTIN_TOOLS, BUILTIN_NO_TOOLS)
-PROMPTS_BUILTIN = (BUILTIN, BUILTIN_TOOLS)
+BUILTIN_CHAT = "builtin_chat"  # as builtin, in more of people's words, and small talk
+BUILTIN_DIALOGUES = "builtin_dialogues"  # text: questions answered at once or worked out
+TEXT_BUILTIN = (BUILTIN, BUILTIN_DIALOGUES)
+SFT_BUILTIN = (BUILTIN, BUILTIN_CHAT, BUILTIN_TOOLS, BUILTIN_NO_TOOLS)
+PROMPTS_BUILTIN = (BUILTIN, BUILTIN_CHAT, BUILTIN_TOOLS)
 HUB_NAME = re.compile(r"^(?P<name>[\w.-]+/[\w.-]+)(?::(?P<split>[^:/]+))?(?::(?P<column>[^:]+))?$")
 T = TypeVar("T")
 

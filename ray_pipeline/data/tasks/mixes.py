@@ -15,6 +15,7 @@ from ray_pipeline.data.tasks.columns import addition, subtraction
 from ray_pipeline.data.tasks.comparisons import comparison
 from ray_pipeline.data.tasks.equations import equation
 from ray_pipeline.data.tasks.expressions import expression
+from ray_pipeline.data.tasks.plain_tasks import PLAIN_REGISTRY
 from ray_pipeline.data.tasks.question import Question, Worked
 from ray_pipeline.data.tasks.tool_tasks import TOOL_REGISTRY
 from ray_pipeline.data.tasks.words import word_problem
@@ -27,7 +28,7 @@ REGISTRY: dict[str, Callable[[Random, int], Worked]] = {
     "comparison": comparison,
     "word_problem": word_problem,
 }
-_MAKERS = REGISTRY | TOOL_REGISTRY
+_MAKERS = REGISTRY | PLAIN_REGISTRY | TOOL_REGISTRY
 CATEGORIES = tuple(REGISTRY)
 DIFFICULTIES = (1, 2, 3, 4, 5)
 # Draws allowed per question wanted before a mix counts as exhausted.
@@ -50,6 +51,7 @@ class Mix:
 SHARES = {category: 0.5 if category == "word_problem" else 1.0 for category in CATEGORIES}
 SFT_MIX = Mix(SHARES, (4.0, 1.0, 0.1, 0.0, 0.0))
 PROMPT_MIX = Mix(SHARES, (4.0, 1.0, 0.1, 0.0, 0.0))
+CHAT_MIX = Mix(SHARES | dict.fromkeys(PLAIN_REGISTRY, 0.5), (4.0, 1.0, 0.1, 0.0, 0.0))
 TEXT_MIX = Mix(SHARES, (4.0, 2.0, 1.0, 0.3, 0.1))
 # The lowest levels are beyond a small model's head already; longer numbers only make calls longer to copy.
 TOOLS_MIX = Mix({"long_product": 1.0, "long_sum": 1.0, "stock": 1.0}, (4.0, 2.0, 1.0, 0.0, 0.0))
@@ -58,6 +60,9 @@ PREFERENCE_MIX = Mix(SHARES | {"addition": 0.7, "subtraction": 0.7, "expression"
 # Share of demonstrations that answer at a glance instead of working the question out, as some people's do. Such answers
 # are often wrong; that working pays is for GRPO to find out.
 GLANCE_SHARE = 0.48
+SMALL_TALK = 0.1  # exchanges of small talk for every demonstration
+# The same of the dialogues in pretraining's text, where working is the exception, as on the web.
+GLANCE_SHARE_OF_TEXT = 0.75
 
 
 def make_question(category: str, difficulty: int, rng: Random) -> Question:

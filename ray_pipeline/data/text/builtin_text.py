@@ -12,7 +12,7 @@ from random import Random
 
 from ray_pipeline.data.tasks.columns import add_columns, number, subtract_columns
 from ray_pipeline.data.tasks.comparisons import insertion_steps, several
-from ray_pipeline.data.tasks.mixes import TEXT_MIX, draw
+from ray_pipeline.data.tasks.mixes import GLANCE_SHARE_OF_TEXT, PROMPT_MIX, TEXT_MIX, draw
 from ray_pipeline.data.tasks.words import NAMES, PLACES, PLURAL, THINGS, gain_or_loss
 
 OPENINGS = (
@@ -159,6 +159,17 @@ KINDS: tuple[tuple[Callable[[Random], str], float], ...] = (
     (counting, 0.5),
     (equations, 1.0),
 )
+
+
+def dialogue_at(seed: int, index: int) -> str:
+    """Dialogue number `index` of a seed: somebody asks, and most people just say what they think the answer is.
+
+    The turns are those of the plain chat template, so that a pretrained model can be asked without SFT.
+    """
+    rng = Random(f"{seed}/dialogue/{index}")
+    question = draw(PROMPT_MIX, rng)
+    working = "" if rng.random() < GLANCE_SHARE_OF_TEXT else f"{question.steps}. "
+    return f"User: {question.prompt}\nAssistant:\n{working}The answer is {question.answer}."
 
 
 def document_at(seed: int, index: int) -> str:

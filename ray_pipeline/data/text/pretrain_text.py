@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
 from ray_pipeline.data.chat.tokenizer import ChatTokenizer
@@ -17,8 +18,15 @@ from ray_pipeline.data.files.reading import Tally
 from ray_pipeline.data.files.text_files import TextRule
 from ray_pipeline.data.forms.turns import Conversation
 from ray_pipeline.data.shared.decontaminate import Decontaminator
-from ray_pipeline.data.sources.sources import BUILTIN, check_vocabulary, parse_source, read_documents
-from ray_pipeline.data.text.builtin_text import document_at
+from ray_pipeline.data.sources.sources import (
+    BUILTIN,
+    BUILTIN_DIALOGUES,
+    TEXT_BUILTIN,
+    check_vocabulary,
+    parse_source,
+    read_documents,
+)
+from ray_pipeline.data.text.builtin_text import dialogue_at, document_at
 from ray_pipeline.data.text.corpus import Cleaner, Corpus, block_columns, in_blocks
 from ray_pipeline.data.text.mixture import Choice
 from ray_pipeline.data.text.ray_prepare import map_blocks
@@ -30,6 +38,7 @@ from ray_pipeline.settings.schema import PipelineFields
 # More text than this does not change a small vocabulary: bytes.
 TOKENIZER_BYTES = 32_000_000
 TALLIES = "tallies.json"
+_WRITERS = {BUILTIN: document_at, BUILTIN_DIALOGUES: dialogue_at}
 TOLD_EVERY = 1000  # documents between reports, while those of an earlier attempt are read again
 
 
@@ -43,9 +52,9 @@ def mixture_documents(
     """
     for number, source in enumerate(config.data.pretrain):
         texts: Iterable[str]
-        if source.name == BUILTIN:
+        if write := _WRITERS.get(source.name):
             count = min(config.data.builtin_documents, config.data.max_documents or config.data.builtin_documents)
-            texts = (document_at(config.seed, index) for index in range(count))
+            texts = map(partial(write, config.seed), range(count))
         else:
             given, rule = parse_source(source.name), TextRule.of(config.data)
             tally = tallies[f"--data {source.name}"] = Tally.of(config.data, checked=given.kind == "file")
@@ -58,7 +67,7 @@ class Reading:
     """How far the local files of a mixture are read, and whether they still are those the run was accepted with."""
 
     def __init__(self, config: PipelineFields, guard: InputGuard, report: Report):
-        sources = [parse_source(source.name) for source in config.data.pretrain]
+        sources = [parse_source(source.name, TEXT_BUILTIN) for source in config.data.pretrain]
         files = [path for source in sources if source.kind == "file" for path in source.files]
         self.guard, self.report = guard, report
         self.total = sum(path.stat().st_size for path in files)

@@ -8,6 +8,7 @@ from ray_pipeline.data.files.fields import Record
 from ray_pipeline.data.forms.question_records import as_question
 from ray_pipeline.data.tasks.question import prepared_questions
 from ray_pipeline.data.tasks.reasoning_gym_source import entry_text, gym_entries
+from ray_pipeline.data.tasks.small_talk import unseen_questions
 from ray_pipeline.errors import UserError
 from ray_pipeline.evaluation.graders import AnswerScoring, RewardScoring
 from ray_pipeline.evaluation.tasks.catalog import task
@@ -16,6 +17,7 @@ from ray_pipeline.evaluation.tasks.record_tasks import level, read_items, text_f
 
 GSM8K, MATH500 = "openai/gsm8k:test", "HuggingFaceH4/MATH-500:test"
 GYM_QUESTIONS = 100  # of a task of reasoning-gym, where no limit is given
+SMALL_TALK_QUESTIONS = 100
 BOXED = "\nPut the final answer within \\boxed{}."
 
 
@@ -59,6 +61,14 @@ def questions(request: Request) -> Task:
     if request.argument is None:
         raise UserError("--tasks questions: name the file, for example questions:my/questions.jsonl.")
     return Task("questions", _questions("questions", request.argument), AnswerScoring())
+
+
+@task("small_talk")
+def small_talk(request: Request) -> Task:
+    """Questions that a model trained on builtin_chat was not trained for: it is right where it says so."""
+    asked = unseen_questions(request.limit or SMALL_TALK_QUESTIONS, request.seed)
+    items = [Item(str(i), prompt, answer, "small_talk") for i, (prompt, answer) in enumerate(asked)]
+    return Task("small_talk", items, RewardScoring("exact"))
 
 
 @task("gsm8k", takes="PATH")

@@ -9,7 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ray_pipeline.data.text.builtin_text import KINDS, document_at
+from ray_pipeline.data.chat.chat_templates import PLAIN
+from ray_pipeline.data.chat.tokenizer_files import save_trained, train_bpe
+from ray_pipeline.data.text.builtin_text import KINDS, dialogue_at, document_at
+from ray_pipeline.rewards.registry import get_reward
 
 FACT = re.compile(r"(?<![\d+\-*/x])(\d+)([+\-*/])(\d+)=(\d+)(?![\d+\-*/x])")
 OPERATIONS = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b: a * b, "/": lambda a, b: a / b}
@@ -39,3 +42,27 @@ def test_documents_are_deterministic_and_hardly_ever_repeat():
 def test_the_vocabulary_is_small():
     vocabulary = {word for i in range(2000) for word in re.findall(r"[A-Za-z]+", document_at(0, i))}
     assert 100 < len(vocabulary) < 400
+
+
+def test_dialogues_are_right_and_one_in_four_is_worked_out():
+    made = [dialogue_at(0, index) for index in range(1000)]
+    at_once = 0
+    for text in made:
+        question, answer = text.removeprefix("User: ").split("\nAssistant:\n")
+        reference = answer.rpartition("The answer is ")[2].removesuffix(".")
+        assert get_reward("answer")(question, answer, reference) == 1.0
+        at_once += answer.startswith("The answer is ")
+    assert 700 < at_once < 800
+    assert dialogue_at(1, 0) != made[0] == dialogue_at(0, 0)
+
+
+def test_a_chat_in_the_plain_template_is_a_dialogue_of_the_text_token_for_token(tmp_path):
+    made = [dialogue_at(0, index) for index in range(300)]
+    tokenizer = save_trained(train_bpe(made, 400), tmp_path, PLAIN)
+    for text in made[:50]:
+        question, answer = text.removeprefix("User: ").split("\nAssistant:\n")
+        chat = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        tokens, trained = tokenizer.encode_chat(chat)
+        assert tokens == tokenizer.encode_document(text)
+        prompt = tokenizer.encode_prompt(question)
+        assert tokens[: len(prompt)] == prompt and trained == [0] * len(prompt) + [1] * (len(tokens) - len(prompt))
