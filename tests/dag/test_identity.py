@@ -25,7 +25,7 @@ from ray_pipeline.settings.loading import load_config
 from ray_pipeline.settings.schema import STAGES, PipelineFields
 
 BASE = PipelineFields(stages=list(STAGES))
-# Of the tiny recipe: a change of it changes them, a new setting at its default must not.
+# Of the first tiny recipe: a change of it changes them, a new setting at its default must not.
 BEFORE = {
     "data_prep": "be67147d24", "pretrain": "7712b46c11", "sft": "885755f126", "grpo": "3cd74d60af",
     "distillation": "f8daee4f6f", "export": "8ca66a0e48",
@@ -129,11 +129,11 @@ def test_layout_paths_names_and_logging_change_nothing(key):
 
 
 def test_settings_that_came_later_leave_finished_stages_finished_where_they_change_nothing():
-    found = identities(load_config(Path("configs/tiny.yaml"), {}), {})
+    found = identities(load_config(Path("configs/tiny-full.yaml"), {}), {})
     assert {stage: one.key[:10] for stage, one in found.items()} == BEFORE
-    changed = load_config(Path("configs/tiny.yaml"), {"model.initialisation": "fan_in"})
+    changed = load_config(Path("configs/tiny-full.yaml"), {"model.initialisation": "fan_in"})
     assert identities(changed, {})["pretrain"].key != found["pretrain"].key
-    changed = load_config(Path("configs/tiny.yaml"), {"sft.optimizer.head_lr_factor": 2})
+    changed = load_config(Path("configs/tiny-full.yaml"), {"sft.optimizer.head_lr_factor": 2})
     assert next(s for s, one in identities(changed, {}).items() if one.key != found[s].key) == "sft"
 
 

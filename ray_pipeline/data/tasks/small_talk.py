@@ -64,9 +64,10 @@ def exchange(rng: Random) -> Exchange:
 
 def unseen_questions(count: int, seed: int) -> list[Exchange]:
     """Different questions about topics that no `exchange` is about."""
-    rng, found = Random(f"{seed}/unseen"), {}
+    rng = Random(f"{seed}/unseen")
+    found: dict[str, None] = {}
     while len(found) < min(count, len(_FRAMES) * len(_UNSEEN)):
-        found.setdefault(_outside(rng, _UNSEEN))
+        found[_outside(rng, _UNSEEN)] = None
     return [Exchange(prompt, OUTSIDE) for prompt in found]
 
 
