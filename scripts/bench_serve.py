@@ -2,7 +2,7 @@
 """Tokens a second and time to the first text of `serve` beside `transformers serve`, same weights, interleaved.
 
 python scripts/bench_serve.py                      # 1, 8 and 32 clients
-python scripts/bench_serve.py --mtp MODEL.gguf     # llama.cpp with and without drafts by a trained MTP module, instead
+python scripts/bench_serve.py --mtp MODEL.gguf     # instead: llama.cpp with and without drafts by a trained MTP module
 python scripts/bench_serve.py --quick              # does it run?
 
 Nothing is timed before all servers give the same greedy answers, but for ties. Each has a process of its own; those
@@ -30,7 +30,7 @@ from scripts.parallel_bench.results import provenance, spread  # noqa: E402
 from scripts.serve_bench import plot  # noqa: E402
 from scripts.serve_bench.clients import answers, measure, tie  # noqa: E402
 from scripts.serve_bench.servers import Server, ours, theirs  # noqa: E402
-from scripts.serve_bench.task import NAME, Task, prepare  # noqa: E402
+from scripts.serve_bench.task import NAME, TEXTS, Task, prepare  # noqa: E402
 
 PEER = "transformers serve"
 TIE = 1e-4  # nats: of two tokens as likely as that, what rounds differently may take either
@@ -63,6 +63,7 @@ def compare(servers: Sequence[Server], task: Task, model: str, peer: str) -> lis
     """
     said = {}
     for server in servers:
+        server.go_on()
         server.wait()
         said[server.name] = answers(server, task)
         server.halt()
@@ -83,9 +84,9 @@ def compare(servers: Sequence[Server], task: Task, model: str, peer: str) -> lis
                 server.go_on()
                 turn = measure(server, task, clients, asked)
                 server.halt()
-                asked += clients * task.each
                 if round_ >= 0:
                     turns[server.name].append(turn)
+            asked += clients * task.each
         out.append(summary(turns, model, clients, peer))
         print("\n".join(lines(out[-1])), flush=True)
     return out
@@ -150,7 +151,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             if given.mtp is not None:
                 servers += start_mtp(Path(name), task, given.mtp)
                 task = replace(task, clients=(1,), each=8)
-                results = compare(servers, task, "mtp", "llamacpp")
+                results = [
+                    found
+                    for kind in TEXTS
+                    for found in compare(servers, replace(task, kind=kind), kind, "llamacpp")
+                ]  # fmt: skip
             else:
                 servers += start_all(Path(name), task)
                 results = compare(servers, task, task.shape, PEER)

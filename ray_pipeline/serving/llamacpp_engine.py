@@ -20,7 +20,7 @@ from ray_pipeline.tools.format import TOOL_TOKENS
 INSTALL = "xllamacpp is not installed: pip install 'ray-pipeline[serve]'"
 
 
-DRAFTED = 1  # tokens at a time: one module drafts a second from its own, less certain state
+DRAFTED = 2  # tokens at a time; the module drafts the second from its own state, which is less certain
 
 
 class LlamaCppEngine:

@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 
 from scripts.serve_bench.servers import Server
-from scripts.serve_bench.task import Task, question
+from scripts.serve_bench.task import Task, prompt
 
 
 @dataclass(frozen=True)
@@ -29,14 +29,20 @@ class Said:
     accepted: int
 
 
-async def _ask(client: httpx.AsyncClient, model: str, text: str, tokens: int) -> Said:
-    body: dict[str, Any] = {
-        "model": model, "messages": [{"role": "user", "content": text}], "max_tokens": tokens, "temperature": 0,
-        "stream": True, "stream_options": {"include_usage": True},
-    }  # fmt: skip
+def _request(model: str, task: Task, number: int) -> tuple[str, dict[str, Any]]:
+    """Path and body of the request at place `number`."""
+    text = prompt(task, number)
+    said = {"prompt": text} if task.kind else {"messages": [{"role": "user", "content": text}]}
+    path = "/v1/completions" if task.kind else "/v1/chat/completions"
+    return path, {"model": model, **said, "max_tokens": task.tokens, "temperature": 0}
+
+
+async def _ask(client: httpx.AsyncClient, model: str, task: Task, number: int) -> Said:
+    path, body = _request(model, task, number)
+    body |= {"stream": True, "stream_options": {"include_usage": True}}
     began, first, said, counted = time.perf_counter(), None, "", 0
     timings: dict[str, Any] = {}
-    async with client.stream("POST", "/v1/chat/completions", json=body) as reply:
+    async with client.stream("POST", path, json=body) as reply:
         if reply.status_code != 200:
             raise RuntimeError(f"status {reply.status_code}: {(await reply.aread())[:1000]!r}")
         async for line in reply.aiter_lines():
@@ -47,7 +53,8 @@ async def _ask(client: httpx.AsyncClient, model: str, text: str, tokens: int) ->
             if chunk.get("usage"):
                 counted = chunk["usage"]["completion_tokens"]
             for choice in chunk.get("choices", ()):
-                piece = choice["delta"].get("reasoning_content") or choice["delta"].get("content") or ""
+                delta = choice.get("delta") or {"content": choice.get("text")}
+                piece = delta.get("reasoning_content") or delta.get("content") or ""
                 first = time.perf_counter() - began if piece and first is None else first
                 said += piece
     if first is None:
@@ -55,21 +62,21 @@ async def _ask(client: httpx.AsyncClient, model: str, text: str, tokens: int) ->
     return Said(said, counted, first, timings.get("draft_n", 0), timings.get("draft_n_accepted", 0))
 
 
-async def _all(server: Server, questions: Sequence[Sequence[str]], tokens: int) -> list[Said]:
+async def _all(server: Server, task: Task, places: Sequence[Sequence[int]]) -> list[Said]:
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(
         base_url=server.address, timeout=None, limits=limits, trust_env=False
     ) as client:  # fmt: skip
 
-        async def one(mine: Sequence[str]) -> list[Said]:
-            return [await _ask(client, server.model, text, tokens) for text in mine]
+        async def one(mine: Sequence[int]) -> list[Said]:
+            return [await _ask(client, server.model, task, number) for number in mine]
 
-        return [said for part in await asyncio.gather(*map(one, questions)) for said in part]
+        return [said for part in await asyncio.gather(*map(one, places)) for said in part]
 
 
 def answers(server: Server, task: Task) -> list[str]:
     """Greedy answers to the checked questions, one after another."""
-    said = asyncio.run(_all(server, [[question(-1 - i) for i in range(task.checked)]], task.tokens))
+    said = asyncio.run(_all(server, task, [[-1 - i for i in range(task.checked)]]))
     return [one.text for one in said]
 
 
@@ -79,11 +86,9 @@ def tie(server: Server, task: Task, number: int, other: str) -> float:
     Returns:
         nats between its two likeliest tokens there: what rounds differently may take either where that is nothing.
     """
-    body = {
-        "model": server.model, "messages": [{"role": "user", "content": question(-1 - number)}],
-        "max_tokens": task.tokens, "temperature": 0, "logprobs": True, "top_logprobs": 2,
-    }  # fmt: skip
-    reply = httpx.post(f"{server.address}/v1/chat/completions", json=body, timeout=None, trust_env=False).json()
+    path, body = _request(server.model, task, -1 - number)
+    body |= {"logprobs": 2} if task.kind else {"logprobs": True, "top_logprobs": 2}
+    reply = httpx.post(f"{server.address}{path}", json=body, timeout=None, trust_env=False).json()
     said = ""
     for token in reply["choices"][0]["logprobs"]["content"]:
         said += token["token"]
@@ -102,14 +107,14 @@ def measure(server: Server, task: Task, clients: int, start: int) -> dict[str, A
     Raises:
         RuntimeError: an answer of another length.
     """
-    numbers = iter(range(start, start + clients * task.each))
-    questions = [[question(next(numbers)) for _ in range(task.each)] for _ in range(clients)]
+    places = [range(start + i * task.each, start + (i + 1) * task.each) for i in range(clients)]
     began = time.perf_counter()
-    said = asyncio.run(_all(server, questions, task.tokens))
+    said = asyncio.run(_all(server, task, places))
     seconds = time.perf_counter() - began
-    if wrong := [one.tokens for one in said if one.tokens != task.tokens]:
+    wrong = [one.tokens for one in said if one.tokens != task.tokens]
+    if wrong and not task.kind:  # a text may end
         raise RuntimeError(f"{server.name}: answers of {wrong} tokens instead of {task.tokens}")
     return {
-        "tokens_per_second": clients * task.each * task.tokens / seconds, "first": [one.first for one in said],
+        "tokens_per_second": sum(one.tokens for one in said) / seconds, "first": [one.first for one in said],
         "drafted": sum(one.drafted for one in said), "accepted": sum(one.accepted for one in said),
     }  # fmt: skip

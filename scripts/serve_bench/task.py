@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from random import Random
 
 import torch
 
@@ -13,6 +14,7 @@ from model.convert.hf import save_hf
 from model.transformer import Transformer
 from ray_pipeline.data.chat.tokenizer import ChatTokenizer, load_tokenizer
 from ray_pipeline.data.chat.tokenizer_files import save_trained, train_bpe
+from ray_pipeline.data.text.builtin_text import KINDS
 from scripts.model_bench.competitors import SHAPES, build
 
 TEXT = ["What is the larger of 12 and 34? Solve this and that, then tell which of them was the first to be found."]
@@ -26,6 +28,7 @@ class Task:
 
     Attributes:
         shape: of `model_bench`, with short training. each: requests that a client sends one after another.
+        kind: of the built-in text whose beginnings are gone on with, by at most `tokens` tokens, in place of questions.
     """
 
     shape: str = "tiny"
@@ -35,11 +38,23 @@ class Task:
     rounds: int = 5
     threads: int = 2
     checked: int = 8
+    kind: str = ""
 
     @property
     def model(self) -> ModelConfig:
         """In fp32 for all: llama.cpp has no other precision in common with the rest on a CPU."""
         return replace(SHAPES[self.shape], max_position_embeddings=512)
+
+
+TEXTS = {kind.__name__: kind for kind, _ in KINDS}
+
+
+def prompt(task: Task, number: int) -> str:
+    """What is asked at place `number`: a question, or the first third of a text of the kind."""
+    if not task.kind:
+        return question(number)
+    text = TEXTS[task.kind](Random(number))
+    return text[: len(text) // 3]
 
 
 def question(number: int) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from scripts.bench_serve import PEER, main
+from scripts.serve_bench.task import TEXTS
 from tests.serving.made_servers import save_drafting
 
 
@@ -26,7 +27,9 @@ def test_drafts_alone_are_measured_with_what_became_of_them(tmp_path: Path) -> N
     pytest.importorskip("xllamacpp")
     model = save_drafting(tmp_path, 1)
     assert main(["--quick", "--mtp", str(model), "--out", str(tmp_path)]) == 0
-    [entry] = json.loads((tmp_path / "bench_drafts.json").read_text())["results"]
-    plain, drafting = entry["servers"]["llamacpp"], entry["servers"]["llamacpp --speculative"]
-    assert plain["drafted"] == 0 < drafting["drafted"] and 0 <= drafting["accepted"] <= drafting["drafted"]
+    entries = json.loads((tmp_path / "bench_drafts.json").read_text())["results"]
+    assert [entry["model"] for entry in entries] == list(TEXTS)
+    for entry in entries:
+        plain, drafting = entry["servers"]["llamacpp"], entry["servers"]["llamacpp --speculative"]
+        assert plain["drafted"] == 0 < drafting["drafted"] and 0 <= drafting["accepted"] <= drafting["drafted"]
     assert not (tmp_path / "bench_serve.json").exists()
