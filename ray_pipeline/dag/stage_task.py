@@ -13,6 +13,7 @@ from ray_pipeline.dag.ledger import Record, begin_record, close_record, read_rec
 from ray_pipeline.dag.plan import PlannedStage
 from ray_pipeline.dag.tracked_stage import bad_ending, good_ending, tracked_run
 from ray_pipeline.errors import UserError, resume_command
+from ray_pipeline.hardware import num_cpus
 from ray_pipeline.launch.launchers import RayLauncher, prepare_folder, worker_environment
 from ray_pipeline.launch.stage_context import StageContext, StageFunction, StageResult
 from ray_pipeline.layout.layout import Layout
@@ -69,7 +70,7 @@ def run_stage(job: StageJob, *upstream: StageResult) -> StageResult:
         shutil.rmtree(row.work)
         row.work.mkdir()
     shutil.rmtree(row.work / LOGS, ignore_errors=True)  # of an earlier attempt
-    os.environ.update(worker_environment(1, os.cpu_count() or 1, job.layout.device))
+    os.environ.update(worker_environment(1, num_cpus(), job.layout.device))
     if (reason := stop_reason(job.run_dir)) is not None:
         raise UserError(f"{row.stage} was not started: {reason}. Go on with: {resume_command(job.run_dir)}")
     inputs = dict(zip(job.inputs, upstream, strict=True))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ray_pipeline.evaluation.marking import are_right
 from ray_pipeline.evaluation.tasks.item import Item, Scoring
+from ray_pipeline.hardware import num_cpus
 from ray_pipeline.isolation.sandbox import run_judged
 from ray_pipeline.rewards.answer import final_text
 from ray_pipeline.rewards.unit_tests import MEMORY_BYTES, code_block
@@ -83,7 +83,7 @@ class TestScoring(Scoring):
 
     def score(self, items: Sequence[Item], texts: Sequence[str]) -> list[float | None]:
         """1.0 where all tests pass; None where the sandbox could not run."""
-        with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
+        with ThreadPoolExecutor(max_workers=num_cpus()) as pool:
             return list(pool.map(self._run, items, texts))
 
     def _run(self, item: Item, text: str) -> float:

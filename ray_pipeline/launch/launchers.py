@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from ray_pipeline.errors import UserError
+from ray_pipeline.hardware import num_cpus
 from ray_pipeline.launch.cluster import alive, cpus_per_rank
 from ray_pipeline.launch.fork_server import share_cores, start_ranks
 from ray_pipeline.launch.frozen_ranks import SECONDS, FrozenWatch
@@ -136,7 +137,7 @@ class ProcessLauncher:
         prepare_folder(folder)
         with tempfile.TemporaryDirectory() as store:
             job = (self.ranks, store, self.timeout_seconds, function, arguments)
-            variables = worker_environment(self.ranks, os.cpu_count() or 1, "cpu")
+            variables = worker_environment(self.ranks, num_cpus(), "cpu")
             try:
                 processes = start_ranks(_process_rank, job, self.ranks, variables)
                 with FrozenWatch(folder, self.frozen_seconds):
@@ -151,13 +152,13 @@ def _ray_rank(job: dict[str, Any]) -> dict[str, Any] | None:
     """What every Ray Train worker runs."""
     import ray.train
 
-    if job["device"] == "cpu":
+    context = ray.train.get_context()
+    if job["device"] == "cpu" and context.get_world_size() > 1:  # the threads of a lone rank wait for nobody's message
         share_cores()
     folder = Path(job["arguments"]["folder"])
     if any(entry["user_error"] for entry in rank_errors(folder)):
         # Ray Train restarts after any error, but a user's mistake stays one: end at once, the launcher tells it.
         return None
-    context = ray.train.get_context()
     rank = context.get_world_rank()
     level = job["arguments"].get("log_level", "info")
     with recorded(folder, f"rank-{rank}", level), RankScope(folder, rank):

@@ -7,12 +7,12 @@ tools, grammars and metrics.
 from __future__ import annotations
 
 import importlib.util
-import os
 import secrets
 from pathlib import Path
 from typing import Any
 
 from ray_pipeline.errors import UserError
+from ray_pipeline.hardware import num_cpus
 from ray_pipeline.reasoning import OPEN
 from ray_pipeline.serving.engines import EngineSettings, RunningEngine, ServedModel
 from ray_pipeline.tools.format import TOOL_TOKENS
@@ -98,7 +98,7 @@ def _server(path: Path, name: str, context: int, settings: EngineSettings, key: 
     params.model_alias = {name}
     params.n_parallel = settings.slots
     params.n_ctx = context * settings.slots  # of all slots together
-    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = settings.threads or os.cpu_count() or 1
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = settings.threads or num_cpus()
     params.warmup = False
     params.verbosity = -1
     params.hostnames, params.port = ["127.0.0.1"], 0

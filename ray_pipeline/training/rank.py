@@ -16,6 +16,7 @@ from model.parallel.mesh import Mesh
 from model.parallel.placement import layers_by_hand
 from ray_pipeline.engine.engine import Engine
 from ray_pipeline.engine.options import EngineOptions
+from ray_pipeline.hardware import num_cpus
 from ray_pipeline.launch.rank_errors import RankStatus
 from ray_pipeline.launch.stage_context import StageContext
 from ray_pipeline.layout.layout import Layout, layout_of
@@ -107,7 +108,7 @@ def start_rank(arguments: dict[str, Any]) -> Rank:
     if use_cuda:
         torch.cuda.set_device(device)
     elif world > 1:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // world))
+        torch.set_num_threads(max(1, num_cpus() // world))
     wanted = layout_of(config.layout, "cuda" if use_cuda else "cpu")
     layout = wanted.on_ranks(world)
     folder, stage = Path(arguments["folder"]), arguments["stage"]

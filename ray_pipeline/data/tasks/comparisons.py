@@ -9,6 +9,8 @@ from ray_pipeline.data.tasks.question import Worked
 
 LARGEST = ("Which is the largest of {}?", "Find the largest number: {}.")
 SMALLEST = ("Which is the smallest of {}?", "Find the smallest number: {}.")
+LARGER = ("Which is larger, {} or {}?", "What is the larger of {} and {}?", "Is {} or {} the larger number?")
+SMALLER = ("Which is smaller, {} or {}?", "What is the smaller of {} and {}?", "Is {} or {} the smaller number?")
 RISING = ("Put {} in order.", "Sort the numbers {}.")
 
 
@@ -55,3 +57,11 @@ def comparison(rng: Random, difficulty: int) -> Worked:
         prompt = rng.choice(RISING)
         steps, answer = insertion_steps(numbers), ", ".join(map(str, sorted(numbers)))
     return Worked(prompt.format(", ".join(map(str, numbers))), steps, answer)
+
+
+def pair(rng: Random, difficulty: int) -> Worked:
+    """The larger or smaller of two numbers, of two digits at level 1 up to six."""
+    a, b = several(rng, 2, difficulty + 1)
+    larger = rng.random() < 0.5
+    prompt = rng.choice(LARGER if larger else SMALLER).format(a, b)
+    return Worked(prompt, f"{a}{'<' if a < b else '>'}{b}", str(max(a, b) if larger else min(a, b)))

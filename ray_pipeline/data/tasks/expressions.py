@@ -77,3 +77,10 @@ def expression(rng: Random, difficulty: int) -> Worked:
     else:
         text, steps, value = sums(rng, 4, 60) if rng.random() < 0.5 else product_and_sum(rng, 3)
     return Worked(rng.choice(PHRASES).format(text), steps, str(value))
+
+
+def product_last(rng: Random, difficulty: int) -> Worked:
+    """a+b*c, whose product comes first; a has as many digits as the level."""
+    a, b, c = rng.randrange(10 ** (difficulty - 1), 10**difficulty), rng.randint(2, 9), rng.randint(2, 9)
+    steps = f"{b}*{c}={b * c} {a}+{b * c}={a + b * c}"
+    return Worked(rng.choice(PHRASES).format(f"{a}+{b}*{c}"), steps, str(a + b * c))

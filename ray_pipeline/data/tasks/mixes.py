@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from random import Random
 
 from ray_pipeline.data.tasks.columns import addition, subtraction
-from ray_pipeline.data.tasks.comparisons import comparison
+from ray_pipeline.data.tasks.comparisons import comparison, pair
 from ray_pipeline.data.tasks.equations import equation
-from ray_pipeline.data.tasks.expressions import expression
-from ray_pipeline.data.tasks.plain_tasks import PLAIN_REGISTRY
+from ray_pipeline.data.tasks.expressions import expression, product_last
 from ray_pipeline.data.tasks.question import Question, Worked
 from ray_pipeline.data.tasks.tool_tasks import TOOL_REGISTRY
 from ray_pipeline.data.tasks.words import word_problem
@@ -28,6 +27,8 @@ REGISTRY: dict[str, Callable[[Random, int], Worked]] = {
     "comparison": comparison,
     "word_problem": word_problem,
 }
+# As a newcomer asks first; of the built-in chat alone.
+PLAIN_REGISTRY: dict[str, Callable[[Random, int], Worked]] = {"pair": pair, "product_last": product_last}
 _MAKERS = REGISTRY | PLAIN_REGISTRY | TOOL_REGISTRY
 CATEGORIES = tuple(REGISTRY)
 DIFFICULTIES = (1, 2, 3, 4, 5)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -16,6 +15,7 @@ from ray_pipeline.data.chat.tokenizer import ChatTokenizer
 from ray_pipeline.data.tasks.question import prepared_questions
 from ray_pipeline.engine.engine import Engine
 from ray_pipeline.errors import UserError
+from ray_pipeline.hardware import num_cpus
 from ray_pipeline.objectives.grpo import Grpo
 from ray_pipeline.objectives.sampler_gap import Correction, SamplerGap
 from ray_pipeline.rewards.scoring import Scorer, Scores
@@ -131,7 +131,7 @@ def rollout_engine(rank: Rank, whole: WholeModel, config: ModelConfig) -> Rollou
     if rollout.workers:
         threads = torch.get_num_threads()  # as a rank has: with another number matrix products round otherwise
         if rollout.max_staleness:  # no rank samples the same, and they work beside the ranks
-            threads = max(1, (os.cpu_count() or 1) // (rollout.workers + mesh.world))
+            threads = max(1, num_cpus() // (rollout.workers + mesh.world))
         return RayEngine(
             mesh, build, workers=rollout.workers, share_rows=rows, threads=threads,
             gpus=int(device.type == "cuda"),
