@@ -63,7 +63,7 @@ PREFERENCE_MIX = Mix(SHARES | {"addition": 0.7, "subtraction": 0.7, "expression"
 GLANCE_SHARE = 0.48
 SMALL_TALK = 0.1  # exchanges of small talk for every demonstration
 # The same of the dialogues in pretraining's text, where working is the exception, as on the web.
-GLANCE_SHARE_OF_TEXT = 0.75
+GLANCE_SHARE_OF_TEXT = 0.6
 
 
 def make_question(category: str, difficulty: int, rng: Random) -> Question:

@@ -44,7 +44,7 @@ def test_the_vocabulary_is_small():
     assert 100 < len(vocabulary) < 400
 
 
-def test_dialogues_are_right_and_one_in_four_is_worked_out():
+def test_dialogues_are_right_and_two_in_five_are_worked_out():
     made = [dialogue_at(0, index) for index in range(1000)]
     at_once = 0
     for text in made:
@@ -52,7 +52,7 @@ def test_dialogues_are_right_and_one_in_four_is_worked_out():
         reference = answer.rpartition("The answer is ")[2].removesuffix(".")
         assert get_reward("answer")(question, answer, reference) == 1.0
         at_once += answer.startswith("The answer is ")
-    assert 700 < at_once < 800
+    assert 550 < at_once < 650
     assert dialogue_at(1, 0) != made[0] == dialogue_at(0, 0)
 
 
