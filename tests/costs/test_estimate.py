@@ -99,8 +99,8 @@ def test_samplers_a_reference_and_a_teacher_are_counted() -> None:
 
 # What a recipe's name or first line promises.
 SHIPPED = {
-    "tiny": "cpu", "tiny-muon": "cpu", "tiny-gsm8k": "cpu", "tiny-preference": "cpu", "tiny-tools": "cpu",
-    "smoke": "cpu",
+    "tiny": "cpu", "tiny-full": "cpu", "tiny-zero": "cpu", "tiny-gsm8k": "cpu", "tiny-preference": "cpu",
+    "tiny-tools": "cpu", "smoke": "cpu",
     "mini-3gpu-pp3": "a100-40gb", "small": "h100", "medium": "h100", "large": "h200", "v3-16b-8xh100": "h100",
 }  # fmt: skip
 

@@ -26,7 +26,8 @@ CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.yaml"
 
 def config(**layout: int | str) -> PipelineFields:
     backend = layout.pop("backend", "auto")
-    return load_config(None, {"backend": backend, **{f"layout.{key}": value for key, value in layout.items()}})
+    given = {f"layout.{key}": value for key, value in layout.items()}
+    return load_config(Path("tiny-full"), {"backend": backend, **given})
 
 
 def told(gpus_available: int = 0, **layout: int | str) -> str:

@@ -251,7 +251,7 @@ def test_a_warm_up_longer_than_its_stage_is_shortened_and_told():
     config = load_config(None, {"pretrain.steps": 50, "pretrain.optimizer.warmup_steps": 80, "sft.steps": 3})
     told = [text for text in warnings(config) if "warmup_steps" in text]
     assert told[0] == (
-        "pretrain.optimizer.warmup_steps=80: longer than its 50 steps, so the rate of 0.005 would never be reached. "
+        "pretrain.optimizer.warmup_steps=80: longer than its 50 steps, so the rate of 0.014 would never be reached. "
         "Warmed up for 5 instead."
     )
     assert told[1].startswith("sft.optimizer.warmup_steps=20: longer than its 3 steps")

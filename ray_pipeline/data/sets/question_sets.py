@@ -29,6 +29,7 @@ from ray_pipeline.data.tasks.mixes import (
     SFT_MIX,
     SMALL_TALK,
     TOOLS_MIX,
+    TURNS,
     Mix,
     draw_unique,
 )
@@ -80,7 +81,7 @@ def gather_questions(config: PipelineFields) -> QuestionSets:
         drawn = draw_unique(_SFT_MIXES[name], config.seed, "conversations", count, taken)
         sets.conversations = [_demonstration(question, config.seed, name) for question in drawn]
         if name == BUILTIN_CHAT:
-            sets.conversations += _small_talk(config.seed, round(SMALL_TALK * len(drawn)))
+            sets.conversations = _talks(sets.conversations, config.seed)
     else:
         _add_conversations(sets, config)
     if len(sets.conversations) < 2:
@@ -99,9 +100,19 @@ def _demonstration(question: Question, seed: int, source: str) -> Conversation:
     return _turns(question.prompt, question.at_a_glance if glance else question.completion)
 
 
-def _small_talk(seed: int, count: int) -> list[Conversation]:
-    made = [exchange(Random(f"{seed}/small talk/{index}")) for index in range(count)]
-    return [_turns(prompt, answer) for prompt, answer in made]
+def _talks(demonstrations: list[Conversation], seed: int) -> list[Conversation]:
+    """Small talk between the demonstrations, and half of all as conversations of several turns."""
+    rng, turns = Random(f"{seed}/small talk"), []
+    for demonstration in demonstrations:
+        turns.append(demonstration)
+        if rng.random() < SMALL_TALK:
+            turns.append(_turns(*exchange(rng)))
+    out = []
+    while turns:
+        count = rng.choice(TURNS)
+        out.append(Conversation(tuple(message for turn in turns[-count:] for message in turn.messages)))
+        del turns[-count:]
+    return out
 
 
 def _turns(prompt: str, answer: str) -> Conversation:

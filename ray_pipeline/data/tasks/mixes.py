@@ -62,6 +62,7 @@ PREFERENCE_MIX = Mix(SHARES | {"addition": 0.7, "subtraction": 0.7, "expression"
 # are often wrong; that working pays is for GRPO to find out.
 GLANCE_SHARE = 0.48
 SMALL_TALK = 0.1  # exchanges of small talk for every demonstration
+TURNS = (1, 1, 2, 3)  # of a conversation, drawn from; a row of 256 tokens holds three
 # The same of the dialogues in pretraining's text, where working is the exception, as on the web.
 GLANCE_SHARE_OF_TEXT = 0.6
 

@@ -37,15 +37,20 @@ def test_topics_that_are_kept_for_evaluation_are_in_no_exchange():
     assert len(unseen_questions(10**6, seed=0)) == 200
 
 
-def test_the_built_in_chat_adds_small_talk_to_its_demonstrations():
-    data = {"sft": "builtin_chat", "prompts": "builtin_chat", "builtin_conversations": 500, "builtin_prompts": 200}
+def test_the_built_in_chat_has_small_talk_and_several_turns():
+    data = {"sft": "builtin_chat", "prompts": "builtin_chat", "builtin_conversations": 1000, "builtin_prompts": 200}
     sets = gather_questions(PipelineFields.model_validate({"data": data}))
-    assert len(sets.conversations) == 550
     assert {q.category for q in sets.train} == set(CHAT_MIX.categories)
-    talk = [c for c in sets.conversations if "<think>" not in c.text]
-    assert len(talk) == 50 and sum(OUTSIDE in c.text for c in talk) == pytest.approx(30, abs=12)
-    asked = {q.prompt for q in sets.heldout} | {q.prompt for q in sets.train}
-    assert not asked & {c.messages[0]["content"] for c in sets.conversations}
+    turns = [[message["content"] for message in c.messages] for c in sets.conversations]
+    asked, answers = [text for one in turns for text in one[::2]], [text for one in turns for text in one[1::2]]
+    assert sum(answer.startswith("<think>") for answer in answers) == 1000
+    talk = [answer for answer in answers if "<think>" not in answer]
+    assert len(talk) == pytest.approx(100, abs=30) and talk.count(OUTSIDE) == pytest.approx(0.6 * len(talk), abs=25)
+    lengths = [len(one) // 2 for one in turns]
+    assert set(lengths) == {1, 2, 3} and lengths.count(1) == pytest.approx(len(turns) / 2, abs=50)
+    assert not set(asked) & ({q.prompt for q in sets.heldout} | {q.prompt for q in sets.train})
+    assert turns == [[m["content"] for m in c.messages] for c in gather_questions(
+        PipelineFields.model_validate({"data": data})).conversations]  # fmt: skip
 
 
 def test_questions_of_the_plain_kind_are_half_as_frequent_as_the_others():
