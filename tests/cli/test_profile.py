@@ -30,7 +30,7 @@ def profile(run_dir: Path, *arguments: str) -> int:
         (["--stage", "sfd"], 'did you mean "sft"'),
         (["--stage", "export"], "trains nothing in this run"),
         (["--stage", "grpo"], "grpo: reads what sft makes, which is not finished"),
-        (["--stage", "sft", "--step", "99999"], "goes beyond sft's 900 steps"),
+        (["--stage", "sft", "--step", "99999"], "goes beyond sft's 400 steps"),
         (["--stage", "sft", "--out", "tests"], "which no whole manifest.json of this program there lists"),
         (["--backend", "modal"], "steps are profiled on this machine"),
     ],

@@ -56,7 +56,7 @@ def stored(tmp_path: Path) -> Path:
     run_dir = tmp_path / "mine"
     run_dir.mkdir()
     settings = {"grpo.beta": 0.5, "layout.gpus": 3, "layout.pp_size": 3, "run_name": "mine"}
-    (run_dir / "config.yaml").write_text(config_yaml(load_config(None, settings)), encoding="utf-8")
+    (run_dir / "config.yaml").write_text(config_yaml(load_config(Path("tiny-full"), settings)), encoding="utf-8")
     return run_dir
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from ray_pipeline.dag.identity import (
@@ -91,8 +91,8 @@ def downstream(key: str, config: PipelineFields = BASE) -> set[str]:
     for name in STAGES:
         if found & set(upstream(config, name)):
             found.add(name)
-    if key.startswith("model.") and config.distillation.teacher is not None:
-        found |= {"distillation", "export"}  # what the student is made from, where the teacher is of another family
+    if key.startswith(("model.", "evaluation.", "tools.")) and config.distillation.teacher is not None:
+        found |= {"distillation", "export"}  # what the student is made from and how it is asked
     # Of the data, DPO alone reads the pairs.
     return found - {"pretrain", "sft"} if key == "data.preferences" else found
 
@@ -146,6 +146,7 @@ def test_layout_and_cadence_are_among_the_keys_that_change_nothing():
     st.dictionaries(st.sampled_from(RESULT_KEYS), st.integers(0, 2), max_size=4),
     st.dictionaries(st.sampled_from(RESULT_KEYS), st.integers(0, 2), max_size=4),
 )
+@example({"distillation.teacher": 1}, {"distillation.teacher": 1, "evaluation.max_new_tokens": 1})
 def test_equal_identities_mean_equal_settings_upstream(first, second):
     """The ledger never reuses a stale stage: the same key is never given to two different sets of settings."""
 

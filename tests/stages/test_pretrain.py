@@ -104,7 +104,8 @@ def test_the_best_checkpoint_and_the_verdict_go_by_all_sources(tmp_path):
     write_data(tmp_path / "data")
     write_foreign_first(tmp_path / "data")
     changes = {"tracking.wandb": False, "pretrain.optimizer.warmup_steps": 0, "pretrain.optimizer.lr": 3e-3}
-    config = load(write(tmp_path / "given"), changes | {"pretrain.eval_every": 10, "pretrain.checkpoint_every": 10})
+    changes |= {"pretrain.eval_every": 10, "pretrain.checkpoint_every": 10}
+    config = load(write(tmp_path / "given"), changes, Path("tiny-full"))
     result = start(tmp_path, config, steps=30)
     lines = [line for line in read_metrics(tmp_path / "pretrain") if "val/validation_loss" in line]
     foreign, whole = ([line[f"val/validation_loss{name}"] for line in lines] for name in ("/foreign", ""))
