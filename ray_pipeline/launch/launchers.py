@@ -152,13 +152,13 @@ def _ray_rank(job: dict[str, Any]) -> dict[str, Any] | None:
     """What every Ray Train worker runs."""
     import ray.train
 
-    context = ray.train.get_context()
-    if job["device"] == "cpu" and context.get_world_size() > 1:  # the threads of a lone rank wait for nobody's message
+    if job["device"] == "cpu":
         share_cores()
     folder = Path(job["arguments"]["folder"])
     if any(entry["user_error"] for entry in rank_errors(folder)):
         # Ray Train restarts after any error, but a user's mistake stays one: end at once, the launcher tells it.
         return None
+    context = ray.train.get_context()
     rank = context.get_world_rank()
     level = job["arguments"].get("log_level", "info")
     with recorded(folder, f"rank-{rank}", level), RankScope(folder, rank):
