@@ -50,7 +50,7 @@ def save_model(folder: Path) -> Path:
 def save_drafting(root: Path, modules: int) -> Path:
     """A random model with so many MTP modules, in F32: llama.cpp rounds drafts and single tokens differently."""
     save_trained(train_bpe(["What is the larger of 12 and 34? Solve this and that."] * 20, 320), root / "tokenizer")
-    config = replace(EXPORTABLE, num_nextn_predict_layers=modules)
+    config = replace(EXPORTABLE, num_nextn_predict_layers=modules, max_position_embeddings=512)
     model = Transformer(config)
     init_weights(model, config, seed=4)
     save_gguf(
