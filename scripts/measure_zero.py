@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 from collections.abc import Sequence
 from html import escape
@@ -23,8 +22,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from ray_pipeline.dag.ledger import read_status  # noqa: E402
 from ray_pipeline.records.metrics_file import read_metrics  # noqa: E402
+from scripts.measure_recipe import call, stage_figures  # noqa: E402
 from scripts.parallel_bench.results import provenance  # noqa: E402
 
 ENDS = 5  # steps at the beginning and at the end whose means are compared
@@ -45,11 +44,8 @@ def measure(recipe: str, seed: int, runs: Path, more: Sequence[str]) -> dict[str
         SystemExit: GRPO is not finished.
     """
     name = f"measure-{Path(recipe).stem}-seed{seed}"
-    words = ["--config", recipe, "--run-name", name, "--set", f"seed={seed}", "--output-dir", str(runs)]
-    subprocess.run([sys.executable, "-m", "ray_pipeline.cli", "run", *words, *more], cwd=ROOT, check=False)
-    entry = next(entry for entry in read_status(runs / name)["stages"] if entry["stage"] == "grpo")
-    if entry["status"] not in ("done", "learned_nothing"):
-        sys.exit(f"{name}: grpo is {entry['status']}")
+    call("run", "--config", recipe, "--run-name", name, "--set", f"seed={seed}", "--output-dir", str(runs), *more)
+    entry = stage_figures(runs / name, "grpo")
     lines = read_metrics(Path(entry["folder"]))
     start = (0, entry["baselines"]["input_accuracy"])
     return {

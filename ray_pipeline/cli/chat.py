@@ -67,10 +67,8 @@ def chat(
         if not line.strip():
             continue
         try:
-            if line.strip() == "/help":
-                screen.note(HELP + kinds(source.heldout))
-            elif line.startswith("/"):
-                if not command(talk, screen, line.strip()):
+            if line.startswith("/"):
+                if not command(talk, screen, line.strip(), source.heldout):
                     break
             else:
                 answer(talk, screen, line)
@@ -97,9 +95,11 @@ def answer(talk: Conversation, screen: Screen, message: str | None) -> None:
         screen.note(note)
 
 
-def command(talk: Conversation, screen: Screen, line: str) -> bool:
+def command(talk: Conversation, screen: Screen, line: str, heldout: Path | None) -> bool:
     """Carry out a line that begins with `/`; False where it ends the chat.
 
+    Args:
+        heldout: the file of the questions that the model's run held out, if it is of a run.
     Raises:
         UserError: an unknown command, or one that lacks what it needs.
     """
@@ -107,7 +107,9 @@ def command(talk: Conversation, screen: Screen, line: str) -> bool:
     rest = rest.strip()
     if name in ("/quit", "/exit"):
         return False
-    if name == "/system":
+    if name == "/help":
+        screen.note(HELP + kinds(heldout))
+    elif name == "/system":
         talk.system = rest
         screen.note("The system prompt is set." if rest else "There is no system prompt.")
     elif name == "/temp":

@@ -57,10 +57,10 @@ async def _ask(client: httpx.AsyncClient, model: str, task: Task, number: int) -
                 piece = delta.get("reasoning_content") or delta.get("content") or ""
                 first = time.perf_counter() - began if piece and first is None else first
                 said += piece
-    if first is None and not task.kind:
-        raise RuntimeError(f"{client.base_url}: an answer without text")
-    if first is None:  # what goes on with a text may be its end
-        first = time.perf_counter() - began
+    if first is None:
+        if not task.kind:
+            raise RuntimeError(f"{client.base_url}: an answer without text")
+        first = time.perf_counter() - began  # what goes on with a text may be its end
     return Said(said, counted, first, timings.get("draft_n", 0), timings.get("draft_n_accepted", 0))
 
 

@@ -59,6 +59,7 @@ class Lease:
             self.bucket.delete([LEASE])
 
     def _refuse_other(self) -> dict[str, Any] | None:
+        """The lease that lies there, which is this process's or has run out; None: nobody left one."""
         found = self._read()
         if found is not None and found["id"] != self.mine and time.time() < found["until"]:
             raise UserError(
