@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 
 import pytest
@@ -100,7 +101,11 @@ def test_an_honest_program_passes_and_its_tests_can_fail(name):
     assert not run_judged(program, f"{tests}\nassert False", seconds=10)
 
 
-CHECK = "assert f(3) == 68135 and abs(f(4) - 67890.5) < 1e-6 and 11 in f(5) and all(f(i) == 777 for i in range(9))"
+# As long as a float holds exactly: five digits stood in an address of some object now and then.
+SECRET = 681350274419863
+CHECK = (
+    f"assert f(3) == {SECRET} and abs(f(4) - 67890.5) < 1e-6 and 11 in f(5) and all(f(i) == 777 for i in range(9))"
+)
 READS_ALL = """
 import gc, sys, os
 def seen():
@@ -119,7 +124,7 @@ def seen():
 def f(x):
     text = seen()
     # Written backwards, so that it does not find its own text.
-    return next((float(back[::-1]) for back in ("53186", "5.09876") if back[::-1] in text), 0)
+    return next((float(back[::-1]) for back in ("368914472053186", "5.09876") if back[::-1] in text), 0)
 """
 CHEATS = {
     "an object equal to everything": "class A:\n    __eq__ = __lt__ = __contains__ = lambda *a: True\n"
@@ -128,7 +133,8 @@ CHEATS = {
     "def f(x):\n    return A()",
     "a number that differs by nothing": "class A:\n    def __sub__(self, other):\n        return 0.0\n"
     "    __float__ = __abs__ = lambda s: 0.0\ndef f(x):\n    return A()",
-    "builtins of its own": "def all(x):\n    return True\ndef abs(x):\n    return 0\ndef f(x):\n    return 68135",
+    "builtins of its own": "def all(x):\n    return True\ndef abs(x):\n    return 0\ndef f(x):\n"
+    f"    return {SECRET}",
     "StopIteration ends the tests' loops": "def f(x):\n    raise StopIteration",
     "leaving": "import os\ndef f(x):\n    os._exit(0)",
     "leaving at import": "import sys\nsys.exit(0)",
@@ -165,6 +171,11 @@ def test_no_program_passes_tests_that_it_does_not_answer(name):
     for check in CHECK.removeprefix("assert ").split(" and "):
         if name != "builtins of its own" or "f(3)" not in check:
             assert not run_judged(CHEATS[name], f"assert {check}", seconds=3), check
+
+
+def test_the_program_that_reads_all_finds_what_stands_in_its_own_process():
+    check = f"assert f(3) == {SECRET}"
+    assert subprocess.run([sys.executable, "-c", f"{READS_ALL}\n{check}"], timeout=30).returncode == 0
 
 
 def test_a_callback_gives_the_program_nothing_but_calls():
