@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ray_pipeline.cli.dial import dialled
 from ray_pipeline.errors import UserError
 from ray_pipeline.settings.run_folder import CONFIG_FILE
 
@@ -150,6 +151,9 @@ chain_options = grouped(
 recipe_options = grouped(
     click.option("--config", type=click.Path(path_type=Path), help="Recipe: YAML file or shipped name. Default: tiny."),
     click.option("--model-size", metavar="[tiny|small|medium|large]", help="A preset for the architecture."),
+    click.option("--compute", type=click.FloatRange(1.0), help="FLOPs of PRETRAIN: decide size, steps and rates."),
+    click.option("--minutes", type=click.FloatRange(0.01, 1e6), help="The same by this machine's speed; see --law."),
+    click.option("--law", metavar="NAME|FILE", help="How the loss falls (scripts/fit_law.py). Default: gsm8k."),
     click.option(
         "--max-steps", type=click.IntRange(1, 10**8), help="Upper limit for the steps of every training stage."
     ),
@@ -198,7 +202,7 @@ def take_request(options: dict[str, Any]) -> Request:
             "--time-sliced: ranks run side by side here, as CPU processes where there are no GPUs; "
             "use --gpus 3 --pp-size 3 instead."
         )
-    overrides: dict[str, Any] = {}
+    overrides: dict[str, Any] = dialled(options)
     for option, keys in FLAG_KEYS.items():
         if options.get(option) is not None:
             overrides |= dict.fromkeys(keys, options[option])

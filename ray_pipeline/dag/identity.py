@@ -50,6 +50,7 @@ _NO_RESULT = {
 _NO_RESULT |= {"grpo.batch_size", "grpo.rollout.workers", "grpo.scoring.processes"}
 _NO_RESULT |= {"grpo.scoring.without_landlock", "tools.without_landlock"}
 _NO_RESULT |= {"data.max_bad_records"}  # a bound that is kept changes nothing
+_NO_RESULT |= {f"pretrain.prediction{end}" for end in ("", ".loss", ".text", ".validation")}
 _NO_RESULT |= {"init_from.max_vocab_size", "init_from.max_file_bytes", "distillation.teacher_layout"}
 # Settings that came later, at the values of what was done before they existed: there they are no part of it, so that
 # finished stages stay finished.

@@ -140,6 +140,9 @@ def baseline_text(stage: str, baselines: Mapping[str, float], metrics: Mapping[s
     if "input_loss" in baselines:
         owner = "input's loss" if stage == "sft" else "input"
         parts.append(f"{owner} {baselines['input_loss']:.3f}")
+    if "predicted_loss" in baselines and "validation_loss" in metrics:
+        expected = baselines["predicted_loss"]
+        parts.append(f"predicted {expected:.3f} ({metrics['validation_loss'] / expected - 1:+.1%})")
     preferences = _input_text("preference_accuracy", baselines, metrics)
     accuracy = _input_text("accuracy", baselines, metrics)
     if preferences:

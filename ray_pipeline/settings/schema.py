@@ -163,6 +163,14 @@ class InitFromConfig(Section):
     max_file_bytes: PositiveInt = Field(100_000_000_000, description="a larger weight file is refused")
 
 
+class PredictionConfig(Section):
+    """What a law of scaling expects of PRETRAIN; `--compute` and `--minutes` write it. It changes no weight."""
+
+    loss: PositiveFloat = Field(description="validation loss in nats a token")
+    text: str = Field(description="what the law was fitted on")
+    validation: str = Field(description="sha256 of its held-out tokens; a run with others is not held against it")
+
+
 class PretrainConfig(TrainingConfig):
     """Next-token cross-entropy plus multi-token prediction."""
 
@@ -172,6 +180,7 @@ class PretrainConfig(TrainingConfig):
         description="model.attention=dsa: steps of dense attention that the indexer learns from; default: a fifth, or "
         "none with init_from",
     )
+    prediction: PredictionConfig | None = Field(None, description="of the validation loss, by a law of scaling")
 
 
 class ExportConfig(Section):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from ray_pipeline.training.trainer import Trainer
 from ray_pipeline.training.validation import validation_loss
 
 STAGE = "pretrain"
+HELD_OUT_TOKENS = "pretrain/validation/*.tokens.bin"  # files of DATA_PREP
 
 
 def train(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -45,6 +47,20 @@ def baselines(data: Path, vocab_size: int) -> dict[str, float]:
     return {"ln_vocab": math.log(vocab_size), "unigram_entropy": float(manifest["unigram_entropy"])}
 
 
+def prediction(context: StageContext) -> dict[str, float]:
+    """The loss that a law of scaling expects, where this text is the one it was fitted on."""
+    expected = context.config.pretrain.prediction
+    if expected is None:
+        return {}
+    data = context.inputs["data_prep"].folder
+    files = read_sealed(data / MANIFEST, make_again(data))["files"]
+    held = [file["sha256"] for name, file in files.items() if fnmatch(name, HELD_OUT_TOKENS)]
+    if held != [expected.validation]:
+        print(f"No verdict on the predicted loss: it is of {expected.text}, and this text is another.")
+        return {}
+    return {"predicted_loss": expected.loss}
+
+
 def run(context: StageContext) -> StageResult:
     """Launch the ranks and hold the result against the baselines."""
     figures = context.launcher.run(STAGE, train, rank_arguments(context, STAGE))
@@ -52,4 +68,5 @@ def run(context: StageContext) -> StageResult:
     if "input_loss" in figures:
         held_against["input_loss"] = figures.pop("input_loss")
     learned = figures["validation_loss"] < min(held_against.values())
+    held_against |= prediction(context)
     return StageResult(context.folder, figures, held_against, learned)

@@ -216,6 +216,11 @@ def test_weights_that_were_given_are_among_what_pretraining_is_held_against():
     assert text == "ln V 6.240; input 1.500"
 
 
+def test_a_predicted_loss_is_held_against_what_was_reached():
+    text = baseline_text("pretrain", {"ln_vocab": 6.24, "predicted_loss": 2.0}, {"validation_loss": 1.97})
+    assert text == "ln V 6.240; predicted 2.000 (-1.5%)"
+
+
 def test_sft_shows_its_loss_beside_its_answers():
     metrics, baselines = {"accuracy": 0.613, "validation_loss": 0.5}, {"input_accuracy": 0.02, "input_loss": 2.25}
     assert figure_text("sft", metrics) == "held-out accuracy 61.3%, loss 0.500 nats"

@@ -18,6 +18,7 @@ from ray_pipeline.data.rows.shards import write_rows
 from ray_pipeline.launch.stage_context import StageContext, StageResult
 from ray_pipeline.records.artifacts import load_model
 from ray_pipeline.records.metrics_file import read_metrics
+from ray_pipeline.settings.loading import load_config
 from ray_pipeline.settings.schema import PipelineFields
 from ray_pipeline.stages import pretrain
 from tests.settings.test_init_from import CONFIG, load, write
@@ -113,3 +114,20 @@ def test_the_best_checkpoint_and_the_verdict_go_by_all_sources(tmp_path):
     assert whole == sorted(whole, reverse=True)
     assert json.loads((tmp_path / "pretrain/checkpoints/best.json").read_text())["step"] == 30
     assert result.learned and result.metrics["validation_loss"] < result.baselines["input_loss"]
+
+
+def test_a_prediction_is_held_against_the_same_text_alone(tmp_path, capsys):
+    held = "ab" * 32
+    manifest = {"unigram_entropy": 5.5, "files": {"pretrain/validation/00000.tokens.bin": {"sha256": held},
+                                                  "pretrain/validation/00000.mask.bin": {"sha256": "cd" * 32}}}  # fmt: skip
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    inputs = {"data_prep": StageResult(tmp_path)}
+
+    def of(given: dict[str, str | float] | None) -> dict[str, float]:
+        config = load_config(None, {"pretrain.prediction": given})
+        return pretrain.prediction(StageContext(config, "toy", tmp_path, tmp_path, inputs, HereLauncher()))  # type: ignore[arg-type]
+
+    assert of(None) == {} and capsys.readouterr().out == ""
+    assert of({"loss": 2.5, "text": "mine.txt", "validation": held}) == {"predicted_loss": 2.5}
+    assert of({"loss": 2.5, "text": "mine.txt", "validation": "ef" * 32}) == {}
+    assert "it is of mine.txt, and this text is another" in capsys.readouterr().out
