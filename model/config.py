@@ -44,6 +44,7 @@ class ModelConfig:
         scoring_func, topk_method: the router of V3 is sigmoid and noaux_tc, of V2 softmax and (group_limited_)greedy.
         aux_loss_alpha: weight of the balancing loss; seq_aux: balanced within every sequence, or over the batch.
         recursion_depth: times the stack of layers is applied (arXiv:2510.04871).
+        residual_scales: a block reads learned shares of the stream and of the embedding (`model.layers.residual`).
         initialisation: of matrices: fixed, the deviation `initializer_range` whatever their width; fan_in, one over the
             square root of the features read, so that every width starts alike (arXiv:2203.03466, table 3).
         embedding_init, head_init: deviations of the embedding and the head; default: `initializer_range`.
@@ -93,6 +94,7 @@ class ModelConfig:
     cope_positions: int = field(default=64, metadata=OWN)
     norm: Literal["rmsnorm", "dyt"] = field(default="rmsnorm", metadata=OWN)
     recursion_depth: int = field(default=1, metadata=OWN)
+    residual_scales: bool = field(default=False, metadata=OWN)
     initialisation: Literal["fixed", "fan_in"] = field(default="fixed", metadata=OWN)
     embedding_init: float | None = field(default=None, metadata=OWN)
     head_init: float | None = field(default=None, metadata=OWN)
@@ -135,6 +137,11 @@ class ModelConfig:
     def mtp_layers(self) -> range:
         """Global layer indices of the MTP modules' blocks: they go on behind the last layer."""
         return range(self.num_hidden_layers, self.num_hidden_layers + self.num_nextn_predict_layers)
+
+    @property
+    def hands_embeddings_on(self) -> bool:
+        """Whether later layers read the embeddings too: MTP modules, and learned scales of the residual stream."""
+        return self.num_nextn_predict_layers > 0 or self.residual_scales
 
     def validate(self) -> None:
         """Refuse what cannot be built.
@@ -180,7 +187,8 @@ class ModelConfig:
 
     def layer_params(self, layer: int, *, active: bool = False) -> int:
         """Weights of one block; with `active`, only those one token passes through."""
-        return self.attention_params() + self._ffn_params(layer, active=active) + 2 * self.norm_params()
+        scales = 2 if self.residual_scales and layer < self.num_hidden_layers else 0
+        return self.attention_params() + self._ffn_params(layer, active=active) + 2 * self.norm_params() + scales
 
     def tail_params(self) -> int:
         """Active weights that follow the last layer: the head, once more per MTP module, and those modules' blocks."""

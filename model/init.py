@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from model.config import ModelConfig
+from model.layers.residual import initial_scales
 
 OUTPUTS = ("o_proj", "down_proj")  # what writes into the residual stream, one expert's or a stack's
 
@@ -25,6 +26,8 @@ def initial_weight(name: str, shape: torch.Size, config: ModelConfig, seed: int)
         later = torch.full(shape, 1 / config.recursion_depth)
         later[0] = 1.0
         return later
+    if name.endswith("residual.weight"):
+        return initial_scales(int(name.split(".")[-3]), config.num_hidden_layers)
     if name.endswith("position_embedding"):
         return torch.zeros(shape)
     if len(shape) == 1:

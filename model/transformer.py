@@ -23,6 +23,7 @@ from model.layers.feed_forward import FeedForward
 from model.layers.linear import as_operand
 from model.layers.loss import tokens_ahead
 from model.layers.norm import build_norm
+from model.layers.residual import build_residual_scales
 from model.layers.rope import rotary_table
 from model.layers.vocab import Embedding, Head
 from model.moe.experts import MixtureOfExperts
@@ -45,6 +46,7 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
+        self.residual = build_residual_scales(config, layer)
         self.input_layernorm = build_norm(config)
         self.self_attn = build_attention(config)
         self.post_attention_layernorm = build_norm(config)
@@ -58,11 +60,23 @@ class Block(nn.Module):
         mask: Tensor | None,
         routing: Tensor | None = None,
         counting: Counting = EVERY_TOKEN,
+        start: Tensor | None = None,
     ) -> Tensor:
-        """x [batch, seq / sp, hidden_size] -> same; `routing` and `counting` as `MixtureOfExperts` takes them."""
+        """x [batch, seq / sp, hidden_size] -> same; `routing` and `counting` as `MixtureOfExperts` takes them.
+
+        `start`: the embedding of the same tokens, which learned scales of the residual stream read.
+        """
+        x = self.read(x, start)
         if self.recompute == "full" and torch.is_grad_enabled():
             return _checkpointed(self._run, counting, x, rotation, mask, routing)
         return self._run(counting, x, rotation, mask, routing)
+
+    def read(self, x: Tensor, start: Tensor | None) -> Tensor:
+        """What the block makes of the stream x, both [..., hidden_size], before its own work."""
+        if self.residual is None:
+            return x
+        assert start is not None
+        return self.residual(x, start)
 
     def _run(
         self, counting: Counting, x: Tensor, rotation: Tensor, mask: Tensor | None, routing: Tensor | None
@@ -171,7 +185,7 @@ class Transformer(nn.Module):
             embedded = embedded + noise[:, read]
         length = mine.stop - mine.start
         hidden = embedded[:, :length] if embedded.shape[1] > length else embedded
-        return hidden, embedded if self.config.num_nextn_predict_layers else None
+        return hidden, embedded if self.config.hands_embeddings_on else None
 
     def ahead_length(self, seq_len: int) -> int:
         """Positions of a row whose embeddings the MTP modules read here: my own and the next few, if there are any."""
@@ -185,6 +199,7 @@ class Transformer(nn.Module):
         mask: Tensor | None,
         routing: Tensor | None = None,
         real: Tensor | None = None,
+        embeddings: Tensor | None = None,
     ) -> Tensor:
         """This stage's blocks, `recursion_depth` times: [batch, seq / sp, hidden_size] -> same.
 
@@ -192,14 +207,16 @@ class Transformer(nn.Module):
             routing: [batch, seq / sp, columns] experts to use in all layers of the model (`model.moe.replay`).
             real: bool [batch, seq / sp], False for padding, which no layer's own loss and no load counts; None: all
                 are tokens.
+            embeddings: what `embed` gave for these positions, or more; None where `hidden` is that itself.
         Raises:
             ValueError: a routing of another model.
         """
         counting = Counting(real, self.losses)
+        start = hidden if embeddings is None else embeddings[:, : hidden.shape[1]]
         for index, given in enumerate(split_routing(self.config, self.layer_range, routing)):
             before = hidden
             for block, experts in zip(self.layers.values(), given, strict=True):
-                hidden = block(hidden, rotation, mask, experts, counting)
+                hidden = block(hidden, rotation, mask, experts, counting, start)
             if self.recursion is not None:
                 hidden = self.recursion(before, hidden, index)
         return hidden

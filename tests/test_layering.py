@@ -21,6 +21,7 @@ SHORT = {
     "model.attention.sliding": "arXiv:2004.05150",
     "model.layers.feed_forward": "arXiv:2002.05202",
     "model.recursion": "arXiv:2510.04871",
+    "model.layers.residual": "arXiv:2402.02622",
     # one device's form of one operation: `model.kernels.operations` lists them
     "model.kernels.cpu.fast_softmax": "softmax_loss",
     "model.kernels.cuda.fused_attention": "attention",

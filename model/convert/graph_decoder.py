@@ -65,10 +65,12 @@ class GraphDecoder(nn.Module):
         rotation = tuple(table[positions[:, -new:]].unsqueeze(2) for table in (self.cos, self.sin))
         visible = self._visible(attention_mask, positions, new)
         hidden, caches = self.model.embed_tokens(input_ids), list[Tensor]()
+        start = hidden
         for index in range(self.config.recursion_depth):
             before = hidden
             for block in self.model.layers.values():
                 assert isinstance(block, Block)
+                hidden = block.read(hidden, start)
                 y = _norm(block.input_layernorm, hidden)
                 out, cache = _attend(block.self_attn, y, rotation, visible, past[len(caches)])
                 caches.append(cache)

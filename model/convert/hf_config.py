@@ -96,6 +96,8 @@ def unpublished_reason(config: ModelConfig) -> str | None:
             return f"no transformers class has {key}={getattr(config, key)}"
     if config.recursion_depth > 1:
         return f"no transformers class has recursion_depth={config.recursion_depth}"
+    if config.residual_scales:
+        return "no transformers class has residual_scales"
     router = (config.scoring_func, config.topk_method)
     if router == ("sigmoid", "noaux_tc"):
         return None

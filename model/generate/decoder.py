@@ -31,6 +31,7 @@ class DecoderLayer:
     """One block for one new token a row."""
 
     def __init__(self, block: Block):
+        self.read = block.read
         self.attention = build_decode_attention(block.self_attn)
         self.input_norm, self.post_norm = prepared(block.input_layernorm), prepared(block.post_attention_layernorm)
         moe = block.mlp if isinstance(block.mlp, MixtureOfExperts) else None
@@ -149,10 +150,11 @@ class Decoder:
         # Padding is a document of its own: it gets no attention and the text behind it starts at position 0.
         doc_ids = (torch.arange(length, device=tokens.device) >= padding[:, None]).long()
         rotation, mask = self.model.context(doc_ids if bool(padding.any()) else None, length)
-        x = self.model.embed_tokens(tokens)
+        x = start = self.model.embed_tokens(tokens)
         for index, passed in enumerate(self.passes(cache)):
             before = x
             for block, layer, layer_cache in zip(self._blocks(), self.layers, passed, strict=True):
+                x = block.read(x, start)
                 y = block.input_layernorm(x)
                 layer.attention.remember(y, rotation, layer_cache[:, :length])
                 x = x + block.self_attn(y, rotation, mask)
@@ -167,11 +169,11 @@ class Decoder:
         # Rows that ended stay in the batch for a while; what they go on with, past the context too, is thrown away.
         rotation = self.model.rotary[cache.positions.clamp(max=len(self.model.rotary) - 1)].unsqueeze(1)
         bias = cache.bias[:, :, : column + 1]
-        x = F.embedding(tokens, self.model.embed_tokens.weight)
+        x = start = F.embedding(tokens, self.model.embed_tokens.weight)
         for index, passed in enumerate(self.passes(cache.layers)):
             before = x
             for layer, layer_cache in zip(self.layers, passed, strict=True):
-                x = layer.step(x, rotation, layer_cache, bias, column)
+                x = layer.step(layer.read(x, start), rotation, layer_cache, bias, column)
             x = self.after_pass(before, x, index)
         cache.length += 1
         return self.head.product(self.norm(x))

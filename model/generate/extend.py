@@ -58,11 +58,11 @@ def extend(decoder: Decoder, tokens: Tensor, cache: KVCache) -> tuple[Tensor, Te
     """
     model, n = decoder.model, tokens.shape[1]
     span = Span.at(model.rotary, cache, cache.length, n)
-    x = F.embedding(tokens, model.embed_tokens.weight)
+    x = start = F.embedding(tokens, model.embed_tokens.weight)
     for index, passed in enumerate(decoder.passes(cache.layers)):
         before = x
         for layer, layer_cache in zip(decoder.layers, passed, strict=True):
-            x = extend_layer(layer, x, layer_cache, span)
+            x = extend_layer(layer, layer.read(x, start), layer_cache, span)
         x = decoder.after_pass(before, x, index)
     cache.length += n
     hidden = model.norm(x)

@@ -119,9 +119,15 @@ def recursion_bytes(work: Workload) -> int:
     return model.recursion_depth * work.tokens_at_once * FP32 * model.hidden_size if model.recursion_depth > 1 else 0
 
 
+def residual_bytes(work: Workload, part: Part) -> int:
+    """The stream in front of every learned scale of it."""
+    layers = len(part.layers) * work.model.recursion_depth if work.model.residual_scales else 0
+    return layers * work.tokens_at_once * FP32 * work.model.hidden_size
+
+
 def carried_bytes(work: Workload, part: Part) -> int:
-    """Embeddings that came down the pipeline for the MTP modules, kept to collect their gradient."""
-    if part.first or not work.model.num_nextn_predict_layers:
+    """Embeddings that came down the pipeline for later readers, kept to collect their gradient."""
+    if part.first or not work.model.hands_embeddings_on:
         return 0
     return work.tokens_at_once * FP32 * work.model.hidden_size
 
@@ -147,7 +153,7 @@ def kept_casts(work: Workload, part: Part) -> Iterator[Weight]:
 def part_bytes(work: Workload, on: Kernels, part: Part) -> int:
     """Everything that one micro-batch in flight keeps on a part of the pipeline, but for the loss's `kept_bytes`."""
     total = work.model.recursion_depth * sum(layer_bytes(work, on, layer) for layer in part.layers)
-    total += recursion_bytes(work)
+    total += recursion_bytes(work) + residual_bytes(work, part)
     total += rotation_bytes(work) + carried_bytes(work, part) + cast_weights(work, kept_casts(work, part))
     if work.layout.activation_checkpointing != "none":
         total += work.rows_at_once * work.seq_len**2  # the documents' mask, for the second forward

@@ -213,10 +213,10 @@ def _passing(work: Workload, held: _Held, on: Kernels, part: Part, have: bool) -
 
 
 def _messages(work: Workload) -> dict[str, int]:
-    """Pipeline: hidden states, and embeddings for the MTP modules, one set coming in and one going out."""
+    """Pipeline: hidden states, and embeddings for later readers, one set coming in and one going out."""
     if work.layout.pp == 1:
         return {}
-    tensors = 2 if work.model.num_nextn_predict_layers else 1
+    tensors = 2 if work.model.hands_embeddings_on else 1
     return {"messages": 2 * tensors * work.tokens_at_once * work.model.hidden_size * FP32}
 
 

@@ -127,8 +127,8 @@ def part_messages(work: Workload, part: Part) -> dict[str, tuple[int, int]]:
 
 
 def boundary_bytes(work: Workload) -> int:
-    """One message between two parts: hidden states, and embeddings for the MTP modules, in fp32."""
-    tensors = 2 if work.model.num_nextn_predict_layers else 1
+    """One message between two parts: hidden states, and embeddings for later readers, in fp32."""
+    tensors = 2 if work.model.hands_embeddings_on else 1
     return tensors * work.tokens_at_once * work.model.hidden_size * FP32
 
 

@@ -120,7 +120,8 @@ def layer_weights(model: ModelConfig, layer: int) -> list[Weight]:
     """One block; MTP blocks have indices from `num_hidden_layers` on."""
     dense = _swiglu("dense ffn", model.hidden_size, model.intermediate_size)
     feed_forward = _experts(model) if model.is_moe_layer(layer) else dense
-    return [*_attention(model), _block_norms(model, 2), *feed_forward]
+    scales = [_norm(2)] if model.residual_scales and layer < model.num_hidden_layers else []
+    return [*_attention(model), _block_norms(model, 2), *feed_forward, *scales]
 
 
 def alike(model: ModelConfig, layers: Iterable[int]) -> list[tuple[int, int]]:

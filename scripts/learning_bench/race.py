@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from ray_pipeline.data.rows.batch import Batch
@@ -70,7 +71,7 @@ def race(plan: Plan, done: list[dict[str, Any]]) -> Iterator[Training]:
             for name in plan.competitors:
                 yield from _trained(plan, text, name, seed, "tokens", plan.steps, done)
             for name in plan.competitors[1:] if plan.equal_time else ():
-                steps = equal_time_steps(plan, text.name, name, done)
+                steps = equal_time_steps(plan, text.name, label(name), done)
                 yield from _trained(plan, text, name, seed, "time", steps, done)
 
 
@@ -82,16 +83,21 @@ def equal_time_steps(plan: Plan, text: str, name: str, done: Sequence[dict[str, 
         return int(decided[0])
     ours, theirs = (
         next(t["seconds"] for t in of_text if t["competitor"] == who and t["race"] == "tokens")
-        for who in (plan.competitors[0], name)
+        for who in (label(plan.competitors[0]), name)
     )
     return max(1, round(plan.steps * ours / theirs))
+
+
+def label(name: str) -> str:
+    """How a competitor is called: a recipe's file by its name alone."""
+    return Path(name).stem
 
 
 def _trained(
     plan: Plan, text: Text, name: str, seed: int, kind: str, steps: int, done: list[dict[str, Any]]
 ) -> Iterator[Training]:
     tokens = steps * plan.batch_size * plan.seq_len
-    key = {"text": text.name, "competitor": name, "seed": seed, "race": kind, "steps": steps, "tokens": tokens}
+    key = {"text": text.name, "competitor": label(name), "seed": seed, "race": kind, "steps": steps, "tokens": tokens}
     if any(key.items() <= other.items() for other in done):
         return
     found = train(text, name, seed=seed, steps=steps, batch_size=plan.batch_size, seq_len=plan.seq_len)

@@ -219,8 +219,11 @@ def test_the_whole_model_with_its_loss_keeps_what_the_formula_says(bf16: bool, m
     assert predicted == pytest.approx(last_part_bytes(bf16, mtp_weight), rel=2e-3)
 
 
+CHANGES = [{"recursion_depth": 3}, {"norm": "dyt"}, {"aux_loss_alpha": 0.1}, {"residual_scales": True}]
+
+
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("changes", [{"recursion_depth": 3}, {"norm": "dyt"}, {"aux_loss_alpha": 0.1}], ids=str)
+@pytest.mark.parametrize("changes", CHANGES, ids=str)
 def test_passes_norms_and_balancing_losses_add_what_the_formula_says(bf16: bool, changes: dict[str, Any]) -> None:
     """To what the plain model keeps, the same loss at its end."""
     model = replace(SMALL, **changes)

@@ -1,4 +1,4 @@
-"""Balancing losses, V2's routers, DyT and recursion: every layout takes the same steps as one process."""
+"""Balancing losses, V2's routers, DyT, recursion, residual scales: every layout takes one process's steps."""
 
 from __future__ import annotations
 
@@ -27,6 +27,8 @@ KINDS = {
     },
     "dyt": {"norm": "dyt"},
     "recursion": {"recursion_depth": 3, "aux_loss_alpha": 0.5},
+    "scales": {"residual_scales": True},
+    "scales alone": {"residual_scales": True, "num_nextn_predict_layers": 0},
 }  # fmt: skip
 LAYOUTS = {
     "tp2": (MeshSizes(tp=2), {}),
@@ -43,6 +45,8 @@ RUN = {
     "groups": ("dp2-ep2", "dp2-zero3"),
     "dyt": ("tp2", "sp2", "pp2-zbv", "dp2-zero3"),
     "recursion": ("tp2", "dp2-ep2-zero1", "sp2-zero2-full", "dp2-zero3"),
+    "scales": ("tp2", "sp2", "pp2-zbv", "sp2-zero2-full", "dp2-zero3"),
+    "scales alone": ("pp2-zbv",),
 }
 CASES = [(kind, name) for kind, names in RUN.items() for name in names]
 STEPS = 2

@@ -103,9 +103,7 @@ def test_an_honest_program_passes_and_its_tests_can_fail(name):
 
 # As long as a float holds exactly: five digits stood in an address of some object now and then.
 SECRET = 681350274419863
-CHECK = (
-    f"assert f(3) == {SECRET} and abs(f(4) - 67890.5) < 1e-6 and 11 in f(5) and all(f(i) == 777 for i in range(9))"
-)
+CHECK = f"assert f(3) == {SECRET} and abs(f(4) - 67890.5) < 1e-6 and 11 in f(5) and all(f(i) == 777 for i in range(9))"
 READS_ALL = """
 import gc, sys, os
 def seen():
@@ -133,8 +131,7 @@ CHEATS = {
     "def f(x):\n    return A()",
     "a number that differs by nothing": "class A:\n    def __sub__(self, other):\n        return 0.0\n"
     "    __float__ = __abs__ = lambda s: 0.0\ndef f(x):\n    return A()",
-    "builtins of its own": "def all(x):\n    return True\ndef abs(x):\n    return 0\ndef f(x):\n"
-    f"    return {SECRET}",
+    "builtins of its own": f"def all(x):\n    return True\ndef abs(x):\n    return 0\ndef f(x):\n    return {SECRET}",
     "StopIteration ends the tests' loops": "def f(x):\n    raise StopIteration",
     "leaving": "import os\ndef f(x):\n    os._exit(0)",
     "leaving at import": "import sys\nsys.exit(0)",

@@ -21,6 +21,8 @@ SOFTMAX = {"scoring_func": "softmax", "routed_scaling_factor": 2.0}
 DECODED = {
     "recursion": {"recursion_depth": 3},
     "dyt": {"norm": "dyt"},
+    "scales of the residual stream": {"residual_scales": True},
+    "scales and recursion": {"residual_scales": True, "recursion_depth": 2},
     "recursion, dyt, grouped attention": {
         "recursion_depth": 2, "norm": "dyt", "attention": "gqa", "num_key_value_heads": 1, "head_dim": 8,
     },
@@ -36,7 +38,7 @@ def build(**changes) -> Transformer:
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith(("recursion.weight", ".bias", ".alpha")):
+            if name.endswith(("recursion.weight", ".bias", ".alpha", "residual.weight")):
                 parameter.copy_(torch.rand(parameter.shape, generator=generator))
     return model.eval()
 

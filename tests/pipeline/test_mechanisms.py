@@ -19,6 +19,7 @@ MECHANISMS = {
     "cope": "model.position=cope",
     "dyt": "model.norm=dyt",
     "recursion": "model.recursion_depth=2",
+    "residual-scales": "model.residual_scales=true",
     "aux-loss": "model.aux_loss_alpha=0.01",
     "softmax": "model.topk_method=greedy",
     "two-drafts": "model.num_nextn_predict_layers=2",

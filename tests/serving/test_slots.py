@@ -25,6 +25,7 @@ KINDS = {
     "cope": {"position": "cope"},
     "sliding": {"attention": "sliding", "sliding_window": 8, "num_key_value_heads": 1},
     "recursion": {"recursion_depth": 2},
+    "residual scales": {"residual_scales": True},
 }
 
 

@@ -118,8 +118,9 @@ def test_the_best_checkpoint_and_the_verdict_go_by_all_sources(tmp_path):
 
 def test_a_prediction_is_held_against_the_same_text_alone(tmp_path, capsys):
     held = "ab" * 32
-    manifest = {"unigram_entropy": 5.5, "files": {"pretrain/validation/00000.tokens.bin": {"sha256": held},
-                                                  "pretrain/validation/00000.mask.bin": {"sha256": "cd" * 32}}}  # fmt: skip
+    shas = {"tokens": held, "mask": "cd" * 32}
+    files = {f"pretrain/validation/00000.{field}.bin": {"sha256": sha} for field, sha in shas.items()}
+    manifest = {"unigram_entropy": 5.5, "files": files}
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     inputs = {"data_prep": StageResult(tmp_path)}
 

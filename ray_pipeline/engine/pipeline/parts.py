@@ -30,7 +30,8 @@ class Parts(nn.Module):
         """One part on one micro-batch.
 
         Args:
-            carried: hidden states, and with MTP the embeddings, from the part before; empty for the first.
+            carried: hidden states, and where later layers read them the embeddings, from the part before; empty for
+                the first.
         Returns:
             What the next part is given; from the last one [`output`'s value].
         """
@@ -48,7 +49,7 @@ class Parts(nn.Module):
             routing = batch.extras.routing
             hidden = part.run_layers(
                 hidden, rotation, mask, None if routing is None else batch.local(routing),
-                None if batch.real is None else batch.local(batch.real),
+                None if batch.real is None else batch.local(batch.real), ahead,
             )  # fmt: skip
             if part.is_last:
                 return [output(part, part.norm(hidden), ahead, batch)]
@@ -60,7 +61,7 @@ class Parts(nn.Module):
         rows, seq_len = batch.tokens.shape
         window, width = first.window(seq_len), first.config.hidden_size
         lengths = [window.stop - window.start]
-        if first.config.num_nextn_predict_layers:
+        if first.config.hands_embeddings_on:
             lengths.append(first.ahead_length(seq_len))
         return [(rows, length, width) for length in lengths]
 

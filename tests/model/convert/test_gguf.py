@@ -260,6 +260,7 @@ def test_models_llama_cpp_would_misread_are_refused(change, message):
         ({"position": "cope"}, "position=cope"),
         ({"norm": "dyt"}, "norm=dyt"),
         ({"recursion_depth": 2}, "recursion_depth=2"),
+        ({"residual_scales": True}, "residual_scales=True"),
         ({"scoring_func": "softmax"}, "scoring_func=softmax with topk_method=noaux_tc"),
         ({"scoring_func": "softmax", "topk_method": "group_limited_greedy"}, "topk_method=group_limited_greedy"),
     ],

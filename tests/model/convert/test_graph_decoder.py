@@ -33,6 +33,7 @@ MODELS: dict[str, dict] = {
     "sliding": {"attention": "sliding", "sliding_window": 6, "global_stride": 5},
     "dyt": {"norm": "dyt"},
     "recursion": {"recursion_depth": 2},
+    "residual scales": {"residual_scales": True},
     "cope": {"position": "cope", "cope_positions": 20},
     "gqa, cope": {"attention": "gqa", "num_key_value_heads": 2, "position": "cope", "cope_positions": 20},
 }
