@@ -57,6 +57,11 @@ class Mesh:
         """Number of shares the rows of a batch are cut into."""
         return self.sizes.dp
 
+    @property
+    def replica(self) -> tuple[int, int]:
+        """Index among the ranks that read different rows, and how many of those there are."""
+        return self.dp_rank, self.dp
+
     def axis(self, name: str) -> Axis:
         """My group along `name`: pp, pp_back, dp, sp, tp, ep, replica (dp x sp), expert_replica, model (pp x tp)."""
         return self._axes[name]

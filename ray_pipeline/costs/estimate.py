@@ -106,5 +106,5 @@ def make_plan(
         timing=step_timing(work, each),
         ranks=rank_map(work),
         advice=[] if fit.fits_device else advise(judged or config, work, fit.usable, each),
-        reading=reading(work),
+        reading=reading(work, hardware.node),
     )  # fmt: skip

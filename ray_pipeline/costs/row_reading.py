@@ -1,6 +1,6 @@
 """Bytes of packed rows that ranks read in a step, and how long that takes before the step can begin.
 
-Every rank makes the global batch from the rows on disk and goes on with its own (`data.rows.loader`, `engine.my_rows`).
+A rank reads the rows that its replica learns from, and no others (`training.batch_source`).
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ class Reading:
     """Per optimizer step.
 
     Attributes:
-        rank: bytes that a rank reads: the whole batch. own: of them, the rows that its replica learns from.
+        rank: bytes that a rank reads: its replica's rows. node: those that the ranks of a node read, each once.
         storage: seconds that a node waits for its storage where none of it is in memory. making: seconds of one core.
     """
 
     rank: int
-    own: int
+    node: int
     storage: float
     making: float
 
@@ -37,11 +37,13 @@ class Reading:
         return self.storage + self.making
 
 
-def reading(work: Workload) -> Reading | None:
-    """What a step of `work` reads; None where its batches are not packed rows."""
+def reading(work: Workload, node: int = 8) -> Reading | None:
+    """What a step of `work` reads on nodes of `node` devices; None where its batches are not packed rows."""
     if work.stage not in STAGES:
         return None
     # A token, which document it is of, and whether it is learned: a row has one token more than it predicts.
     row = (work.seq_len + 1) * ((2 if work.model.vocab_size <= 1 << 16 else 4) + 2 + 1)
-    size = work.rows * row
-    return Reading(size, work.rows_per_replica * row, size / STORAGE, work.tokens_per_step / CORE)
+    size = work.rows_per_replica * row
+    neighbours = {work.layout.coordinate(rank)["dp"] for rank in range(min(node, work.layout.world))}
+    together = len(neighbours) * size
+    return Reading(size, together, together / STORAGE, work.rows_per_replica * work.seq_len / CORE)

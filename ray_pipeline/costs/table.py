@@ -173,7 +173,7 @@ def _time(plan: Plan) -> Table:
     table.add_row("tokens", f"{count_text(work.tokens_per_step)} ({rows})")
     if plan.reading is not None:
         read = plan.reading
-        text = f"{bytes_text(read.rank)} a rank, the whole batch; its own are {bytes_text(read.own)}. Before the step: "
+        text = f"{bytes_text(read.rank)} a rank, {bytes_text(read.node)} a node. Before the step: "
         text += f"{time_text(read.storage)} of a node's storage, {time_text(read.making)} of a core"
         table.add_row("rows read", text)
     each = flops_per_token(work)

@@ -115,15 +115,26 @@ class Engine:
         return next((part for part in self.parts if part.is_last), None)
 
     def my_rows(self, batch: Batch) -> Batch:
-        """The rows of a global batch that this replica reads, and the window of each that this rank computes."""
-        (rows, seq_len), dp, sp = batch.tokens.shape, self.mesh.dp, self.mesh.sizes.sp
+        """The rows of a global batch that this replica computes, and the window of each that is this rank's."""
+        (rows, seq_len), sp = batch.tokens.shape, self.mesh.sizes.sp
+        dp = self.mesh.dp if batch.start is None else 1  # else it is those rows alone
         if rows % dp:
             raise ValueError(f"a batch of {rows} rows cannot be split over dp={dp} replicas")
         if seq_len % sp:
             raise ValueError(f"rows of {seq_len} tokens cannot be split over sp={sp} ranks")
         share = rows // dp
-        mine = batch.rows(self.mesh.dp_rank * share, (self.mesh.dp_rank + 1) * share).to(self.device)
+        first = self.mesh.dp_rank * share if dp > 1 else 0
+        mine = batch.rows(first, first + share).to(self.device)
         return replace(mine, window=self.parts[0].window(seq_len) if sp > 1 else None)
+
+    def _of_all(self, batch: Batch, counts: list[float]) -> list[float]:
+        """What `counts`, taken of the rows in `batch`, come to over the global batch: one small message where every
+        replica has its own rows alone. Sums of whole numbers, so exact."""
+        if batch.start is None:
+            return counts
+        total = torch.tensor(counts, dtype=torch.float64)  # on the CPU: a GPU need not be waited for
+        summed: list[float] = self.mesh.all_reduce(total, "dp").tolist()
+        return summed
 
     def fitted(self, batch: Batch) -> Batch:
         """The batch with the fewest rows added that let a training step run on it; they are padding."""
@@ -146,22 +157,24 @@ class Engine:
     def train_step(
         self, batch: Batch, objective: Objective, lr: float, accept: Callable[[float, float], bool] | None = None
     ) -> StepStats:
-        """One optimizer step on a global batch (every rank is given the same one).
+        """One optimizer step.
 
         Args:
+            batch: the global one, the same on every rank, or this replica's rows of it (`Batch.start`).
             accept: asked with loss and gradient norm before the weights are moved; False leaves them as they are. The
                 same on every rank. Without ZeRO alone.
         """
         assert self.updater is not None
         mine = self.my_rows(batch)
-        weight = objective.weight(batch)  # of all ranks: each is given the whole batch
+        depths = range(self.config.num_nextn_predict_layers + 1)
+        weight, *ahead = self._of_all(batch, [objective.weight(batch), *(batch.tokens_ahead(d) for d in depths)])
+        counts = [int(count) for count in ahead]
         if weight == 0:
             raise ValueError("a batch without a single trained token")
         scale = self.updater.loss_scale
         loss = ScaledLoss(objective, scale, weight)
         micro_batches = self._micro_batches(mine)
         self.updater.expect(len(micro_batches))
-        counts = [batch.tokens_ahead(depth) for depth in range(self.config.num_nextn_predict_layers + 1)]
         with layer_losses(self.parts, scale / counts[0]) as auxiliary:
             self.pipeline.run(micro_batches, loss, train=True)
         self.options.on_phase("optimizer step")
@@ -175,16 +188,16 @@ class Engine:
         own, measured = over_ranks(self.mesh, own, self.experts.measured(counts).flatten())
         total, metrics = self._named(own[: len(totals)], objective)
         figures = layer_figures(own[len(totals) :].tolist(), measured.view(-1, 4).tolist(), self.experts)
-        return StepStats(total / weight, norm, weight, metrics, figures)
+        return StepStats(total / weight, norm, weight, metrics, figures, counts[0])
 
     def _judged(self, accept: Callable[[float, float], bool], total: Tensor, weight: float, norm: float) -> bool:
         """What `accept` says of the mean loss over all ranks, whose sum here is `total` [1], and the gradient norm."""
         return accept(float(over_ranks(self.mesh, total.clone())[0]) / weight, norm)
 
     def evaluate(self, batch: Batch, objective: Objective) -> StepStats:
-        """The objective on a global batch, forward only: loss is the mean over the batch's weight."""
+        """The objective on a batch as `train_step` takes it, forward only: loss is the mean over its weight."""
         mine = self.my_rows(batch)
-        weight = objective.weight(batch)
+        [weight] = self._of_all(batch, [objective.weight(batch)])
         sums = objective_sums(self.forward(mine, objective), 1 + len(objective.metric_names), self.device)
         loss, metrics = self._named(over_ranks(self.mesh, sums)[0], objective)
         return StepStats(loss / max(weight, 1.0), 0.0, weight, metrics)
@@ -204,6 +217,7 @@ class Engine:
             [rows, seq_len, ...] on the CPU, filled where this rank's replica and window are, which is all that a
             training step on the same batch reads here; None without the last part.
         """
+        assert batch.start is None, "values of a global batch are asked for"
         mine = self.my_rows(batch)
         values = self.forward(mine, output)
         if not values:

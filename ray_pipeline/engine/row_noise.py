@@ -17,7 +17,9 @@ from ray_pipeline.data.rows.batch import Batch, required
 
 def seed_rows(batch: Batch, seed: int, step: int) -> Batch:
     """The batch with a seed of its own for every row: `row_seed`, int64 [rows, seq], the same along a row."""
-    digests = (hashlib.sha256(f"rows/{seed}/{step}/{row}".encode()).digest() for row in range(len(batch)))
+    first = batch.start or 0
+    rows = range(first, first + len(batch))
+    digests = (hashlib.sha256(f"rows/{seed}/{step}/{row}".encode()).digest() for row in rows)
     seeds = torch.tensor([int.from_bytes(digest[:8], "little") >> 1 for digest in digests])
     return replace(batch, extras=replace(batch.extras, row_seed=seeds[:, None].repeat(1, batch.tokens.shape[1])))
 

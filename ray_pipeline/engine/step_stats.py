@@ -23,6 +23,7 @@ class StepStats:
     Attributes:
         loss: mean. grad_norm: before clipping. metrics: sums of the objective's, to be divided by `weight`.
         figures: losses of single layers (means per token and layer), and how evenly experts were used.
+        tokens: of the global batch, without padding.
     """
 
     loss: float
@@ -30,6 +31,7 @@ class StepStats:
     weight: float
     metrics: dict[str, float]
     figures: dict[str, float] = field(default_factory=dict)
+    tokens: int = 0
 
     def means(self) -> dict[str, float]:
         """The metrics divided by `weight`; those of a section that counts tokens of its own, as `mtp/tokens`, by these,

@@ -30,7 +30,8 @@ def train(arguments: dict[str, Any]) -> dict[str, Any]:
     initial = initial_state(rank.config)
     engine = rank.trainer_engine(rank.config.model, initial)
     objective = CrossEntropy(settings.mtp_loss_weight)
-    source = PackedSource(PackedRows(rank.data / STAGE / "train"), rank.config.seed, settings.batch_size)
+    rows = PackedRows(rank.data / STAGE / "train")
+    source = PackedSource(rows, rank.config.seed, settings.batch_size, rank.mesh.replica)
     validation = PackedRows(rank.data / STAGE / "validation")
     given = {}
     if initial is not None:

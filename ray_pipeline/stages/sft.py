@@ -40,7 +40,8 @@ def train(arguments: dict[str, Any]) -> dict[str, Any]:
         whole.sync(engine)
         return validation_loss(engine, validation, objective) | heldout.figures()
 
-    rows = PackedSource(PackedRows(rank.data / STAGE / "train"), rank.config.seed, settings.batch_size)
+    train_rows = PackedRows(rank.data / STAGE / "train")
+    rows = PackedSource(train_rows, rank.config.seed, settings.batch_size, rank.mesh.replica)
     source = SeededSource(rows, rank.config.seed, neftune_alpha=settings.neftune_alpha, hidden_size=config.hidden_size)
     figures = Trainer(rank, engine, objective).fit(source, evaluate)
     save_trained_model(rank, engine)

@@ -3,6 +3,7 @@ is random in a training step on them (noise, masks of dropout)."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Protocol, runtime_checkable
 
 from ray_pipeline.data.rows.batch import Batch
@@ -14,7 +15,8 @@ class BatchSource(Protocol):
     """Where batches come from. A pure function of (seed, step), so that a resumed run reads the same."""
 
     def batch(self, step: int) -> Batch | None:
-        """The global batch of optimizer step `step`; the same on every rank. None: there is nothing to learn from."""
+        """The global batch of optimizer step `step`, the same on every rank, or the rows of it that this rank's replica
+        computes (`Batch.start`). None: there is nothing to learn from."""
         ...
 
     def metrics(self) -> dict[str, float]:
@@ -40,13 +42,23 @@ class SourceWithState(Protocol):
 
 
 class PackedSource:
-    """Row batches in an order that depends on (seed, step) alone."""
+    """Row batches in an order that depends on (seed, step) alone. Each replica reads its own rows and no others.
 
-    def __init__(self, rows: PackedRows, seed: int, batch_size: int):
+    Args:
+        replica: the index of this rank's, and how many there are (`Mesh.dp_rank`, `Mesh.dp`).
+    """
+
+    def __init__(self, rows: PackedRows, seed: int, batch_size: int, replica: tuple[int, int] = (0, 1)):
         self.rows, self.seed, self.batch_size = rows, seed, batch_size
+        index, count = replica
+        if batch_size % count:
+            raise ValueError(f"a batch of {batch_size} rows cannot be split over dp={count} replicas")
+        share = batch_size // count
+        self.start = index * share if count > 1 else None
+        self.part = slice(index * share, (index + 1) * share)
 
     def batch(self, step: int) -> Batch:
-        return self.rows.batch(self.seed, step, self.batch_size)
+        return replace(self.rows.batch(self.seed, step, self.batch_size, self.part), start=self.start)
 
     def metrics(self) -> dict[str, float]:
         return {}

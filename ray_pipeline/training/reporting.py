@@ -46,7 +46,7 @@ class Interval:
         self.steps += 1
         if batch is not None:
             self.losses.append(stats.loss)
-            self.tokens += batch.tokens_ahead(0)
+            self.tokens += stats.tokens
 
     def loss(self) -> float:
         """Mean over the steps that learned something; 0 where none did."""

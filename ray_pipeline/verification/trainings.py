@@ -106,7 +106,8 @@ def start(rank: Rank, subject: Subject) -> Training:
         return _grpo(rank, engine, subject, other_weights(model, rank.config.seed))
     if rank.stage == "distillation":
         return _distillation(rank, engine, other_weights(model, rank.config.seed))
-    rows = PackedSource(PackedRows(rank.data / rank.stage / "train"), rank.config.seed, rank.settings.batch_size)
+    packed = PackedRows(rank.data / rank.stage / "train")
+    rows = PackedSource(packed, rank.config.seed, rank.settings.batch_size, rank.mesh.replica)
     if rank.stage == "pretrain":
         return Training(engine, CrossEntropy(rank.config.pretrain.mtp_loss_weight), rows)
     sft = rank.config.sft

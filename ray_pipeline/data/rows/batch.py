@@ -72,6 +72,8 @@ class Batch:
         real: [rows, seq_len] bool, False for padding: the empty end of a row, and rows that are there to fill up a
             layout. Padding is computed and counts in nothing: no loss, no expert's load, no denominator, no figure.
             None: every place holds a token of a document.
+        start: where these are one replica's rows alone, the index of the first within the global batch; None: they are
+            the global batch.
     """
 
     tokens: Tensor
@@ -80,6 +82,7 @@ class Batch:
     extras: Extras = field(default_factory=Extras)
     window: slice | None = None
     real: Tensor | None = None
+    start: int | None = None
 
     def __len__(self) -> int:
         return self.tokens.shape[0]
@@ -116,7 +119,7 @@ class Batch:
         real = torch.ones_like(self.tokens, dtype=torch.bool) if self.real is None else self.real
         return Batch(
             grow(self.tokens, None), grow(self.labels, IGNORE), grow(self.doc_ids, None), extras, self.window,
-            grow(real, False),
+            grow(real, False), self.start,
         )  # fmt: skip
 
     def to(self, device: torch.device) -> Batch:

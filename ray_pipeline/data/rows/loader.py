@@ -21,16 +21,18 @@ def _epoch_order(total: int, seed: int, epoch: int) -> NDArray[np.int64]:
     return np.random.default_rng([seed, epoch]).permutation(total)
 
 
-def row_order(total: int, seed: int, step: int, batch_size: int) -> list[int]:
+def row_order(total: int, seed: int, step: int, batch_size: int, part: slice = slice(None)) -> list[int]:
     """Indices of one step's rows. Each epoch visits every row once, in an order of its own; batches cross epochs.
 
+    Args:
+        part: of the step's rows, those that are asked for.
     Raises:
         ValueError: when there are no rows.
     """
     if total < 1:
         raise ValueError("there are no rows to draw from")
     out = []
-    for place in range(step * batch_size, (step + 1) * batch_size):
+    for place in range(step * batch_size, (step + 1) * batch_size)[part]:
         epoch, index = divmod(place, total)
         out.append(int(_epoch_order(total, seed, epoch)[index]))
     return out
@@ -106,9 +108,9 @@ class PackedRows:
         """
         return rows_to_batch(*self.fields(indices))
 
-    def batch(self, seed: int, step: int, batch_size: int) -> Batch:
-        """The rows of one step."""
-        return self.take(row_order(len(self), seed, step, batch_size))
+    def batch(self, seed: int, step: int, batch_size: int, part: slice = slice(None)) -> Batch:
+        """The rows of one step, or a part of them; no others are read."""
+        return self.take(row_order(len(self), seed, step, batch_size, part))
 
     def slice(self, start: int, stop: int) -> Batch:
         """Rows [start, stop) in stored order."""
