@@ -30,6 +30,7 @@ PACKAGES = (
 # The releases that the tests run with, of libraries whose private interfaces are used; pyproject.toml bounds them.
 TESTED = {"torch": "2.13", "deepspeed": "0.19", "ray": "2.60"}
 HOSTS = {"Hugging Face": "huggingface.co", "Weights & Biases": "api.wandb.ai", "Modal": "api.modal.com"}
+HOPPER = ("H100", "H200", "H800", "H20", "GH200")
 _GIB = 1024**3
 
 
@@ -62,6 +63,20 @@ def count_gpus() -> int:
     import torch
 
     return torch.cuda.device_count()
+
+
+def computes_fp8(gpu: str) -> bool:
+    """Whether a GPU of this name has the tensor cores that `model.kernels.cuda.fp8_kernel` multiplies on: Hopper's."""
+    return any(kind in gpu.upper() for kind in HOPPER)
+
+
+def fp8_refusal(stage: str, gpu: str) -> str:
+    """Why fp8 does not start there, and the ways out."""
+    return (
+        f"{stage}.precision=fp8: {gpu} has no tensor cores that it can use here (an H100's, H200's or H800's), so "
+        "every product would be computed in fp32, several times slower than bf16. Use precision=bf16, or for the "
+        "same numbers all the same, layout.emulate_fp8=true."
+    )
 
 
 def has_nvidia_driver() -> bool:

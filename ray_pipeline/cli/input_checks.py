@@ -35,6 +35,7 @@ def check_inputs(request: RunRequest) -> None:
     rows = plan(config, layout, request.run_dir, request.stages)
     working = [row.stage for row in rows if row.action in ("run", "resume")]
     _check_memory(config, layout, working, request.cluster)
+    _check_fp8(config, layout, working, request.cluster)
     if "data_prep" in working:
         for text in check_sources(config):
             click.echo(text)
@@ -106,6 +107,24 @@ def _check_memory(config: PipelineFields, layout: Layout, working: list[str], cl
             f"`{command('plan', '--stage', stage)}` shows what takes it; "
             "--set layout.check_memory=false starts all the same."
         )
+
+
+def _check_fp8(config: PipelineFields, layout: Layout, working: list[str], cluster: Cluster | None) -> None:
+    """Raise UserError for fp8 on GPUs that have no tensor cores for it, where their kind is known before the start."""
+    from ray_pipeline.hardware import computes_fp8, fp8_refusal, gpus
+
+    stages = [stage for stage in working if getattr(getattr(config, stage, None), "precision", "") == "fp8"]
+    if not stages or layout.device != "cuda" or config.layout.emulate_fp8:
+        return
+    if config.backend == "modal":
+        names = [kind.strip().split(":")[0] for kind in config.modal.gpu_type.split(",")]
+    elif cluster is not None:
+        names = [node.accelerator for node in cluster.nodes if node.gpus and node.accelerator]
+    else:
+        names = [gpu.name for gpu in gpus()]
+    without = sorted({name for name in names if not computes_fp8(name)})
+    if without:
+        raise UserError(fp8_refusal(stages[0], ", ".join(without)))
 
 
 def _check_folder(config: PipelineFields) -> None:

@@ -57,6 +57,9 @@ class LayoutConfig(AxesConfig, LayoutOptions):
 
     gpus: Ranks | None = Field(None, description="ranks; default: every GPU there is, or one CPU rank")
     micro_batch: Rows = Field(8, description="rows per rank and forward pass")
+    emulate_fp8: bool = Field(
+        False, description="precision=fp8 on GPUs without its tensor cores: the same numbers by slow fp32 products"
+    )
     check_memory: bool = Field(True, description="false: start a stage though `plan` says that it does not fit")
     timeout_seconds: Seconds = Field(600.0, description="a collective that waits longer is an error")
     frozen_seconds: float = Field(

@@ -12,11 +12,13 @@ import torch
 import torch.distributed as dist
 
 from model.config import ModelConfig
+from model.kernels.cuda.fp8_kernel import kernel_for
 from model.parallel.mesh import Mesh
 from model.parallel.placement import layers_by_hand
 from ray_pipeline.engine.engine import Engine
 from ray_pipeline.engine.options import EngineOptions
-from ray_pipeline.hardware import num_cpus
+from ray_pipeline.errors import UserError
+from ray_pipeline.hardware import fp8_refusal, num_cpus
 from ray_pipeline.launch.rank_errors import RankStatus
 from ray_pipeline.launch.stage_context import StageContext
 from ray_pipeline.layout.layout import Layout, layout_of
@@ -107,6 +109,8 @@ def start_rank(arguments: dict[str, Any]) -> Rank:
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if use_cuda else torch.device("cpu")
     if use_cuda:
         torch.cuda.set_device(device)
+        if getattr(config, arguments["stage"]).precision == "fp8" and not config.layout.emulate_fp8:
+            _check_fp8(arguments["stage"], device)
     elif world > 1:
         torch.set_num_threads(max(1, num_cpus() // world))
     wanted = layout_of(config.layout, "cuda" if use_cuda else "cpu")
@@ -122,6 +126,12 @@ def start_rank(arguments: dict[str, Any]) -> Rank:
     return Rank(
         config, stage, folder, upstream["data_prep"], upstream, mesh, device, status, progress, arguments.get("profile")
     )  # fmt: skip
+
+
+def _check_fp8(stage: str, device: torch.device) -> None:
+    """Raise UserError where products in fp8 would be emulated: by what the GPU does, whatever it is called."""
+    if not kernel_for(device):
+        raise UserError(fp8_refusal(stage, torch.cuda.get_device_name(device)))
 
 
 def lost_ranks(wanted: Layout, here: Layout) -> str | None:
