@@ -151,9 +151,6 @@ chain_options = grouped(
 recipe_options = grouped(
     click.option("--config", type=click.Path(path_type=Path), help="Recipe: YAML file or shipped name. Default: tiny."),
     click.option("--model-size", metavar="[tiny|small|medium|large]", help="A preset for the architecture."),
-    click.option("--compute", type=click.FloatRange(1.0), help="FLOPs of PRETRAIN: decide size, steps and rates."),
-    click.option("--minutes", type=click.FloatRange(0.01, 1e6), help="The same by this machine's speed; see --law."),
-    click.option("--law", metavar="NAME|FILE", help="How the loss falls (scripts/fit_law.py). Default: gsm8k."),
     click.option(
         "--max-steps", type=click.IntRange(1, 10**8), help="Upper limit for the steps of every training stage."
     ),
@@ -170,6 +167,11 @@ recipe_options = grouped(
     click.option("--allow-missing", multiple=True, help="With --init-from: these tensors may be absent."),
     click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any setting: --set grpo.beta=0.02."),
     chain_options,
+)
+dial_options = grouped(
+    click.option("--compute", type=click.FloatRange(1.0), help="FLOPs of PRETRAIN: decide size, steps and rates."),
+    click.option("--minutes", type=click.FloatRange(0.01, 1e6), help="The same by this machine's speed; see --law."),
+    click.option("--law", metavar="NAME|FILE", help="How the loss falls (scripts/fit_law.py). Default: gsm8k."),
 )
 place_options = grouped(
     click.option("--run-name", help="Name of the run and its folder. Default: recipe and a hash of the settings."),

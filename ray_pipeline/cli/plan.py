@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ray_pipeline.cli.options import layout_options, recipe_options, take_request
+from ray_pipeline.cli.options import dial_options, layout_options, recipe_options, take_request
 from ray_pipeline.cli.output_files import check_output_file, has_keys
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 @click.command()
 @recipe_options
+@dial_options
 @layout_options
 @click.option("--stage", default="pretrain", help="The training stage to plan. Default: pretrain.")
 @click.option("--hardware", help="Device: a100-80gb, h100, h200, h800, b200, cpu. Default: what the settings name.")

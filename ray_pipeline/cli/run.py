@@ -11,6 +11,7 @@ import click
 from ray_pipeline.cli.group import Interrupted
 from ray_pipeline.cli.input_checks import check_inputs
 from ray_pipeline.cli.options import (
+    dial_options,
     layout_options,
     place_options,
     recipe_options,
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 @click.command()
 @recipe_options
+@dial_options
 @layout_options
 @place_options
 @stage_options
