@@ -11,7 +11,9 @@ import click
 from ray_pipeline.errors import UserError
 
 MEASURED_STEPS = 3
-DEFAULT_LAW = "gsm8k"
+DEFAULT_LAW = "tinyshakespeare"
+# The built-in text is made as long as is read this often: documents at least, and tokens of one on average.
+DOCUMENTS, DOCUMENT_TOKENS, EPOCHS = 8000, 169, 2
 RECIPES = (None, "tiny")  # whose shape the laws are of
 DECIDED = ("model_size", "init_from", "seq_len", "batch_size", "max_steps")  # flags that decide the same in another way
 
@@ -41,7 +43,10 @@ def dialled(options: dict[str, Any]) -> dict[str, Any]:
         f"{law.error:.1%} of it."
     )
     prediction = {"loss": choice.loss, "text": law.text, "validation": law.validation}
-    return settings_of(choice.width, choice.steps) | {
+    text = (
+        {} if options.get("data") else {"data.builtin_documents": max(DOCUMENTS, tokens // DOCUMENT_TOKENS // EPOCHS)}
+    )
+    return settings_of(choice.width, choice.steps) | text | {
         "pretrain.prediction": prediction, "pretrain.batch_size": law.batch_size, "data.seq_len": law.seq_len,
     }  # fmt: skip
 

@@ -171,7 +171,9 @@ recipe_options = grouped(
 dial_options = grouped(
     click.option("--compute", type=click.FloatRange(1.0), help="FLOPs of PRETRAIN: decide size, steps and rates."),
     click.option("--minutes", type=click.FloatRange(0.01, 1e6), help="The same by this machine's speed; see --law."),
-    click.option("--law", metavar="NAME|FILE", help="How the loss falls (scripts/fit_law.py). Default: gsm8k."),
+    click.option(
+        "--law", metavar="NAME|FILE", help="How the loss falls (scripts/fit_law.py). Default: tinyshakespeare."
+    ),
 )
 place_options = grouped(
     click.option("--run-name", help="Name of the run and its folder. Default: recipe and a hash of the settings."),

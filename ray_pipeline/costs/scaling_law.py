@@ -26,6 +26,9 @@ REFERENCE = 128  # the width whose rates the tiny recipe states
 WIDTH_STEP = 16
 BEYOND = 2  # times the widest model that a law was fitted on; further out it is a guess
 FEWEST_STEPS = 50
+# Of the tiny recipe: each stage's rate, and the embedding's times as much.
+MUON_RATES = {"pretrain": (1.4e-2, 15.0), "sft": (7e-3, 4.0), "distillation": (1.4e-2, 15.0)}
+ADAMW_RATE = 1e-4  # GRPO's
 
 
 @dataclass(frozen=True)
@@ -103,10 +106,14 @@ def settings_of(width: int, steps: int) -> dict[str, Any]:
     large as they were, the head's fall with the width (arXiv:2203.03466, table 8).
     """
     root = math.sqrt(width / REFERENCE)
-    scaled = {"lr": 1.4e-2 / root, "embedding_lr_factor": 15 * root, "head_lr_factor": 0.75 / root,
-              "vector_lr_factor": root}  # fmt: skip
     out: dict[str, Any] = {f"model.{key}": value for key, value in _shape(width).items()}
-    out |= {f"pretrain.optimizer.{key}": float(f"{value:.4g}") for key, value in scaled.items()}
+    for stage, (rate, embedding) in MUON_RATES.items():
+        scaled = {"lr": rate / root, "embedding_lr_factor": embedding * root, "head_lr_factor": 0.75 / root,
+                  "vector_lr_factor": root}  # fmt: skip
+        out |= {f"{stage}.optimizer.{key}": float(f"{value:.4g}") for key, value in scaled.items()}
+    out["grpo.optimizer.lr"] = float(f"{ADAMW_RATE / root**2:.4g}")  # AdamW's steps of a matrix fall with its width
+    student = {"moe_intermediate_size": width // 4, "intermediate_size": width}
+    out |= {f"distillation.student.{key}": value for key, value in student.items()}
     return out | {"pretrain.steps": steps}
 
 

@@ -28,6 +28,8 @@ def test_compute_decides_size_steps_and_rates_and_says_so(seen: Recorder, law, t
     expected = load_config(None, settings_of(choice.width, choice.steps))
     assert seen.config.model == expected.model and seen.config.pretrain.optimizer == expected.pretrain.optimizer
     assert seen.config.pretrain.steps == choice.steps and seen.config.sft == expected.sft
+    read_once = choice.steps * 2048 // 169
+    assert seen.config.data.builtin_documents == max(8000, read_once // 2)
     prediction = seen.config.pretrain.prediction
     assert prediction is not None and prediction.model_dump() == {
         "loss": choice.loss, "text": "some/text.txt", "validation": "ab" * 32
