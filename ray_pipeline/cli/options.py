@@ -169,7 +169,9 @@ recipe_options = grouped(
     chain_options,
 )
 dial_options = grouped(
-    click.option("--compute", type=click.FloatRange(1.0), help="FLOPs of PRETRAIN: decide size, steps and rates."),
+    click.option(
+        "--compute", type=click.FloatRange(1.0, 1e30), help="FLOPs of PRETRAIN: decide size, steps and rates."
+    ),
     click.option("--minutes", type=click.FloatRange(0.01, 1e6), help="The same by this machine's speed; see --law."),
     click.option(
         "--law", metavar="NAME|FILE", help="How the loss falls (scripts/fit_law.py). Default: tinyshakespeare."

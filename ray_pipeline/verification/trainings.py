@@ -106,8 +106,8 @@ def start(rank: Rank, subject: Subject) -> Training:
         return _grpo(rank, engine, subject, other_weights(model, rank.config.seed))
     if rank.stage == "distillation":
         return _distillation(rank, engine, other_weights(model, rank.config.seed))
-    packed = PackedRows(rank.data / rank.stage / "train")
-    rows = PackedSource(packed, rank.config.seed, rank.settings.batch_size, rank.mesh.replica)
+    # Every rank has the whole batch, which no layout here divides; a run's replicas read rows of their own.
+    rows = PackedSource(PackedRows(rank.data / rank.stage / "train"), rank.config.seed, rank.settings.batch_size)
     if rank.stage == "pretrain":
         return Training(engine, CrossEntropy(rank.config.pretrain.mtp_loss_weight), rows)
     sft = rank.config.sft

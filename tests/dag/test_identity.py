@@ -104,7 +104,7 @@ RESULT_KEYS = sorted(
     and key.split(".")[-1] not in WITHOUT_RESULT
     and key not in ("grpo.batch_size", "grpo.rollout.workers", "grpo.scoring.processes", "data.max_bad_records")
     and not key.endswith(".without_landlock")
-    and key != "distillation.teacher_layout"
+    and key not in ("distillation.teacher_layout", "pretrain.prediction")
     and not (key.startswith("init_from.") and key != "init_from.path")
 )
 
