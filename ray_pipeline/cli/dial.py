@@ -98,11 +98,12 @@ def _speed(law: Any, width: int) -> float:
     from ray_pipeline.engine.engine import Engine
     from ray_pipeline.engine.options import EngineOptions
     from ray_pipeline.objectives.cross_entropy import CrossEntropy
-    from ray_pipeline.settings.schema import OptimizerConfig
+    from ray_pipeline.settings.loading import load_config
 
     model = model_of(width, vocab_size=law.vocab_size, seq_len=law.seq_len)
+    recipe = load_config(None)
     options = EngineOptions(
-        seed=0, optimizer=OptimizerConfig(name="muon"), micro_batch=law.batch_size, row_length=law.seq_len
+        seed=0, optimizer=recipe.pretrain.optimizer, micro_batch=recipe.layout.micro_batch, row_length=law.seq_len
     )
     engine = Engine(model, Mesh(MeshSizes()), options)
     tokens = torch.randint(model.vocab_size, (law.batch_size, law.seq_len + 1))

@@ -112,7 +112,9 @@ def settings_of(width: int, steps: int) -> dict[str, Any]:
                   "vector_lr_factor": root}  # fmt: skip
         out |= {f"{stage}.optimizer.{key}": float(f"{value:.4g}") for key, value in scaled.items()}
     out["grpo.optimizer.lr"] = float(f"{ADAMW_RATE / root**2:.4g}")  # AdamW's steps of a matrix fall with its width
-    student = {"moe_intermediate_size": width // 4, "intermediate_size": width}
+    # At most half of the teacher, of which embedding and head are the larger part the narrower it is.
+    layers = 4 if width >= REFERENCE else 3
+    student = {"num_hidden_layers": layers, "moe_intermediate_size": width // 4, "intermediate_size": width}
     out |= {f"distillation.student.{key}": value for key, value in student.items()}
     return out | {"pretrain.steps": steps}
 

@@ -83,6 +83,8 @@ def test_every_width_is_a_model_with_rates_in_proportion(width):
     starts = {key: getattr(config.model, key) for key in ("initialisation", "zero_init_outputs", "embedding_init",
                                                           "head_init")}  # fmt: skip
     assert config.model == replace(built, **starts) and isinstance(built, ModelConfig)
+    student = config.distillation.student.applied_to(config.model)
+    assert student.num_params() <= config.model.num_params() / 2
     reference, scaled = load_config(None).pretrain.optimizer, config.pretrain.optimizer
     ratio = width / 128
     assert scaled.lr / reference.lr == pytest.approx(ratio**-0.5, rel=1e-3)
