@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Fit the law that `run --compute` and `--minutes` choose by: trainings of four widths, and one wider to judge it.
 
-python scripts/fit_law.py gsm8k --data ../shared/data/gsm8k/train.jsonl     # half an hour on one core
+python scripts/fit_law.py mine --data my/text.txt                          # half an hour on one core
 python scripts/fit_law.py mine --data my/text/*.jsonl --widths 64,96,128,192 --steps 400,800,1600 --judge 256:1600
 python scripts/fit_law.py quick --quick --out /tmp/law                     # does it run?
 
@@ -17,7 +17,6 @@ import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -51,7 +50,6 @@ from ray_pipeline.stages.pretrain import HELD_OUT_TOKENS  # noqa: E402
 from ray_pipeline.training.validation import validation_loss  # noqa: E402
 from scripts.parallel_bench.results import provenance  # noqa: E402
 
-STARTS = ("initialisation", "zero_init_outputs", "embedding_init", "head_init")  # of weights, by the recipe
 SHOW = 60.0  # seconds between two lines of progress
 
 
@@ -62,7 +60,6 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--widths", default="48,64,96,128")
     parser.add_argument("--steps", default="200,400,800", help="of every width")
     parser.add_argument("--judge", default="192:800", help="WIDTH:STEPS of the training that is predicted")
-    parser.add_argument("--lr-factors", default="", help="WIDTH: train it at half and twice the rate too; repeat by ,")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--quick", action="store_true", help="a few steps on a little text")
@@ -88,23 +85,16 @@ def prepared(given: argparse.Namespace) -> tuple[PipelineFields, Path]:
     return config, folder
 
 
-def plan_of(given: argparse.Namespace) -> list[tuple[int, int, float]]:
-    """Width, steps, factor on the rate."""
+def plan_of(given: argparse.Namespace) -> list[tuple[int, int]]:
+    """Width and steps of every training."""
     widths, steps = ([int(n) for n in text.split(",")] for text in (given.widths, given.steps))
-    plan = [(width, count, 1.0) for width in widths for count in steps]
-    tried = [int(n) for n in given.lr_factors.split(",") if n]
-    return plan + [(width, steps[-1], factor) for width in tried for factor in (0.5, 2.0)]
+    return [(width, count) for width in widths for count in steps]
 
 
-def train(config: PipelineFields, data: Path, width: int, steps: int, factor: float) -> dict[str, Any]:
+def train(config: PipelineFields, data: Path, width: int, steps: int) -> dict[str, Any]:
     """One model on one budget: what it reached on the held-out rows."""
-    vocab, seq_len = config.model.vocab_size, config.data.seq_len
-    changed = {key: value for key, value in settings_of(width, steps).items() if key.startswith("pretrain.")}
-    changed["pretrain.optimizer.lr"] *= factor
-    settings = load_config(Path("tiny"), changed).pretrain
-    model = replace(
-        model_of(width, vocab_size=vocab, seq_len=seq_len), **{key: getattr(config.model, key) for key in STARTS}
-    )
+    seq_len, chosen = config.data.seq_len, load_config(None, settings_of(width, steps))
+    settings, model = chosen.pretrain, chosen.model
     options = EngineOptions(seed=config.seed, optimizer=settings.optimizer, row_length=seq_len,
                             micro_batch=settings.batch_size)  # fmt: skip
     engine, objective = Engine(model, Mesh(MeshSizes()), options), CrossEntropy(settings.mtp_loss_weight)
@@ -119,14 +109,14 @@ def train(config: PipelineFields, data: Path, width: int, steps: int, factor: fl
             print(f"  width {width}: step {step + 1}/{steps}  loss {stats.loss:.3f}  {left:.0f} s left", flush=True)
     loss = validation_loss(engine, PackedRows(data / "pretrain" / "validation", seq_len), objective)["validation_loss"]
     return {
-        "width": width, "steps": steps, "lr_factor": factor, "params": params_of(model),
+        "width": width, "steps": steps, "params": params_of(model),
         "tokens": steps * settings.batch_size * seq_len, "loss": loss,
         "flops": model.flops_per_token(seq_len) * steps * settings.batch_size * seq_len,
         "seconds": time.monotonic() - began,
     }  # fmt: skip
 
 
-def law_of(given: argparse.Namespace, config: PipelineFields, data: Path, done: Sequence[dict[str, Any]]) -> ScalingLaw:
+def law_of(config: PipelineFields, data: Path, done: Sequence[dict[str, Any]]) -> ScalingLaw:
     """The law that these trainings follow."""
     curve, error = fit([(one["params"], one["tokens"], one["loss"]) for one in done])
     manifest = read_sealed(data / MANIFEST, "")
@@ -138,18 +128,19 @@ def law_of(given: argparse.Namespace, config: PipelineFields, data: Path, done: 
     )
 
 
-def trained(given: argparse.Namespace, config: PipelineFields, data: Path, file: Path,
-            plan: Sequence[tuple[int, int, float]]) -> Iterator[dict[str, Any]]:  # fmt: skip
+def trained(
+    config: PipelineFields, data: Path, file: Path, plan: Sequence[tuple[int, int]]
+) -> Iterator[dict[str, Any]]:
     """The trainings of a plan, those that are done from the file."""
     results = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"trainings": []}
-    for width, steps, factor in plan:
-        asked = {"width": width, "steps": steps, "lr_factor": factor}
+    for width, steps in plan:
+        asked = {"width": width, "steps": steps}
         found = next((one for one in results["trainings"] if asked.items() <= one.items()), None)
         if found is None:
-            found = train(config, data, width, steps, factor)
+            found = train(config, data, width, steps)
             results["trainings"].append(found)
             file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-        print(f"width {width}  {found['params']:,} parameters  {steps} steps  rate x{factor:g}  "
+        print(f"width {width}  {found['params']:,} parameters  {steps} steps  "
               f"{found['loss']:.4f} nats  {found['seconds']:.0f} s", flush=True)  # fmt: skip
         yield found
 
@@ -165,14 +156,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config, data = prepared(given)
         file = (given.out or results) / f"fit_law_{given.name}.json"
-        done = list(trained(given, config, data, file, plan_of(given)))
-        law = law_of(given, config, data, [one for one in done if one["lr_factor"] == 1.0])
+        done = list(trained(config, data, file, plan_of(given)))
+        law = law_of(config, data, done)
         width, steps = map(int, given.judge.split(":"))
         model = model_of(width, vocab_size=law.vocab_size, seq_len=law.seq_len)
         expected = law.curve.loss(params_of(model), steps * law.tokens_per_step)
         print(f"law: {law.curve}\nlargest error of the {len(done)} trainings: {law.error:.2%}\n"
               f"predicted for width {width}, {steps} steps: {expected:.4f}", flush=True)  # fmt: skip
-        [reached] = trained(given, config, data, file, [(width, steps, 1.0)])
+        [reached] = trained(config, data, file, [(width, steps)])
     except UserError as error:
         print(error, file=sys.stderr)
         return 2

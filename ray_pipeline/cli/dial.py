@@ -26,6 +26,8 @@ def dialled(options: dict[str, Any]) -> dict[str, Any]:
     """
     flops, minutes = options.get("compute"), options.get("minutes")
     if flops is None and minutes is None:
+        if options.get("law") is not None:
+            raise UserError(f"--law {options['law']}: read with --compute or --minutes alone. Give one of them.")
         return {}
     _check(options)
     from ray_pipeline.costs.scaling_law import choose, model_of, read_law, settings_of

@@ -19,6 +19,7 @@ import yaml
 from model.config import ModelConfig
 from ray_pipeline.errors import UserError, did_you_mean
 from ray_pipeline.settings.layers import RECIPE_DIR
+from ray_pipeline.settings.loading import load_config
 from ray_pipeline.settings.presets import PRESETS
 
 LAW_DIR = RECIPE_DIR / "laws"
@@ -26,9 +27,7 @@ REFERENCE = 128  # the width whose rates the tiny recipe states
 WIDTH_STEP = 16
 BEYOND = 2  # times the widest model that a law was fitted on; further out it is a guess
 FEWEST_STEPS = 50
-# Of the tiny recipe: each stage's rate, and the embedding's times as much.
-MUON_RATES = {"pretrain": (1.4e-2, 15.0), "sft": (7e-3, 4.0), "distillation": (1.4e-2, 15.0)}
-ADAMW_RATE = 1e-4  # GRPO's
+MUON_STAGES = ("pretrain", "sft", "distillation")
 
 
 @dataclass(frozen=True)
@@ -105,13 +104,18 @@ def settings_of(width: int, steps: int) -> dict[str, Any]:
     scales it by the root of the width, so the rate falls by that root. The embedding's steps and the norms' stay as
     large as they were, the head's fall with the width (arXiv:2203.03466, table 8).
     """
-    root = math.sqrt(width / REFERENCE)
+    recipe, root = load_config(None), math.sqrt(width / REFERENCE)
     out: dict[str, Any] = {f"model.{key}": value for key, value in _shape(width).items()}
-    for stage, (rate, embedding) in MUON_RATES.items():
-        scaled = {"lr": rate / root, "embedding_lr_factor": embedding * root, "head_lr_factor": 0.75 / root,
-                  "vector_lr_factor": root}  # fmt: skip
+    for stage in MUON_STAGES:
+        own = getattr(recipe, stage).optimizer
+        scaled = {
+            "lr": own.lr / root, "embedding_lr_factor": own.embedding_lr_factor * root,
+            "head_lr_factor": own.head_lr_factor / root, "vector_lr_factor": own.vector_lr_factor * root,
+        }  # fmt: skip
         out |= {f"{stage}.optimizer.{key}": float(f"{value:.4g}") for key, value in scaled.items()}
-    out["grpo.optimizer.lr"] = float(f"{ADAMW_RATE / root**2:.4g}")  # AdamW's steps of a matrix fall with its width
+    out["grpo.optimizer.lr"] = float(
+        f"{recipe.grpo.optimizer.lr / root**2:.4g}"
+    )  # AdamW's steps of a matrix fall with its width
     # At most half of the teacher, of which embedding and head are the larger part the narrower it is.
     layers = 4 if width >= REFERENCE else 3
     student = {"num_hidden_layers": layers, "moe_intermediate_size": width // 4, "intermediate_size": width}

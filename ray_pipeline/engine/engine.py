@@ -117,14 +117,13 @@ class Engine:
     def my_rows(self, batch: Batch) -> Batch:
         """The rows of a global batch that this replica computes, and the window of each that is this rank's."""
         (rows, seq_len), sp = batch.tokens.shape, self.mesh.sizes.sp
-        dp = self.mesh.dp if batch.start is None else 1  # else it is those rows alone
+        index, dp = self.mesh.replica if batch.start is None else (0, 1)  # else it is those rows alone
         if rows % dp:
             raise ValueError(f"a batch of {rows} rows cannot be split over dp={dp} replicas")
         if seq_len % sp:
             raise ValueError(f"rows of {seq_len} tokens cannot be split over sp={sp} ranks")
         share = rows // dp
-        first = self.mesh.dp_rank * share if dp > 1 else 0
-        mine = batch.rows(first, first + share).to(self.device)
+        mine = batch.rows(index * share, (index + 1) * share).to(self.device)
         return replace(mine, window=self.parts[0].window(seq_len) if sp > 1 else None)
 
     def _of_all(self, batch: Batch, counts: list[float]) -> list[float]:

@@ -143,6 +143,8 @@ def baseline_text(stage: str, baselines: Mapping[str, float], metrics: Mapping[s
     if "predicted_loss" in baselines and "validation_loss" in metrics:
         expected = baselines["predicted_loss"]
         parts.append(f"predicted {expected:.3f} ({metrics['validation_loss'] / expected - 1:+.1%})")
+    if "predicted_loss_elsewhere" in baselines:
+        parts.append(f"no verdict on the predicted {baselines['predicted_loss_elsewhere']:.3f}: it is of another text")
     preferences = _input_text("preference_accuracy", baselines, metrics)
     accuracy = _input_text("accuracy", baselines, metrics)
     if preferences:

@@ -81,6 +81,7 @@ def test_the_speed_is_that_of_a_training_step():
         (["--compute", "1e6"], "--compute 1e+06: 50 steps of the smallest model of the law"),
         (["--compute", "1e22"], "--compute 1e+22: best spent on a model of 256 features or more"),
         (["--compute", "1e13", "--law", "no-such"], "--law no-such: no such law or file"),
+        (["--law", "tinyshakespeare"], "--law tinyshakespeare: read with --compute or --minutes alone"),
         (["--compute", "nan"], "--compute nan: must be a finite number"),
     ],
 )

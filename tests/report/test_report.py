@@ -219,6 +219,8 @@ def test_weights_that_were_given_are_among_what_pretraining_is_held_against():
 def test_a_predicted_loss_is_held_against_what_was_reached():
     text = baseline_text("pretrain", {"ln_vocab": 6.24, "predicted_loss": 2.0}, {"validation_loss": 1.97})
     assert text == "ln V 6.240; predicted 2.000 (-1.5%)"
+    text = baseline_text("pretrain", {"ln_vocab": 6.24, "predicted_loss_elsewhere": 2.0}, {"validation_loss": 1.97})
+    assert text == "ln V 6.240; no verdict on the predicted 2.000: it is of another text"
 
 
 def test_sft_shows_its_loss_beside_its_answers():
