@@ -17,7 +17,9 @@ from ray_pipeline.launch.local_ray import asks_for_token, show_token, start_ray
 CONNECT_SECONDS = 5.0
 PROBE_SECONDS = 60.0  # a worker process on a busy node takes some of them to start
 # Keys, proxies and settings of libraries that ranks on other machines need as this process has them.
-SHIPPED = ("NCCL_", "TORCH_NCCL_", "HF_", "WANDB_", "RAY_PIPELINE_", "AWS_", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
+SHIPPED = (
+    "NCCL_", "TORCH_NCCL_", "GLOO_", "HF_", "WANDB_", "RAY_PIPELINE_", "AWS_", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -101,12 +103,28 @@ def connect(address: str) -> None:
                     f"RAY_ADDRESS={address}: the cluster asks for a password, and there is none in ~/.ray/auth_token. "
                     "Copy that file from the machine that started the cluster, or set RAY_AUTH_TOKEN."
                 )
-        start_ray(address=address, runtime_env={"env_vars": ship})
+        hook = f"{__name__}.{use_cluster_interface.__name__}"
+        start_ray(address=address, runtime_env={"env_vars": ship, "worker_process_setup_hook": hook})
     except (OSError, ValueError) as error:  # a port that is no number; ConnectionError is an OSError
         raise UserError(
             f"RAY_ADDRESS={address}: no Ray cluster answers there ({error}). Start one with `ray start --head`, or "
             "unset RAY_ADDRESS to use a local one."
         ) from None
+
+
+def use_cluster_interface() -> None:
+    """Let gloo listen where Ray does, in a worker that starts, unless GLOO_SOCKET_IFNAME says where.
+
+    It would take the address of the machine's name, which many systems give as 127.0.0.1 or 127.0.1.1, and ranks on
+    other machines could not connect.
+    """
+    import psutil
+    import ray
+
+    address = ray.util.get_node_ip_address()
+    for name, addresses in psutil.net_if_addrs().items():
+        if address in (found.address for found in addresses):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
 
 
 def alive() -> Cluster:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -88,8 +91,88 @@ def test_the_head_is_killed(
     cluster.shutdown()
     said = (tmp_path / "output.log").read_text()
     assert "sft FAILED: NodeDiedError" in said and "Traceback (most recent call" not in said
+    assert "Go on with:" in said
     again = two_nodes()
     monkeypatch.setenv("RAY_ADDRESS", again.address)
     finish(start("resume", "toy", *UNTIL, folder=tmp_path), tmp_path)
     again.shutdown()
+    assert digests(tmp_path, "toy") == unbroken
+
+
+HERE = "10.213.0.1"
+
+
+def ip(*words: str) -> None:
+    subprocess.run(["ip", *words], check=True, capture_output=True)
+
+
+@contextmanager
+def another_machine(head: str, number: int) -> Iterator[str]:
+    """A node with a network and files of Ray's of its own, behind a cable to this one; yields the cable's name here."""
+    name, cable, there = f"pipeline{number}", f"rp{number}", f"10.213.{number}.2"
+    ip("netns", "add", name)
+    try:
+        ip("link", "add", cable, "type", "veth", "peer", "name", "eth0", "netns", name)
+        ip("addr", "add", f"10.213.{number}.1/24", "dev", cable)
+        ip("link", "set", cable, "up")
+        for words in (
+            ["addr", "add", f"{there}/24", "dev", "eth0"],
+            ["link", "set", "eth0", "up"],
+            ["link", "set", "lo", "up"],
+            ["route", "add", "default", "via", f"10.213.{number}.1"],
+        ):
+            ip("-n", name, *words)  # fmt: skip
+        ray = f"{sys.executable} -m ray.scripts.scripts start --address {head} --node-ip-address {there}"
+        inside = f"mount -t tmpfs none /tmp/ray && exec {ray} --num-cpus 1 --block"
+        with Path(os.devnull).open("w") as nowhere:
+            command = [
+                "ip",
+                "netns",
+                "exec",
+                name,
+                "unshare",
+                "-m",
+                "-p",
+                "-f",
+                "--mount-proc",
+                "--kill-child",
+                "sh",
+                "-c",
+                inside,
+            ]
+            node = subprocess.Popen(command, stdout=nowhere, stderr=nowhere, start_new_session=True)
+        try:
+            yield cable
+        finally:
+            node.kill()
+            node.wait()
+    finally:
+        ip("netns", "del", name)
+
+
+@pytest.fixture
+def head(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The address of a head that machines of other networks can reach."""
+    from ray.cluster_utils import Cluster
+
+    ip("link", "add", "rp", "type", "veth", "peer", "name", "rp-end")
+    ip("addr", "add", f"{HERE}/24", "dev", "rp")
+    for end in ("rp", "rp-end"):
+        ip("link", "set", end, "up")
+    made = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False, "node_ip_address": HERE}
+    )
+    monkeypatch.setenv("RAY_ADDRESS", made.address)
+    yield made.address
+    made.shutdown()
+    ip("link", "del", "rp")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="networks of their own need root")
+def test_a_machine_behind_a_cable_that_is_pulled(unbroken: dict[str, str], head: str, tmp_path: Path) -> None:
+    with another_machine(head, 1) as cable:
+        process = in_sft(tmp_path)
+        ip("link", "set", cable, "down")
+    with another_machine(head, 2):
+        finish(process, tmp_path)
     assert digests(tmp_path, "toy") == unbroken
