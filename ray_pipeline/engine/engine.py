@@ -259,6 +259,12 @@ class Engine:
         """The whole model's state dict, adapters merged, in fp32 on the CPU of every rank."""
         return gather_state({**self._weights(), **self.experts.buffers(SAVED)}, self.mesh)
 
+    @torch.no_grad()
+    def shards(self) -> dict[str, Tensor]:
+        """This rank's slices by name in the whole model, adapters merged; those that training moves too, not copies,
+        but what ZeRO 3 has to bring together, or adapters add to."""
+        return {**self._weights(), **self.experts.buffers(KEPT)}
+
     def _weights(self) -> dict[str, Tensor]:
         """This rank's slices, whole on every replica."""
         named = self.named_parameters()
