@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 
@@ -53,7 +53,7 @@ class Engine:
         mesh: Mesh,
         options: EngineOptions | None = None,
         *,
-        initial: dict[str, Tensor] | None = None,
+        initial: Mapping[str, Tensor] | None = None,
     ):
         self.config, self.mesh, self.options = config, mesh, options or EngineOptions()
         self.device = self.options.device or torch.device("cpu")
@@ -283,7 +283,7 @@ class Engine:
 
 
 def _build_parts(
-    config: ModelConfig, mesh: Mesh, options: EngineOptions, device: torch.device, initial: dict[str, Tensor] | None
+    config: ModelConfig, mesh: Mesh, options: EngineOptions, device: torch.device, initial: Mapping[str, Tensor] | None
 ) -> list[Transformer]:
     """This rank's parts of the model, in the schedule's order."""
     indices = parts_of(options.schedule, mesh.sizes.pp, mesh.pp_rank)

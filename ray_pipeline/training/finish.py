@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Mapping
+
 import torch.distributed as dist
+from torch import Tensor
 
 from model.config import ModelConfig
-from model.transformer import Transformer
 from ray_pipeline.engine.engine import Engine
-from ray_pipeline.records.artifacts import load_model, save_model
+from ray_pipeline.records.artifacts import save_model
+from ray_pipeline.records.stored_weights import open_model
 from ray_pipeline.settings.chain import input_stage
 from ray_pipeline.settings.run_folder import MODEL
 from ray_pipeline.training.initial import initial_state
@@ -25,8 +27,9 @@ def save_trained_model(rank: Rank, engine: Engine) -> None:
         dist.barrier()
 
 
-def read_input(rank: Rank) -> tuple[ModelConfig, dict[str, torch.Tensor]]:
-    """Config and whole state dict of the model this stage starts or learns from: an earlier stage's, or `init_from`'s.
+def read_input(rank: Rank) -> tuple[ModelConfig, Mapping[str, Tensor]]:
+    """Config and weights of the model this stage starts or learns from: an earlier stage's, each tensor read when it is
+    asked for, or `init_from`'s.
 
     Raises:
         UserError: a file of it is damaged.
@@ -36,5 +39,4 @@ def read_input(rank: Rank) -> tuple[ModelConfig, dict[str, torch.Tensor]]:
         state = initial_state(rank.config)
         assert state is not None, "the settings were checked: without an earlier stage there is init_from"
         return rank.config.model, state
-    model: Transformer = load_model(rank.upstream[stage] / MODEL)
-    return model.config, model.state_dict()
+    return open_model(rank.upstream[stage] / MODEL)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -60,7 +61,7 @@ class Reference:
         self,
         rank: Rank,
         config: ModelConfig,
-        initial: dict[str, Tensor],
+        initial: Mapping[str, Tensor],
         *,
         every: int,
         updates: int,
