@@ -257,13 +257,13 @@ class Engine:
     @torch.no_grad()
     def full_state(self) -> dict[str, Tensor]:
         """The whole model's state dict, adapters merged, in fp32 on the CPU of every rank."""
-        return gather_state({**self._weights(), **self.experts.buffers(SAVED)}, self.mesh)
+        return gather_state(self.shards(), self.mesh)
 
     @torch.no_grad()
     def shards(self) -> dict[str, Tensor]:
-        """This rank's slices by name in the whole model, adapters merged; those that training moves too, not copies,
-        but what ZeRO 3 has to bring together, or adapters add to."""
-        return {**self._weights(), **self.experts.buffers(KEPT)}
+        """This rank's slices of what is saved, by name in the whole model, adapters merged: what training moves, not
+        copies, but for what ZeRO 3 brings together and adapters add to."""
+        return {**self._weights(), **self.experts.buffers(SAVED)}
 
     def _weights(self) -> dict[str, Tensor]:
         """This rank's slices, whole on every replica."""

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch.distributed as dist
 from torch import Tensor
 
 from model.config import ModelConfig
+from model.parallel.whole_tensors import WholeTensors
 from ray_pipeline.engine.engine import Engine
-from ray_pipeline.records.artifacts import save_model
+from ray_pipeline.records.artifacts import save_model_by_tensors
 from ray_pipeline.records.stored_weights import open_model
 from ray_pipeline.settings.chain import input_stage
 from ray_pipeline.settings.run_folder import MODEL
@@ -18,11 +20,23 @@ from ray_pipeline.training.rank import Rank
 
 
 def save_trained_model(rank: Rank, engine: Engine) -> None:
-    """Gather the stages' weights; rank 0 writes `folder/model` (safetensors, config, manifest)."""
+    """Rank 0 writes `folder/model` (safetensors, config, manifest) from the slices of all ranks."""
     rank.phase("saving")
-    state = engine.full_state()
+    save_whole(rank, engine, rank.folder / MODEL)
+
+
+def save_whole(rank: Rank, engine: Engine, folder: Path) -> None:
+    """The engine's model as one, each tensor on rank 0 alone and one at a time; it is there when this returns.
+
+    Raises:
+        UserError: full disk or no right to write.
+    """
+    tensors = WholeTensors(engine.shards(), rank.mesh)
     if rank.is_main:
-        save_model(rank.folder / MODEL, engine.config, state)
+        save_model_by_tensors(folder, engine.config, tensors.shapes, (t for t in tensors if t is not None))
+    else:
+        for _ in tensors:
+            pass
     if dist.is_initialized():
         dist.barrier()
 
