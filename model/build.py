@@ -5,6 +5,7 @@ The layers themselves know only an `Axis` each (`tp`, `sp`, `ep`), which `attach
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ def attach_axes(model: nn.Module, mesh: Mesh) -> None:
 
 
 def build_part(
-    config: ModelConfig, layers: range, mesh: Mesh, *, seed: int = 0, initial: dict[str, Tensor] | None = None
+    config: ModelConfig, layers: range, mesh: Mesh, *, seed: int = 0, initial: Mapping[str, Tensor] | None = None
 ) -> Transformer:
     """One pipeline stage with this rank's slice of every parameter, on the CPU.
 
@@ -54,6 +55,28 @@ def build_part(
     part.rotary = rotary_table(config)
     attach_axes(part, mesh)
     return part
+
+
+def part_over(part: Transformer, mesh: Mesh) -> Transformer:
+    """The same layers without a weight of their own, for reading the tensors that `point_at` names: no adapters, hooks
+    or 8-bit products, and no rows that are cut over sequence-parallel ranks."""
+    with torch.device("meta"):
+        reader = Transformer(part.config, part.layer_range)
+    reader.rotary = part.rotary
+    for module in reader.modules():
+        for name in ("tp", "ep"):
+            if hasattr(module, name):
+                setattr(module, name, mesh.axis(name))
+    return reader.eval().requires_grad_(False)
+
+
+def point_at(part: Transformer, tensors: Mapping[str, Tensor]) -> None:
+    """Make these tensors, by name in the whole model, the part's own, without copying any."""
+    for name, _ in list(part.named_parameters()):
+        _replace(part, name, nn.Parameter(tensors[name], requires_grad=False))
+    for name, _ in list(part.named_buffers()):
+        if name in tensors:
+            _replace(part, name, tensors[name])
 
 
 def _replace(model: nn.Module, name: str, value: Tensor) -> None:

@@ -11,31 +11,46 @@ from torch import Tensor
 
 from model.attention.cope import position_logits
 from model.attention.mla import MultiHeadLatentAttention
-from model.kernels.cpu.products import Factor
+from model.kernels.cpu.products import Factor, FactorInPlace, factor
 from model.layers.norm import FastNorm
 from model.layers.rope import apply_rotary
+from model.parallel.collectives import Axis, reduce_from
 
 
 class AbsorbedAttention:
-    """One layer's MLA for one new token a row. Weights are stored [in, out]."""
+    """One layer's MLA for one new token a row. Weights are stored [in, out], or read in place.
 
-    def __init__(self, attention: MultiHeadLatentAttention):
+    Attributes:
+        heads: of this rank; under tensor parallelism `leave` adds up what the ranks' heads give.
+    """
+
+    def __init__(self, attention: MultiHeadLatentAttention, *, in_place: bool = False):
         config = self.config = attention.config
         self.inner = attention
         self.latent_norm = FastNorm(attention.kv_a_layernorm)
         self.query_norm = None if config.q_lora_rank is None else FastNorm(attention.q_a_layernorm)
-        heads, latent = config.num_attention_heads, config.kv_lora_rank
+        heads, latent = config.num_attention_heads // attention.tp.size, config.kv_lora_rank
+        self.heads = heads
         first = attention.q_proj if config.q_lora_rank is None else attention.q_a_proj
         self.width = latent + config.qk_rope_head_dim
         self.first_width = first.weight.shape[0]
-        self.down = Factor(torch.cat([first.weight, attention.kv_a_proj_with_mqa.weight]).t().contiguous())
+        self.down = factor(first.weight, attention.kv_a_proj_with_mqa.weight, in_place=in_place)
         key, value = attention.kv_b_proj.weight.unflatten(0, (heads, -1)).split(
             [config.qk_nope_head_dim, config.v_head_dim], 1
         )  # [heads, nope, latent], [heads, v, latent]
+        self.contextual = config.position == "cope"
+        self.query: Factor | FactorInPlace | None
+        self.out: Factor | FactorInPlace
+        if in_place:
+            self.merged, self.query_scale = False, attention.scale
+            self.key, self.value = key, value.transpose(1, 2)
+            self.query = None if config.q_lora_rank is None else factor(attention.q_b_proj.weight, in_place=True)
+            self.out = factor(attention.o_proj.weight, in_place=True)
+            return
+        self.query_scale = 1.0
         self.key, self.value = key.contiguous(), value.transpose(1, 2).contiguous()
         out = attention.o_proj.weight.t().contiguous()  # [heads * v, hidden]
         query = None if config.q_lora_rank is None else attention.q_b_proj.weight.t() * attention.scale
-        self.contextual = config.position == "cope"
         # Multiplying the factors together saves two operations a step, but is more work where the latent is much wider
         # than a head (DeepSeek-V3: 512 against 128). Contextual positions read the query itself.
         self.merged = query is not None and latent <= 2 * config.qk_nope_head_dim and not self.contextual
@@ -53,7 +68,8 @@ class AbsorbedAttention:
             q = first * self.inner.scale
         else:
             q = self.query.product(self.query_norm(first))
-        return q.view(len(q), self.config.num_attention_heads, -1)
+            q = q if self.query_scale == 1.0 else q.mul_(self.query_scale)
+        return q.view(len(q), self.heads, -1)
 
     def in_latent_space(self, q: Tensor, rotation: Tensor) -> Tensor:
         """What `queries` gave, as the cache's columns are to be met: [rows, heads, width]."""
@@ -97,7 +113,16 @@ class AbsorbedAttention:
         o = torch.bmm(torch.softmax(scores, -1), seen[:, :, : self.config.kv_lora_rank])  # [rows, heads, latent]
         if not self.merged:
             o = torch.bmm(o.transpose(0, 1), self.value).transpose(0, 1)
-        return self.out.added_product(residual, o.flatten(1))
+        return self.leave(residual, o.flatten(1))
+
+    def leave(self, residual: Tensor, o: Tensor) -> Tensor:
+        """residual [rows, hidden_size] plus the output projection of all heads; o: of mine, [rows, heads * width]."""
+        return added_over_ranks(residual, o, self.out, self.inner.tp)
+
+
+def added_over_ranks(residual: Tensor, o: Tensor, out: Factor | FactorInPlace, tp: Axis) -> Tensor:
+    """residual plus the products of all tensor-parallel ranks, of which `out.product(o)` is mine."""
+    return out.added_product(residual, o) if tp.size == 1 else residual + reduce_from(out.product(o), tp)
 
 
 def rotate_in_place(x: Tensor, rotation: Tensor) -> None:

@@ -45,14 +45,15 @@ class DecodeAttention(Protocol):
         """
 
 
-def build_decode_attention(attention: nn.Module) -> DecodeAttention:
-    """The decode object of a built attention module, with weights laid out for it."""
+def build_decode_attention(attention: nn.Module, *, in_place: bool = False) -> DecodeAttention:
+    """The decode object of a built attention module, with weights laid out for it, or `in_place`, without a copy."""
     if isinstance(attention, GroupedAttention):
         config = attention.config
         if config.position == "cope":
-            return ContextualStep(attention)
-        return SlidingStep(attention) if config.attention == "sliding" else GroupedStep(attention)
+            return ContextualStep(attention, in_place=in_place)
+        kind = SlidingStep if config.attention == "sliding" else GroupedStep
+        return kind(attention, in_place=in_place)
     if isinstance(attention, SparseAttention):
-        return SparseStep(attention)
+        return SparseStep(attention, in_place=in_place)
     assert isinstance(attention, MultiHeadLatentAttention)
-    return AbsorbedAttention(attention)
+    return AbsorbedAttention(attention, in_place=in_place)

@@ -20,6 +20,7 @@ from model.kernels.decode_experts import DecodeExperts
 from model.layers.feed_forward import FeedForward
 from model.layers.norm import prepared
 from model.moe.experts import MixtureOfExperts
+from model.moe.replay import columns
 from model.mtp import MultiTokenPredictor
 from model.transformer import Block, Transformer
 
@@ -31,7 +32,7 @@ class DecoderLayer:
     """One block for one new token a row."""
 
     def __init__(self, block: Block):
-        self.read = block.read
+        self.block, self.read = block, block.read
         self.attention = build_decode_attention(block.self_attn)
         self.input_norm, self.post_norm = prepared(block.input_layernorm), prepared(block.post_attention_layernorm)
         moe = block.mlp if isinstance(block.mlp, MixtureOfExperts) else None
@@ -61,6 +62,10 @@ class DecoderLayer:
         return x
 
 
+LayerRun = Callable[[DecoderLayer, Tensor, Tensor], Tensor]
+"""(layer, what it reads [..., hidden_size], its cache) -> what it gives, of the same shape."""
+
+
 @dataclass
 class Decoder:
     """A whole Transformer with decode-friendly weights. Call `refresh` after the model's weights changed.
@@ -70,6 +75,7 @@ class Decoder:
     """
 
     model: Transformer
+    kind = DecoderLayer
 
     def __post_init__(self) -> None:
         if not (self.model.is_first and self.model.is_last):
@@ -87,13 +93,10 @@ class Decoder:
         """What it computes in."""
         return self.model.lm_head.weight.dtype
 
-    def _blocks(self) -> list[Block]:
-        return [block for block in self.model.layers.values() if isinstance(block, Block)]
-
     @torch.inference_mode()
     def refresh(self) -> None:
         """Merge and lay out the weights again."""
-        self.layers = [DecoderLayer(block) for block in self._blocks()]
+        self.layers = [self.kind(block) for block in self.model.layers.values() if isinstance(block, Block)]
         self.norm = prepared(self.model.norm)
         self.head = Factor(self.model.lm_head.weight.t().contiguous())
         self._draft_layers: list[DecoderLayer] | None = None
@@ -103,8 +106,20 @@ class Decoder:
         """The MTP modules' blocks, laid out when speculative decoding first asks for them."""
         if self._draft_layers is None:
             blocks = [module.block for module in self.model.mtp if isinstance(module, MultiTokenPredictor)]
-            self._draft_layers = [DecoderLayer(block) for block in blocks if isinstance(block, Block)]
+            self._draft_layers = [self.kind(block) for block in blocks if isinstance(block, Block)]
         return self._draft_layers
+
+    @property
+    def routing_columns(self) -> list[int]:
+        """Columns of a recorded routing (`model.moe.replay`) that belong to the layers here, in their order."""
+        return list(range(columns(self.config)))
+
+    def joined_routing(self, ids: Tensor) -> Tensor:
+        """Expert ids with the columns of all layers, from those with the columns of the layers here."""
+        return ids
+
+    def idle(self) -> None:
+        """To be called when nothing is left to decode: here there is nobody who waits for this decoder."""
 
     def passes(self, cache: list[Tensor]) -> list[list[Tensor]]:
         """The layers' caches of each pass through the stack, from all of them in order."""
@@ -139,10 +154,42 @@ class Decoder:
         for part in (slice(i, i + rows) for i in range(0, len(prompts), rows)):
             hidden = self._prefill_rows(tokens[part], padding[part], [c[part] for c in cache.layers])
             if watch is not None:
-                watch(self.model.norm(hidden), part)
+                watch(self.normed(hidden), part)
             last.append(hidden[:, -1])
         cache.length = longest
-        return self.model.lm_head(self.model.norm(torch.cat(last))), cache
+        return self.logits_of_prompts(torch.cat(last)), cache
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """[...] -> [..., hidden_size]."""
+        return F.embedding(tokens, self.model.embed_tokens.weight)
+
+    def normed(self, hidden: Tensor) -> Tensor:
+        """What the head and the MTP modules read of hidden states behind the last layer: same shape."""
+        out: Tensor = self.model.norm(hidden)
+        return out
+
+    def logits(self, normed: Tensor) -> Tensor:
+        """[rows, hidden_size] -> [rows, vocab_size]."""
+        return self.head.product(normed)
+
+    def logits_of_prompts(self, hidden: Tensor) -> Tensor:
+        """The same for hidden states behind the last layer, by the model's own modules."""
+        out: Tensor = self.model.lm_head(self.model.norm(hidden))
+        return out
+
+    def through(self, tokens: Tensor, cache: list[Tensor], run: LayerRun) -> Tensor:
+        """Tokens through all layers: [...] -> hidden states [..., hidden_size] behind the last.
+
+        Args:
+            run: one layer, of what it reads.
+        """
+        x = start = self.embed(tokens)
+        for index, passed in enumerate(self.passes(cache)):
+            before = x
+            for layer, layer_cache in zip(self.layers, passed, strict=True):
+                x = run(layer, layer.read(x, start), layer_cache)
+            x = self.after_pass(before, x, index)
+        return x
 
     def _prefill_rows(self, tokens: Tensor, padding: Tensor, cache: list[Tensor]) -> Tensor:
         """Hidden states behind the last layer: [rows, longest, hidden_size]."""
@@ -150,17 +197,16 @@ class Decoder:
         # Padding is a document of its own: it gets no attention and the text behind it starts at position 0.
         doc_ids = (torch.arange(length, device=tokens.device) >= padding[:, None]).long()
         rotation, mask = self.model.context(doc_ids if bool(padding.any()) else None, length)
-        x = start = self.model.embed_tokens(tokens)
-        for index, passed in enumerate(self.passes(cache)):
-            before = x
-            for block, layer, layer_cache in zip(self._blocks(), self.layers, passed, strict=True):
-                x = block.read(x, start)
-                y = block.input_layernorm(x)
-                layer.attention.remember(y, rotation, layer_cache[:, :length])
-                x = x + block.self_attn(y, rotation, mask)
-                x = x + block.mlp(block.post_attention_layernorm(x))
-            x = self.after_pass(before, x, index)
-        return x
+
+        def run(layer: DecoderLayer, x: Tensor, layer_cache: Tensor) -> Tensor:
+            block = layer.block
+            y = block.input_layernorm(x)
+            layer.attention.remember(y, rotation, layer_cache[:, :length])
+            x = x + block.self_attn(y, rotation, mask)
+            out: Tensor = x + block.mlp(block.post_attention_layernorm(x))
+            return out
+
+        return self.through(tokens, cache, run)
 
     @torch.inference_mode()
     def step(self, tokens: Tensor, cache: KVCache) -> Tensor:
@@ -169,11 +215,10 @@ class Decoder:
         # Rows that ended stay in the batch for a while; what they go on with, past the context too, is thrown away.
         rotation = self.model.rotary[cache.positions.clamp(max=len(self.model.rotary) - 1)].unsqueeze(1)
         bias = cache.bias[:, :, : column + 1]
-        x = start = F.embedding(tokens, self.model.embed_tokens.weight)
-        for index, passed in enumerate(self.passes(cache.layers)):
-            before = x
-            for layer, layer_cache in zip(self.layers, passed, strict=True):
-                x = layer.step(layer.read(x, start), rotation, layer_cache, bias, column)
-            x = self.after_pass(before, x, index)
+
+        def run(layer: DecoderLayer, x: Tensor, layer_cache: Tensor) -> Tensor:
+            return layer.step(x, rotation, layer_cache, bias, column)
+
+        x = self.through(tokens, cache.layers, run)
         cache.length += 1
-        return self.head.product(self.norm(x))
+        return self.logits(self.norm(x))

@@ -77,7 +77,7 @@ class Drafter:
         layers = zip(self.modules, self.decoder.draft_layers, self.cache.layers, strict=True)
         for k, (module, layer, cache) in enumerate(layers, start=1):
             ahead = F.pad(tokens, (0, k))[:, k:]  # what is not known yet is not final: `propose` writes it again
-            x = module.join(hidden, model.embed_tokens(ahead))
+            x = module.join(hidden, self.decoder.embed(ahead))
             layer.attention.remember(layer.input_norm(x), rotation, cache[part, self.window : self.window + length])
             hidden = module.shared_head_norm(module.block(x, rotation, mask))
 
@@ -100,9 +100,9 @@ class Drafter:
         drawn_from = []
         layers = zip(self.modules, self.decoder.draft_layers, self.cache.layers, strict=True)
         for k, (module, layer, cache) in enumerate(layers):
-            x = module.join(hidden, F.embedding(known[:, k:], model.embed_tokens.weight))
+            x = module.join(hidden, self.decoder.embed(known[:, k:]))
             hidden = module.shared_head_norm(extend_layer(layer, x, cache, span))
-            _, kept = distributions(self.decoder.head.product(hidden[:, -1]), transcript.rules.sampling, seen)
+            _, kept = distributions(self.decoder.logits(hidden[:, -1]), transcript.rules.sampling, seen)
             token = draw(kept, None if uniforms is None else uniforms[:, k])
             known = torch.cat([known, token[:, None]], 1)
             drawn_from.append(kept)

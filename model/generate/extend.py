@@ -56,17 +56,12 @@ def extend(decoder: Decoder, tokens: Tensor, cache: KVCache) -> tuple[Tensor, Te
         Logits [rows, n, vocab_size] of the token after each, and the hidden states [rows, n, hidden_size] behind the
         final norm.
     """
-    model, n = decoder.model, tokens.shape[1]
-    span = Span.at(model.rotary, cache, cache.length, n)
-    x = start = F.embedding(tokens, model.embed_tokens.weight)
-    for index, passed in enumerate(decoder.passes(cache.layers)):
-        before = x
-        for layer, layer_cache in zip(decoder.layers, passed, strict=True):
-            x = extend_layer(layer, layer.read(x, start), layer_cache, span)
-        x = decoder.after_pass(before, x, index)
+    n = tokens.shape[1]
+    span = Span.at(decoder.model.rotary, cache, cache.length, n)
+    x = decoder.through(tokens, cache.layers, lambda layer, x, layer_cache: extend_layer(layer, x, layer_cache, span))
     cache.length += n
-    hidden = model.norm(x)
-    return decoder.head.product(hidden.flatten(0, 1)).unflatten(0, (-1, n)), hidden
+    hidden = decoder.normed(x)
+    return decoder.logits(hidden.flatten(0, 1)).unflatten(0, (-1, n)), hidden
 
 
 def extend_layer(layer: DecoderLayer, x: Tensor, cache: Tensor, span: Span) -> Tensor:
@@ -95,7 +90,7 @@ def _extend_by_steps(attention: DecodeAttention, y: Tensor, x: Tensor, cache: Te
 def _extend_absorbed(attention: AbsorbedAttention, y: Tensor, x: Tensor, cache: Tensor, span: Span) -> Tensor:
     """`AbsorbedAttention.step` where the new tokens of a row stand as further heads of it."""
     rows, n, _ = y.shape
-    rotation, heads = span.rotation.flatten(0, 1).unsqueeze(1), attention.config.num_attention_heads
+    rotation, heads = span.rotation.flatten(0, 1).unsqueeze(1), attention.heads
     down = attention.down.product(y.flatten(0, 1))
     new = cache[:, span.column : span.column + n]
     projected = down[:, attention.first_width :].unflatten(0, (rows, n))
@@ -108,14 +103,13 @@ def _extend_absorbed(attention: AbsorbedAttention, y: Tensor, x: Tensor, cache: 
     o = o.reshape(rows * n, heads, -1)
     if not attention.merged:
         o = torch.bmm(o.transpose(0, 1), attention.value).transpose(0, 1)
-    return attention.out.added_product(x.flatten(0, 1), o.flatten(1)).view_as(x)
+    return attention.leave(x.flatten(0, 1), o.flatten(1)).view_as(x)
 
 
 def _extend_grouped(attention: GroupedStep, y: Tensor, x: Tensor, cache: Tensor, span: Span) -> Tensor:
     """`GroupedStep.step` where the new tokens of a row stand as further queries of each group."""
     rows, n, _ = y.shape
-    config = attention.config
-    heads, dim, groups = config.num_attention_heads, config.head_dim, config.num_kv_heads
+    heads, dim, groups = attention.heads, attention.config.head_dim, attention.groups
     projected = attention.project.product(y.flatten(0, 1))
     turned = projected[:, : heads * dim + attention.keys].unflatten(1, (-1, dim))
     rotate_in_place(turned, span.rotation.flatten(0, 1).unsqueeze(1))
@@ -126,4 +120,4 @@ def _extend_grouped(attention: GroupedStep, y: Tensor, x: Tensor, cache: Tensor,
     bias = span.bias.repeat_interleave(heads // groups, 1).unsqueeze(1)
     out = F.scaled_dot_product_attention(q.flatten(2, 3), k, v, attn_mask=bias, scale=attention.inner.scale)
     out = out.unflatten(2, (n, -1)).transpose(1, 2).reshape(rows * n, heads * dim)
-    return attention.out.added_product(x.flatten(0, 1), out).view_as(x)
+    return attention.leave(x.flatten(0, 1), out).view_as(x)

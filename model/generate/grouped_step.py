@@ -12,23 +12,28 @@ from torch import Tensor
 from model.attention.cope import position_logits
 from model.attention.core import attention_of_scores, grouped_scores
 from model.attention.grouped import GroupedAttention
-from model.generate.absorbed import rotate_in_place
-from model.kernels.cpu.products import Factor
+from model.generate.absorbed import added_over_ranks, rotate_in_place
+from model.kernels.cpu.products import factor
 from model.layers.rope import apply_rotary
 
 
 class GroupedStep:
-    """One layer's attention for one new token a row. Weights are stored [in, out]."""
+    """One layer's attention for one new token a row. Weights are stored [in, out], or read in place.
 
-    def __init__(self, attention: GroupedAttention):
+    Attributes:
+        heads, groups: queries, and keys and values, of this rank.
+    """
+
+    def __init__(self, attention: GroupedAttention, *, in_place: bool = False):
         config = self.config = attention.config
-        self.inner = attention
-        self.keys = config.num_kv_heads * config.head_dim
+        self.inner, shared = attention, config.attention == "mqa"
+        self.heads = config.num_attention_heads // attention.tp.size
+        self.groups = config.num_kv_heads // (1 if shared else attention.tp.size)
+        self.keys = self.groups * config.head_dim
         self.width = 2 * self.keys
-        shared = config.attention == "mqa"
         of_keys = (attention.kv_proj_with_mqa,) if shared else (attention.k_proj, attention.v_proj)
-        self.project = Factor(torch.cat([part.weight for part in (attention.q_proj, *of_keys)]).t().contiguous())
-        self.out = Factor(attention.o_proj.weight.t().contiguous())
+        self.project = factor(*(part.weight for part in (attention.q_proj, *of_keys)), in_place=in_place)
+        self.out = factor(attention.o_proj.weight, in_place=in_place)
 
     def remember(self, y: Tensor, rotation: Tensor, into: Tensor) -> None:
         """Keys and values of a prefix: y [rows, n, hidden_size] into [rows, n, width]."""
@@ -40,14 +45,18 @@ class GroupedStep:
 
     def step(self, x: Tensor, residual: Tensor, rotation: Tensor, cache: Tensor, bias: Tensor, column: int) -> Tensor:
         """As `DecodeAttention.step`."""
-        heads, dim = self.config.num_attention_heads, self.config.head_dim
+        heads, dim = self.heads, self.config.head_dim
         projected = self.project.product(x)
         if self.config.position == "rope":  # queries and keys alike
             rotate_in_place(projected[:, : heads * dim + self.keys].unflatten(1, (-1, dim)), rotation)
         q = projected[:, : heads * dim].unflatten(1, (heads, dim))
         cache[:, column] = projected[:, heads * dim :]
         out = self.attend(q, cache[:, : column + 1], bias)
-        return self.out.added_product(residual, out.flatten(1))
+        return self.leave(residual, out.flatten(1))
+
+    def leave(self, residual: Tensor, o: Tensor) -> Tensor:
+        """As `AbsorbedAttention.leave`."""
+        return added_over_ranks(residual, o, self.out, self.inner.tp)
 
     def attend(self, q: Tensor, seen: Tensor, bias: Tensor) -> Tensor:
         """q [rows, heads, head_dim]; seen [rows, n, width]; bias [rows, 1, n] -> the shape of q."""

@@ -28,7 +28,8 @@ class RoutingRecord:
         config = decoder.config
         longest = max(len(r.prompt) for r in requests) + max(r.limit for r in requests) + ahead
         shape = (len(requests), longest, columns(config))
-        self.requests = requests
+        self.requests, self.decoder = requests, decoder
+        self.columns = torch.tensor(decoder.routing_columns, dtype=torch.long, device=decoder.device)
         self.ids = torch.full(shape, FREE, dtype=torch.int16, device=decoder.device)
         self._chosen: list[Tensor] = []  # since the last run: [tokens, k] of each routed layer, in order
 
@@ -37,25 +38,30 @@ class RoutingRecord:
         self._chosen.append(out[0].to(torch.int16))
 
     def _last_run(self) -> Tensor:
-        """[tokens, columns] of what ran since it was last asked for."""
+        """[tokens, columns] of what ran since it was last asked for, of the layers here."""
         chosen, self._chosen = torch.cat(self._chosen, 1), []
         return chosen
 
     def prefix(self, prompts: list[list[int]], which: list[int], part: slice) -> None:
         """`part` of the distinct prompts ran, right-aligned; `which` of them each request continues."""
+        if not self._chosen:  # a pipeline rank whose layers are all dense
+            return
         ran = self._last_run().unflatten(0, (len(prompts[part]), -1))  # [rows, longest prompt, columns]
         for request, distinct in enumerate(which):
             if part.start <= distinct < part.stop:
                 length = len(prompts[distinct])
-                self.ids[request, :length] = ran[distinct - part.start, -length:]
+                self.ids[request][:length, self.columns] = ran[distinct - part.start, -length:]
 
     def step(self, batch: Tensor, positions: Tensor) -> None:
         """Tokens at `positions` [rows, n] of the requests `batch` [rows] ran, in place of what ran there before."""
-        self.ids[batch[:, None], positions] = self._last_run().view(*positions.shape, -1)
+        if self._chosen:
+            place = batch[:, None, None], positions[:, :, None], self.columns
+            self.ids[place] = self._last_run().view(*positions.shape, -1)
 
     def hand_over(self, completions: dict[int, Completion]) -> None:
         """Give every completion its part."""
-        for request, ids in zip(self.requests, self.ids.cpu(), strict=True):
+        joined = self.decoder.joined_routing(self.ids).to("cpu", torch.int16)
+        for request, ids in zip(self.requests, joined, strict=True):
             completion = completions[request.index]
             completion.routing = ids[: len(request.prompt) + len(completion.tokens) - 1].clone()
 

@@ -12,18 +12,18 @@ from torch import Tensor
 from model.attention.indexer import highest, index_scores
 from model.attention.sparse import SparseAttention
 from model.generate.absorbed import AbsorbedAttention
-from model.kernels.cpu.products import Factor
+from model.kernels.cpu.products import factor
 
 
 class SparseStep(AbsorbedAttention):
     """One layer's sparse attention for one new token a row."""
 
-    def __init__(self, attention: SparseAttention):
-        super().__init__(attention)
+    def __init__(self, attention: SparseAttention, *, in_place: bool = False):
+        super().__init__(attention, in_place=in_place)
         self.indexer, self.topk = attention.indexer, attention.config.index_topk
         self.latent_width = self.width
         self.width += attention.config.index_head_dim
-        self.index_query = Factor(self.indexer.wq_b.weight.t().contiguous())
+        self.index_query = factor(self.indexer.wq_b.weight, in_place=in_place)
 
     def remember(self, y: Tensor, rotation: Tensor, into: Tensor) -> None:
         """Latents, rotary keys and index keys of a prefix, y [rows, n, hidden_size], into [rows, n, width]."""

@@ -68,6 +68,16 @@ def all_reduce(x: Tensor, axis: Axis, op: Any = dist.ReduceOp.SUM) -> Tensor:
     return x
 
 
+def gather_last(x: Tensor, axis: Axis) -> Tensor:
+    """Slices of the last dimension from all ranks of the axis, in their order; not differentiable."""
+    if axis.size == 1:
+        return x
+    parts = [torch.empty_like(x) for _ in range(axis.size)]
+    with collective(axis, "all-gather"):
+        dist.all_gather(parts, x.contiguous(), group=axis.group)
+    return torch.cat(parts, -1)
+
+
 class _CopyTo(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:

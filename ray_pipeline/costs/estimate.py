@@ -10,6 +10,7 @@ from ray_pipeline.costs.fit import Fit, judge
 from ray_pipeline.costs.hardware_table import Hardware, for_ranks
 from ray_pipeline.costs.picture import RankMap, placement, pp_layout_text, rank_map
 from ray_pipeline.costs.row_reading import Reading, reading
+from ray_pipeline.costs.sampling import with_sampling
 from ray_pipeline.costs.timing import Timing, flops_per_token, message_seconds, step_timing
 from ray_pipeline.costs.traffic import Traffic, groups, rank_traffic
 from ray_pipeline.costs.weights import counts, main_model
@@ -98,6 +99,7 @@ def make_plan(
         judged: the settings that advised layouts must be legal for; default: those of the whole run.
     """
     layout = replace(layout, device="cpu" if hardware.device == "cpu" else "cuda")
+    config = with_sampling(config, layout, stage, hardware)
     work, each = workload(config, layout, stage), for_ranks(hardware, layout.gpus)
     fit = judge(work, each)
     return Plan(

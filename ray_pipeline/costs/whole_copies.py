@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from model.config import ModelConfig
+from ray_pipeline.layout.layout import Layout
 from ray_pipeline.settings.chain import is_top_k, reads_folder, reads_teacher
 from ray_pipeline.settings.schema import PipelineFields
 
@@ -34,30 +35,40 @@ class WholeCopies:
         return bool(self.device or self.before or self.host or self.once)
 
 
-def whole_copies(config: PipelineFields, stage: str, model: ModelConfig, *, device: str) -> WholeCopies:
+def whole_copies(config: PipelineFields, stage: str, model: ModelConfig, layout: Layout) -> WholeCopies:
     """What training stage `stage` holds of `model`, which it trains, and of its teacher.
 
-    Args:
-        device: "cpu" or "cuda": where sampling actors hold theirs, which on GPUs is on GPUs of their own.
+    With `layout.sampling: sharded` answers are written with the weights that are trained, which takes the cache alone,
+    but where ZeRO 3 has to bring a rank's slices together first.
     """
     size = FP32 * model.num_params()
     host, once = {"gathered weights": size}, {"weights that are written": size}
+    cut = layout.pp * layout.tp * layout.ep
     if stage == "pretrain":
         return WholeCopies(host=host | ({"given weights": size} if reads_folder(config, stage) else {}), once=once)
-    on_device = {"whole model": size, "its weights for decoding": decoding_bytes(model)}
+    sharded = config.layout.sampling == "sharded"
+    on_device = {} if sharded else {"whole model": size, "its weights for decoding": decoding_bytes(model)}
     before: dict[str, int] = {}
-    host["weights at the start"] = size
+    if reads_folder(config, stage):  # else tensor by tensor from the stage before
+        host["weights at the start"] = size
     if stage == "distillation" and reads_teacher(config) and not is_top_k(config.distillation.teacher):
         teacher = FP32 * config.model.num_params()
-        host["teacher's weights"] = teacher
-        if config.distillation.teacher_answers:
+        if config.distillation.teacher is not None:
+            host["teacher's weights"] = teacher
+        if config.distillation.teacher_answers and sharded:
+            before = {"teacher": -(-teacher // cut)}
+        elif config.distillation.teacher_answers:
             before = {"teacher": teacher, "its weights for decoding": decoding_bytes(config.model)}
     workers = config.grpo.rollout.workers if stage == "grpo" else 0
     if workers:
         once["weights on their way to samplers"] = size
-        if device == "cpu":
+        if layout.device == "cpu":
             once["samplers"] = workers * (size + decoding_bytes(model))
     sampling = {"cache of answers": _cache_bytes(config, model)} if stage == "grpo" and not workers else {}
+    if sharded:
+        sampling = {name: -(-bytes_ // layout.pp) for name, bytes_ in sampling.items()}  # of its own layers
+        if layout.zero_stage == 3:
+            sampling["weights to answer with"] = -(-size // cut)
     return WholeCopies(on_device, sampling, before, host, once)
 
 

@@ -141,7 +141,7 @@ def workload(config: PipelineFields, layout: Layout, stage: str) -> Workload:
         moments=0 if settings.optimizer.name == "sgd" else 2, muon=settings.optimizer.name == "muon",
         equalises=settings.optimizer.muon_equalise,
         lora=config.sft.lora if stage == "sft" and config.sft.lora.r else None, main=config.model,
-        copies=whole_copies(config, stage, model, device=layout.device),
+        copies=whole_copies(config, stage, model, layout),
     )  # fmt: skip
 
 

@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from ray_pipeline.costs.hardware_table import running_hardware
 from ray_pipeline.costs.prices import spent_text
+from ray_pipeline.costs.sampling import with_sampling
 from ray_pipeline.dag.budget import Budget, estimate_lines
 from ray_pipeline.dag.identity import (
     absolute_name,
@@ -123,10 +125,12 @@ def _jobs(request: RunRequest, rows: Sequence[PlannedStage]) -> list[StageJob]:
     config, run_dir = request.config, request.run_dir
     files = {row.stage: stage_files(config, row.stage) for row in rows}
     run = accept(config, run_dir, rows, request.stored)
+    hardware = running_hardware(config, request.layout.device, request.cluster)
     note_digests(config.output_dir, {path for read in files.values() for path in read})
     return [
         StageJob(
-            row, config, request.layout, run_dir, upstream(config, row.stage), run.wandb_id(row.stage, row.identity),
+            row, with_sampling(config, request.layout, row.stage, hardware), request.layout, run_dir,
+            upstream(config, row.stage), run.wandb_id(row.stage, row.identity),
             request.stage_functions.get(row.stage), files[row.stage], request.shared_folder,
         )
         for row in rows

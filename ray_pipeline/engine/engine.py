@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 
@@ -53,7 +53,7 @@ class Engine:
         mesh: Mesh,
         options: EngineOptions | None = None,
         *,
-        initial: dict[str, Tensor] | None = None,
+        initial: Mapping[str, Tensor] | None = None,
     ):
         self.config, self.mesh, self.options = config, mesh, options or EngineOptions()
         self.device = self.options.device or torch.device("cpu")
@@ -257,7 +257,13 @@ class Engine:
     @torch.no_grad()
     def full_state(self) -> dict[str, Tensor]:
         """The whole model's state dict, adapters merged, in fp32 on the CPU of every rank."""
-        return gather_state({**self._weights(), **self.experts.buffers(SAVED)}, self.mesh)
+        return gather_state(self.shards(), self.mesh)
+
+    @torch.no_grad()
+    def shards(self) -> dict[str, Tensor]:
+        """This rank's slices of what is saved, by name in the whole model, adapters merged: what training moves, not
+        copies, but for what ZeRO 3 brings together and adapters add to."""
+        return {**self._weights(), **self.experts.buffers(SAVED)}
 
     def _weights(self) -> dict[str, Tensor]:
         """This rank's slices, whole on every replica."""
@@ -277,7 +283,7 @@ class Engine:
 
 
 def _build_parts(
-    config: ModelConfig, mesh: Mesh, options: EngineOptions, device: torch.device, initial: dict[str, Tensor] | None
+    config: ModelConfig, mesh: Mesh, options: EngineOptions, device: torch.device, initial: Mapping[str, Tensor] | None
 ) -> list[Transformer]:
     """This rank's parts of the model, in the schedule's order."""
     indices = parts_of(options.schedule, mesh.sizes.pp, mesh.pp_rank)

@@ -11,7 +11,7 @@ from ray_pipeline.data.tasks.question import THINK_CLOSE, THINK_OPEN
 from ray_pipeline.errors import UserError
 from ray_pipeline.evaluation.marking import is_well_formed
 from ray_pipeline.evaluation.model_source import ModelSource
-from ray_pipeline.evaluation.models import LanguageModel, NativeBackend
+from ray_pipeline.evaluation.models import DecoderBackend, LanguageModel
 from ray_pipeline.evaluation.results import Sample
 from ray_pipeline.evaluation.self_check import self_check
 from ray_pipeline.evaluation.tasks.item import Item
@@ -95,7 +95,7 @@ def _complete(
         return backend.generate(
             prompts, max_new_tokens=limit, temperature=temperature, seeds=seeds, eos_ids=model.eos_ids
         )
-    assert isinstance(backend, NativeBackend), "checked before the model was loaded"
+    assert isinstance(backend, DecoderBackend), "checked before the model was loaded"
     return answer_with_tools(
         backend.decoder, model.tokenizer, prompts, toolbox, max_new_tokens=limit,
         max_calls=settings.tools.max_calls, temperature=temperature, seeds=seeds, max_batch=max(1, len(prompts)),

@@ -50,15 +50,14 @@ class Backend(Protocol):
         ...
 
 
-class NativeBackend:
-    """Our decoder."""
+class DecoderBackend:
+    """Our decoder, of a model that only answers."""
 
-    def __init__(self, model: Transformer, decoder: Decoder | None = None):
-        self.model = model.eval().requires_grad_(False)
-        self.decoder = decoder or Decoder(self.model)
-        self.context, self.vocab_size = model.config.max_position_embeddings, model.config.vocab_size
-        self.parameters = sum(p.numel() for p in model.parameters())
-        self.device = self.decoder.device
+    def __init__(self, decoder: Decoder):
+        self.decoder = decoder
+        self.context, self.vocab_size = decoder.config.max_position_embeddings, decoder.config.vocab_size
+        self.parameters = decoder.config.num_params()
+        self.device = decoder.device
 
     def generate(
         self, prompts: list[list[int]], *, max_new_tokens: int, temperature: float, seeds: list[int],
@@ -80,6 +79,17 @@ class NativeBackend:
             seeds=[seed], on_token=lambda _, token: on_token(token),
         )  # fmt: skip
         return completion
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        raise AssertionError("a model in training is asked for answers alone")
+
+
+class NativeBackend(DecoderBackend):
+    """Our decoder and its whole model."""
+
+    def __init__(self, model: Transformer):
+        self.model = model.eval().requires_grad_(False)
+        super().__init__(Decoder(self.model))
 
     @torch.inference_mode()
     def logits(self, tokens: Tensor) -> Tensor:

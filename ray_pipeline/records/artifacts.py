@@ -8,9 +8,10 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
@@ -190,6 +191,30 @@ def save_model(folder: Path, config: ModelConfig, state: Mapping[str, Tensor]) -
             if code is None:
                 raise
             raise OSError(code, os.strerror(code)) from error
+
+
+def save_model_by_tensors(
+    folder: Path, config: ModelConfig, shapes: Mapping[str, Sequence[int]], tensors: Iterable[Tensor]
+) -> None:
+    """What `save_model` writes, of fp32 tensors that come one after another: never more than one is in memory.
+
+    Args:
+        shapes: by name, in the order in which `tensors` come.
+    Raises:
+        UserError: full disk or no right to write.
+    """
+    with atomic_folder(folder) as aside:
+        (aside / CONFIG).write_text(json.dumps(asdict(config), indent=2) + "\n", encoding="utf-8")
+        header, end = {}, 0
+        for name, shape in shapes.items():
+            begin, end = end, end + 4 * math.prod(shape)
+            header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [begin, end]}
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)  # the numbers begin at a multiple of eight bytes
+        with (aside / WEIGHTS).open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for tensor in tensors:
+                file.write(tensor.detach().cpu().contiguous().numpy().data)
 
 
 def _own_memory(tensor: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Our own sampler: a whole Transformer with a decoder beside it, in a training rank or in an actor."""
+"""Our own sampler: a decoder of a whole Transformer or of shards, in a training rank or in an actor."""
 
 from __future__ import annotations
 
@@ -41,22 +41,26 @@ class SamplingRules:
 
 
 class DecoderSampler:
-    """Answers with `model`, which `decoder` decodes."""
+    """Answers with what `decoder` decodes."""
 
-    def __init__(self, model: Transformer, decoder: Decoder, tokenizer: ChatTokenizer, rules: SamplingRules):
-        self.model, self.decoder, self.tokenizer, self.rules = model, decoder, tokenizer, rules
+    def __init__(self, decoder: Decoder, tokenizer: ChatTokenizer, rules: SamplingRules):
+        self.decoder, self.tokenizer, self.rules = decoder, tokenizer, rules
         self.toolbox = ToolBox(rules.tools) if rules.tools.names else None
 
     @classmethod
     def build(cls, config: ModelConfig, tokenizer: Path, rules: SamplingRules, device: torch.device) -> DecoderSampler:
         """One with a model of its own, which has no weights before `take`."""
         model = Transformer(config).to(device).eval().requires_grad_(False)
-        return cls(model, Decoder(model), load_tokenizer(tokenizer), rules)
+        return cls(Decoder(model), load_tokenizer(tokenizer), rules)
 
     def take(self, state: Mapping[str, Tensor]) -> str:
-        self.model.load_state_dict(state)
+        model = self.decoder.model
+        model.load_state_dict(state)
         self.decoder.refresh()
-        return weights_digest(self.model.state_dict())
+        return weights_digest(model.state_dict())
+
+    def idle(self) -> None:
+        self.decoder.idle()
 
     def close(self) -> None:
         if self.toolbox is not None:

@@ -19,6 +19,7 @@ from model.parallel.mesh import Mesh
 from ray_pipeline.errors import StageFailed, UserError
 from ray_pipeline.records.artifacts import weights_digest
 from ray_pipeline.rollouts.rollout import SampleRequest
+from ray_pipeline.rollouts.teams import Teams
 
 # Answers decoded together. With two cores 128 rows cost a third more than 256 at once; fewer than 64 are not worth
 # sharing out.
@@ -35,6 +36,10 @@ class Sampler(Protocol):
 
     def sample(self, requests: Sequence[SampleRequest]) -> list[Completion]:
         """One answer to each request, in order; they are decoded together."""
+        ...
+
+    def idle(self) -> None:
+        """Called when it has answered all that it is asked for now; see `Decoder.idle`."""
         ...
 
     def close(self) -> None:
@@ -113,24 +118,23 @@ def shares(requests: Sequence[SampleRequest], rows: int) -> list[list[SampleRequ
 
 
 class InRankEngine:
-    """Each training rank answers every world-th share, between updates, with a whole model of its own."""
+    """The training ranks answer, between updates: each with a whole model of its own, or in teams with their shards."""
 
-    def __init__(self, mesh: Mesh, sampler: Sampler, share_rows: int):
-        self.mesh, self.sampler, self.share_rows = mesh, sampler, share_rows
+    def __init__(self, teams: Teams, sampler: Sampler, share_rows: int):
+        self.teams, self.sampler, self.share_rows = teams, sampler, share_rows
 
     def sync(self, state: Mapping[str, Tensor], version: int) -> str:
         own = self.sampler.take(state)
-        held = all_ranks_gather(self.mesh, own)
+        held = all_ranks_gather(self.teams.mesh, own)
         return next((other for other in held if other != own), own)
 
     def submit(self, requests: Sequence[SampleRequest]) -> list[list[SampleRequest]]:
         return shares(requests, self.share_rows)
 
     def collect(self, handle: list[list[SampleRequest]]) -> list[Completion]:
-        rank, world = self.mesh.rank, self.mesh.world
-        mine = {i: self.sampler.sample(handle[i]) for i in range(rank, len(handle), world)}
-        everyone = {i: answers for part in all_ranks_gather(self.mesh, mine) for i, answers in part.items()}
-        return [answer for i in range(len(handle)) for answer in everyone[i]]
+        mine = [self.sampler.sample(share) for share in self.teams.share(handle)]
+        self.sampler.idle()
+        return [answer for answers in self.teams.joined(mine) for answer in answers]
 
     def close(self) -> None:
         self.sampler.close()

@@ -61,6 +61,11 @@ class LayoutConfig(AxesConfig, LayoutOptions):
         False, description="precision=fp8 on GPUs without its tensor cores: the same numbers by slow fp32 products"
     )
     check_memory: bool = Field(True, description="false: start a stage though `plan` says that it does not fit")
+    sampling: Literal["auto", "whole", "sharded"] = Field(
+        "auto",
+        description="how training ranks write answers: each with a whole copy of the model, or together with the "
+        "shards they train; auto: whole where `plan` says that it fits",
+    )
     timeout_seconds: Seconds = Field(600.0, description="a collective that waits longer is an error")
     frozen_seconds: float = Field(
         40.0, ge=0, le=86400, description="a rank that gives no sign of life so long is named and ended; 0: never"

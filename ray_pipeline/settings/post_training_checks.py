@@ -23,6 +23,31 @@ def post_training_problems(config: PipelineFields) -> Iterator[str]:
             yield from check(config)
     if any(stage in config.stages for stage in checks):  # all of them are evaluated with the tools
         yield from _tools(config)
+        problem = sharded_sampling_problem(config) if config.layout.sampling == "sharded" else None
+        if problem is not None:
+            yield f"layout.sampling=sharded: {problem}"
+
+
+def sharded_sampling_problem(config: PipelineFields) -> str | None:
+    """Why training ranks cannot write these answers with their shards, and what to change; None where they can."""
+    layout, grpo = config.layout, config.grpo if "grpo" in config.stages else None
+    if config.tools.names and layout.pp_size * layout.tp_size > 1:
+        return (
+            f"tools.names={config.tools.names} with pp_size={layout.pp_size} and tp_size={layout.tp_size}: every rank "
+            "of a replica would call them, and they may say something else each time. Leave out the tools, or use "
+            "layout.sampling=whole."
+        )
+    if grpo is not None and grpo.rollout.workers:
+        return (
+            f"grpo.rollout.workers={grpo.rollout.workers}: each of these actors holds a whole model. Use "
+            "grpo.rollout.workers=0, or layout.sampling=whole."
+        )
+    if grpo is not None and grpo.speculative and layout.pp_size * layout.ep_size > 1:
+        return (
+            f"grpo.speculative=true with pp_size={layout.pp_size} and ep_size={layout.ep_size}: the MTP modules draft "
+            "on one rank of a replica alone. Leave it out, or use layout.sampling=whole."
+        )
+    return None
 
 
 def _changed(section: Section, *keys: str) -> dict[str, Any]:

@@ -30,10 +30,11 @@ from ray_pipeline.training.distillation.distillation_batches import (
     Scorer,
     StudentAnswers,
 )
-from ray_pipeline.training.distillation.student import initial_student
+from ray_pipeline.training.distillation.student import InitialStudent
 from ray_pipeline.training.finish import save_trained_model
-from ray_pipeline.training.heldout import HeldOut, WholeModel
+from ray_pipeline.training.heldout import HeldOut
 from ray_pipeline.training.rank import Rank, rank_arguments, start_rank
+from ray_pipeline.training.sampling_model import frozen_model, sampling_model
 from ray_pipeline.training.trainer import Trainer
 
 STAGE = "distillation"
@@ -47,23 +48,18 @@ def train(arguments: dict[str, Any]) -> dict[str, Any]:
     config = settings.student.applied_to(teacher.base)
     rows = make_rows(rank, teacher)
     figures = {"params": float(config.num_params())} | teacher_figures(rank, teacher)
-    initial = initial_student(config, teacher.base, teacher.state or {}, settings.init, rank.config.seed)
-    whole = WholeModel(rank, config).load(initial)
-    heldout = HeldOut(rank, whole)
-    figures["input_accuracy"] = heldout.baseline("input")
+    initial = InitialStudent(config, teacher.base, teacher.state or {}, settings.init, rank.config.seed)
     engine = rank.trainer_engine(config, initial)
+    model = sampling_model(rank, engine)
+    heldout = HeldOut(rank, model)
+    figures["input_accuracy"] = heldout.baseline("input")
     scorer = make_scorer(rank, engine, teacher)
     answers = None
     if settings.on_policy:
-        answers = StudentAnswers(rank, engine, whole, prepared_questions(rank.data / TRAIN_QUESTIONS))
+        answers = StudentAnswers(engine, model, prepared_questions(rank.data / TRAIN_QUESTIONS))
     source = DistillationSource(rank, rows, answers, scorer)
-
-    def evaluate() -> dict[str, float]:
-        whole.sync(engine)
-        return heldout.figures()
-
     objective = distillation_objective(settings, None if scorer is None else scorer.head)
-    figures |= Trainer(rank, engine, objective).fit(source, evaluate)
+    figures |= Trainer(rank, engine, objective).fit(source, heldout.figures)
     save_trained_model(rank, engine)
     return figures
 
@@ -97,8 +93,8 @@ def teacher_figures(rank: Rank, teacher: Teacher) -> dict[str, float]:
         return {}
     figures = {"teacher_params": float(teacher.config.num_params())}
     if input_stage(rank.config, STAGE) is None and teacher.same_tokenizer:
-        whole = WholeModel(rank, teacher.config).load(teacher.state)
-        figures["teacher_accuracy"] = HeldOut(rank, whole).baseline("teacher")
+        model = frozen_model(rank, teacher.config, teacher.state)
+        figures["teacher_accuracy"] = HeldOut(rank, model).baseline("teacher")
     return figures
 
 

@@ -8,9 +8,10 @@ from ray_pipeline.launch.stage_context import StageContext, StageResult
 from ray_pipeline.objectives.preference import Dpo
 from ray_pipeline.stages.verdict import judge_preferences
 from ray_pipeline.training.finish import read_input, save_trained_model
-from ray_pipeline.training.heldout import HeldOut, WholeModel
+from ray_pipeline.training.heldout import HeldOut
 from ray_pipeline.training.pairs import HeldOutPairs, PairSource, read_pairs, reference_logprobs
 from ray_pipeline.training.rank import rank_arguments, start_rank
+from ray_pipeline.training.sampling_model import sampling_model
 from ray_pipeline.training.trainer import Trainer
 
 STAGE = "dpo"
@@ -21,17 +22,15 @@ def train(arguments: dict[str, Any]) -> dict[str, Any]:
     rank = start_rank(arguments)
     settings = rank.config.dpo
     config, initial = read_input(rank)
-    whole = WholeModel(rank, config).load(initial)
-    heldout = HeldOut(rank, whole)
-    input_accuracy = heldout.baseline("input")
     engine = rank.trainer_engine(config, initial)
+    heldout = HeldOut(rank, sampling_model(rank, engine))
+    input_accuracy = heldout.baseline("input")
     objective = Dpo(loss_type=settings.loss_type, beta=settings.beta, label_smoothing=settings.label_smoothing)
     pairs = read_pairs(rank)
     reference = reference_logprobs(rank, engine, pairs)
     heldout_pairs = HeldOutPairs(engine, objective, pairs["validation"], reference["validation"])
 
     def evaluate() -> dict[str, float]:
-        whole.sync(engine)
         return heldout_pairs.figures() | heldout.figures()
 
     source = PairSource(rank, engine, pairs["train"], reference["train"])

@@ -9,8 +9,9 @@ from ray_pipeline.objectives.sampler_gap import SamplerGap
 from ray_pipeline.stages.verdict import judge_accuracy
 from ray_pipeline.training.finish import read_input, save_trained_model
 from ray_pipeline.training.grpo.setup import objective_of, rollout_source
-from ray_pipeline.training.heldout import HeldOut, WholeModel
+from ray_pipeline.training.heldout import HeldOut
 from ray_pipeline.training.rank import rank_arguments, start_rank
+from ray_pipeline.training.sampling_model import sampling_model
 from ray_pipeline.training.trainer import Trainer
 
 STAGE = "grpo"
@@ -21,18 +22,13 @@ def train(arguments: dict[str, Any]) -> dict[str, Any]:
     rank = start_rank(arguments)
     settings = rank.config.grpo
     config, initial = read_input(rank)
-    whole = WholeModel(rank, config).load(initial)
-    heldout = HeldOut(rank, whole)
-    input_accuracy = heldout.baseline("input")
     engine, gap = rank.trainer_engine(config, initial), SamplerGap()
+    model = sampling_model(rank, engine)
+    heldout = HeldOut(rank, model)
+    input_accuracy = heldout.baseline("input")
     objective = objective_of(settings, gap)
-
-    def evaluate() -> dict[str, float]:
-        whole.sync(engine)
-        return heldout.figures()
-
-    with rollout_source(rank, engine, whole, initial, gap) as source:
-        figures = Trainer(rank, engine, objective).fit(source, evaluate)
+    with rollout_source(rank, engine, model, initial, gap) as source:
+        figures = Trainer(rank, engine, objective).fit(source, heldout.figures)
     save_trained_model(rank, engine)
     return figures | {"input_accuracy": input_accuracy}
 

@@ -13,9 +13,10 @@ from ray_pipeline.objectives.cross_entropy import CrossEntropy
 from ray_pipeline.stages.verdict import judge_conversations
 from ray_pipeline.training.batch_source import PackedSource, SeededSource
 from ray_pipeline.training.finish import read_input, save_trained_model
-from ray_pipeline.training.heldout import HeldOut, WholeModel
+from ray_pipeline.training.heldout import HeldOut
 from ray_pipeline.training.lora import save_adapter
 from ray_pipeline.training.rank import rank_arguments, start_rank
+from ray_pipeline.training.sampling_model import sampling_model
 from ray_pipeline.training.trainer import Trainer
 from ray_pipeline.training.validation import validation_loss
 
@@ -27,17 +28,15 @@ def train(arguments: dict[str, Any]) -> dict[str, Any]:
     rank = start_rank(arguments)
     settings = rank.config.sft
     config, initial = read_input(rank)
-    whole = WholeModel(rank, config).load(initial)
-    heldout = HeldOut(rank, whole)
-    input_accuracy = heldout.baseline("input")
     lora = settings.lora if settings.lora.r else None
     engine = rank.trainer_engine(config, initial, lora=lora)
+    heldout = HeldOut(rank, sampling_model(rank, engine))
+    input_accuracy = heldout.baseline("input")
     objective = CrossEntropy(settings.mtp_loss_weight)
     validation = PackedRows(rank.data / STAGE / "validation")
     input_loss = validation_loss(engine, validation, objective)["validation_loss"]
 
     def evaluate() -> dict[str, float]:
-        whole.sync(engine)
         return validation_loss(engine, validation, objective) | heldout.figures()
 
     train_rows = PackedRows(rank.data / STAGE / "train")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import timedelta
 
@@ -37,7 +38,7 @@ class Teacher:
 
     base: ModelConfig
     config: ModelConfig | None = None
-    state: dict[str, Tensor] | None = None
+    state: Mapping[str, Tensor] | None = None
     folder: TeacherFolder | None = None
     same_tokenizer: bool = True
 
@@ -90,7 +91,7 @@ class EngineTeacher:
         head: on the ranks that hold the student's head.
     """
 
-    def __init__(self, rank: Rank, student: Engine, config: ModelConfig, state: dict[str, Tensor]):
+    def __init__(self, rank: Rank, student: Engine, config: ModelConfig, state: Mapping[str, Tensor]):
         self.rank, self.student = rank, student
         given = rank.config.distillation.teacher_layout
         self.moved = given is not None

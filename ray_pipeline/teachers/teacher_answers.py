@@ -22,8 +22,8 @@ from ray_pipeline.rollouts.rollout import request_seed
 from ray_pipeline.settings.run_folder import TOKENIZER, TRAIN_QUESTIONS
 from ray_pipeline.teachers.engine_teacher import Teacher
 from ray_pipeline.training.distillation.student_answers import Answer, longest_answer, pack_answers, write_answers
-from ray_pipeline.training.heldout import WholeModel
 from ray_pipeline.training.rank import Rank
+from ray_pipeline.training.sampling_model import frozen_model
 
 ROWS = ("tokens", "labels", "doc_ids")  # what is kept of a batch
 CHUNK = 128  # questions per rank between progress reports
@@ -79,23 +79,23 @@ def _from_own_model(
 ) -> list[Answer]:
     assert teacher.config is not None and teacher.state is not None
     settings, seq_len = rank.config, rank.config.data.seq_len
-    whole = WholeModel(rank, teacher.config).load(teacher.state)
+    model = frozen_model(rank, teacher.config, teacher.state)
     if teacher.folder is not None and teacher.folder.tokenizer is not None:
-        whole.tokenizer = load_tokenizer(teacher.folder.tokenizer)
+        model.tokenizer = load_tokenizer(teacher.folder.tokenizer)
     room = teacher.config.max_position_embeddings
     asked: list[dict[str, Any]] = []
     written: list[Completion] = []
     for start in range(0, len(questions), CHUNK * rank.mesh.world):
         rank.phase("teacher answers", start, len(questions))
         part = questions[start : start + CHUNK * rank.mesh.world]
-        prompts = [whole.tokenizer.encode_prompt(question["prompt"]) for question in part]
+        prompts = [model.tokenizer.encode_prompt(question["prompt"]) for question in part]
         fitting = [i for i, prompt in enumerate(prompts) if len(prompt) < room]
         seeds = [request_seed(settings.seed, 0, start + i, 0) for i in fitting]
         temperature = settings.distillation.sampling_temperature
         asked += [part[i] for i in fitting]
-        written += write_answers(rank, whole, [prompts[i] for i in fitting], seeds, temperature=temperature)
-    eos_ids = (whole.tokenizer.eos_id,)
-    texts = [completion_text(whole.tokenizer, c.prompt, c.tokens, eos_ids) for c in written]
+        written += write_answers(model, [prompts[i] for i in fitting], seeds, temperature=temperature)
+    eos_ids = (model.tokenizer.eos_id,)
+    texts = [completion_text(model.tokenizer, c.prompt, c.tokens, eos_ids) for c in written]
     right: list[Answer | None] = []
     for question, completion, text, mark in zip(asked, written, texts, _marks(asked, texts), strict=True):
         if completion.finished and mark:

@@ -1,82 +1,44 @@
-"""Held-out accuracy of a model in training: every rank answers its share of the questions with the whole model."""
+"""Held-out accuracy of a model in training: every team of ranks answers its share of the questions."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor
-
-from model.config import ModelConfig
-from model.generate.decode import Decoder
 from model.parallel.gather import all_ranks_gather
-from model.transformer import Transformer
 from ray_pipeline.data.chat.completion_text import finite_logits
-from ray_pipeline.data.chat.tokenizer import load_tokenizer
-from ray_pipeline.engine.engine import Engine
 from ray_pipeline.evaluation.asking import AskSettings
 from ray_pipeline.evaluation.evaluate import evaluate
-from ray_pipeline.evaluation.models import LanguageModel, NativeBackend
 from ray_pipeline.evaluation.results import ItemResult, TaskResult, question_digest
 from ray_pipeline.evaluation.tasks.question_tasks import run_questions
 from ray_pipeline.records.artifacts import write_sealed
 from ray_pipeline.records.integrity import read_sealed
 from ray_pipeline.rewards.gym import oracle
-from ray_pipeline.settings.run_folder import HELDOUT_FILE, HELDOUT_QUESTIONS, SAMPLES_FILE, TOKENIZER
+from ray_pipeline.settings.run_folder import HELDOUT_FILE, HELDOUT_QUESTIONS, SAMPLES_FILE
 from ray_pipeline.training.rank import Rank
+from ray_pipeline.training.sampling_model import SamplingModel, described, language_model
 
 SHOWN_SAMPLES = 12
-
-
-class WholeModel:
-    """A copy of the sharded model on every rank, for sampling and evaluation; refreshed after weights change."""
-
-    def __init__(self, rank: Rank, config: ModelConfig):
-        self.rank = rank
-        self.model = Transformer(config).to(rank.device).eval().requires_grad_(False)
-        self.decoder = Decoder(self.model)
-        self.tokenizer = load_tokenizer(rank.data / TOKENIZER)
-
-    def load(self, state: dict[str, Tensor]) -> WholeModel:
-        """Take these weights."""
-        self.model.load_state_dict(state)
-        self.decoder.refresh()
-        return self
-
-    def described(self) -> tuple[str, str]:
-        """What a message calls this model, and what to do when its logits are no numbers."""
-        stage = self.rank.stage
-        advice = f"Lower {stage}.optimizer.lr ({self.rank.settings.optimizer.lr}), or train the stage before it again."
-        return f"the model of stage {stage}", advice
-
-    def language_model(self) -> LanguageModel:
-        """It as evaluation asks it."""
-        backend = NativeBackend(self.model, self.decoder)
-        return LanguageModel("the model in training", self.tokenizer, frozenset({self.tokenizer.eos_id}), backend)
-
-    def sync(self, engine: Engine) -> WholeModel:
-        """Take the engine's current weights."""
-        return self.load(engine.full_state())
 
 
 class HeldOut:
     """The evaluation questions of a run."""
 
-    def __init__(self, rank: Rank, whole: WholeModel):
-        self.rank, self.whole = rank, whole
+    def __init__(self, rank: Rank, model: SamplingModel):
+        self.rank, self.model = rank, model
         settings = rank.config.evaluation
         self.task = run_questions(rank.data / HELDOUT_QUESTIONS, settings.questions)
         self.settings = AskSettings(max_new_tokens=settings.max_new_tokens, tools=rank.config.tools)
 
     def evaluate(self) -> TaskResult:
-        """Greedy answers of the whole model as it stands; the same result on every rank."""
-        rank, world = self.rank, self.rank.mesh.world
-        rank.phase("evaluating")
-        mine = replace(self.task, items=self.task.items[rank.mesh.rank :: world])
-        with finite_logits(*self.whole.described()):
-            part = evaluate(self.whole.language_model(), mine, self.settings)
-        parts: list[list[ItemResult]] = all_ranks_gather(rank.mesh, part.items)
-        return replace(part, items=[parts[i % world][i // world] for i in range(len(self.task.items))])
+        """Greedy answers of the model as it stands; the same result on every rank."""
+        self.rank.phase("evaluating")
+        self.model.sync()
+        mine = replace(self.task, items=self.model.teams.share(self.task.items))
+        with finite_logits(*described(self.model)):
+            part = evaluate(language_model(self.model), mine, self.settings)
+        self.model.decoder.idle()
+        return replace(part, items=self.model.teams.joined(part.items))
 
     def figures(self) -> dict[str, float]:
         """Accuracy, format rate and mean answer length; the answers' marks and samples go to files of the folder."""

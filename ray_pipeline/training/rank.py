@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -63,12 +64,12 @@ class Rank:
         if self.progress is not None:
             self.progress.phase(name, done, total)
 
-    def engine(self, model: ModelConfig, initial: dict[str, torch.Tensor] | None = None) -> Engine:
+    def engine(self, model: ModelConfig, initial: Mapping[str, torch.Tensor] | None = None) -> Engine:
         """An engine that only reads `model`, in this run's layout."""
         return Engine(model, self.mesh, self._options(model), initial=initial)
 
     def trainer_engine(
-        self, model: ModelConfig, initial: dict[str, torch.Tensor] | None, *, lora: LoraConfig | None = None
+        self, model: ModelConfig, initial: Mapping[str, torch.Tensor] | None, *, lora: LoraConfig | None = None
     ) -> Engine:
         """An engine with this stage's optimizer."""
         layout, optimizer = self.config.layout, self.settings.optimizer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,7 +27,7 @@ from ray_pipeline.settings.schema import PipelineFields
 from ray_pipeline.teachers.engine_teacher import EngineTeacher
 from ray_pipeline.training.batch_source import PackedSource, SeededSource
 from ray_pipeline.training.distillation.distillation_batches import DistillationSource, MixedRows
-from ray_pipeline.training.distillation.student import initial_student
+from ray_pipeline.training.distillation.student import InitialStudent
 from ray_pipeline.training.grpo.reference import Reference
 from ray_pipeline.training.grpo.rollout_batch import BatchBuilder
 from ray_pipeline.training.grpo.setup import objective_of
@@ -115,12 +116,12 @@ def start(rank: Rank, subject: Subject) -> Training:
     return Training(engine, CrossEntropy(sft.mtp_loss_weight), noisy)
 
 
-def other_weights(model: ModelConfig, seed: int) -> dict[str, Tensor]:
+def other_weights(model: ModelConfig, seed: int) -> Mapping[str, Tensor]:
     """Of a reference or a teacher: with the policy's own its margins and divergences would begin as rounding alone."""
-    return initial_student(model, model, {}, "random", seed + 1)
+    return InitialStudent(model, model, {}, "random", seed + 1)
 
 
-def _dpo(rank: Rank, engine: Engine, weights: dict[str, Tensor]) -> Training:
+def _dpo(rank: Rank, engine: Engine, weights: Mapping[str, Tensor]) -> Training:
     chosen = rank.config.dpo
     rows = PairRows(rank.data / "preferences" / "train", rank.config.data.seq_len)
     reference = reference_logprobs(rank, rank.engine(engine.config, initial=weights), {"train": rows})
@@ -128,7 +129,7 @@ def _dpo(rank: Rank, engine: Engine, weights: dict[str, Tensor]) -> Training:
     return Training(engine, objective, PairSource(rank, engine, rows, reference["train"]))
 
 
-def _grpo(rank: Rank, engine: Engine, subject: Subject, weights: dict[str, Tensor]) -> Training:
+def _grpo(rank: Rank, engine: Engine, subject: Subject, weights: Mapping[str, Tensor]) -> Training:
     chosen = rank.config.grpo
     reference = Reference(
         rank, engine.config, weights, every=0, updates=chosen.steps_per_rollout, temperature=chosen.temperature
@@ -137,7 +138,7 @@ def _grpo(rank: Rank, engine: Engine, subject: Subject, weights: dict[str, Tenso
     return Training(engine, objective_of(chosen, SamplerGap()), MadeRollouts(subject, builder))
 
 
-def _distillation(rank: Rank, engine: Engine, weights: dict[str, Tensor]) -> Training:
+def _distillation(rank: Rank, engine: Engine, weights: Mapping[str, Tensor]) -> Training:
     teacher = EngineTeacher(rank, engine, engine.config, weights)
     source = DistillationSource(rank, MixedRows(PackedRows(rank.data / "sft" / "train"), None), None, teacher)
     return Training(engine, distillation_objective(rank.config.distillation, teacher.head), source)

@@ -19,8 +19,8 @@ from ray_pipeline.rollouts.packed_rows import pack_completions
 from ray_pipeline.settings.schema import PipelineFields
 from ray_pipeline.training.grpo.reference import logprobs_at
 from ray_pipeline.training.grpo.setup import objective_of, rollout_source
-from ray_pipeline.training.heldout import WholeModel
 from ray_pipeline.training.rank import Rank, start_rank
+from ray_pipeline.training.sampling_model import sampling_model
 from scripts.grpo_bench.task import FIRST_STEP, LR, REWARDS, Task
 from scripts.model_bench.competitors import build
 
@@ -35,8 +35,8 @@ def run(task: Task, folder: Path, wait: Callable[[], None], report: Callable[[di
     objective = objective_of(settings, gap)
     wait()
     report(compare(task, rank, objective, state, folder))
-    engine, whole = rank.trainer_engine(task.model, state), WholeModel(rank, task.model).load(state)
-    with rollout_source(rank, engine, whole, state, gap) as source:
+    engine = rank.trainer_engine(task.model, state)
+    with rollout_source(rank, engine, sampling_model(rank, engine), state, gap) as source:
         for step in range(settings.steps):
             wait()
             started = time.perf_counter()

@@ -74,10 +74,11 @@ def test_what_does_not_fit_without_checkpointing_does_as_it_is_advised() -> None
 def test_plan_and_run_count_whole_models_alike(stage: str) -> None:
     """A training step of the 671B model fits; what every rank holds whole at times does not, and no flag changes it."""
     config = with_layout(V3.model_copy(update={"backend": "modal"}), PUBLISHED)
+    config = config.model_copy(update={"layout": config.layout.model_copy(update={"sampling": "whole"})})
     found = make_plan(config, PUBLISHED, stage, find_hardware("h800"))
     whole = 4 * V3.model.num_params()
     assert not found.fits and not found.advice
-    assert found.host > (8 if stage == "pretrain" else 16) * whole > found.host_usable
+    assert found.host > 8 * whole > found.host_usable
     assert rank_bytes(config, PUBLISHED, stage) == PROCESS + found.needs[found.fullest]
     assert ("whole model" in found.work.copies.device) == (stage != "pretrain")
     step = replace(found.work, copies=WholeCopies())
@@ -93,7 +94,7 @@ def test_samplers_a_reference_and_a_teacher_are_counted() -> None:
     on_gpus = workload(config, Layout(device="cuda"), "grpo").copies
     assert "samplers" not in on_gpus.once, "they have GPUs of their own"
     distilled = workload(config, Layout(), "distillation").copies
-    assert distilled.host["teacher's weights"] == distilled.before["teacher"] == size
+    assert distilled.before["teacher"] == size and "teacher's weights" not in distilled.host, "read one by one"
     assert distilled.device["whole model"] < size, "the student's"
 
 

@@ -69,9 +69,7 @@ def requests(seed: int = 1, step: int = 2, group: int = 5) -> list[SampleRequest
 
 def sample(model: Transformer, asked: Sequence[SampleRequest], **rules: Any) -> list[Completion]:
     tokenizer: Any = Digits()
-    return DecoderSampler(model, Decoder(model), tokenizer, SamplingRules(**{"max_new_tokens": 10} | rules)).sample(
-        asked
-    )
+    return DecoderSampler(Decoder(model), tokenizer, SamplingRules(**{"max_new_tokens": 10} | rules)).sample(asked)
 
 
 def logprobs(model: Transformer, asked: SampleRequest, answer: Completion, temperature: float) -> torch.Tensor:

@@ -14,6 +14,7 @@ from ray_pipeline.launch.local_ray import start_ray
 from ray_pipeline.records.artifacts import weights_digest
 from ray_pipeline.rollouts.ray_engine import RayEngine, SamplingActor
 from ray_pipeline.rollouts.samplers import InRankEngine, synchronise
+from ray_pipeline.rollouts.teams import each_alone
 from tests.rollouts.samplers import builder, requests, tokenizer_folder, weights
 from tests.rollouts.test_samplers import same
 
@@ -84,7 +85,7 @@ def answers(engine) -> list:
 
 @pytest.fixture(scope="module")
 def expected(tokenizer_folder) -> list:
-    engine = InRankEngine(Mesh(MeshSizes()), builder(tokenizer_folder)(), ROWS)
+    engine = InRankEngine(each_alone(Mesh(MeshSizes())), builder(tokenizer_folder)(), ROWS)
     synchronise(engine, weights(3), 0)
     return answers(engine)
 

@@ -11,6 +11,7 @@ from model.parallel.mesh import Mesh, MeshSizes
 from ray_pipeline.errors import StageFailed, UserError
 from ray_pipeline.records.artifacts import weights_digest
 from ray_pipeline.rollouts.samplers import InRankEngine, from_main, share_rows, shares, synchronise
+from ray_pipeline.rollouts.teams import each_alone
 from tests.distributed import run_ranks
 from tests.rollouts.samplers import builder, requests, tokenizer_folder, weights
 
@@ -40,7 +41,7 @@ def test_shares_hold_every_request_once_in_order(count, rows):
 
 
 def test_a_sampler_that_missed_a_synchronisation_raises_the_alarm_with_both_checksums():
-    engine = InRankEngine(Mesh(MeshSizes()), Deaf(), 4)
+    engine = InRankEngine(each_alone(Mesh(MeshSizes())), Deaf(), 4)
     synchronise(engine, weights(1), 0)
     with pytest.raises(StageFailed) as caught:
         synchronise(engine, weights(2), 1)
@@ -74,7 +75,7 @@ def in_two_ranks(rank: int, folder) -> list:
 
 def sampled_in_ranks(rank: int, world: int, folder) -> list:
     torch.set_num_threads(1)
-    engine = InRankEngine(Mesh(MeshSizes(dp=world)), builder(folder)(), share_rows=4)
+    engine = InRankEngine(each_alone(Mesh(MeshSizes(dp=world))), builder(folder)(), share_rows=4)
     synchronise(engine, weights(3), 0)
     answers = engine.collect(engine.submit(requests(14)))
     return [(answer, answer.routing) for answer in answers]

@@ -23,8 +23,8 @@ from ray_pipeline.settings.schema import PipelineFields
 from ray_pipeline.training.finish import read_input
 from ray_pipeline.training.grpo.rollout_source import RolloutSource
 from ray_pipeline.training.grpo.setup import objective_of, rollout_source
-from ray_pipeline.training.heldout import WholeModel
 from ray_pipeline.training.rank import Rank, start_rank
+from ray_pipeline.training.sampling_model import sampling_model
 from ray_pipeline.training.trainer import Trainer
 
 VOCABULARY = 300
@@ -111,8 +111,7 @@ def opened(given: dict[str, Any]) -> Iterator[tuple[Rank, RolloutSource, Trainer
     rank = start_rank(given)
     settings = rank.config.grpo
     config, initial = read_input(rank)
-    whole = WholeModel(rank, config).load(initial)
     engine, gap = rank.trainer_engine(config, initial), SamplerGap()
     objective = objective_of(settings, gap)
-    with rollout_source(rank, engine, whole, initial, gap) as source:
+    with rollout_source(rank, engine, sampling_model(rank, engine), initial, gap) as source:
         yield rank, source, Trainer(rank, engine, objective)

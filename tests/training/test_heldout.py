@@ -15,10 +15,12 @@ from model.transformer import Transformer
 from ray_pipeline.data.chat.tokenizer_files import save_trained, train_bpe
 from ray_pipeline.evaluation.results import ItemResult
 from ray_pipeline.records.integrity import unsealed
+from ray_pipeline.rollouts import teams
 from ray_pipeline.settings.run_folder import HELDOUT_FILE, SAMPLES_FILE
 from ray_pipeline.settings.schema import ToolsConfig
 from ray_pipeline.training import heldout
-from ray_pipeline.training.heldout import HeldOut, WholeModel
+from ray_pipeline.training.heldout import HeldOut
+from ray_pipeline.training.sampling_model import WholeModel
 from tests.evaluation.made_models import TEXT, TINY
 
 QUESTIONS = [
@@ -53,21 +55,22 @@ def answered(item: ItemResult) -> tuple[str, str, bool]:
 
 
 def test_shares_of_the_ranks_make_the_whole(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(heldout, "all_ranks_gather", lambda mesh, value: [value])
+    monkeypatch.setattr(teams, "all_ranks_gather", lambda mesh, value: [value])
     whole = held_out(data, tmp_path, 0, 1).evaluate()
     assert [item.prompt for item in whole.items] == [q["prompt"] for q in QUESTIONS]
     parts: list[Any] = []
     for rank in range(3):
-        # As if all had been gathered: what is missing is padded, and nobody looks.
-        monkeypatch.setattr(heldout, "all_ranks_gather", lambda mesh, value: parts.append(value) or [value * 7] * 3)
+        # As if all had been gathered: the others' answers are not there yet, and nobody looks.
+        monkeypatch.setattr(teams, "all_ranks_gather", lambda mesh, value: parts.append(value) or [value] * 3)
         held_out(data, tmp_path, rank, 3).evaluate()
-    monkeypatch.setattr(heldout, "all_ranks_gather", lambda mesh, value: parts)
+    monkeypatch.setattr(teams, "all_ranks_gather", lambda mesh, value: parts)
     several = held_out(data, tmp_path, 0, 3).evaluate()
     assert list(map(answered, several.items)) == list(map(answered, whole.items))
 
 
 def test_figures_are_those_of_the_samples_and_a_baseline_is_measured_once(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(heldout, "all_ranks_gather", lambda mesh, value: [value])
+    for module in (teams, heldout):
+        monkeypatch.setattr(module, "all_ranks_gather", lambda mesh, value: [value])
     made = held_out(data, tmp_path, 0, 1)
     figures = made.figures()
     samples = unsealed((tmp_path / SAMPLES_FILE).read_bytes())["samples"]

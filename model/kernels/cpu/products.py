@@ -85,3 +85,26 @@ class Factor:
         if a.dtype == torch.bfloat16:  # oneDNN's in any case
             return a.device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
         return a.shape[0] * self._size >= LEAST_ORDERED and by_onednn(a)
+
+
+class FactorInPlace:
+    """As `Factor`, of weights [n_i, k] that lie one below the other and are read where they are: nothing is copied."""
+
+    def __init__(self, *weights: Tensor):
+        self.matrices = [weight.t() for weight in weights]
+
+    def product(self, a: Tensor) -> Tensor:
+        """[m, k] -> [m, n]."""
+        made = [torch.mm(a, matrix) for matrix in self.matrices]
+        return made[0] if len(made) == 1 else torch.cat(made, 1)
+
+    def added_product(self, x: Tensor, a: Tensor) -> Tensor:
+        """x [m, n] plus the product of a [m, k]."""
+        return self.product(a).add_(x)
+
+
+def factor(*weights: Tensor, in_place: bool) -> Factor | FactorInPlace:
+    """What multiplies by weights [n_i, k], one below the other: [m, k] -> [m, n]."""
+    if in_place:
+        return FactorInPlace(*weights)
+    return Factor((weights[0] if len(weights) == 1 else torch.cat(weights)).t().contiguous())

@@ -10,8 +10,8 @@ from ray_pipeline.data.rows.loader import PackedRows, row_order
 from ray_pipeline.engine.engine import Engine
 from ray_pipeline.rollouts.rollout import request_seed
 from ray_pipeline.training.distillation.student_answers import pack_answers, write_answers
-from ray_pipeline.training.heldout import WholeModel
 from ray_pipeline.training.rank import Rank
+from ray_pipeline.training.sampling_model import SamplingModel
 
 
 class Rows(Protocol):
@@ -62,20 +62,20 @@ class StudentAnswers:
     """The student's own answers to training questions, written with its weights of this very step (GKD,
     arXiv:2306.13649): a resumed run has the same weights, and so writes the same."""
 
-    def __init__(self, rank: Rank, engine: Engine, whole: WholeModel, questions: list[dict[str, Any]]):
-        self.rank, self.engine, self.whole, self.questions = rank, engine, whole, questions
+    def __init__(self, engine: Engine, model: SamplingModel, questions: list[dict[str, Any]]):
+        self.rank, self.engine, self.model, self.questions = model.rank, engine, model, questions
         self.figures: dict[str, float] = {}
 
     def batch(self, step: int) -> Batch:
         """As many rows as the answers fill, padded to what a training step needs."""
         rank, settings = self.rank, self.rank.config.distillation
         rank.phase("the student answers")
-        self.whole.sync(self.engine)
-        seed, tokenizer = rank.config.seed, self.whole.tokenizer
+        self.model.sync()
+        seed, tokenizer = rank.config.seed, self.model.tokenizer
         chosen = row_order(len(self.questions), seed, step, settings.prompts_per_step)
         prompts = [tokenizer.encode_prompt(self.questions[i]["prompt"]) for i in chosen]
         seeds = [request_seed(seed, step, place, 0) for place in range(len(prompts))]
-        written = write_answers(rank, self.whole, prompts, seeds, temperature=settings.sampling_temperature)
+        written = write_answers(self.model, prompts, seeds, temperature=settings.sampling_temperature)
         rank.phase("training")
         lengths = [len(completion.tokens) for completion in written]
         self.figures = {

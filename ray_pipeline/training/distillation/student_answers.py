@@ -1,4 +1,4 @@
-"""Answers written by a whole model, every rank its share of the questions, and their packing into rows."""
+"""Answers of a model, every team of ranks its share of the questions, and their packing into rows."""
 
 from __future__ import annotations
 
@@ -7,14 +7,12 @@ from collections.abc import Sequence
 import numpy as np
 
 from model.generate.decode import Completion, generate
-from model.parallel.gather import all_ranks_gather
 from ray_pipeline.data.chat.completion_text import finite_logits
 from ray_pipeline.data.rows.batch import Batch
 from ray_pipeline.data.rows.loader import rows_to_batch
 from ray_pipeline.data.rows.packing import pack_conversations
 from ray_pipeline.settings.schema import PipelineFields
-from ray_pipeline.training.heldout import WholeModel
-from ray_pipeline.training.rank import Rank
+from ray_pipeline.training.sampling_model import SamplingModel, described
 
 Answer = tuple[list[int], list[int]]
 """Ids of a prompt and of its answer, end token included."""
@@ -26,21 +24,20 @@ def longest_answer(config: PipelineFields) -> int:
 
 
 def write_answers(
-    rank: Rank, whole: WholeModel, prompts: Sequence[list[int]], seeds: Sequence[int], *, temperature: float
+    model: SamplingModel, prompts: Sequence[list[int]], seeds: Sequence[int], *, temperature: float
 ) -> list[Completion]:
     """One completion per prompt, the same on every rank and however many ranks there are."""
-    mine = range(rank.mesh.rank, len(prompts), rank.mesh.world)
-    with finite_logits(*whole.described()):
+    with finite_logits(*described(model)):
         written = generate(
-            whole.decoder,
-            [prompts[i] for i in mine],
-            max_new_tokens=longest_answer(rank.config),
-            eos_ids={whole.tokenizer.eos_id},
+            model.decoder,
+            model.teams.share(prompts),
+            max_new_tokens=longest_answer(model.rank.config),
+            eos_ids={model.tokenizer.eos_id},
             temperature=temperature,
-            seeds=[seeds[i] for i in mine],
+            seeds=model.teams.share(seeds),
         )
-    parts: list[list[Completion]] = all_ranks_gather(rank.mesh, written)
-    return [parts[i % len(parts)][i // len(parts)] for i in range(len(prompts))]
+    model.decoder.idle()
+    return model.teams.joined(written)
 
 
 def pack_answers(answers: Sequence[Answer], seq_len: int, pad_id: int) -> Batch:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,14 +13,14 @@ from torch import Tensor
 
 from model.config import ModelConfig
 from model.layers.loss import label_logprobs
-from model.parallel.gather import all_ranks_gather
 from model.transformer import Transformer
 from ray_pipeline.data.rows.batch import Batch
 from ray_pipeline.engine.checkpoints.checkpoint import list_checkpoints, step_of
 from ray_pipeline.engine.engine import Engine
 from ray_pipeline.engine.pipeline.pipeline import OutputFunction
-from ray_pipeline.records.artifacts import load_model, save_model
+from ray_pipeline.records.stored_weights import open_model
 from ray_pipeline.settings.run_folder import CHECKPOINTS
+from ray_pipeline.training.finish import save_whole
 from ray_pipeline.training.rank import Rank
 
 
@@ -47,9 +48,9 @@ def refreshed_at(step: int, every: int, updates: int) -> int:
 
 
 class Reference:
-    """An engine of its own with the stage's input weights, and later with the policy's.
+    """An engine of its own with the stage's input weights, and later with the policy's: each rank has its slices.
 
-    The weights it was refreshed with lie whole in the stage's folder, so that a resumed run has the same ones.
+    The weights it was refreshed with lie as one model in the stage's folder, so that a resumed run has the same ones.
 
     Args:
         initial: the stage's input weights. every: optimizer steps between refreshes; 0 for none.
@@ -60,13 +61,13 @@ class Reference:
         self,
         rank: Rank,
         config: ModelConfig,
-        initial: dict[str, Tensor],
+        initial: Mapping[str, Tensor],
         *,
         every: int,
         updates: int,
         temperature: float,
     ):
-        self.rank, self.config, self.every, self.updates = rank, config, every, updates
+        self.rank, self.every, self.updates = rank, every, updates
         self._logprobs = logprobs_at(temperature)
         self._since = 0
         self._engine: Engine = rank.engine(config, initial=initial)
@@ -81,12 +82,21 @@ class Reference:
         if wanted == self._since:
             return
         if wanted == step:
-            state = policy.full_state()
-            self._save(step, state)
+            self._follow(policy)
+            save_whole(self.rank, policy, self._folder(step))
+            if self.rank.is_main:
+                self._forget(step)
         else:
-            state = load_model(self._folder(wanted)).state_dict()
-        self._engine = self.rank.engine(self.config, initial=state)
+            config, state = open_model(self._folder(wanted))
+            self._engine = self.rank.engine(config, initial=state)
         self._since = wanted
+
+    @torch.no_grad()
+    def _follow(self, policy: Engine) -> None:
+        """Take its weights as they are now: each rank copies its slices."""
+        theirs = policy.shards()
+        for name, mine in self._engine.shards().items():
+            mine.copy_(theirs[name])
 
     def logprobs(self, batch: Batch) -> Tensor:
         """Of the labels: [rows, seq_len], filled where this rank's replica and window are.
@@ -99,12 +109,6 @@ class Reference:
 
     def _folder(self, step: int) -> Path:
         return self.rank.folder / f"reference-{step:08d}"
-
-    def _save(self, step: int, state: dict[str, Tensor]) -> None:
-        if self.rank.is_main:
-            save_model(self._folder(step), self.config, state)
-            self._forget(step)
-        all_ranks_gather(self.rank.mesh, None)  # nobody goes on before the files are there
 
     def _forget(self, step: int) -> None:
         """Drop those that no checkpoint needs; one may still be on its way, so the last two stay."""

@@ -16,6 +16,7 @@ from ray_pipeline.rollouts.samplers import RolloutEngine, synchronise
 from ray_pipeline.training.grpo.rollout_batch import BatchBuilder
 from ray_pipeline.training.grpo.rollout_metrics import rollout_metrics
 from ray_pipeline.training.rank import Rank
+from ray_pipeline.training.sampling_model import SamplingModel, ShardedModel
 
 STATE_FILE = "rollouts.pt"
 
@@ -33,6 +34,7 @@ class RolloutSource:
     weights before its updates.
 
     Args:
+        model: the policy as it answers. sampling: what samples, with it or with weights that are sent there.
         gap: what the objective measures between the sampler's log-probabilities and the trainer's.
         left_out: prompts that are too long to be asked.
     """
@@ -41,6 +43,7 @@ class RolloutSource:
         self,
         rank: Rank,
         policy: Engine,
+        model: SamplingModel,
         sampling: RolloutEngine,
         collector: Collector,
         builder: BatchBuilder,
@@ -48,7 +51,7 @@ class RolloutSource:
         *,
         left_out: int = 0,
     ):
-        self.rank, self.policy, self.sampling = rank, policy, sampling
+        self.rank, self.policy, self.model, self.sampling = rank, policy, model, sampling
         self.collector, self.builder, self.gap, self.left_out = collector, builder, gap, left_out
         self.settings = rank.config.grpo
         self.iterations = -(-self.settings.steps // self.settings.steps_per_rollout)
@@ -118,5 +121,8 @@ class RolloutSource:
 
     def _ask(self, iteration: int) -> Pending:
         place = self._place if self._place is not None else iteration * self.settings.prompts_per_step
-        synchronise(self.sampling, self.policy.full_state(), iteration)
+        if self.settings.rollout.workers or not isinstance(self.model, ShardedModel):
+            synchronise(self.sampling, self.policy.full_state(), iteration)
+        else:  # it answers with the policy's own weights
+            self.model.sync()
         return self.collector.ask(iteration, place)

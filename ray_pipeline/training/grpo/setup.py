@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -30,35 +30,35 @@ from ray_pipeline.tools.toolbox import listed_tools
 from ray_pipeline.training.grpo.reference import Reference
 from ray_pipeline.training.grpo.rollout_batch import BatchBuilder
 from ray_pipeline.training.grpo.rollout_source import RolloutSource
-from ray_pipeline.training.heldout import WholeModel
 from ray_pipeline.training.rank import Rank
+from ray_pipeline.training.sampling_model import SamplingModel
 
 
 @contextmanager
 def rollout_source(
-    rank: Rank, policy: Engine, whole: WholeModel, initial: dict[str, Tensor], gap: SamplerGap
+    rank: Rank, policy: Engine, model: SamplingModel, initial: Mapping[str, Tensor], gap: SamplerGap
 ) -> Iterator[RolloutSource]:
     """The source of a GRPO stage; actors and scoring processes end with the block.
 
     Args:
-        policy: what is trained. whole: lends its model to sampling in the ranks. initial: the reference's weights.
+        policy: what is trained. model: it as it answers, for sampling in the ranks. initial: the reference's weights.
     Raises:
         UserError: a setting that cannot work, no prompt that fits, or rewards that mark reference answers wrong.
     """
-    settings, tokenizer = rank.config.grpo, whole.tokenizer
+    settings, tokenizer = rank.config.grpo, model.tokenizer
     asked = prepared_questions(rank.data / TRAIN_QUESTIONS)
     questions = fitting_questions(asked, tokenizer, settings, rank.config.data.seq_len, listed_tools(rank.config.tools))
     left_out = len(asked) - len(questions)
     with ExitStack() as stack:
         score = _rewards(rank, asked, tokenizer, stack)
-        sampling = rollout_engine(rank, whole, policy.config)
+        sampling = rollout_engine(rank, model, policy.config)
         stack.callback(sampling.close)
         collector = Collector(settings, rank.config.seed, questions, sampling, score, tokenizer, rank.phase)
         reference = _reference(rank, policy.config, initial) if settings.beta else None
         builder = BatchBuilder(
             settings, policy, reference, rank.config.data.seq_len, tokenizer.pad_id, rank.config.seed
         )
-        yield RolloutSource(rank, policy, sampling, collector, builder, gap, left_out=left_out)
+        yield RolloutSource(rank, policy, model, sampling, collector, builder, gap, left_out=left_out)
 
 
 def _rewards(rank: Rank, asked: list[dict[str, Any]], tokenizer: ChatTokenizer, stack: ExitStack) -> Score:
@@ -111,7 +111,7 @@ def fitting_questions(
     ]
 
 
-def rollout_engine(rank: Rank, whole: WholeModel, config: ModelConfig) -> RolloutEngine:
+def rollout_engine(rank: Rank, model: SamplingModel, config: ModelConfig) -> RolloutEngine:
     """The engine that `grpo.rollout` asks for.
 
     Raises:
@@ -127,7 +127,7 @@ def rollout_engine(rank: Rank, whole: WholeModel, config: ModelConfig) -> Rollou
             "grpo.rollout.workers=1 or more, or max_staleness=0."
         )
     build = functools.partial(DecoderSampler.build, config, tokenizer, rules, device)
-    rows = share_rows(settings.prompts_per_step * settings.group_size, rollout.workers or mesh.world)
+    rows = share_rows(settings.prompts_per_step * settings.group_size, rollout.workers or len(model.teams.leaders))
     if rollout.workers:
         threads = torch.get_num_threads()  # as a rank has: with another number matrix products round otherwise
         if rollout.max_staleness:  # no rank samples the same, and they work beside the ranks
@@ -136,8 +136,8 @@ def rollout_engine(rank: Rank, whole: WholeModel, config: ModelConfig) -> Rollou
             mesh, build, workers=rollout.workers, share_rows=rows, threads=threads,
             gpus=int(device.type == "cuda"),
         )  # fmt: skip
-    own: Sampler = DecoderSampler(whole.model, whole.decoder, whole.tokenizer, rules)
-    return InRankEngine(mesh, own, rows)
+    own: Sampler = DecoderSampler(model.decoder, model.tokenizer, rules)
+    return InRankEngine(model.teams, own, rows)
 
 
 def objective_of(settings: GrpoConfig, gap: SamplerGap) -> Grpo:
@@ -169,7 +169,7 @@ def sampling_rules(settings: GrpoConfig, tools: ToolsConfig) -> SamplingRules:
     )
 
 
-def _reference(rank: Rank, config: ModelConfig, initial: dict[str, Tensor]) -> Reference:
+def _reference(rank: Rank, config: ModelConfig, initial: Mapping[str, Tensor]) -> Reference:
     settings = rank.config.grpo
     return Reference(
         rank, config, initial, every=settings.refresh_reference_every, updates=settings.steps_per_rollout,

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from model.init import init_weights
 from model.transformer import Transformer
 from ray_pipeline.settings.schema import StudentConfig
-from ray_pipeline.training.distillation.student import initial_student, teacher_layer
+from ray_pipeline.training.distillation.student import InitialStudent, teacher_layer
 from tests.engine.test_parity import CONFIG
 
 
@@ -31,14 +31,14 @@ def test_student_layers_are_spread_over_the_teachers_in_order(data):
 
 
 def test_a_student_of_the_same_shape_is_the_teacher():
-    state = initial_student(CONFIG, CONFIG, teacher_state(), "teacher_layers", 0)
+    state = InitialStudent(CONFIG, CONFIG, teacher_state(), "teacher_layers", 0)
     assert all(torch.equal(tensor, state[name]) for name, tensor in teacher_state().items())
 
 
 def test_a_narrower_student_starts_from_the_teachers_first_units():
     student = StudentConfig(num_hidden_layers=2, n_routed_experts=3, moe_intermediate_size=8, intermediate_size=24)
     config = student.applied_to(CONFIG)
-    teacher, state = teacher_state(), initial_student(config, CONFIG, teacher_state(), "teacher_layers", 0)
+    teacher, state = teacher_state(), InitialStudent(config, CONFIG, teacher_state(), "teacher_layers", 0)
     source = teacher["layers.3.mlp.experts.gate_up_proj"]
     expected = torch.cat([source[:3, :8], source[:3, 16:24]], 1)  # gate rows first, then up rows
     assert torch.equal(state["layers.1.mlp.experts.gate_up_proj"], expected)
@@ -49,8 +49,8 @@ def test_a_narrower_student_starts_from_the_teachers_first_units():
 
 def test_a_random_student_takes_nothing_and_a_wider_one_what_fits():
     teacher = teacher_state()
-    random = initial_student(CONFIG, CONFIG, teacher, "random", 0)
+    random = InitialStudent(CONFIG, CONFIG, teacher, "random", 0)
     assert not torch.equal(random["embed_tokens.weight"], teacher["embed_tokens.weight"])
     wide = replace(CONFIG, hidden_size=64)
-    state = initial_student(wide, CONFIG, teacher, "teacher_layers", 0)
+    state = InitialStudent(wide, CONFIG, teacher, "teacher_layers", 0)
     assert state["embed_tokens.weight"].shape == (64, 64)
