@@ -31,8 +31,8 @@ class DecoderLayer:
     """One block for one new token a row."""
 
     def __init__(self, block: Block):
-        self.read = block.read
-        self.attention = build_decode_attention(block.self_attn)
+        self.read, self.values = block.read, block.values
+        self.attention = build_decode_attention(block.self_attn, block.value_embedding is not None)
         self.input_norm, self.post_norm = prepared(block.input_layernorm), prepared(block.post_attention_layernorm)
         moe = block.mlp if isinstance(block.mlp, MixtureOfExperts) else None
         self.router = None if moe is None else moe.gate
@@ -45,9 +45,12 @@ class DecoderLayer:
             self.down = Factor(dense.down_proj.weight.t().contiguous())
             self.inner = dense.down_proj.in_features
 
-    def step(self, x: Tensor, rotation: Tensor, cache: Tensor, bias: Tensor, column: int) -> Tensor:
-        """[rows, hidden_size] -> same; arguments as in `DecodeAttention.step`."""
-        return self.feed_forward(self.attention.step(self.input_norm(x), x, rotation, cache, bias, column))
+    def step(
+        self, x: Tensor, rotation: Tensor, cache: Tensor, bias: Tensor, column: int, tokens: Tensor
+    ) -> Tensor:
+        """[rows, hidden_size] -> same; tokens [rows], the other arguments as in `DecodeAttention.step`."""
+        y = self.input_norm(x)
+        return self.feed_forward(self.attention.step(y, x, rotation, cache, bias, column, self.values(y, tokens)))
 
     def feed_forward(self, x: Tensor) -> Tensor:
         """The block's second half with its residual, for tokens of any row: [rows, hidden_size] -> same."""
@@ -156,8 +159,9 @@ class Decoder:
             for block, layer, layer_cache in zip(self._blocks(), self.layers, passed, strict=True):
                 x = block.read(x, start)
                 y = block.input_layernorm(x)
-                layer.attention.remember(y, rotation, layer_cache[:, :length])
-                x = x + block.self_attn(y, rotation, mask)
+                values = block.values(y, tokens)
+                layer.attention.remember(y, rotation, layer_cache[:, :length], values)
+                x = x + block.self_attn(y, rotation, mask, values=values)
                 x = x + block.mlp(block.post_attention_layernorm(x))
             x = self.after_pass(before, x, index)
         return x
@@ -173,7 +177,7 @@ class Decoder:
         for index, passed in enumerate(self.passes(cache.layers)):
             before = x
             for layer, layer_cache in zip(self.layers, passed, strict=True):
-                x = layer.step(layer.read(x, start), rotation, layer_cache, bias, column)
+                x = layer.step(layer.read(x, start), rotation, layer_cache, bias, column, tokens)
             x = self.after_pass(before, x, index)
         cache.length += 1
         return self.head.product(self.norm(x))
