@@ -1,4 +1,4 @@
-"""Balancing losses, V2's routers, DyT, recursion, residual scales, value embeddings: layouts take one process's steps."""
+"""Balancing losses, V2's routers, DyT, recursion, scales, value embeddings: every layout takes one process's steps."""
 
 from __future__ import annotations
 
