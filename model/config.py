@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from model.config_rules import check
+from model.config_rules import VALUE_GATE_FEATURES, check
 
 Attention = Literal["mla", "dsa", "mha", "gqa", "mqa", "sliding"]
 GROUPED = ("mha", "gqa", "mqa", "sliding")  # keys and values per head, no latent
@@ -45,6 +45,7 @@ class ModelConfig:
         aux_loss_alpha: weight of the balancing loss; seq_aux: balanced within every sequence, or over the batch.
         recursion_depth: times the stack of layers is applied (arXiv:2510.04871).
         residual_scales: a block reads learned shares of the stream and of the embedding (`model.layers.residual`).
+        value_embeddings: every second layer adds a vector of the token's own to its values (`model.layers.values`).
         initialisation: of matrices: fixed, the deviation `initializer_range` whatever their width; fan_in, one over the
             square root of the features read, so that every width starts alike (arXiv:2203.03466, table 3).
         embedding_init, head_init: deviations of the embedding and the head; default: `initializer_range`.
@@ -95,6 +96,7 @@ class ModelConfig:
     norm: Literal["rmsnorm", "dyt"] = field(default="rmsnorm", metadata=OWN)
     recursion_depth: int = field(default=1, metadata=OWN)
     residual_scales: bool = field(default=False, metadata=OWN)
+    value_embeddings: bool = field(default=False, metadata=OWN)
     initialisation: Literal["fixed", "fan_in"] = field(default="fixed", metadata=OWN)
     embedding_init: float | None = field(default=None, metadata=OWN)
     head_init: float | None = field(default=None, metadata=OWN)
@@ -132,6 +134,16 @@ class ModelConfig:
     def is_moe_layer(self, layer: int) -> bool:
         """Whether global layer index `layer`, perhaps of `mtp_layers`, routes to experts."""
         return layer >= self.first_k_dense_replace
+
+    def has_value_embedding(self, layer: int) -> bool:
+        """Whether global layer index `layer` adds one to its values: every second layer, the last among them."""
+        before_last = self.num_hidden_layers - 1 - layer
+        return self.value_embeddings and before_last >= 0 and before_last % 2 == 0
+
+    @property
+    def value_table_params(self) -> int:
+        """Weights of one value embedding's table."""
+        return self.vocab_size * self.num_kv_heads * self.value_head_dim
 
     @property
     def mtp_layers(self) -> range:
@@ -187,8 +199,11 @@ class ModelConfig:
 
     def layer_params(self, layer: int, *, active: bool = False) -> int:
         """Weights of one block; with `active`, only those one token passes through."""
-        scales = 2 if self.residual_scales and layer < self.num_hidden_layers else 0
-        return self.attention_params() + self._ffn_params(layer, active=active) + 2 * self.norm_params() + scales
+        extra = 2 if self.residual_scales and layer < self.num_hidden_layers else 0
+        if self.has_value_embedding(layer):
+            extra += self.value_table_params // (self.vocab_size if active else 1)
+            extra += self.num_kv_heads * VALUE_GATE_FEATURES
+        return self.attention_params() + self._ffn_params(layer, active=active) + 2 * self.norm_params() + extra
 
     def tail_params(self) -> int:
         """Active weights that follow the last layer: the head, once more per MTP module, and those modules' blocks."""

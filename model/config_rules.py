@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, get_args, get_type_hints
 if TYPE_CHECKING:
     from model.config import ModelConfig
 
+VALUE_GATE_FEATURES = 12  # of the stream, that the gate of a value embedding reads
 _WIDTHS = (
     "hidden_size intermediate_size moe_intermediate_size kv_lora_rank q_lora_rank qk_nope_head_dim qk_rope_head_dim "
     "v_head_dim head_dim index_head_dim"
@@ -84,6 +85,11 @@ def _check_attention(config: ModelConfig) -> None:
         raise ValueError(
             f"num_key_value_heads={given} with attention={config.attention}: it has {decided[config.attention]}; leave "
             "the key away, or use attention=gqa"
+        )
+    if config.value_embeddings and config.hidden_size < VALUE_GATE_FEATURES:
+        raise ValueError(
+            f"hidden_size={config.hidden_size} with value_embeddings: their gate reads {VALUE_GATE_FEATURES} features; "
+            "make it wider, or omit value_embeddings"
         )
     if config.num_attention_heads % config.num_kv_heads:
         raise ValueError(

@@ -28,7 +28,7 @@ def initial_weight(name: str, shape: torch.Size, config: ModelConfig, seed: int)
         return later
     if name.endswith("residual.weight"):
         return initial_scales(int(name.split(".")[-3]), config.num_hidden_layers)
-    if name.endswith("position_embedding"):
+    if name.endswith("position_embedding") or "value_embedding.gate" in name:  # gates open half
         return torch.zeros(shape)
     if len(shape) == 1:
         fill = 0.0 if name.endswith(".bias") else 0.5 if name.endswith(".alpha") else 1.0
@@ -49,6 +49,8 @@ def _deviation(name: str, shape: torch.Size, config: ModelConfig) -> float:
         return config.initializer_range if config.head_init is None else config.head_init
     if config.zero_init_outputs and name.removesuffix(".weight").endswith(OUTPUTS):
         return 0.0
+    if config.initialisation == "fan_in" and "value_embedding.table" in name:
+        return float(config.hidden_size**-0.5)
     if config.initialisation == "fan_in" and not name.endswith("mlp.gate.weight"):
         return float(shape[-1] ** -0.5)
     return config.initializer_range

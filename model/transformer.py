@@ -25,6 +25,7 @@ from model.layers.loss import tokens_ahead
 from model.layers.norm import build_norm
 from model.layers.residual import build_residual_scales
 from model.layers.rope import rotary_table
+from model.layers.values import build_value_embedding
 from model.layers.vocab import Embedding, Head
 from model.moe.experts import MixtureOfExperts
 from model.moe.replay import split_routing
@@ -48,6 +49,7 @@ class Block(nn.Module):
         super().__init__()
         self.residual = build_residual_scales(config, layer)
         self.input_layernorm = build_norm(config)
+        self.value_embedding = build_value_embedding(config, layer)
         self.self_attn = build_attention(config)
         self.post_attention_layernorm = build_norm(config)
         dense = FeedForward(config.hidden_size, config.intermediate_size)
@@ -61,15 +63,17 @@ class Block(nn.Module):
         routing: Tensor | None = None,
         counting: Counting = EVERY_TOKEN,
         start: Tensor | None = None,
+        tokens: Tensor | None = None,
     ) -> Tensor:
         """x [batch, seq / sp, hidden_size] -> same; `routing` and `counting` as `MixtureOfExperts` takes them.
 
         `start`: the embedding of the same tokens, which learned scales of the residual stream read.
+        `tokens`: their ids [batch, seq / sp], which value embeddings read.
         """
         x = self.read(x, start)
         if self.recompute == "full" and torch.is_grad_enabled():
-            return _checkpointed(self._run, counting, x, rotation, mask, routing)
-        return self._run(counting, x, rotation, mask, routing)
+            return _checkpointed(self._run, counting, x, rotation, mask, routing, tokens)
+        return self._run(counting, x, rotation, mask, routing, tokens)
 
     def read(self, x: Tensor, start: Tensor | None) -> Tensor:
         """What the block makes of the stream x, both [..., hidden_size], before its own work."""
@@ -78,19 +82,31 @@ class Block(nn.Module):
         assert start is not None
         return self.residual(x, start)
 
+    def values(self, y: Tensor, tokens: Tensor | None) -> Tensor | None:
+        """What is added to the values of attention that reads y [..., hidden_size]: [..., kv_heads / tp, v_dim]."""
+        if self.value_embedding is None:
+            return None
+        assert tokens is not None
+        added: Tensor = self.value_embedding(y, tokens)
+        return added
+
     def _run(
-        self, counting: Counting, x: Tensor, rotation: Tensor, mask: Tensor | None, routing: Tensor | None
-    ) -> Tensor:
+        self, counting: Counting, x: Tensor, rotation: Tensor, mask: Tensor | None, routing: Tensor | None,
+        tokens: Tensor | None,
+    ) -> Tensor:  # fmt: skip
         if self.recompute == "selective" and torch.is_grad_enabled():
-            x = _checkpointed(self._attend, counting, x, rotation, mask)
+            x = _checkpointed(self._attend, counting, x, rotation, mask, tokens)
         else:
-            x = self._attend(counting, x, rotation, mask)
+            x = self._attend(counting, x, rotation, mask, tokens)
         x, y = self.post_attention_layernorm.beside(x)
         return x + (self.mlp(y, routing, counting) if isinstance(self.mlp, MixtureOfExperts) else self.mlp(y))
 
-    def _attend(self, counting: Counting, x: Tensor, rotation: Tensor, mask: Tensor | None) -> Tensor:
+    def _attend(
+        self, counting: Counting, x: Tensor, rotation: Tensor, mask: Tensor | None, tokens: Tensor | None
+    ) -> Tensor:
         x, y = self.input_layernorm.beside(x)
-        return x + self.self_attn(as_operand(y), rotation, mask, counting)
+        y = as_operand(y)
+        return x + self.self_attn(y, rotation, mask, counting, self.values(y, tokens))
 
 
 def _checkpointed(function: Callable[..., Tensor], counting: Counting, *args: Tensor | None) -> Tensor:
@@ -200,6 +216,7 @@ class Transformer(nn.Module):
         routing: Tensor | None = None,
         real: Tensor | None = None,
         embeddings: Tensor | None = None,
+        tokens: Tensor | None = None,
     ) -> Tensor:
         """This stage's blocks, `recursion_depth` times: [batch, seq / sp, hidden_size] -> same.
 
@@ -208,6 +225,7 @@ class Transformer(nn.Module):
             real: bool [batch, seq / sp], False for padding, which no layer's own loss and no load counts; None: all
                 are tokens.
             embeddings: what `embed` gave for these positions, or more; None where `hidden` is that itself.
+            tokens: ids [batch, seq / sp], which value embeddings read.
         Raises:
             ValueError: a routing of another model.
         """
@@ -216,7 +234,7 @@ class Transformer(nn.Module):
         for index, given in enumerate(split_routing(self.config, self.layer_range, routing)):
             before = hidden
             for block, experts in zip(self.layers.values(), given, strict=True):
-                hidden = block(hidden, rotation, mask, experts, counting, start)
+                hidden = block(hidden, rotation, mask, experts, counting, start, tokens)
             if self.recursion is not None:
                 hidden = self.recursion(before, hidden, index)
         return hidden
@@ -225,7 +243,8 @@ class Transformer(nn.Module):
         """Logits [batch, seq, vocab_size] of the whole model for tokens [batch, seq]; `routing` as in `run_layers`."""
         assert self.is_first and self.is_last, "a pipeline stage is driven by the engine"
         rotation, mask = self.context(doc_ids, tokens.shape[1])
-        return self.lm_head(self.norm(self.run_layers(self.embed_tokens(tokens), rotation, mask, routing)))
+        hidden = self.run_layers(self.embed_tokens(tokens), rotation, mask, routing, tokens=tokens)
+        return self.lm_head(self.norm(hidden))
 
     def predict_ahead(
         self, hidden: Tensor, embeddings: Tensor, doc_ids: Tensor | None, real: Tensor | None = None

@@ -13,6 +13,7 @@ from __future__ import annotations
 from math import gcd
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.attention.cope import contextual_attention
@@ -49,18 +50,26 @@ class GroupedAttention(nn.Module):
         if config.position == "cope":
             self.position_embedding = nn.Parameter(torch.zeros(config.cope_positions, dim))
 
-    def keys_and_values(self, x: Tensor, entered: Tensor) -> tuple[Tensor, Tensor]:
+    def keys_and_values(self, x: Tensor, entered: Tensor, values: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Not yet rotated, [batch, seq, kv_heads / tp * head_dim]; of the one head of MQA, all of it.
 
         Args:
             x: [batch, seq, hidden_size]. entered: the same within the region that is cut over tp.
+            values: [batch, seq, kv_heads / tp, head_dim], added to the values.
         """
         if self.config.attention == "mqa":
-            k, v = copy_to(self.kv_proj_with_mqa(x), self.tp).chunk(2, -1)
+            both = self.kv_proj_with_mqa(x)
+            if values is not None:
+                both = both + F.pad(values.flatten(2), (self.config.head_dim, 0))
+            k, v = copy_to(both, self.tp).chunk(2, -1)
             return k, v
-        return self.k_proj(entered), self.v_proj(entered)
+        v = self.v_proj(entered)
+        return self.k_proj(entered), v if values is None else v + values.flatten(2)
 
-    def forward(self, x: Tensor, rotation: Tensor, mask: Tensor | None, counting: Counting = EVERY_TOKEN) -> Tensor:
+    def forward(
+        self, x: Tensor, rotation: Tensor, mask: Tensor | None, counting: Counting = EVERY_TOKEN,
+        values: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """Attend within documents.
 
         Args:
@@ -68,9 +77,10 @@ class GroupedAttention(nn.Module):
             rotation: complex [batch or 1, seq / sp, head_dim / 2]; contextual positions leave it aside.
             mask: bool [batch or 1, 1, seq, seq], or None for plain causal attention.
             counting: of no use here, as there is no loss of this layer alone.
+            values: [batch, seq / sp, kv_heads / tp, head_dim], added to the values.
         """
         entered = copy_to(x, self.tp)
-        flat = (self.q_proj(entered), *self.keys_and_values(x, entered))
+        flat = (self.q_proj(entered), *self.keys_and_values(x, entered, values))
         q, k, v = (part.unflatten(-1, (-1, self.config.head_dim)) for part in flat)
         if self.config.position == "rope":
             q, k = apply_rotary(q, rotation), apply_rotary(k, rotation)

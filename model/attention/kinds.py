@@ -26,10 +26,10 @@ _KINDS: dict[str, Callable[[ModelConfig], nn.Module]] = {
 
 
 def build_attention(config: ModelConfig) -> nn.Module:
-    """A module that maps (x [batch, seq / sp, hidden_size], rotation, mask, counting) to the shape of x.
+    """A module that maps (x [batch, seq / sp, hidden_size], rotation, mask, counting, values) to the shape of x.
 
     rotation is complex [batch or 1, seq / sp, rotary_dim / 2]; mask is `visible_tokens`; counting
-    says which queries a loss of the layer's own is over.
+    says which queries a loss of the layer's own is over; values are added to its own (`model.layers.values`).
     """
     return _KINDS[config.attention](config)
 

@@ -53,8 +53,13 @@ class MultiHeadLatentAttention(nn.Module):
         """What queries are expanded from: [batch, seq, q_lora_rank] (eq. 6), or x itself where there is no rank."""
         return x if self.config.q_lora_rank is None else self.q_a_layernorm(self.q_a_proj(x))
 
-    def heads(self, query_latent: Tensor, x: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values of whole rows (eqs. 1-9): [batch, seq, heads / (tp * sp), width]."""
+    def heads(
+        self, query_latent: Tensor, x: Tensor, rotation: Tensor, values: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of whole rows (eqs. 1-9): [batch, seq, heads / (tp * sp), width].
+
+        `values` as `forward` takes it.
+        """
         config = self.config
         expand = self.q_proj if config.q_lora_rank is None else self.q_b_proj
         q = expand(copy_to(query_latent, self.tp)).unflatten(-1, (-1, config.qk_head_dim))
@@ -64,6 +69,7 @@ class MultiHeadLatentAttention(nn.Module):
         latent, k_rope = copy_to(self.kv_a_layernorm(latent), self.tp), copy_to(k_rope, self.tp)
         kv = self.kv_b_proj(latent).unflatten(-1, (-1, config.qk_nope_head_dim + config.v_head_dim))
         k_nope, v = kv.split([config.qk_nope_head_dim, config.v_head_dim], -1)
+        v = v if values is None else v + values
         k_rope = k_rope.unsqueeze(2)
         if config.position == "rope":
             q_rope, k_rope = apply_rotary(q_rope, rotation), apply_rotary(k_rope, rotation)
@@ -75,7 +81,10 @@ class MultiHeadLatentAttention(nn.Module):
         q, k, v = heads_for_positions(torch.cat([q, k, v], -1), self.sp).split(widths, -1)
         return q, k, v
 
-    def forward(self, x: Tensor, rotation: Tensor, mask: Tensor | None, counting: Counting = EVERY_TOKEN) -> Tensor:
+    def forward(
+        self, x: Tensor, rotation: Tensor, mask: Tensor | None, counting: Counting = EVERY_TOKEN,
+        values: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """Attend within documents.
 
         Args:
@@ -83,8 +92,9 @@ class MultiHeadLatentAttention(nn.Module):
             rotation: complex [batch or 1, seq / sp, qk_rope_head_dim / 2]; contextual positions leave it aside.
             mask: bool [batch, 1, seq, seq], or None for plain causal attention.
             counting: of no use here, as there is no loss of this layer alone.
+            values: [batch, seq / sp, heads / tp, v_head_dim], added to the values.
         """
-        q, k, v = (t.transpose(1, 2) for t in self.heads(self.query_latent(x), x, rotation))
+        q, k, v = (t.transpose(1, 2) for t in self.heads(self.query_latent(x), x, rotation, values))
         if self.config.position == "cope":
             # Each rank has the whole table and uses it for its heads alone.
             table = copy_to(self.position_embedding, self.tp)

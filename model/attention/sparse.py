@@ -37,10 +37,13 @@ class SparseAttention(MultiHeadLatentAttention):
         super().__init__(config)
         self.indexer = Indexer(config)
 
-    def forward(self, x: Tensor, rotation: Tensor, mask: Tensor | None, counting: Counting = EVERY_TOKEN) -> Tensor:
+    def forward(
+        self, x: Tensor, rotation: Tensor, mask: Tensor | None, counting: Counting = EVERY_TOKEN,
+        values: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """Attend within documents; arguments as MLA's. The indexer learns from the queries that count."""
         query_latent = self.query_latent(x)
-        q, k, v = self.heads(query_latent, x, rotation)
+        q, k, v = self.heads(query_latent, x, rotation, values)
         seq = q.shape[1]
         dense = seq <= self.config.index_topk or (self.warming_up and self.training)
         if not dense or counting.wants_losses:

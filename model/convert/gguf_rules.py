@@ -19,7 +19,7 @@ def gguf_architecture(config: ModelConfig) -> str:
 def gguf_gap(config: ModelConfig) -> str | None:
     """What of the architecture llama.cpp has no place for; None where it has all. Such models get no GGUF file."""
     known = {"attention": ("mla", "dsa"), "position": ("rope",), "norm": ("rmsnorm",), "recursion_depth": (1,),
-             "residual_scales": (False,)}  # fmt: skip
+             "residual_scales": (False,), "value_embeddings": (False,)}  # fmt: skip
     for key, values in known.items():
         if getattr(config, key) not in values:
             return f"llama.cpp's deepseek2 has no {key}={getattr(config, key)}"

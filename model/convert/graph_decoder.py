@@ -31,7 +31,8 @@ def cache_width(config: ModelConfig) -> int:
     if not config.is_latent:
         return 2 * config.num_kv_heads * config.head_dim
     indexer = config.index_head_dim if config.attention == "dsa" else 0
-    return config.kv_lora_rank + config.qk_rope_head_dim + indexer
+    added = config.num_attention_heads * config.v_head_dim if config.value_embeddings else 0  # in all layers: one shape
+    return config.kv_lora_rank + config.qk_rope_head_dim + indexer + added
 
 
 def num_caches(config: ModelConfig) -> int:
@@ -72,7 +73,7 @@ class GraphDecoder(nn.Module):
                 assert isinstance(block, Block)
                 hidden = block.read(hidden, start)
                 y = _norm(block.input_layernorm, hidden)
-                out, cache = _attend(block.self_attn, y, rotation, visible, past[len(caches)])
+                out, cache = _attend(block, y, rotation, visible, past[len(caches)], input_ids)
                 caches.append(cache)
                 hidden = hidden + out
                 hidden = hidden + _feed(block.mlp, _norm(block.post_attention_layernorm, hidden))
@@ -138,17 +139,18 @@ def _position_logits(scores: Tensor, per_position: Tensor) -> Tensor:
 
 
 def _attend(
-    attention: nn.Module, x: Tensor, rotation: Rotation, visible: Tensor, past: Tensor
+    block: Block, x: Tensor, rotation: Rotation, visible: Tensor, past: Tensor, tokens: Tensor
 ) -> tuple[Tensor, Tensor]:
     """x [batch, new, hidden_size], past [batch, old, cache_width] -> output, and the cache with the new tokens."""
+    attention, values = block.self_attn, block.values(x, tokens)
     if isinstance(attention, GroupedAttention):
-        return _grouped(attention, x, rotation, visible, past)
+        return _grouped(attention, x, rotation, visible, past, values)
     assert isinstance(attention, MultiHeadLatentAttention)
-    return _latent(attention, x, rotation, visible, past)
+    return _latent(attention, x, rotation, visible, past, values)
 
 
 def _grouped(
-    attention: GroupedAttention, x: Tensor, rotation: Rotation, visible: Tensor, past: Tensor
+    attention: GroupedAttention, x: Tensor, rotation: Rotation, visible: Tensor, past: Tensor, values: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     config = attention.config
     heads, kv_heads, dim = config.num_attention_heads, config.num_kv_heads, config.head_dim
@@ -156,6 +158,7 @@ def _grouped(
         k, v = _parts(F.linear(x, attention.kv_proj_with_mqa.weight), dim, dim)
     else:
         k, v = F.linear(x, attention.k_proj.weight), F.linear(x, attention.v_proj.weight)
+    v = v if values is None else v + values.flatten(-2)
     if config.position == "rope":
         k = _turn(k.unflatten(-1, (kv_heads, dim)), rotation).flatten(-2)
     cache = torch.cat([past, torch.cat([k, v], -1)], 1)
@@ -173,8 +176,9 @@ def _grouped(
 
 
 def _latent(
-    attention: MultiHeadLatentAttention, x: Tensor, rotation: Rotation, visible: Tensor, past: Tensor
-) -> tuple[Tensor, Tensor]:
+    attention: MultiHeadLatentAttention, x: Tensor, rotation: Rotation, visible: Tensor, past: Tensor,
+    values: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     config = attention.config
     heads, rank, rope = config.num_attention_heads, config.kv_lora_rank, config.qk_rope_head_dim
     latent, k_rope = _parts(F.linear(x, attention.kv_a_proj_with_mqa.weight), rank, rope)
@@ -188,10 +192,13 @@ def _latent(
         expand = attention.q_b_proj.weight
     if isinstance(attention, SparseAttention):
         new.append(_index_keys(attention.indexer, x, rotation))
+    index_end = rank + rope + (config.index_head_dim if isinstance(attention, SparseAttention) else 0)
+    if config.value_embeddings:
+        new.append(F.pad(latent[..., :0], (0, heads * config.v_head_dim)) if values is None else values.flatten(-2))
     cache = torch.cat([past, torch.cat(new, -1)], 1)
     latents = cache[:, None, :, : rank + rope]
     if isinstance(attention, SparseAttention):
-        keys = cache[:, :, rank + rope :]
+        keys = cache[:, :, rank + rope : index_end]
         visible = _chosen(attention.indexer, x, query_latent, keys, rotation, visible, config.index_topk)
     q = F.linear(query_latent, expand).unflatten(-1, (heads, config.qk_head_dim)).transpose(1, 2)
     q_nope, q_rope = _parts(q, config.qk_nope_head_dim, rope)
@@ -200,7 +207,10 @@ def _latent(
     expanded = attention.kv_b_proj.weight.unflatten(0, (heads, -1))
     key, value = expanded[:, : config.qk_nope_head_dim], expanded[:, config.qk_nope_head_dim :]  # [heads, ., latent]
     scores = torch.cat([q_nope @ key, q_rope], -1) @ latents.transpose(-1, -2) * attention.scale
-    out = _weights(attention, scores, visible[:, None], q) @ latents[..., :rank] @ value.transpose(1, 2)
+    weights = _weights(attention, scores, visible[:, None], q)
+    out = weights @ latents[..., :rank] @ value.transpose(1, 2)
+    if values is not None:
+        out = out + weights @ cache[:, :, index_end:].unflatten(-1, (heads, -1)).transpose(1, 2)
     return F.linear(out.transpose(1, 2).flatten(2), attention.o_proj.weight), cache
 
 

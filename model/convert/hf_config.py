@@ -98,6 +98,8 @@ def unpublished_reason(config: ModelConfig) -> str | None:
         return f"no transformers class has recursion_depth={config.recursion_depth}"
     if config.residual_scales:
         return "no transformers class has residual_scales"
+    if config.value_embeddings:
+        return "no transformers class has value_embeddings"
     router = (config.scoring_func, config.topk_method)
     if router == ("sigmoid", "noaux_tc"):
         return None

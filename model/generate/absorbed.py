@@ -24,15 +24,16 @@ class AbsorbedAttention:
         heads: of this rank; under tensor parallelism `leave` adds up what the ranks' heads give.
     """
 
-    def __init__(self, attention: MultiHeadLatentAttention, *, in_place: bool = False):
+    def __init__(self, attention: MultiHeadLatentAttention, adds_values: bool = False, *, in_place: bool = False):
         config = self.config = attention.config
-        self.inner = attention
+        self.inner, self.adds_values = attention, adds_values
         self.latent_norm = FastNorm(attention.kv_a_layernorm)
         self.query_norm = None if config.q_lora_rank is None else FastNorm(attention.q_a_layernorm)
         heads, latent = config.num_attention_heads // attention.tp.size, config.kv_lora_rank
         self.heads = heads
         first = attention.q_proj if config.q_lora_rank is None else attention.q_a_proj
-        self.width = latent + config.qk_rope_head_dim
+        self.keys = latent + config.qk_rope_head_dim  # of the cache's features, what scores meet
+        self.width = self.keys + (heads * config.v_head_dim if adds_values else 0)
         self.first_width = first.weight.shape[0]
         self.down = factor(first.weight, attention.kv_a_proj_with_mqa.weight, in_place=in_place)
         key, value = attention.kv_b_proj.weight.unflatten(0, (heads, -1)).split(
@@ -52,8 +53,10 @@ class AbsorbedAttention:
         out = attention.o_proj.weight.t().contiguous()  # [heads * v, hidden]
         query = None if config.q_lora_rank is None else attention.q_b_proj.weight.t() * attention.scale
         # Multiplying the factors together saves two operations a step, but is more work where the latent is much wider
-        # than a head (DeepSeek-V3: 512 against 128). Contextual positions read the query itself.
-        self.merged = query is not None and latent <= 2 * config.qk_nope_head_dim and not self.contextual
+        # than a head (DeepSeek-V3: 512 against 128). Contextual positions read the query itself, and
+        # added values join what single heads read.
+        self.merged = query is not None and latent <= 2 * config.qk_nope_head_dim
+        self.merged = self.merged and not self.contextual and not adds_values
         if self.merged:
             assert query is not None
             nope, rope = query.unflatten(1, (heads, -1)).split([config.qk_nope_head_dim, config.qk_rope_head_dim], 2)
@@ -63,7 +66,7 @@ class AbsorbedAttention:
         self.query, self.out = None if query is None else Factor(query.contiguous()), Factor(out)
 
     def queries(self, first: Tensor) -> Tensor:
-        """Scaled and not yet rotated: [rows, first_width] -> [rows, heads, qk_head_dim], where merged [..., width]."""
+        """Scaled and not yet rotated: [rows, first_width] -> [rows, heads, qk_head_dim], where merged [..., keys]."""
         if self.query is None or self.query_norm is None:
             q = first * self.inner.scale
         else:
@@ -72,7 +75,7 @@ class AbsorbedAttention:
         return q.view(len(q), self.heads, -1)
 
     def in_latent_space(self, q: Tensor, rotation: Tensor) -> Tensor:
-        """What `queries` gave, as the cache's columns are to be met: [rows, heads, width]."""
+        """What `queries` gave, as the cache's columns are to be met: [rows, heads, keys]."""
         config = self.config
         if not self.merged:
             nope, rope = q.split([config.qk_nope_head_dim, config.qk_rope_head_dim], 2)
@@ -81,26 +84,33 @@ class AbsorbedAttention:
             rotate_in_place(q[:, :, config.kv_lora_rank :], rotation)
         return q
 
-    def remember(self, y: Tensor, rotation: Tensor, into: Tensor) -> None:
-        """Normalised latents and rotated keys of a prefix, y [rows, n, hidden_size], into [rows, n, width]."""
-        self._write(into, self.inner.kv_a_proj_with_mqa(y), rotation)
+    def remember(self, y: Tensor, rotation: Tensor, into: Tensor, values: Tensor | None = None) -> None:
+        """Normalised latents, rotated keys and added values of a prefix, y [rows, n, hidden_size], into
+        [rows, n, width]."""
+        self._write(into, self.inner.kv_a_proj_with_mqa(y), rotation, values)
 
-    def _write(self, into: Tensor, projected: Tensor, rotation: Tensor) -> None:
-        write_latent(into, projected, self.latent_norm, None if self.contextual else rotation)
+    def _write(self, into: Tensor, projected: Tensor, rotation: Tensor, values: Tensor | None) -> None:
+        write_latent(into[:, :, : self.keys], projected, self.latent_norm, None if self.contextual else rotation)
+        if values is not None:
+            into[:, :, self.keys :] = values.reshape(*into.shape[:2], -1)
 
-    def step(self, x: Tensor, residual: Tensor, rotation: Tensor, cache: Tensor, bias: Tensor, column: int) -> Tensor:
+    def step(
+        self, x: Tensor, residual: Tensor, rotation: Tensor, cache: Tensor, bias: Tensor, column: int,
+        values: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """Attend to the columns up to `column`, which is written first.
 
         Args:
             x: [rows, hidden_size], normalised; residual: same, added to the result.
             rotation: complex [rows, 1, qk_rope_head_dim / 2].
-            cache: this layer's [rows, capacity, kv_lora_rank + qk_rope_head_dim]; bias: [rows, 1, column + 1].
+            cache: this layer's [rows, capacity, width]; bias: [rows, 1, column + 1].
+            values: [rows, heads, v_head_dim], added to the new token's.
         """
         down = self.down.product(x)
-        self._write(cache[:, column : column + 1], down[:, None, self.first_width :], rotation)
+        self._write(cache[:, column : column + 1], down[:, None, self.first_width :], rotation, values)
         seen = cache[:, : column + 1]
         q = self.queries(down[:, : self.first_width])
-        scores = torch.baddbmm(bias, self.in_latent_space(q, rotation), seen.transpose(1, 2))
+        scores = torch.baddbmm(bias, self.in_latent_space(q, rotation), seen[:, :, : self.keys].transpose(1, 2))
         if self.contextual:
             # The product with the table is not scaled, and the query is.
             positions = q @ self.inner.position_embedding.t() / self.inner.scale
@@ -110,9 +120,13 @@ class AbsorbedAttention:
 
     def attend(self, scores: Tensor, seen: Tensor, residual: Tensor) -> Tensor:
         """scores [rows, heads, n] over the columns seen [rows, n, width] -> residual + output, [rows, hidden_size]."""
-        o = torch.bmm(torch.softmax(scores, -1), seen[:, :, : self.config.kv_lora_rank])  # [rows, heads, latent]
+        weights = torch.softmax(scores, -1)
+        o = torch.bmm(weights, seen[:, :, : self.config.kv_lora_rank])  # [rows, heads, latent]
         if not self.merged:
             o = torch.bmm(o.transpose(0, 1), self.value).transpose(0, 1)
+        if self.adds_values:
+            added = seen[:, :, self.keys :].unflatten(2, (o.shape[1], -1)).transpose(1, 2)  # [rows, heads, n, v]
+            o = o + (weights.unsqueeze(2) @ added).squeeze(2)
         return self.leave(residual, o.flatten(1))
 
     def leave(self, residual: Tensor, o: Tensor) -> Tensor:

@@ -32,8 +32,8 @@ class DecoderLayer:
     """One block for one new token a row."""
 
     def __init__(self, block: Block):
-        self.block, self.read = block, block.read
-        self.attention = build_decode_attention(block.self_attn)
+        self.block, self.read, self.values = block, block.read, block.values
+        self.attention = build_decode_attention(block.self_attn, block.value_embedding is not None)
         self.input_norm, self.post_norm = prepared(block.input_layernorm), prepared(block.post_attention_layernorm)
         moe = block.mlp if isinstance(block.mlp, MixtureOfExperts) else None
         self.router = None if moe is None else moe.gate
@@ -46,9 +46,12 @@ class DecoderLayer:
             self.down = Factor(dense.down_proj.weight.t().contiguous())
             self.inner = dense.down_proj.in_features
 
-    def step(self, x: Tensor, rotation: Tensor, cache: Tensor, bias: Tensor, column: int) -> Tensor:
-        """[rows, hidden_size] -> same; arguments as in `DecodeAttention.step`."""
-        return self.feed_forward(self.attention.step(self.input_norm(x), x, rotation, cache, bias, column))
+    def step(
+        self, x: Tensor, rotation: Tensor, cache: Tensor, bias: Tensor, column: int, tokens: Tensor
+    ) -> Tensor:
+        """[rows, hidden_size] -> same; tokens [rows], the other arguments as in `DecodeAttention.step`."""
+        y = self.input_norm(x)
+        return self.feed_forward(self.attention.step(y, x, rotation, cache, bias, column, self.values(y, tokens)))
 
     def feed_forward(self, x: Tensor) -> Tensor:
         """The block's second half with its residual, for tokens of any row: [rows, hidden_size] -> same."""
@@ -201,8 +204,9 @@ class Decoder:
         def run(layer: DecoderLayer, x: Tensor, layer_cache: Tensor) -> Tensor:
             block = layer.block
             y = block.input_layernorm(x)
-            layer.attention.remember(y, rotation, layer_cache[:, :length])
-            x = x + block.self_attn(y, rotation, mask)
+            values = block.values(y, tokens)
+            layer.attention.remember(y, rotation, layer_cache[:, :length], values)
+            x = x + block.self_attn(y, rotation, mask, values=values)
             out: Tensor = x + block.mlp(block.post_attention_layernorm(x))
             return out
 
@@ -217,7 +221,7 @@ class Decoder:
         bias = cache.bias[:, :, : column + 1]
 
         def run(layer: DecoderLayer, x: Tensor, layer_cache: Tensor) -> Tensor:
-            return layer.step(x, rotation, layer_cache, bias, column)
+            return layer.step(x, rotation, layer_cache, bias, column, tokens)
 
         x = self.through(tokens, cache.layers, run)
         cache.length += 1

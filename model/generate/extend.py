@@ -1,8 +1,8 @@
 """Several new tokens a row in one pass over the cache: what verifying a draft takes.
 
 Every matrix is read once for all of them, which is where speculative decoding gains. Kinds of attention that choose
-what a token reads (contextual positions, windows, top-k) attend token by token; their projections, like all of the
-rest, are shared only across rows there.
+what a token reads (contextual positions, windows, top-k), and MLA with value embeddings, attend token by token; their
+projections, like all of the rest, are shared only across rows there.
 """
 
 from __future__ import annotations
@@ -58,32 +58,42 @@ def extend(decoder: Decoder, tokens: Tensor, cache: KVCache) -> tuple[Tensor, Te
     """
     n = tokens.shape[1]
     span = Span.at(decoder.model.rotary, cache, cache.length, n)
-    x = decoder.through(tokens, cache.layers, lambda layer, x, layer_cache: extend_layer(layer, x, layer_cache, span))
+
+    def run(layer: DecoderLayer, x: Tensor, layer_cache: Tensor) -> Tensor:
+        return extend_layer(layer, x, layer_cache, span, tokens)
+
+    x = decoder.through(tokens, cache.layers, run)
     cache.length += n
     hidden = decoder.normed(x)
     return decoder.logits(hidden.flatten(0, 1)).unflatten(0, (-1, n)), hidden
 
 
-def extend_layer(layer: DecoderLayer, x: Tensor, cache: Tensor, span: Span) -> Tensor:
-    """One block: x [rows, n, hidden_size] -> same; cache: this layer's [rows, capacity, width]."""
+def extend_layer(layer: DecoderLayer, x: Tensor, cache: Tensor, span: Span, tokens: Tensor | None = None) -> Tensor:
+    """One block: x [rows, n, hidden_size] -> same; cache: this layer's [rows, capacity, width].
+
+    `tokens`: ids [rows, n], which value embeddings read.
+    """
     y = layer.input_norm(x)
-    attention = layer.attention
+    attention, values = layer.attention, layer.values(y, tokens)
     # Exactly these kinds: what derives from them reads the cache in a way of its own.
-    if type(attention) is AbsorbedAttention and not attention.contextual:
+    if type(attention) is AbsorbedAttention and not attention.contextual and values is None:
         attended = _extend_absorbed(attention, y, x, cache, span)
     elif type(attention) is GroupedStep:
-        attended = _extend_grouped(attention, y, x, cache, span)
+        attended = _extend_grouped(attention, y, x, cache, span, values)
     else:
-        attended = _extend_by_steps(attention, y, x, cache, span)
+        attended = _extend_by_steps(attention, y, x, cache, span, values)
     return layer.feed_forward(attended.flatten(0, 1)).view_as(x)
 
 
-def _extend_by_steps(attention: DecodeAttention, y: Tensor, x: Tensor, cache: Tensor, span: Span) -> Tensor:
+def _extend_by_steps(
+    attention: DecodeAttention, y: Tensor, x: Tensor, cache: Tensor, span: Span, values: Tensor | None
+) -> Tensor:
     out = []
     for i in range(y.shape[1]):
         column = span.column + i
         rotation, bias = span.rotation[:, i : i + 1], span.bias[:, i : i + 1, : column + 1]
-        out.append(attention.step(y[:, i], x[:, i], rotation, cache, bias, column))
+        added = None if values is None else values[:, i]
+        out.append(attention.step(y[:, i], x[:, i], rotation, cache, bias, column, added))
     return torch.stack(out, 1)
 
 
@@ -106,11 +116,13 @@ def _extend_absorbed(attention: AbsorbedAttention, y: Tensor, x: Tensor, cache: 
     return attention.leave(x.flatten(0, 1), o.flatten(1)).view_as(x)
 
 
-def _extend_grouped(attention: GroupedStep, y: Tensor, x: Tensor, cache: Tensor, span: Span) -> Tensor:
+def _extend_grouped(
+    attention: GroupedStep, y: Tensor, x: Tensor, cache: Tensor, span: Span, values: Tensor | None
+) -> Tensor:
     """`GroupedStep.step` where the new tokens of a row stand as further queries of each group."""
     rows, n, _ = y.shape
     heads, dim, groups = attention.heads, attention.config.head_dim, attention.groups
-    projected = attention.project.product(y.flatten(0, 1))
+    projected = attention.projected(y.flatten(0, 1), None if values is None else values.flatten(0, 1))
     turned = projected[:, : heads * dim + attention.keys].unflatten(1, (-1, dim))
     rotate_in_place(turned, span.rotation.flatten(0, 1).unsqueeze(1))
     cache[:, span.column : span.column + n] = projected[:, heads * dim :].unflatten(0, (rows, n))

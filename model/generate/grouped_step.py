@@ -35,18 +35,21 @@ class GroupedStep:
         self.project = factor(*(part.weight for part in (attention.q_proj, *of_keys)), in_place=in_place)
         self.out = factor(attention.o_proj.weight, in_place=in_place)
 
-    def remember(self, y: Tensor, rotation: Tensor, into: Tensor) -> None:
+    def remember(self, y: Tensor, rotation: Tensor, into: Tensor, values: Tensor | None = None) -> None:
         """Keys and values of a prefix: y [rows, n, hidden_size] into [rows, n, width]."""
-        k, v = self.inner.keys_and_values(y, y)
+        k, v = self.inner.keys_and_values(y, y, values)
         if self.config.position == "rope":
             k = apply_rotary(k.unflatten(2, (-1, self.config.head_dim)), rotation).flatten(2)
         into[:, :, : self.keys] = k
         into[:, :, self.keys :] = v
 
-    def step(self, x: Tensor, residual: Tensor, rotation: Tensor, cache: Tensor, bias: Tensor, column: int) -> Tensor:
+    def step(
+        self, x: Tensor, residual: Tensor, rotation: Tensor, cache: Tensor, bias: Tensor, column: int,
+        values: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """As `DecodeAttention.step`."""
         heads, dim = self.heads, self.config.head_dim
-        projected = self.project.product(x)
+        projected = self.projected(x, values)
         if self.config.position == "rope":  # queries and keys alike
             rotate_in_place(projected[:, : heads * dim + self.keys].unflatten(1, (-1, dim)), rotation)
         q = projected[:, : heads * dim].unflatten(1, (heads, dim))
@@ -57,6 +60,13 @@ class GroupedStep:
     def leave(self, residual: Tensor, o: Tensor) -> Tensor:
         """As `AbsorbedAttention.leave`."""
         return added_over_ranks(residual, o, self.out, self.inner.tp)
+
+    def projected(self, x: Tensor, values: Tensor | None) -> Tensor:
+        """Queries, keys and values side by side: x [tokens, hidden_size], added values [tokens, kv_heads, head_dim]."""
+        out = self.project.product(x)
+        if values is not None:
+            out[:, -self.keys :] += values.flatten(1)
+        return out
 
     def attend(self, q: Tensor, seen: Tensor, bias: Tensor) -> Tensor:
         """q [rows, heads, head_dim]; seen [rows, n, width]; bias [rows, 1, n] -> the shape of q."""

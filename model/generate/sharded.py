@@ -30,8 +30,8 @@ class LayerInPlace(DecoderLayer):
     """One block for one new token a row, by the block's own weights and, behind attention, its own modules."""
 
     def __init__(self, block: Block):
-        self.block, self.read = block, block.read
-        self.attention = build_decode_attention(block.self_attn, in_place=True)
+        self.block, self.read, self.values = block, block.read, block.values
+        self.attention = build_decode_attention(block.self_attn, block.value_embedding is not None, in_place=True)
         self.input_norm, self.post_norm = prepared(block.input_layernorm), prepared(block.post_attention_layernorm)
         self.router = block.mlp.gate if isinstance(block.mlp, MixtureOfExperts) else None
 

@@ -30,6 +30,8 @@ _PLAN = (
     (re.compile(r"experts\.down_proj$"), Shard(2, expert=True)),
     (re.compile(r"([qkv]_proj|q_b_proj|kv_b_proj|gate_proj|up_proj|embed_tokens|lm_head)\.weight$"), Shard(0)),
     (re.compile(r"(o_proj|down_proj)\.weight$"), Shard(1)),
+    (re.compile(r"value_embedding\.table$"), Shard(1)),
+    (re.compile(r"value_embedding\.gate$"), Shard(0)),
 )
 _WHOLE = Shard()
 

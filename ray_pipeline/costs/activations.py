@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 
 from model.config import ModelConfig
 from model.kernels.limits import row_step
-from ray_pipeline.costs.attention_costs import attention_pairs, attention_tokens
+from ray_pipeline.costs.attention_costs import attention_pairs, attention_tokens, value_tokens
 from ray_pipeline.costs.head_loss import INDEX, loss_tokens, makes_gradients_ahead, num_heads
 from ray_pipeline.costs.kernels import Kernels, block_norm_bytes, expected_rows, read_bytes
 from ray_pipeline.costs.weights import Weight, head_weight, layer_weights, mtp_projection
@@ -82,6 +82,7 @@ def layer_bytes(work: Workload, on: Kernels, layer: int) -> int:
         rest = tokens * dense_tokens(work)
     if checkpointing == "selective":
         return tokens * FP32 * model.hidden_size + rest
+    rest += tokens * value_tokens(work, on) if model.has_value_embedding(layer) else 0
     return tokens * attention_tokens(work, on) + attention_pairs(work, on) + rest
 
 

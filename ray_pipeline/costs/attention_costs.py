@@ -55,6 +55,17 @@ def _core_tokens(work: Workload, on: Kernels) -> int:
     return total + heads * a * value * (2 if model.attention == "mqa" and heads == 1 else 1)
 
 
+def value_tokens(work: Workload, on: Kernels) -> int:
+    """A value embedding: its gate before and after the factor, and the vector found; per token of the rank."""
+    model = work.model
+    heads = 1 if model.attention == "mqa" else model.num_kv_heads // work.layout.tp
+    kept = work.element * heads * (2 + model.value_head_dim)
+    view = model.is_latent and model.position == "rope" and model.value_head_dim >= model.qk_head_dim
+    if view and not _keeps_probabilities(work, on):  # their sum is no view, which would keep the keys beside it
+        kept -= work.element * heads * model.qk_nope_head_dim
+    return kept
+
+
 def key_heads(work: Workload) -> int:
     """Heads with keys and values that a rank has of its tokens, once they are shared out over tp and sp."""
     model, layout = work.model, work.layout

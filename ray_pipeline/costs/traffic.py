@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 
+from model.config_rules import VALUE_GATE_FEATURES
 from model.parallel.placement import ranks_of
 from ray_pipeline.costs.attention_costs import entering, indexer_messages, key_heads
 from ray_pipeline.costs.hardware_table import Hardware
@@ -77,6 +78,7 @@ def layer_messages(work: Workload, layer: int) -> dict[str, tuple[int, int]]:
     out = model.hidden_size * a
     read = entering(work) + model.hidden_size * a
     read += model.num_experts_per_tok * FP32 if moe else 0
+    read += VALUE_GATE_FEATURES * a if model.has_value_embedding(layer) and model.attention != "mqa" else 0
     # sp: queries, keys and values turn positions into heads, the output turns them back.
     heads, keys = model.num_attention_heads // layout.tp, key_heads(work)
     exchanged = (heads + keys) * (model.qk_head_dim + model.value_head_dim) * a

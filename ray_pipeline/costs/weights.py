@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from model.config import ModelConfig
+from model.config_rules import VALUE_GATE_FEATURES
 from ray_pipeline.costs.workload import Workload
 from ray_pipeline.settings.lora_targets import chosen_targets, linear_layers
 
@@ -99,6 +100,12 @@ def _indexer(model: ModelConfig) -> Iterator[Weight]:
     yield replace(_matrix(name, model.hidden_size, heads), matmul=False)
 
 
+def _value_embedding(model: ModelConfig) -> Iterator[Weight]:
+    cut, size = model.attention != "mqa", model.value_table_params
+    yield Weight("embedding", size, size // model.vocab_size, size, matmul=False, tp=cut)
+    yield _matrix("attention", model.num_kv_heads, VALUE_GATE_FEATURES, tp=cut)
+
+
 def _swiglu(kind: str, hidden: int, inner: int) -> Iterator[Weight]:
     for _ in range(3):
         yield _matrix(kind, hidden, inner, tp=True)
@@ -121,13 +128,15 @@ def layer_weights(model: ModelConfig, layer: int) -> list[Weight]:
     dense = _swiglu("dense ffn", model.hidden_size, model.intermediate_size)
     feed_forward = _experts(model) if model.is_moe_layer(layer) else dense
     scales = [_norm(2)] if model.residual_scales and layer < model.num_hidden_layers else []
-    return [*_attention(model), _block_norms(model, 2), *feed_forward, *scales]
+    values = _value_embedding(model) if model.has_value_embedding(layer) else ()
+    return [*_attention(model), *values, _block_norms(model, 2), *feed_forward, *scales]
 
 
 def alike(model: ModelConfig, layers: Iterable[int]) -> list[tuple[int, int]]:
-    """One layer of each kind, and how many there are of it: layers differ by their feed-forward alone."""
-    first: dict[bool, int] = {}
-    kinds = Counter(first.setdefault(model.is_moe_layer(layer), layer) for layer in layers)
+    """One layer of each kind, and how many there are of it: they differ by feed-forward and values."""
+    first: dict[tuple[bool, bool], int] = {}
+    of = ((model.is_moe_layer(layer), model.has_value_embedding(layer), layer) for layer in layers)
+    kinds = Counter(first.setdefault((moe, values), layer) for moe, values, layer in of)
     return list(kinds.items())
 
 

@@ -73,8 +73,13 @@ def whole_copies(config: PipelineFields, stage: str, model: ModelConfig, layout:
 
 
 def decoding_bytes(model: ModelConfig) -> int:
-    """Weights once more, laid out for decoding: all but the embedding and the MTP modules."""
-    return FP32 * (model.num_params(mtp=False) - model.vocab_size * model.hidden_size)
+    """Weights once more, laid out for decoding: all but the embeddings and the MTP modules."""
+    tables = model.vocab_size * model.hidden_size + _value_layers(model) * model.value_table_params
+    return FP32 * (model.num_params(mtp=False) - tables)
+
+
+def _value_layers(model: ModelConfig) -> int:
+    return sum(map(model.has_value_embedding, range(model.num_hidden_layers)))
 
 
 def _cache_bytes(config: PipelineFields, model: ModelConfig) -> int:
@@ -82,10 +87,12 @@ def _cache_bytes(config: PipelineFields, model: ModelConfig) -> int:
     grpo = config.grpo
     rows = min(max(grpo.prompts_per_step * grpo.group_size, FEWEST_ROWS), MOST_ROWS)
     latent = model.attention in ("mla", "dsa")
-    width = model.kv_lora_rank + model.qk_rope_head_dim
-    if not latent:
-        width = model.num_kv_heads * (model.qk_head_dim + model.value_head_dim)
-    return FP32 * rows * min(config.data.seq_len, 2 * grpo.max_new_tokens) * model.num_hidden_layers * width
+    if latent:  # and, of heads that a value embedding adds to, what it adds
+        width = model.num_hidden_layers * (model.kv_lora_rank + model.qk_rope_head_dim)
+        width += _value_layers(model) * model.num_attention_heads * model.v_head_dim
+    else:
+        width = model.num_hidden_layers * model.num_kv_heads * (model.qk_head_dim + model.value_head_dim)
+    return FP32 * rows * min(config.data.seq_len, 2 * grpo.max_new_tokens) * width
 
 
 def gathering_bytes(held: int, ranks: Sequence[int], *, cut: bool, zero_3: bool) -> int:

@@ -56,7 +56,8 @@ _NO_RESULT |= {"init_from.max_vocab_size", "init_from.max_file_bytes", "distilla
 # finished stages stay finished.
 _AS_BEFORE: dict[str, Any] = {
     "model.initialisation": "fixed", "model.embedding_init": None, "model.head_init": None,
-    "model.zero_init_outputs": False, "model.residual_scales": False, "export.max_shard_bytes": 5_000_000_000,
+    "model.zero_init_outputs": False, "model.residual_scales": False, "model.value_embeddings": False,
+    "export.max_shard_bytes": 5_000_000_000,
 }  # fmt: skip
 for _stage in TRAINING_STAGES:
     _AS_BEFORE |= {

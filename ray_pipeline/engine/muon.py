@@ -30,12 +30,13 @@ NEURON_DECAY = 0.95  # of the second moments of neurons (arXiv:2510.05491, §4)
 EPSILON = 1e-7
 RMS = 0.2
 # Tables and choices rather than maps between features: left to AdamW (arXiv:2502.16982, §2.2 and §3.1).
+VALUE_TABLES = ("value_embedding.table", "value_embedding.table_with_mqa")
 _NOT_MAPS = ("embed_tokens.weight", "lm_head.weight", "mlp.gate.weight", "position_embedding", "recursion.weight")
 
 
 def is_orthogonalised(name: str, parameter: Tensor) -> bool:
     """Whether Muon moves the parameter of this name in the whole model."""
-    return parameter.dim() >= 2 and not name.endswith(_NOT_MAPS)
+    return parameter.dim() >= 2 and not name.endswith(_NOT_MAPS + VALUE_TABLES)
 
 
 def orthogonalise(matrices: Tensor, dtype: torch.dtype, iteration: str = "newton_schulz") -> Tensor:

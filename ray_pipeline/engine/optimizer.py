@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from model.parallel.mesh import Mesh
 from model.parallel.shard_plan import shard_of
-from ray_pipeline.engine.muon import Muon, is_orthogonalised, moments
+from ray_pipeline.engine.muon import VALUE_TABLES, Muon, is_orthogonalised, moments
 from ray_pipeline.settings.schema import OptimizerConfig
 
 CPU = torch.device("cpu")
 RATE = "lr_factor"  # of a parameter group
-TABLES = {"embedding": "embed_tokens.weight", "head": "lm_head.weight"}
+TABLES = {"embedding": ("embed_tokens.weight", *VALUE_TABLES), "head": ("lm_head.weight",)}
 MOMENTS = {"adamw": ("exp_avg", "exp_avg_sq"), "sgd": ()}
 
 
@@ -42,9 +42,9 @@ def expert_group_name(mesh: Mesh) -> str:
 
 
 def table_of(name: str, config: OptimizerConfig) -> str | None:
-    """Embedding or head, where it has a rate of its own."""
+    """Embedding (of values too) or head, where it has a rate of its own."""
     factors = {"embedding": config.embedding_lr_factor, "head": config.head_lr_factor}
-    return next((key for key, end in TABLES.items() if name.endswith(end) and factors[key] != 1), None)
+    return next((key for key, ends in TABLES.items() if name.endswith(ends) and factors[key] != 1), None)
 
 
 def _table_groups(

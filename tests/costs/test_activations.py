@@ -81,10 +81,11 @@ def kept_bytes(
         if parameter.dim() > 1:  # norms as they start: routing would not be even where a bias makes tokens alike
             torch.nn.init.normal_(parameter, std=0.1)
     x = torch.randn(rows, seq, model.hidden_size, requires_grad=True)
+    tokens = torch.zeros(rows, seq, dtype=torch.long)
     rotation = rotary_table(model)[None, :seq]
     mask = visible_tokens(model, torch.zeros(rows, seq, dtype=torch.long), seq, x.device)
     assert mask is not None
-    shared = {t.untyped_storage().data_ptr() for t in (*block.parameters(), rotation, mask)}
+    shared = {t.untyped_storage().data_ptr() for t in (*block.parameters(), rotation, mask, tokens)}
     kept: dict[int, torch.Tensor] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -96,7 +97,7 @@ def kept_bytes(
         torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
         torch.autocast("cpu", torch.bfloat16, enabled=bf16),
     ):
-        block(x, rotation, mask, counting=counting)
+        block(x, rotation, mask, counting=counting, tokens=tokens)
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
@@ -112,6 +113,15 @@ def test_a_block_keeps_what_the_formula_says(name: str, layer: int, bf16: bool) 
     work = of(model, bf16)
     weights = cast_weights(work, layer_weights(model, layer))
     assert layer_bytes(work, kernels("cpu"), layer) + weights == kept_bytes(model, layer, bf16, "none")
+
+
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_block_with_a_value_embedding_keeps_what_the_formula_says(name: str, bf16: bool) -> None:
+    model = replace(MODELS[name], value_embeddings=True)
+    work = of(model, bf16)
+    weights = cast_weights(work, layer_weights(model, 1))
+    assert layer_bytes(work, kernels("cpu"), 1) + weights == kept_bytes(model, 1, bf16, "none")
 
 
 @pytest.mark.parametrize("name", ["small", "grouped routing"])
@@ -219,7 +229,10 @@ def test_the_whole_model_with_its_loss_keeps_what_the_formula_says(bf16: bool, m
     assert predicted == pytest.approx(last_part_bytes(bf16, mtp_weight), rel=2e-3)
 
 
-CHANGES = [{"recursion_depth": 3}, {"norm": "dyt"}, {"aux_loss_alpha": 0.1}, {"residual_scales": True}]
+CHANGES = [
+    {"recursion_depth": 3}, {"norm": "dyt"}, {"aux_loss_alpha": 0.1}, {"residual_scales": True},
+    {"value_embeddings": True},
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])

@@ -52,6 +52,7 @@ MODELS = st.builds(
     position=st.sampled_from(["rope", "cope"]),
     norm=st.sampled_from(["rmsnorm", "dyt"]),
     residual_scales=st.booleans(),
+    value_embeddings=st.booleans(),
     n_routed_experts=st.sampled_from([4, 8]),
     n_shared_experts=st.integers(0, 2),
     num_nextn_predict_layers=st.integers(0, 2),

@@ -1,4 +1,4 @@
-"""Balancing losses, V2's routers, DyT, recursion, residual scales: every layout takes one process's steps."""
+"""Balancing losses, V2's routers, DyT, recursion, scales, value embeddings: every layout takes one process's steps."""
 
 from __future__ import annotations
 
@@ -28,6 +28,9 @@ KINDS = {
     "dyt": {"norm": "dyt"},
     "recursion": {"recursion_depth": 3, "aux_loss_alpha": 0.5},
     "scales": {"residual_scales": True},
+    "values": {"value_embeddings": True},
+    "values of one head": {"value_embeddings": True, "attention": "mqa", "head_dim": 8},
+    "values of groups": {"value_embeddings": True, "attention": "gqa", "num_key_value_heads": 2, "head_dim": 8},
     "scales alone": {"residual_scales": True, "num_nextn_predict_layers": 0},
 }  # fmt: skip
 LAYOUTS = {
@@ -47,6 +50,9 @@ RUN = {
     "recursion": ("tp2", "dp2-ep2-zero1", "sp2-zero2-full", "dp2-zero3"),
     "scales": ("tp2", "sp2", "pp2-zbv", "sp2-zero2-full", "dp2-zero3"),
     "scales alone": ("pp2-zbv",),
+    "values": ("tp2", "sp2", "dp2-ep2-zero1", "pp2-zbv", "sp2-zero2-full", "dp2-zero3"),
+    "values of one head": ("tp2", "sp2", "dp2-zero3"),
+    "values of groups": ("tp2", "pp2-zbv"),
 }
 CASES = [(kind, name) for kind, names in RUN.items() for name in names]
 STEPS = 2

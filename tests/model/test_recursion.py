@@ -22,6 +22,8 @@ DECODED = {
     "recursion": {"recursion_depth": 3},
     "dyt": {"norm": "dyt"},
     "scales of the residual stream": {"residual_scales": True},
+    "value embeddings": {"value_embeddings": True},
+    "value embeddings and recursion": {"value_embeddings": True, "recursion_depth": 2},
     "scales and recursion": {"residual_scales": True, "recursion_depth": 2},
     "recursion, dyt, grouped attention": {
         "recursion_depth": 2, "norm": "dyt", "attention": "gqa", "num_key_value_heads": 1, "head_dim": 8,

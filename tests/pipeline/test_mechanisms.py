@@ -20,6 +20,7 @@ MECHANISMS = {
     "dyt": "model.norm=dyt",
     "recursion": "model.recursion_depth=2",
     "residual-scales": "model.residual_scales=true",
+    "value-embeddings": "model.value_embeddings=true",
     "aux-loss": "model.aux_loss_alpha=0.01",
     "softmax": "model.topk_method=greedy",
     "two-drafts": "model.num_nextn_predict_layers=2",

@@ -26,6 +26,7 @@ KINDS = {
     "sliding": {"attention": "sliding", "sliding_window": 8, "num_key_value_heads": 1},
     "recursion": {"recursion_depth": 2},
     "residual scales": {"residual_scales": True},
+    "value embeddings": {"value_embeddings": True},
 }
 
 

@@ -49,7 +49,7 @@ class Parts(nn.Module):
             routing = batch.extras.routing
             hidden = part.run_layers(
                 hidden, rotation, mask, None if routing is None else batch.local(routing),
-                None if batch.real is None else batch.local(batch.real), ahead,
+                None if batch.real is None else batch.local(batch.real), ahead, batch.local(batch.tokens),
             )  # fmt: skip
             if part.is_last:
                 return [output(part, part.norm(hidden), ahead, batch)]

@@ -171,6 +171,7 @@ def test_a_config_that_would_be_wrong_is_refused(name, change, message):
         ({"norm": "dyt"}, "no transformers class has norm=dyt"),
         ({"recursion_depth": 3}, "no transformers class has recursion_depth=3"),
         ({"residual_scales": True}, "no transformers class has residual_scales"),
+        ({"value_embeddings": True}, "no transformers class has value_embeddings"),
         ({"topk_method": "greedy"}, "no transformers class has scoring_func=sigmoid with topk_method=greedy"),
         ({"scoring_func": "softmax"}, "no transformers class has scoring_func=softmax with topk_method=noaux_tc"),
         (

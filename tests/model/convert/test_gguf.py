@@ -261,6 +261,7 @@ def test_models_llama_cpp_would_misread_are_refused(change, message):
         ({"norm": "dyt"}, "norm=dyt"),
         ({"recursion_depth": 2}, "recursion_depth=2"),
         ({"residual_scales": True}, "residual_scales=True"),
+        ({"value_embeddings": True}, "value_embeddings=True"),
         ({"scoring_func": "softmax"}, "scoring_func=softmax with topk_method=noaux_tc"),
         ({"scoring_func": "softmax", "topk_method": "group_limited_greedy"}, "topk_method=group_limited_greedy"),
     ],

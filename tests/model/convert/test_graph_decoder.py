@@ -34,6 +34,9 @@ MODELS: dict[str, dict] = {
     "dyt": {"norm": "dyt"},
     "recursion": {"recursion_depth": 2},
     "residual scales": {"residual_scales": True},
+    "value embeddings": {"value_embeddings": True},
+    "value embeddings, dsa": {"value_embeddings": True, "attention": "dsa", "index_topk": 8},
+    "value embeddings, mqa": {"value_embeddings": True, "attention": "mqa"},
     "cope": {"position": "cope", "cope_positions": 20},
     "gqa, cope": {"attention": "gqa", "num_key_value_heads": 2, "position": "cope", "cope_positions": 20},
 }
@@ -47,7 +50,7 @@ def made(changes: dict) -> Transformer:
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
-            if name.endswith(("bias", "position_embedding")):
+            if name.endswith(("bias", "position_embedding")) or "value_embedding.gate" in name:
                 tensor.copy_(0.2 * torch.randn(tensor.shape, generator=generator))
     return model
 
