@@ -98,7 +98,7 @@ def make_plan(
         judged: the settings that advised layouts must be legal for; default: those of the whole run.
     """
     layout = replace(layout, device="cpu" if hardware.device == "cpu" else "cuda")
-    work, each = workload(config, layout, stage), for_ranks(hardware, layout.gpus)
+    work, each = workload(config, layout, stage, hardware.node), for_ranks(hardware, layout.gpus)
     fit = judge(work, each)
     return Plan(
         **vars(fit), work=work, hardware=each, parameters=counts(work.model),
