@@ -1,6 +1,6 @@
 """Builds a part of the model as one rank holds it, cut by the shard plan, and sets what its layers compute in.
 
-The layers themselves know only an `Axis` each (`tp`, `sp`, `ep`), which `attach_axes` sets.
+The layers themselves know only an `Axis` each (`tp`, `sp`, `ep` and its two hops), which `attach_axes` sets.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from model.transformer import Block, Transformer
 def attach_axes(model: nn.Module, mesh: Mesh) -> None:
     """Give every layer that splits work the axes it splits it over."""
     for module in model.modules():
-        for name in ("tp", "sp", "ep"):
+        for name in ("tp", "sp", "ep", "ep_near", "ep_far"):
             if hasattr(module, name):
                 setattr(module, name, mesh.axis(name))
 

@@ -30,7 +30,7 @@ from model.layers.vocab import Embedding, Head
 from model.moe.experts import MixtureOfExperts
 from model.moe.replay import split_routing
 from model.mtp import MultiTokenPredictor
-from model.parallel.collectives import LOCAL, Axis
+from model.parallel.collectives import LOCAL, Arrivals, Axis
 from model.recursion import build_recursion
 
 Recompute = Literal["none", "selective", "full"]
@@ -110,8 +110,11 @@ class Block(nn.Module):
 
 
 def _checkpointed(function: Callable[..., Tensor], counting: Counting, *args: Tensor | None) -> Tensor:
-    """`function(counting, *args)`, whose activations backward computes again, without counting them again."""
-    countings = chain([counting], repeat(replace(counting, repeated=True)))
+    """`function(counting, *args)`, whose activations backward computes again, without counting them again, and without
+    sending tokens to their experts again."""
+    arrivals = Arrivals()
+    again = (replace(counting, repeated=True, arrivals=arrivals.again()) for _ in repeat(None))
+    countings = chain([replace(counting, arrivals=arrivals)], again)
     # The model draws no random numbers, so there is no state to keep; and a parameter that ZeRO 3 gathers for the
     # recomputation differs in shape from its empty self at the check, not in value.
     out = checkpoint(

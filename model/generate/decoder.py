@@ -46,9 +46,7 @@ class DecoderLayer:
             self.down = Factor(dense.down_proj.weight.t().contiguous())
             self.inner = dense.down_proj.in_features
 
-    def step(
-        self, x: Tensor, rotation: Tensor, cache: Tensor, bias: Tensor, column: int, tokens: Tensor
-    ) -> Tensor:
+    def step(self, x: Tensor, rotation: Tensor, cache: Tensor, bias: Tensor, column: int, tokens: Tensor) -> Tensor:
         """[rows, hidden_size] -> same; tokens [rows], the other arguments as in `DecodeAttention.step`."""
         y = self.input_norm(x)
         return self.feed_forward(self.attention.step(y, x, rotation, cache, bias, column, self.values(y, tokens)))

@@ -22,11 +22,13 @@ class Plan:
         source: [rows] the token that a row reads; a row of padding reads token 0.
         place: [tokens, k] the row of each token's k-th choice.
         counts: [experts] rows of each expert, padding included.
+        present: [tokens, k] one for a choice that has a row, zero for one that is none; None: all have.
     """
 
     source: Tensor
     place: Tensor
     counts: Tensor
+    present: Tensor | None = None
 
 
 def _stable_order(numbers: Tensor) -> Tensor:
@@ -58,26 +60,33 @@ def plan_rows(chosen: Tensor, num_experts: int, multiple: int = 1) -> Plan:
 
 class _Spread(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, source: Tensor, place: Tensor) -> Tensor:
-        ctx.save_for_backward(place)
+    def forward(ctx: Any, x: Tensor, source: Tensor, place: Tensor, present: Tensor | None) -> Tensor:
+        ctx.save_for_backward(place, present)
         return x.index_select(0, source)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        (place,) = ctx.saved_tensors
-        return sum_of_choices(grads[0], place), None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        return _sum_of_present(grads[0], *ctx.saved_tensors), None, None, None
 
 
 class _Collect(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, source: Tensor, place: Tensor) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, source: Tensor, place: Tensor, present: Tensor | None) -> Tensor:
         ctx.save_for_backward(source)
-        return sum_of_choices(rows, place)
+        return _sum_of_present(rows, place, present)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         (source,) = ctx.saved_tensors
-        return grads[0].index_select(0, source), None, None
+        return grads[0].index_select(0, source), None, None, None
+
+
+def _sum_of_present(rows: Tensor, place: Tensor, present: Tensor | None) -> Tensor:
+    if present is None:
+        return sum_of_choices(rows, place)
+    if not len(rows):
+        return rows.new_zeros(len(place), rows.shape[1])
+    return sum_of_choices(rows, place, present.to(rows.dtype))
 
 
 def sum_of_choices(rows: Tensor, place: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -89,7 +98,7 @@ def sum_of_choices(rows: Tensor, place: Tensor, weights: Tensor | None = None) -
 
 def spread(x: Tensor, plan: Plan) -> Tensor:
     """Every token into its rows: [tokens, width] -> [rows, width]. Gradients of rows of padding are lost."""
-    return _Spread.apply(x, plan.source, plan.place)
+    return _Spread.apply(x, plan.source, plan.place, plan.present)
 
 
 def collect(rows: Tensor, plan: Plan) -> Tensor:
@@ -97,7 +106,7 @@ def collect(rows: Tensor, plan: Plan) -> Tensor:
 
     Rows of padding get the gradient of token 0: the caller makes sure that nothing comes of it.
     """
-    return _Collect.apply(rows, plan.source, plan.place)
+    return _Collect.apply(rows, plan.source, plan.place, plan.present)
 
 
 def spread_scales(scales: Tensor, plan: Plan) -> Tensor:

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from model.parallel.collectives import Arrivals
+
 LOSSES = ("aux_loss", "indexer_kl")  # balance of experts; the indexer of sparse attention
 
 
@@ -58,11 +60,13 @@ class Counting:
         real: bool [batch, seq / sp], False for padding, which no load and no such loss counts; None: all are tokens.
         losses: of the training step; None where none are wanted (inference, evaluation).
         repeated: a checkpointed layer runs again in the backward pass: everything was counted the first time.
+        arrivals: of a checkpointed layer, what experts' tokens were on their way; None where nothing is repeated.
     """
 
     real: Tensor | None = None
     losses: LayerLosses | None = None
     repeated: bool = False
+    arrivals: Arrivals | None = None
 
     @property
     def wants_losses(self) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from math import prod
 
 import torch
-import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import ModelConfig
@@ -18,8 +18,9 @@ from model.kernels.weight_gradients import BackwardSplit
 from model.layers.auxiliary import EVERY_TOKEN, Counting
 from model.layers.feed_forward import FeedForward
 from model.layers.linear import as_operand
+from model.moe.dispatch import Hop, Tokens, plan_present, through
 from model.moe.router import Router
-from model.parallel.collectives import LOCAL, Axis, all_to_all_rows, collective, copy_to, reduce_from
+from model.parallel.collectives import LOCAL, Arrivals, Axis, copy_to, reduce_from
 
 
 class RoutedExperts(nn.Module):
@@ -28,12 +29,16 @@ class RoutedExperts(nn.Module):
     Experts are cut over ep, each one's inner features over tp.
 
     Attributes:
+        ep_near, ep_far: the way to experts, within a node and between nodes (`MeshSizes.dispatch_groups`).
         product: another matrix product, (rows sorted by expert, weight parameter, rows of each expert, backward_split)
             -> output.
         backward_split: lets weight gradients be computed later.
     """
 
     ep: Axis = LOCAL
+    tp: Axis = LOCAL
+    ep_near: Axis = LOCAL
+    ep_far: Axis = LOCAL
     product: Callable[[Tensor, Tensor, Tensor, BackwardSplit | None], Tensor] | None = None
     backward_split: BackwardSplit | None = None
 
@@ -43,16 +48,17 @@ class RoutedExperts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * inner, hidden))
         self.down_proj = nn.Parameter(torch.empty(experts, hidden, inner))
 
-    def forward(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+    def forward(self, x: Tensor, indices: Tensor, weights: Tensor, arrivals: Arrivals | None = None) -> Tensor:
         """Weighted sum of chosen experts; nothing is dropped. x [tokens, hidden]; others [tokens, k]."""
         if self.ep.size == 1:
             return self._compute(x, indices, weights)
-        return self._elsewhere(x, indices, weights)
+        return self._elsewhere(x, indices, weights, arrivals)
 
     def _compute(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
         """My experts, by their numbers here: x [tokens, hidden]; others [tokens, k] -> [tokens, hidden]."""
         x, (experts, *matrix) = as_operand(x), self.gate_up_proj.shape
-        plan = plan_rows(indices, experts, row_multiple(x, prod(matrix), indices.numel() / experts))
+        multiple = row_multiple(x, prod(matrix), indices.numel() / experts)
+        plan = (plan_rows if self.ep.size == 1 else plan_present)(indices, experts, multiple)
         if self.product is None:
             return operations.experts(x, self.gate_up_proj, self.down_proj, weights, plan, self.backward_split)
         gate_up = self.product(spread(x, plan), self.gate_up_proj, plan.counts, self.backward_split)
@@ -60,21 +66,20 @@ class RoutedExperts(nn.Module):
         inner = scaled_swiglu(gate_up, spread_scales(weights, plan))
         return collect(self.product(inner, self.down_proj, plan.counts, self.backward_split), plan)
 
-    def _elsewhere(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
-        """Send every row to the rank that holds its expert, compute there, and bring the results back in order."""
-        experts = self.gate_up_proj.shape[0]
-        plan = plan_rows(indices, experts * self.ep.size)
-        arriving = torch.empty_like(plan.counts)
-        with collective(self.ep, "all-to-all"):
-            dist.all_to_all_single(arriving, plan.counts, group=self.ep.group)
-        by_rank = (self.ep.size, experts)
-        sent, received = plan.counts.view(by_rank).sum(1).tolist(), arriving.view(by_rank).sum(1).tolist()
-        rows = all_to_all_rows(spread(x, plan), received, sent, self.ep)
-        scales = all_to_all_rows(spread_scales(weights, plan), received, sent, self.ep)
-        # What arrives is sorted by sender, then expert.
-        expert = torch.arange(experts, device=rows.device).repeat(self.ep.size).repeat_interleave(arriving)
-        out = self._compute(rows, expert.unsqueeze(1), scales)
-        return collect(all_to_all_rows(out, sent, received, self.ep), plan)
+    def _elsewhere(self, x: Tensor, indices: Tensor, weights: Tensor, arrivals: Arrivals | None) -> Tensor:
+        """Of the tokens, which tensor-parallel ranks have in common, send my share to where their experts are.
+
+        Returns:
+            [tokens, hidden]: whole results of my share, zeros elsewhere; the sum over tp puts them together.
+        """
+        held, tokens = self.gate_up_proj.shape[0], len(x)
+        start, stop = (tokens * index // self.tp.size for index in (self.tp.index, self.tp.index + 1))
+        hops = (
+            Hop(self.ep_far, held * self.ep_near.size // self.tp.size),
+            Hop(self.ep_near, held, copies=self.tp.size),
+        )
+        mine = Tokens(x[start:stop], indices[start:stop], weights[start:stop])
+        return F.pad(through(hops, mine, self._compute, arrivals), (0, 0, start, tokens - stop))
 
 
 class MixtureOfExperts(nn.Module):
@@ -99,7 +104,7 @@ class MixtureOfExperts(nn.Module):
         given = None if routing is None else routing.flatten(0, -2)
         indices, weights = self.gate(tokens, rows=x.shape[0], given=given, counting=counting)
         entered = copy_to(as_operand(tokens), self.tp)  # once for routed and shared experts: one message backward
-        out = self.experts(entered, indices, copy_to(weights, self.tp)).view_as(x)
+        out = self.experts(entered, indices, copy_to(weights, self.tp), counting.arrivals).view_as(x)
         if self.shared_experts is not None:
             out = out + self.shared_experts.partial(entered.view_as(x))
         return reduce_from(out, self.tp)

@@ -6,7 +6,7 @@ parallelism exchanges heads for positions (Ulysses, arXiv:2309.14509); experts g
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -78,6 +78,27 @@ def gather_last(x: Tensor, axis: Axis) -> Tensor:
     return torch.cat(parts, -1)
 
 
+class Arrivals:
+    """What other ranks sent in a forward pass, for the same pass in backward, which then asks them for nothing."""
+
+    def __init__(self) -> None:
+        self._kept: list[Tensor] = []
+        self._again: Iterator[Tensor] | None = None
+
+    def again(self) -> Arrivals:
+        """Start a repetition: what was kept is given out in the same order."""
+        self._again = iter(self._kept)
+        return self
+
+    def keep(self, receive: Callable[[], Tensor], *, values: bool = True) -> Tensor:
+        """What `receive` gives, the first time. Without `values` zeros after that: nothing that is kept reads them."""
+        if self._again is not None:
+            return next(self._again).detach()
+        out = receive()
+        self._kept.append(out.detach() if values else out.new_zeros(1).expand_as(out))
+        return out
+
+
 class _CopyTo(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
@@ -103,14 +124,15 @@ class _AllToAll(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, received: list[int], sent: list[int], axis: Axis) -> Tensor:
         ctx.received, ctx.sent, ctx.axis = received, sent, axis
-        return _exchange_rows(x, received, sent, axis)
+        return exchange_rows(x, received, sent, axis)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        return _exchange_rows(grads[0], ctx.sent, ctx.received, ctx.axis), None, None, None
+        return exchange_rows(grads[0], ctx.sent, ctx.received, ctx.axis), None, None, None
 
 
-def _exchange_rows(x: Tensor, received: list[int], sent: list[int], axis: Axis) -> Tensor:
+def exchange_rows(x: Tensor, received: list[int], sent: list[int], axis: Axis) -> Tensor:
+    """As `all_to_all_rows`, for an axis that is split; not differentiable."""
     out = x.new_empty(sum(received), *x.shape[1:])
     with collective(axis, "all-to-all"):
         dist.all_to_all_single(out, x.contiguous(), received, sent, group=axis.group)

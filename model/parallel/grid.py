@@ -74,7 +74,29 @@ class MeshSizes:
         """Ranks that hold the same experts."""
         return [ranks[i :: self.ep] for ranks in self.groups("dp", "sp") for i in range(self.ep)]
 
-    def all_groups(self) -> dict[str, list[list[int]]]:
-        """Every kind of process group by name."""
+    def dispatch_sizes(self, node: int | None = None) -> tuple[int, int]:
+        """Ranks of the two steps to experts: of one node, and of as many nodes. Without expert parallelism one each.
+
+        An expert group and its tensor-parallel peers are neighbours; where whole nodes do not make them up, they count
+        as one node.
+
+        Args:
+            node: ranks of a node; None: all are on one.
+        """
+        together = self.ep * self.tp if self.ep > 1 else 1
+        near = node if node and together % node == 0 and node % self.tp == 0 else together
+        return near, together // near
+
+    def dispatch_groups(self, node: int | None = None) -> dict[str, list[list[int]]]:
+        """Of those steps: ranks of one node (`ep_near`), and ranks in the same place of different nodes (`ep_far`)."""
+        near, far = self.dispatch_sizes(node)
+        nodes = [range(start, start + near) for start in range(0, self.world, near)]
+        together = [nodes[i : i + far] for i in range(0, len(nodes), far)]
+        across = [list(ranks) for some in together for ranks in zip(*some, strict=True)]
+        return {"ep_near": [list(ranks) for ranks in nodes], "ep_far": across}
+
+    def all_groups(self, node: int | None = None) -> dict[str, list[list[int]]]:
+        """Every kind of process group by name, on nodes of `node` ranks."""
         named = {name: self.groups(*axes) for name, axes in GROUPS.items()}
-        return named | {"ep": self.expert_groups(), "expert_replica": self.expert_replica_groups()}
+        experts = {"ep": self.expert_groups(), "expert_replica": self.expert_replica_groups()}
+        return named | experts | self.dispatch_groups(node)

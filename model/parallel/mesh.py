@@ -17,9 +17,13 @@ __all__ = ["AXES", "GROUPS", "Mesh", "MeshSizes"]
 
 
 class Mesh:
-    """This process's place in the layout, and its process groups. Several ranks need torch.distributed."""
+    """This process's place in the layout, and its process groups. Several ranks need torch.distributed.
 
-    def __init__(self, sizes: MeshSizes, *, timeout: timedelta = timedelta(minutes=10)):
+    Args:
+        node: ranks of a node, where all nodes have as many; None: messages take no notice of nodes.
+    """
+
+    def __init__(self, sizes: MeshSizes, *, timeout: timedelta = timedelta(minutes=10), node: int | None = None):
         distributed = dist.is_initialized()
         self.sizes = sizes
         self.world = dist.get_world_size() if distributed else 1
@@ -34,7 +38,7 @@ class Mesh:
         alone = [dist.new_group([rank]) for rank in range(self.world)] if distributed else []
         self._alone = alone[self.rank] if distributed else None
         made: dict[tuple[str, tuple[int, ...]], dist.ProcessGroup | None] = {}
-        for name, groups in sizes.all_groups().items():
+        for name, groups in sizes.all_groups(node).items():
             for ranks in groups:
                 # Every rank must take part in making every group, its own or not. Equal groups share one.
                 key = (name if name in ("pp", "pp_back") else "", tuple(ranks))  # the pipeline's have their own
@@ -63,7 +67,8 @@ class Mesh:
         return self.dp_rank, self.dp
 
     def axis(self, name: str) -> Axis:
-        """My group along `name`: pp, pp_back, dp, sp, tp, ep, replica (dp x sp), expert_replica, model (pp x tp)."""
+        """My group along `name`: pp, pp_back, dp, sp, tp, ep, replica (dp x sp), expert_replica, model (pp x tp), and
+        ep_near, ep_far (`MeshSizes.dispatch_groups`)."""
         return self._axes[name]
 
     def ranks(self, name: str) -> tuple[int, ...]:

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from model.config import ModelConfig
 from model.kernels.limits import row_step
 from ray_pipeline.costs.attention_costs import attention_pairs, attention_tokens, value_tokens
+from ray_pipeline.costs.dispatch import hops
 from ray_pipeline.costs.head_loss import INDEX, loss_tokens, makes_gradients_ahead, num_heads
 from ray_pipeline.costs.kernels import Kernels, block_norm_bytes, expected_rows, read_bytes
 from ray_pipeline.costs.weights import Weight, head_weight, layer_weights, mtp_projection
@@ -32,9 +33,7 @@ def expert_tokens(work: Workload) -> int:
     # Routed experts gather their rows from it; those of other ranks arrive as rows.
     read = model.n_shared_experts > 0 or work.layout.ep == 1
     total = block_norm_bytes(work) + read_bytes(hidden, work, by_products=read, as_fp32=True)
-    total += _router(model) + k * INDEX
-    if work.layout.ep > 1:  # the places of the rows that are sent, and the tokens that they are of
-        total += 2 * k * INDEX
+    total += _router(model) + (k * INDEX if work.layout.ep == 1 else 0)
     return total + 3 * (model.n_shared_experts * inner) * a
 
 
@@ -55,9 +54,16 @@ def routed_bytes(work: Workload, on: Kernels) -> int:
     hidden, inner = work.model.hidden_size, work.model.moe_intermediate_size // work.layout.tp
     # The token it is of; gate and up; the weight.
     row = INDEX + work.element * (2 * inner + 1)
-    # What other ranks sent is kept as it came, without padding.
-    arrived = work.tokens_at_once * work.model.num_experts_per_tok if work.layout.ep > 1 else 0
-    return routed_rows(work, on) * row + arrived * work.element * hidden
+    total: float = routed_rows(work, on) * row
+    way = hops(work)
+    if way:  # what arrived last is kept as it came, with the place of every expert's row
+        total += way[-1].rows * (work.element * hidden + way[-1].width * INDEX)
+    return round(total + sum(hop.route_bytes() for hop in way))
+
+
+def arrived_bytes(work: Workload) -> int:
+    """What a layer that is computed again keeps of a micro-batch so that nothing has to be sent again between nodes."""
+    return round(sum(hop.arrived_bytes(work, rows=index == 0) for index, hop in enumerate(hops(work))))
 
 
 def _router(model: ModelConfig) -> int:
@@ -74,8 +80,8 @@ def layer_bytes(work: Workload, on: Kernels, layer: int) -> int:
     """What one block keeps of one micro-batch under the layout's activation checkpointing."""
     model, tokens = work.model, work.tokens_at_once
     checkpointing = work.layout.activation_checkpointing
-    if checkpointing == "full":
-        return tokens * FP32 * model.hidden_size  # its input alone
+    if checkpointing == "full":  # its input, and what came from other ranks
+        return tokens * FP32 * model.hidden_size + (arrived_bytes(work) if model.is_moe_layer(layer) else 0)
     if model.is_moe_layer(layer):
         rest = tokens * expert_tokens(work) + routed_bytes(work, on)
     else:

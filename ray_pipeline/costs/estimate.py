@@ -100,7 +100,7 @@ def make_plan(
     """
     layout = replace(layout, device="cpu" if hardware.device == "cpu" else "cuda")
     config = with_sampling(config, layout, stage, hardware)
-    work, each = workload(config, layout, stage), for_ranks(hardware, layout.gpus)
+    work, each = workload(config, layout, stage, hardware.node), for_ranks(hardware, layout.gpus)
     fit = judge(work, each)
     return Plan(
         **vars(fit), work=work, hardware=each, parameters=counts(work.model),

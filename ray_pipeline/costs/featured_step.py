@@ -7,8 +7,8 @@ over memory and messages are apart, since a feature changes some of them alone.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from math import comb
 
+from ray_pipeline.costs.dispatch import reached
 from ray_pipeline.costs.features import (
     ATTENTION,
     GROUPED,
@@ -213,19 +213,12 @@ class FeaturedStep:
         within: float = chosen
         away = chosen * (1 - 1 / nodes)
         if features.dispatch == "by node":
-            away = self.nodes_reached(nodes) * (1 - 1 / nodes)
+            away = reached(model, nodes) * (1 - 1 / nodes)
         else:
             within = chosen / nodes
         row = model.hidden_size * ((1 if features.fp8_dispatch else BF16) + BF16)
         tokens = self.own if features.sequence_parallel else self.tokens
         return tokens * row * max(away / self.inter, within / self.intra)
-
-    def nodes_reached(self, nodes: int) -> float:
-        """Nodes with an expert of a token, on average, where the router chooses evenly among the groups it allows."""
-        model = self.model
-        allowed = max(1, nodes * model.topk_group // model.n_group)
-        each, chosen = model.n_routed_experts // nodes, model.num_experts_per_tok
-        return allowed * (1 - comb(each * (allowed - 1), chosen) / comb(each * allowed, chosen))
 
     def _update(self, rank: _MicroBatch) -> float:
         """Reduce gradients and bring weights together, both in bf16; and the optimizer's passes over memory."""

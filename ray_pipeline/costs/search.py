@@ -171,7 +171,7 @@ class LayoutSearch:
                 continue
             layout = replace(plain, **sizes)
             if refusal(self.config, layout) is None:
-                yield replace(workload(self.config, layout, self.stage), micro_batch=1)
+                yield replace(workload(self.config, layout, self.stage, self.hardware.node), micro_batch=1)
 
     def _orders(self, work: Workload) -> Iterator[Workload]:
         """In what order, and in how many passes."""

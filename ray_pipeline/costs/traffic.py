@@ -13,11 +13,15 @@ from itertools import pairwise
 from model.config_rules import VALUE_GATE_FEATURES
 from model.parallel.placement import ranks_of
 from ray_pipeline.costs.attention_costs import entering, indexer_messages, key_heads
+from ray_pipeline.costs.dispatch import hops
 from ray_pipeline.costs.hardware_table import Hardware
 from ray_pipeline.costs.head_loss import computes_logits_again, num_heads
 from ray_pipeline.costs.weights import Weight, alike, part_weights, trained_weights
 from ray_pipeline.costs.workload import FP32, Part, Workload
 from ray_pipeline.engine import zero_settings
+
+# Of messages within layers, axis -> operation.
+WITHIN_LAYERS = {"tp": "all-reduce", "sp": "all-to-all", "ep": "all-to-all", "ep, nodes": "all-to-all"}
 
 
 @dataclass(frozen=True)
@@ -55,10 +59,12 @@ class Group:
 def groups(work: Workload) -> dict[str, Group]:
     """Axis -> its group in the grid (pp, dp, sp, tp), tp fastest."""
     layout = work.layout
+    near, far = layout.dispatch_sizes(work.node)
     return {
         "tp": Group(layout.tp, 1),
         "sp": Group(layout.sp, layout.tp),
-        "ep": Group(layout.ep, layout.tp),
+        "ep": Group(near, 1),
+        "ep, nodes": Group(far, near),
         "dp": Group(work.replicas, layout.tp),
         "dp, experts": Group(work.expert_replicas, layout.tp * layout.ep),
         "pp": Group(layout.pp, layout.tp * work.replicas),
@@ -82,13 +88,11 @@ def layer_messages(work: Workload, layer: int) -> dict[str, tuple[int, int]]:
     # sp: queries, keys and values turn positions into heads, the output turns them back.
     heads, keys = model.num_attention_heads // layout.tp, key_heads(work)
     exchanged = (heads + keys) * (model.qk_head_dim + model.value_head_dim) * a
-    # ep: the chosen rows and their weights go out, and results come back.
-    rows = model.num_experts_per_tok * (2 * model.hidden_size * a + FP32) if moe else 0
     again = _repeated(layout.activation_checkpointing)
     tp_forward = 2 * _ring(tokens * 2 * out, layout.tp)
-    tp_again = 2 * _ring(tokens * out * sum(again.values()), layout.tp)
-    sp_forward, ep_forward = _ring(tokens * exchanged, layout.sp), _ring(tokens * rows, layout.ep)
-    sp_backward = sp_forward
+    # A repetition ends with the last tensor that backward reads, before the sum that it would end with.
+    tp_again = 2 * _ring(tokens * out * again["feed-forward"], layout.tp)
+    sp_forward = sp_backward = _ring(tokens * exchanged, layout.sp)
     if model.attention == "dsa":
         given = indexer_messages(work)
         tp_forward += _ring(given["tp"][0], layout.tp)
@@ -98,8 +102,19 @@ def layer_messages(work: Workload, layer: int) -> dict[str, tuple[int, int]]:
     return {
         "tp": (tp_forward, 2 * _ring(tokens * read, layout.tp) + tp_again),
         "sp": (sp_forward, sp_backward + sp_forward * again["attention"]),
-        "ep": (ep_forward, ep_forward * (1 + again["feed-forward"])),
+        **(_dispatch(work) if moe else {}),
     }
+
+
+def _dispatch(work: Workload) -> dict[str, tuple[int, int]]:
+    """Axis -> bytes on the way to experts and back. A layer that is computed again has kept what came over its first
+    hop."""
+    found = {}
+    for index, hop in enumerate(hops(work)):
+        forward, backward = hop.sent(work)
+        again = hop.sent_again(work) if index and work.layout.activation_checkpointing == "full" else 0
+        found[hop.axis] = (round(forward), round(backward + again))
+    return found
 
 
 def _repeated(checkpointing: str) -> dict[str, int]:
@@ -113,7 +128,7 @@ def part_messages(work: Workload, part: Part) -> dict[str, tuple[int, int]]:
     layers = list(part.layers) * model.recursion_depth
     if part.last and work.trains_mtp:
         layers += model.mtp_layers
-    total = {axis: [0, 0] for axis in ("tp", "sp", "ep")}
+    total = {axis: [0, 0] for axis in WITHIN_LAYERS}
     for layer, number in alike(model, layers):
         for axis, (forward, backward) in layer_messages(work, layer).items():
             total[axis][0] += number * forward
@@ -162,7 +177,7 @@ def _numbers(work: Workload, weights: Iterable[Weight], *, expert: bool) -> int:
 def rank_traffic(work: Workload, pp_rank: int) -> list[Traffic]:
     """What a rank at place `pp_rank` of the pipeline sends in a step."""
     parts, m, found = work.parts_of_rank(pp_rank), work.micro_batches, []
-    for axis, operation in (("tp", "all-reduce"), ("sp", "all-to-all"), ("ep", "all-to-all")):
+    for axis, operation in WITHIN_LAYERS.items():
         messages = [part_messages(work, part)[axis] for part in parts]
         if sent := sum(map(sum, messages)):
             found.append(Traffic(axis, operation, m * sent))

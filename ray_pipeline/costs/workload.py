@@ -45,6 +45,7 @@ class Workload:
         moments: fp32 numbers that the optimizer keeps per weight. muon: one less for each weight of a matrix product,
             unless it equalises the steps of neurons.
         lora: adapters that are trained in place of the weights.
+        node: ranks of a node; by default all are on one.
         copies: whole models beside it. main: the model that `layout.pp_layout` is written for; None: this one.
     """
 
@@ -63,6 +64,7 @@ class Workload:
     equalises: bool = False
     lora: LoraConfig | None = None
     main: ModelConfig | None = None
+    node: int = 1 << 20
     copies: WholeCopies = field(default_factory=WholeCopies)
 
     @property
@@ -122,8 +124,8 @@ class Workload:
         return [self.parts[stage] for stage in parts_of(self.layout.schedule, self.layout.pp, pp_rank)]
 
 
-def workload(config: PipelineFields, layout: Layout, stage: str) -> Workload:
-    """The work of training stage `stage`; rollouts are taken to fill their rows."""
+def workload(config: PipelineFields, layout: Layout, stage: str, node: int = 1 << 20) -> Workload:
+    """The work of training stage `stage` on nodes of `node` ranks; rollouts are taken to fill their rows."""
     settings: TrainingConfig = getattr(config, stage)
     grpo, model, rows = config.grpo, config.model, settings.batch_size
     frozen: ModelConfig | None = None
@@ -141,7 +143,7 @@ def workload(config: PipelineFields, layout: Layout, stage: str) -> Workload:
         moments=0 if settings.optimizer.name == "sgd" else 2, muon=settings.optimizer.name == "muon",
         equalises=settings.optimizer.muon_equalise,
         lora=config.sft.lora if stage == "sft" and config.sft.lora.r else None, main=config.model,
-        copies=whole_copies(config, stage, model, layout),
+        node=node, copies=whole_copies(config, stage, model, layout),
     )  # fmt: skip
 
 

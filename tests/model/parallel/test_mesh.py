@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -25,6 +27,21 @@ def test_groups_partition_the_world(size, axes):
     for group in groups:
         fixed = {tuple(size.coordinate(r)[a] for a in AXES if a not in axes) for r in group}
         assert len(fixed) == 1
+
+
+@given(sizes, st.integers(1, 4), st.none() | st.integers(1, 8))
+def test_the_steps_to_experts_lead_from_everybody_to_every_expert(size, ep, node):
+    size = replace(size, ep=ep if size.replicas % ep == 0 else 1)
+    groups = {name: {rank: ranks for ranks in some for rank in ranks} for name, some in size.all_groups(node).items()}
+    near, far = size.dispatch_sizes(node)
+    for rank in range(size.world):
+        assert len(groups["ep_near"][rank]) == near and len(groups["ep_far"][rank]) == far
+        there = {last for middle in groups["ep_far"][rank] for last in groups["ep_near"][middle]}
+        peers = [peer for other in groups["ep"][rank] for peer in groups["tp"][other]]
+        assert there == set(peers if size.ep > 1 else [rank])
+        if far > 1:  # no message of the first step stays on a node, none of the second leaves it
+            assert len({peer // node for peer in groups["ep_far"][rank]}) == far
+            assert {peer // node for peer in groups["ep_near"][rank]} == {rank // node}
 
 
 def test_a_layout_of_the_wrong_size_is_refused():
