@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from ray_pipeline.costs.fit import with_sampling
 from ray_pipeline.costs.hardware_table import running_hardware
 from ray_pipeline.costs.prices import spent_text
-from ray_pipeline.costs.sampling import with_sampling
 from ray_pipeline.dag.budget import Budget, estimate_lines
 from ray_pipeline.dag.identity import (
     absolute_name,
