@@ -27,7 +27,8 @@ ROWS = 3  # so that replicas have rows of padding, and of four replicas one has 
 def global_batch() -> Batch:
     batch = make_batch(0, rows=ROWS)
     values = torch.rand(batch.tokens.shape, generator=torch.Generator().manual_seed(1))
-    return replace(batch, extras=replace(batch.extras, advantages=values))
+    real = torch.ones_like(batch.tokens, dtype=torch.bool)  # as every source has it
+    return replace(batch, extras=replace(batch.extras, advantages=values), real=real)
 
 
 def steps(rank: int) -> dict[str, dict]:
