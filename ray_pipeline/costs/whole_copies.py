@@ -43,7 +43,7 @@ def whole_copies(config: PipelineFields, stage: str, model: ModelConfig, layout:
     """
     size = FP32 * model.num_params()
     host: dict[str, int] = {}
-    once = {"tensor that is written": FP32 * largest_tensor(model)}
+    once = {"tensor that is written": FP32 * largest_piece(model, layout.ep)}
     cut = layout.pp * layout.tp * layout.ep
     if stage == "pretrain":
         return WholeCopies(host=host | ({"given weights": size} if reads_folder(config, stage) else {}), once=once)
@@ -75,11 +75,10 @@ def whole_copies(config: PipelineFields, stage: str, model: ModelConfig, layout:
     return WholeCopies(on_device, sampling, before, host, once)
 
 
-def largest_tensor(model: ModelConfig) -> int:
-    """Numbers in the largest tensor: the stacked experts of a layer, or the embedding."""
-    return model.hidden_size * max(
-        model.vocab_size, 2 * model.n_routed_experts * model.moe_intermediate_size, model.intermediate_size
-    )
+def largest_piece(model: ModelConfig, ep: int) -> int:
+    """Numbers that are written at once: the embedding, or what an expert-parallel rank has of a layer's experts."""
+    experts = 2 * model.n_routed_experts // ep * model.moe_intermediate_size
+    return model.hidden_size * max(model.vocab_size, experts, model.intermediate_size)
 
 
 def decoding_bytes(model: ModelConfig) -> int:
