@@ -114,7 +114,7 @@ def default_hardware(config: PipelineFields) -> Hardware:
 
 
 def running_hardware(config: PipelineFields, device: str, cluster: Cluster | None = None) -> Hardware | None:
-    """What ranks here, on Modal or in a Ray cluster will have; None for GPUs that are not in the table, or not there."""
+    """What ranks here, on Modal or in a Ray cluster will have; None for GPUs that are not known, or not there."""
     if config.backend == "modal":
         try:
             return rented_hardware(config)
