@@ -62,12 +62,15 @@ def part_over(part: Transformer, mesh: Mesh) -> Transformer:
     or 8-bit products, and no rows that are cut over sequence-parallel ranks."""
     with torch.device("meta"):
         reader = Transformer(part.config, part.layer_range)
+    tp, ep = ((axis.index, axis.size) for axis in (mesh.axis("tp"), mesh.axis("ep")))
+    for name, whole in list(reader.named_parameters()):
+        _replace(reader, name, nn.Parameter(cut(whole.detach(), shard_of(name), tp=tp, ep=ep), requires_grad=False))
     reader.rotary = part.rotary
     for module in reader.modules():
         for name in ("tp", "ep"):
             if hasattr(module, name):
                 setattr(module, name, mesh.axis(name))
-    return reader.eval().requires_grad_(False)
+    return reader.eval()
 
 
 def point_at(part: Transformer, tensors: Mapping[str, Tensor]) -> None:

@@ -9,7 +9,7 @@ written all of its answers goes on without rows until the others have (`idle`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from model.build import point_at
 from model.generate.attention_steps import build_decode_attention
+from model.generate.cache import KVCache
 from model.generate.decoder import Decoder, DecoderLayer, LayerRun
 from model.layers.norm import prepared
 from model.moe.experts import MixtureOfExperts
@@ -41,21 +42,31 @@ class LayerInPlace(DecoderLayer):
 
 
 class ShardedDecoder(Decoder):
-    """The part of a replica's decoding that is this rank's. Call `point_at` when the tensors are other ones.
+    """The part of a replica's decoding that is this rank's.
 
     Args:
-        parts: this rank's, in the schedule's order, from `model.build.part_over`. tensors: as `point_at` takes them.
+        parts: this rank's, in the schedule's order, from `model.build.part_over`.
+        tensors: gives this rank's slices by name in the whole model. All ranks ask for them when they begin to answer
+            and let go of them when they have (`idle`).
     """
 
     kind = LayerInPlace
 
-    def __init__(self, parts: Sequence[Transformer], tensors: Mapping[str, Tensor], mesh: Mesh, schedule: str = "1f1b"):
+    def __init__(
+        self,
+        parts: Sequence[Transformer],
+        tensors: Callable[[], Mapping[str, Tensor]],
+        mesh: Mesh,
+        schedule: str = "1f1b",
+    ):
+        self.tensors, self._answers = tensors, False
+        self._nothing = {name: tensor for part in parts for name, tensor in part.state_dict().items()}
         self.pp, self.ep = mesh.axis("pp"), mesh.axis("ep")
         self.owners = ranks_of(schedule, self.pp.size)  # pipeline rank of every stage
         self.parts = dict(zip(parts_of(schedule, self.pp.size, self.pp.index), parts, strict=True))
         self.model, self.config = parts[0], parts[0].config
         self.last = next((part for part in parts if part.is_last), None)
-        self.point_at(tensors)
+        self.refresh()
 
     @property
     def device(self) -> torch.device:
@@ -65,11 +76,22 @@ class ShardedDecoder(Decoder):
     def dtype(self) -> torch.dtype:
         return next(self.model.parameters()).dtype
 
-    def point_at(self, tensors: Mapping[str, Tensor]) -> None:
-        """Decode with these, by name in the whole model: this rank's slices."""
+    def _point_at(self, tensors: Mapping[str, Tensor], *, answers: bool) -> None:
+        self._answers = answers
         for part in self.parts.values():
             point_at(part, tensors)
         self.refresh()
+
+    def _begin(self) -> None:
+        """Read the weights as they are now, unless that has been done since the last `idle`."""
+        if not self._answers:
+            self._point_at(self.tensors(), answers=True)
+
+    def prefill(
+        self, prompts: list[list[int]], capacity: int, watch: Callable[[Tensor, slice], None] | None = None
+    ) -> tuple[Tensor, KVCache]:
+        self._begin()
+        return super().prefill(prompts, capacity, watch)
 
     @torch.inference_mode()
     def refresh(self) -> None:
@@ -160,7 +182,8 @@ class ShardedDecoder(Decoder):
     @torch.inference_mode()
     def idle(self) -> None:
         """Compute for the other ranks of the expert-parallel group, without a row of one's own, until all of them call
-        this. Every rank does when it has nothing left to decode."""
+        this. Every rank does when it has nothing left to decode. The weights are let go of then."""
+        self._begin()
         k, width = self.config.num_experts_per_tok, self.config.hidden_size
         x, weights = (torch.empty(0, n, dtype=self.dtype, device=self.device) for n in (width, k))
         indices = torch.empty(0, k, dtype=torch.long, device=self.device)
@@ -168,3 +191,4 @@ class ShardedDecoder(Decoder):
         while self._any_runs(mine=False):
             for mlp in routed * self.config.recursion_depth:
                 mlp.experts(x, indices, weights)
+        self._point_at(self._nothing, answers=False)

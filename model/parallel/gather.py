@@ -11,7 +11,7 @@ from torch import Tensor
 
 from model.parallel.collectives import Axis, collective
 from model.parallel.mesh import Mesh
-from model.parallel.shard_plan import Shard, join_tp, shard_of
+from model.parallel.shard_plan import join_tp, shard_of
 
 Shapes = list[tuple[str, torch.Size]]
 
@@ -22,20 +22,6 @@ def gather_state(local: dict[str, Tensor], mesh: Mesh) -> dict[str, Tensor]:
     tensors = _join(tensors, mesh.axis("tp"), lambda n: shard_of(n).tp_dim is not None, _join_slices)
     tensors = _join(tensors, mesh.axis("ep"), lambda n: shard_of(n).expert, lambda n, parts: torch.cat(parts))
     return _broadcast_stages(tensors, mesh)
-
-
-def join_slices(tensor: Tensor, shard: Shard, *, tp: Axis, ep: Axis) -> Tensor:
-    """The whole of one tensor from a rank's slice of it; all ranks of both axes call alike."""
-    if shard.tp_dim is not None and tp.size > 1:
-        tensor = join_tp(_everyones(tensor, tp), shard)
-    return torch.cat(_everyones(tensor, ep)) if shard.expert and ep.size > 1 else tensor
-
-
-def _everyones(tensor: Tensor, axis: Axis) -> list[Tensor]:
-    parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(axis.size)]
-    with collective(axis, "all-gather"):
-        dist.all_gather(parts, tensor.contiguous(), group=axis.group)
-    return parts
 
 
 def _join_slices(name: str, parts: list[Tensor]) -> Tensor:

@@ -8,14 +8,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from model.parallel.collectives import collective
-from model.parallel.gather import join_slices
+from model.parallel.collectives import Axis, collective
 from model.parallel.mesh import Mesh
-from model.parallel.shard_plan import Shard, shard_of
+from model.parallel.shard_plan import Shard, join_tp, shard_of
 
 
 class WholeTensors:
-    """Called on every rank alike; none holds more of other ranks' weights than a tensor.
+    """Called on every rank alike; none holds more of other ranks' weights than a tensor, of experts a piece.
 
     Args:
         local: this rank's slices by name in the whole model.
@@ -37,27 +36,39 @@ class WholeTensors:
 
     @torch.no_grad()
     def __iter__(self) -> Iterator[Tensor | None]:
-        """In the order of `shapes`: the tensor on rank 0, on its CPU; None elsewhere."""
+        """In the order of `shapes`, on the CPU of rank 0; None elsewhere. Tensors of experts come in pieces that stand
+        behind one another along the first dimension, from one expert-parallel rank each."""
         for name, owner in self.owners.items():
-            tensor = None
-            if owner == self.pp.index:
-                shard, tensor = shard_of(name), self.local[name].detach().float()
-                tensor = join_slices(tensor, shard, tp=self.mesh.axis("tp"), ep=self.mesh.axis("ep"))
-            tensor = self._to_the_first(tensor, owner, self.shapes[name])
-            yield tensor.cpu() if tensor is not None and self.mesh.rank == 0 else None
+            for replica in range(self.mesh.sizes.ep if shard_of(name).expert else 1):
+                yield self._piece(name, owner, replica)
 
-    def _to_the_first(self, tensor: Tensor | None, owner: int, shape: torch.Size) -> Tensor | None:
-        """From the pipeline rank that has it to the first of my pipeline."""
-        if owner == 0 or any(self.mesh.place[axis] for axis in ("dp", "sp", "tp")):
-            return tensor
-        if tensor is not None:
-            with collective(self.pp, "send"):
-                dist.send(tensor.contiguous(), self.pp.ranks[0], group=self.pp.group)
-        elif self.pp.index == 0:
-            tensor = torch.empty(shape, device=next(iter(self.local.values())).device)
-            with collective(self.pp, "receive"):
-                dist.recv(tensor, self.pp.ranks[owner], group=self.pp.group)
+    def _piece(self, name: str, owner: int, replica: int) -> Tensor | None:
+        """From the ranks of a pipeline rank's replica, whose slices are joined over tp, to rank 0."""
+        mesh, shard, piece = self.mesh, shard_of(name), None
+        if mesh.pp_rank == owner and mesh.axis("replica").index == replica:
+            piece = _joined(self.local[name].detach().float().contiguous(), shard, mesh.axis("tp"))
+        place = {"pp": owner, "dp": replica // mesh.sizes.sp, "sp": replica % mesh.sizes.sp, "tp": 0}
+        source, way = mesh.sizes.rank(place), Axis("world", tuple(range(mesh.world)))
+        if source and mesh.rank == source:
+            assert piece is not None
+            with collective(way, "send"):
+                dist.send(piece, 0)
+        elif source and mesh.rank == 0:
+            shape = list(self.shapes[name])
+            shape[0] //= mesh.sizes.ep if shard.expert else 1
+            piece = torch.empty(shape, device=next(iter(self.local.values())).device)
+            with collective(way, "receive"):
+                dist.recv(piece, source)
+        return piece.cpu() if piece is not None and mesh.rank == 0 else None
+
+
+def _joined(tensor: Tensor, shard: Shard, tp: Axis) -> Tensor:
+    if shard.tp_dim is None or tp.size == 1:
         return tensor
+    parts = [torch.empty_like(tensor) for _ in range(tp.size)]
+    with collective(tp, "all-gather"):
+        dist.all_gather(parts, tensor, group=tp.group)
+    return join_tp(parts, shard)
 
 
 def whole_shape(shape: torch.Size, shard: Shard, mesh: Mesh) -> torch.Size:

@@ -6,11 +6,10 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ray_pipeline.costs.advice import advise
-from ray_pipeline.costs.fit import Fit, judge
+from ray_pipeline.costs.fit import Fit, judge, with_sampling
 from ray_pipeline.costs.hardware_table import Hardware, for_ranks
 from ray_pipeline.costs.picture import RankMap, placement, pp_layout_text, rank_map
 from ray_pipeline.costs.row_reading import Reading, reading
-from ray_pipeline.costs.sampling import with_sampling
 from ray_pipeline.costs.timing import Timing, flops_per_token, message_seconds, step_timing
 from ray_pipeline.costs.traffic import Traffic, groups, rank_traffic
 from ray_pipeline.costs.weights import counts, main_model

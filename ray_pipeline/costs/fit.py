@@ -1,16 +1,21 @@
-"""Whether a training stage fits: the one judgement that `plan`, the start of a run and advised layouts go by."""
+"""Whether a training stage fits: the one judgement that `plan`, the start of a run and advised layouts go by.
+
+And how its ranks write answers, for which `layout.sampling: auto` takes what fits.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from ray_pipeline.costs.hardware_table import PROCESS, Hardware
+from ray_pipeline.costs.hardware_table import PROCESS, Hardware, for_ranks
 from ray_pipeline.costs.held import Memory
 from ray_pipeline.costs.memory import stage_memory
 from ray_pipeline.costs.workload import FP32, Workload, workload
 from ray_pipeline.layout.layout import Layout
+from ray_pipeline.settings.post_training_checks import sharded_sampling_problem
 from ray_pipeline.settings.schema import TRAINING_STAGES, PipelineFields
 
+ANSWERING = ("sft", "dpo", "grpo", "distillation")  # stages
 CUDA_PROCESS = 4 << 30  # bytes of CPU memory of a rank that imported torch and Ray and opened CUDA
 
 
@@ -69,3 +74,24 @@ def rank_bytes(config: PipelineFields, layout: Layout, stage: str) -> int:
         return PROCESS + FP32 * config.model.num_params()
     work = workload(config, layout, stage)
     return PROCESS + max(device_bytes(work, held, layout.device) for held in stage_memory(work, layout.device))
+
+
+def with_sampling(config: PipelineFields, layout: Layout, stage: str, hardware: Hardware | None) -> PipelineFields:
+    """The settings with `auto` decided for training stage `stage`: `sharded` where whole copies do not fit and shards
+    can do what is asked; else `whole`.
+
+    Args:
+        hardware: None where it is not known, so that nothing says what fits.
+    """
+    if config.layout.sampling != "auto":
+        return config
+    whole = _set(config, "whole")
+    if stage not in ANSWERING or hardware is None or sharded_sampling_problem(config) is not None:
+        return whole
+    there = replace(layout, device="cpu" if hardware.device == "cpu" else "cuda")
+    fits = judge(workload(whole, there, stage), for_ranks(hardware, layout.gpus)).fits
+    return whole if fits else _set(config, "sharded")
+
+
+def _set(config: PipelineFields, sampling: str) -> PipelineFields:
+    return config.model_copy(update={"layout": config.layout.model_copy(update={"sampling": sampling})})

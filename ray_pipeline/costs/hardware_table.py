@@ -114,7 +114,7 @@ def default_hardware(config: PipelineFields) -> Hardware:
 
 
 def running_hardware(config: PipelineFields, device: str, cluster: Cluster | None = None) -> Hardware | None:
-    """What ranks on this machine, on Modal or in a Ray cluster will have; None for a GPU that is not in the table."""
+    """What ranks here, on Modal or in a Ray cluster will have; None for GPUs that are not known, or not there."""
     if config.backend == "modal":
         try:
             return rented_hardware(config)
@@ -127,6 +127,8 @@ def running_hardware(config: PipelineFields, device: str, cluster: Cluster | Non
     from ray_pipeline.hardware import gpus, memory_gib
 
     found = gpus()
+    if not found:  # the launcher refuses such ranks
+        return None
     smallest = min(found, key=lambda gpu: gpu.memory_gib)
     host = int(memory_gib()[0] * 2**30) // len(found)
     return replace(

@@ -238,10 +238,14 @@ def _whole_weights(work: Workload) -> list[int]:
 
 
 def _gathering(work: Workload, parts: list[Part], whole: list[int]) -> Memory:
-    """The whole model is brought together, to be evaluated or saved."""
-    layout = work.layout
-    own = sum(w.local(layout.tp, layout.ep) for part in parts for w in part_weights(work.model, part.layers))
+    """The whole model is brought together to be evaluated; or tensor by tensor, to be saved."""
+    layout, weights = work.layout, [w for part in parts for w in part_weights(work.model, part.layers)]
+    own = sum(w.local(layout.tp, layout.ep) for w in weights)
     cut = layout.tp > 1 or layout.ep > 1
+    if not work.copies.device:
+        joined = 2 * FP32 * max(w.local_largest(1, layout.ep) for w in weights)  # slices, and what they are joined to
+        size = joined + (FP32 * own if layout.zero_stage == 3 else 0)
+        return Memory("gathering", buffers={"weights of other ranks": size})
     size = gathering_bytes(FP32 * own, whole, cut=cut, zero_3=layout.zero_stage == 3)
     return Memory("gathering", buffers={"weights of other ranks": size})
 

@@ -190,9 +190,11 @@ def _time(plan: Plan) -> Table:
 
 def way_out(plan: Plan) -> str:
     """What helps where no setting of the layout does."""
-    gathers = not plan.fits_device and plan.memory[plan.fullest].moment == "gathering"
-    if gathers or (not plan.fits_device and plan.work.copies.device):
-        return "larger devices or a smaller model: every rank holds the whole model at times, however many there are"
+    if not plan.fits_device and plan.work.copies.device:
+        return (
+            "--set layout.sampling=sharded, larger devices or a smaller model: every rank holds a copy of the whole "
+            "model to write answers, however many ranks there are"
+        )
     return "nodes with more CPU memory, or a smaller model" if plan.fits_device else "more ranks, or larger devices"
 
 

@@ -42,11 +42,14 @@ def whole_copies(config: PipelineFields, stage: str, model: ModelConfig, layout:
     but where ZeRO 3 has to bring a rank's slices together first.
     """
     size = FP32 * model.num_params()
-    host, once = {"gathered weights": size}, {"weights that are written": size}
+    host: dict[str, int] = {}
+    once = {"tensor that is written": FP32 * largest_piece(model, layout.ep)}
     cut = layout.pp * layout.tp * layout.ep
     if stage == "pretrain":
         return WholeCopies(host=host | ({"given weights": size} if reads_folder(config, stage) else {}), once=once)
     sharded = config.layout.sampling == "sharded"
+    if not sharded:
+        host["gathered weights"] = size
     on_device = {} if sharded else {"whole model": size, "its weights for decoding": decoding_bytes(model)}
     before: dict[str, int] = {}
     if reads_folder(config, stage):  # else tensor by tensor from the stage before
@@ -70,6 +73,12 @@ def whole_copies(config: PipelineFields, stage: str, model: ModelConfig, layout:
         if layout.zero_stage == 3:
             sampling["weights to answer with"] = -(-size // cut)
     return WholeCopies(on_device, sampling, before, host, once)
+
+
+def largest_piece(model: ModelConfig, ep: int) -> int:
+    """Numbers that are written at once: the embedding, or what an expert-parallel rank has of a layer's experts."""
+    experts = 2 * model.n_routed_experts // ep * model.moe_intermediate_size
+    return model.hidden_size * max(model.vocab_size, experts, model.intermediate_size)
 
 
 def decoding_bytes(model: ModelConfig) -> int:

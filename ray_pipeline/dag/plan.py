@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from ray_pipeline.costs.fit import rank_bytes
+from ray_pipeline.costs.fit import rank_bytes, with_sampling
+from ray_pipeline.costs.hardware_table import Hardware
 from ray_pipeline.dag.identity import Identity, identities, source_digests
 from ray_pipeline.dag.ledger import Record, RunFile, read_record
 from ray_pipeline.dag.request import StageSelection
@@ -52,9 +53,17 @@ def run_identities(config: PipelineFields, run: RunFile) -> dict[str, Identity]:
     return identities(config, source_digests(config, run.sources))
 
 
-def plan(config: PipelineFields, layout: Layout, run_dir: Path, selection: StageSelection) -> list[PlannedStage]:
+def plan(
+    config: PipelineFields,
+    layout: Layout,
+    run_dir: Path,
+    selection: StageSelection,
+    hardware: Hardware | None = None,
+) -> list[PlannedStage]:
     """What a run of `config` on ranks in `layout` would do in `run_dir`, stage by stage.
 
+    Args:
+        hardware: of the ranks, where it is known: `layout.sampling: auto` takes what fits there.
     Raises:
         UserError: unknown stage names, or a selected stage whose inputs are not finished.
     """
@@ -66,7 +75,8 @@ def plan(config: PipelineFields, layout: Layout, run_dir: Path, selection: Stage
         folder = stage_folder(run_dir, stage, identity.key)
         row = _decide(stage, upstream(config, stage), identity, folder, run, selection, rows)
         ranks = layout.gpus if stage in TRAINING_STAGES else 1
-        rows[stage] = replace(row, ranks=ranks, estimated_memory_bytes=rank_bytes(config, layout, stage))
+        needs = rank_bytes(with_sampling(config, layout, stage, hardware), layout, stage)
+        rows[stage] = replace(row, ranks=ranks, estimated_memory_bytes=needs)
     return list(rows.values())
 
 

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from ray_pipeline.costs.hardware_table import running_hardware
+from ray_pipeline.costs.fit import with_sampling
+from ray_pipeline.costs.hardware_table import Hardware, running_hardware
 from ray_pipeline.costs.prices import spent_text
-from ray_pipeline.costs.sampling import with_sampling
 from ray_pipeline.dag.budget import Budget, estimate_lines
 from ray_pipeline.dag.identity import (
     absolute_name,
@@ -84,8 +84,9 @@ def execute(request: RunRequest) -> int:
         refuse_other_config(request.config, run_dir)
     config = with_absolute_paths(with_layout(request.config, layout))
     refuse_foreign_run(run_dir)
+    hardware = running_hardware(config, layout.device, request.cluster)
     if request.dry_run:
-        rows = plan(config, layout, run_dir, selection)
+        rows = plan(config, layout, run_dir, selection, hardware)
         print_plan(console, rows, run_dir, layout)
         print_lines(console, estimate_lines(config, layout, rows, request.cluster))
         return 0
@@ -93,11 +94,11 @@ def execute(request: RunRequest) -> int:
     with RunLock(run_dir):
         for entry in RunFile(run_dir).stages.values():
             settle(run_dir / entry["folder"])
-        rows = plan(config, layout, run_dir, selection)
+        rows = plan(config, layout, run_dir, selection, hardware)
         print_plan(console, rows, run_dir, layout)
         print_lines(console, estimate_lines(config, layout, rows, request.cluster))
         go_on(run_dir)
-        jobs = _jobs(replace(request, config=config), rows)
+        jobs = _jobs(replace(request, config=config), rows, hardware)
         failed = False
         if any(job.runs for job in jobs):
             note_invocation(run_dir)
@@ -120,12 +121,11 @@ def execute(request: RunRequest) -> int:
         return _finish(config, run_dir, [row for row in rows if selection.selects(row.stage)], failed, console)
 
 
-def _jobs(request: RunRequest, rows: Sequence[PlannedStage]) -> list[StageJob]:
+def _jobs(request: RunRequest, rows: Sequence[PlannedStage], hardware: Hardware | None) -> list[StageJob]:
     """Store the settings as the run's own; what each stage's task is given."""
     config, run_dir = request.config, request.run_dir
     files = {row.stage: stage_files(config, row.stage) for row in rows}
     run = accept(config, run_dir, rows, request.stored)
-    hardware = running_hardware(config, request.layout.device, request.cluster)
     note_digests(config.output_dir, {path for read in files.values() for path in read})
     return [
         StageJob(

@@ -23,9 +23,9 @@ from ray_pipeline.engine.adapters import Adapters, base_name
 from ray_pipeline.engine.expert_balance import KEPT, SAVED, ExpertBalance
 from ray_pipeline.engine.optimizer import set_rate
 from ray_pipeline.engine.options import EngineOptions
+from ray_pipeline.engine.own_rows import fitted_rows
 from ray_pipeline.engine.pipeline.parts import PartRunner, Parts, ZeroPartRunner
 from ray_pipeline.engine.pipeline.pipeline import OutputFunction, Pipeline
-from ray_pipeline.engine.pipeline.schedule import least_micro_batches, rows_needed
 from ray_pipeline.engine.spans import OPTIMIZER, Span
 from ray_pipeline.engine.step_stats import (
     StepStats,
@@ -136,17 +136,17 @@ class Engine:
         return summed
 
     def fitted(self, batch: Batch) -> Batch:
-        """The batch with the fewest rows added that let a training step run on it; they are padding."""
-        least = least_micro_batches(self.pipeline.schedule_name, self.mesh.sizes.pp)
-        return batch.pad_rows(rows_needed(len(batch), self.mesh.dp, self._rows_at_once(batch), least))
+        """The batch with the fewest rows added that let a training step run on it; they are padding. A replica's rows
+        come with theirs."""
+        return batch.pad_rows(fitted_rows(self, *batch.tokens.shape)) if batch.start is None else batch
 
-    def _rows_at_once(self, batch: Batch) -> int:
+    def rows_at_once(self, seq_len: int) -> int:
+        """Rows of a micro-batch: more of shorter ones."""
         length = self.options.row_length
-        shorter = 1 if length is None else max(1, length // batch.tokens.shape[1])
-        return self.options.micro_batch * shorter
+        return self.options.micro_batch * (1 if length is None else max(1, length // seq_len))
 
     def _micro_batches(self, batch: Batch) -> list[Batch]:
-        size = self._rows_at_once(batch)
+        size = self.rows_at_once(batch.tokens.shape[1])
         return [batch.rows(i, min(i + size, len(batch))) for i in range(0, len(batch), size)]
 
     def before_step(self, step: int) -> None:
@@ -210,20 +210,22 @@ class Engine:
         return results
 
     def per_token(self, batch: Batch, output: OutputFunction) -> Tensor | None:
-        """`output`'s per-token values [rows, seq / sp, ...] at their places in the global batch, zero elsewhere.
+        """`output`'s per-token values [rows, seq / sp, ...] at their places in the batch, zero elsewhere.
+
+        Args:
+            batch: as `train_step` takes it.
 
         Returns:
             [rows, seq_len, ...] on the CPU, filled where this rank's replica and window are, which is all that a
             training step on the same batch reads here; None without the last part.
         """
-        assert batch.start is None, "values of a global batch are asked for"
         mine = self.my_rows(batch)
         values = self.forward(mine, output)
         if not values:
             return None
         joined = torch.cat(values).float().cpu()
         full = torch.zeros(*batch.tokens.shape, *joined.shape[2:])
-        start = self.mesh.dp_rank * len(mine)
+        start = 0 if batch.start is not None else self.mesh.dp_rank * len(mine)
         full[start : start + len(mine), mine.window or slice(None)] = joined
         return full
 

@@ -196,10 +196,10 @@ def save_model(folder: Path, config: ModelConfig, state: Mapping[str, Tensor]) -
 def save_model_by_tensors(
     folder: Path, config: ModelConfig, shapes: Mapping[str, Sequence[int]], tensors: Iterable[Tensor]
 ) -> None:
-    """What `save_model` writes, of fp32 tensors that come one after another: never more than one is in memory.
+    """What `save_model` writes, of fp32 tensors that come one after another.
 
     Args:
-        shapes: by name, in the order in which `tensors` come.
+        shapes: by name, in the order in which `tensors` come, each whole or in pieces of its first dimension.
     Raises:
         UserError: full disk or no right to write.
     """

@@ -1,4 +1,7 @@
-"""GRPO: sample groups of answers, score them, raise the likelihood of those better than their group."""
+"""GRPO: sample groups of answers, score them, raise the likelihood of those better than their group.
+
+The ranks sample with whole copies of the policy or with the shards they train (`layout.sampling`), or actors do.
+"""
 
 from __future__ import annotations
 

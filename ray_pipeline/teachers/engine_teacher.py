@@ -94,7 +94,7 @@ class EngineTeacher:
     def __init__(self, rank: Rank, student: Engine, config: ModelConfig, state: Mapping[str, Tensor]):
         self.rank, self.student = rank, student
         given = rank.config.distillation.teacher_layout
-        self.moved = given is not None
+        self.reads_all = given is not None
         if given is None:
             self.engine = rank.engine(config, initial=state)
             self.head = None if self.engine.last_part is None else self.engine.last_part.lm_head
@@ -110,7 +110,7 @@ class EngineTeacher:
         """Adds `teacher_hidden` [rows, seq_len, hidden_size], on the ranks that hold the student's head."""
         padded = self.engine.fitted(batch)
         hidden = self.engine.per_token(padded, _final_hidden)
-        if self.moved:
+        if self.reads_all:
             hidden = self._redistributed(hidden, len(padded), batch.tokens.shape[1])
         if hidden is not None:
             batch.extras.teacher_hidden = hidden[: len(batch)]

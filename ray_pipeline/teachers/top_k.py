@@ -101,9 +101,9 @@ class TopKRows:
             if differs:
                 raise UserError(f"distillation.teacher={TOP_K}{folder}: it was made with another {what}. {WAY_OUT}")
 
-    def batch(self, seed: int, step: int, batch_size: int) -> Batch:
-        """The rows of one step."""
-        indices = row_order(len(self.rows), seed, step, batch_size)
+    def batch(self, seed: int, step: int, batch_size: int, part: slice = slice(None)) -> Batch:
+        """The rows of one step, or a part of them; no others are read."""
+        indices = row_order(len(self.rows), seed, step, batch_size, part)
         batch = self.rows.take(indices)
         found = [self._row(index) for index in indices]
         batch.extras.teacher_topk_ids = torch.stack([ids for ids, _ in found]).long()

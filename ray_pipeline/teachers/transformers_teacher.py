@@ -46,6 +46,8 @@ class TransformersTeacher:
         head: on the ranks that hold the student's head. model: None elsewhere.
     """
 
+    reads_all = False  # each rank runs it on its replica's rows
+
     def __init__(self, path: Path, student: Engine, *, dtype: torch.dtype = torch.float32):
         self.student = student
         self.model: Any = None
@@ -92,8 +94,9 @@ class TransformersTeacher:
         if self.model is None:
             return batch
         mesh, device = self.student.mesh, self.student.device
-        share = len(batch) // mesh.dp
-        mine = range(mesh.dp_rank * share, (mesh.dp_rank + 1) * share)
+        index, dp = mesh.replica if batch.start is None else (0, 1)
+        share = len(batch) // dp
+        mine = range(index * share, (index + 1) * share)
         hidden = torch.zeros(*batch.tokens.shape, self.width)
         found = [(row, start, stop) for row in mine for start, stop in trained_documents(batch, row)]
         found.sort(key=lambda document: document[2] - document[1])  # alike in length, for little padding

@@ -20,6 +20,7 @@ from ray_pipeline.data.rows.batch import Batch
 from ray_pipeline.data.rows.loader import row_order
 from ray_pipeline.data.rows.preferences import PairRows
 from ray_pipeline.engine.engine import Engine
+from ray_pipeline.engine.own_rows import filled, share_of
 from ray_pipeline.evaluation.statistics import wilson_interval
 from ray_pipeline.objectives.preference import Dpo, answer_lengths, answer_places
 from ray_pipeline.records.artifacts import atomic_folder
@@ -93,15 +94,20 @@ def with_reference(batch: Batch, reference: Tensor) -> Batch:
 
 
 class PairSource:
-    """Batches of pairs in an order that depends on (seed, step) alone."""
+    """Batches of pairs in an order that depends on (seed, step) alone. Each replica reads the pairs of its own rows."""
 
     def __init__(self, rank: Rank, engine: Engine, rows: PairRows, reference: Tensor):
         self.rank, self.engine, self.rows, self.reference = rank, engine, rows, reference
 
     def batch(self, step: int) -> Batch:
         indices = row_order(len(self.rows), self.rank.config.seed, step, self.rank.settings.batch_size)
-        batch = with_reference(self.rows.take(indices), self.reference[indices])
-        return self.engine.fitted(batch)
+        rows = self.rows.rows_of(indices)
+        share = share_of(self.engine, len(rows), self.rows.seq_len)
+        mine = rows[share] or rows[-1:]
+        own = [indices[place] for row in mine for place in row]
+        numbers = iter(range(len(own)))
+        batch = self.rows.packed(own, [[next(numbers) for _ in row] for row in mine])
+        return filled(with_reference(batch, self.reference[own]), share, len(rows))
 
     def metrics(self) -> dict[str, float]:
         return {}

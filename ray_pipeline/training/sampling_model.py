@@ -69,11 +69,11 @@ class ShardedModel:
     def __init__(self, rank: Rank, engine: Engine):
         self.rank, self.engine, self.teams = rank, engine, replicas(rank.mesh)
         parts = [part_over(part, rank.mesh) for part in engine.parts]
-        self.decoder = ShardedDecoder(parts, engine.shards(), rank.mesh, engine.options.schedule)
+        self.decoder = ShardedDecoder(parts, engine.shards, rank.mesh, engine.options.schedule)
         self.tokenizer = load_tokenizer(rank.data / TOKENIZER)
 
     def sync(self) -> None:
-        self.decoder.point_at(self.engine.shards())
+        """It reads the engine's weights each time that it begins to answer."""
 
 
 def sampling_model(rank: Rank, engine: Engine) -> SamplingModel:

@@ -26,10 +26,19 @@ def test_v3_prints_its_published_size_and_what_would_fit(capsys: pytest.CaptureF
         "pp 15  1+H",
         "experts 252-255",
         "62.9M (15360 rows of 4096, 120 micro-batches per rank of 1)",
-        "DOES NOT FIT: the fullest rank needs 394 GB of 76 GB usable, a node 24.6 TB of 2.05 TB CPU memory",
-        "larger devices or a smaller model: every rank holds the whole model at times",
+        "DOES NOT FIT: the fullest rank needs 223 GB of 76 GB usable, a node 72.6 GB of 2.05 TB CPU memory",
+        "--activation-checkpointing full (40.3 GB",
     ):
         assert expected in page
+
+
+def test_v3_answers_with_shards_in_every_stage_and_with_whole_copies_nowhere(capsys: pytest.CaptureFixture) -> None:
+    recipe = ["plan", "--config", str(ROOT / "configs/v3-671b.yaml"), "--stage"]
+    for stage in ("sft", "dpo", "grpo", "distillation"):
+        assert main([*recipe, stage]) == 0, stage
+        capsys.readouterr()
+        assert main([*recipe, stage, "--set", "layout.sampling=whole"]) == 1
+        assert "use --set layout.sampling=sharded, larger devices" in " ".join(capsys.readouterr().out.split())
 
 
 def test_what_it_advises_fits(capsys: pytest.CaptureFixture) -> None:

@@ -10,11 +10,9 @@ import pytest
 
 from ray_pipeline.cli.options import Request
 from ray_pipeline.costs.estimate import Plan, make_plan
-from ray_pipeline.costs.fit import rank_bytes
+from ray_pipeline.costs.fit import rank_bytes, with_sampling
 from ray_pipeline.costs.hardware_table import PROCESS, find_hardware
-from ray_pipeline.costs.memory import stage_memory
 from ray_pipeline.costs.table import needs_text
-from ray_pipeline.costs.whole_copies import WholeCopies
 from ray_pipeline.costs.workload import workload
 from ray_pipeline.layout.choice import resolve_layout
 from ray_pipeline.layout.layout import Layout, with_layout
@@ -70,20 +68,35 @@ def test_what_does_not_fit_without_checkpointing_does_as_it_is_advised() -> None
         assert line.endswith(f"({bytes_text(needs)}, {time_text(again.timing.seconds)} a step)")
 
 
-@pytest.mark.parametrize("stage", ["pretrain", "sft", "grpo"])
-def test_plan_and_run_count_whole_models_alike(stage: str) -> None:
-    """A training step of the 671B model fits; what every rank holds whole at times does not, and no flag changes it."""
-    config = with_layout(V3.model_copy(update={"backend": "modal"}), PUBLISHED)
+@pytest.mark.parametrize("stage", ["pretrain", "sft", "grpo", "distillation"])
+def test_the_671b_model_fits_with_shards_and_with_whole_copies_nowhere(stage: str) -> None:
+    """In every stage, with full checkpointing; `auto` finds it, and no flag would make whole copies fit."""
+    layout = replace(PUBLISHED, activation_checkpointing="full")
+    config, device = with_layout(V3.model_copy(update={"backend": "modal"}), layout), find_hardware("h800")
+    found, whole = make_plan(config, layout, stage, device), 4 * V3.model.num_params()
+    assert found.fits and not found.work.copies.device and found.host < whole
+    if stage == "pretrain":
+        return
+    assert with_sampling(config, layout, stage, device).layout.sampling == "sharded"
     config = config.model_copy(update={"layout": config.layout.model_copy(update={"sampling": "whole"})})
-    found = make_plan(config, PUBLISHED, stage, find_hardware("h800"))
-    whole = 4 * V3.model.num_params()
-    assert not found.fits and not found.advice
-    assert found.host > 8 * whole > found.host_usable
-    assert rank_bytes(config, PUBLISHED, stage) == PROCESS + found.needs[found.fullest]
-    assert ("whole model" in found.work.copies.device) == (stage != "pretrain")
-    step = replace(found.work, copies=WholeCopies())
-    full = replace(step, layout=replace(step.layout, activation_checkpointing="full"))
-    assert max(memory.total for memory in stage_memory(full, "cuda")) < found.usable
+    copied = make_plan(config, layout, stage, device)
+    assert not copied.fits and not copied.advice and "whole model" in copied.work.copies.device
+    assert rank_bytes(config, layout, stage) == PROCESS + copied.needs[copied.fullest] > whole
+    if stage != "distillation":
+        assert copied.host > 8 * whole > copied.host_usable
+
+
+def test_auto_takes_whole_copies_where_they_fit_where_nothing_is_known_and_where_shards_cannot() -> None:
+    tiny, layout = load_config(Path("configs/tiny.yaml"), {}), Layout(gpus=2, dp=2)
+    for config, hardware, way in (
+        (tiny, replace(find_hardware("cpu"), memory=8 << 30), "whole"),
+        (tiny, None, "whole"),
+        (tiny, replace(find_hardware("cpu"), memory=1 << 28), "sharded"),
+        (load_config(Path("configs/tiny.yaml"), {"grpo.rollout.workers": 1}), None, "whole"),
+    ):
+        assert with_sampling(config, layout, "grpo", hardware).layout.sampling == way
+    asked = load_config(Path("configs/tiny.yaml"), {"layout.sampling": "sharded"})
+    assert with_sampling(asked, layout, "grpo", replace(find_hardware("cpu"), memory=8 << 30)) is asked
 
 
 def test_samplers_a_reference_and_a_teacher_are_counted() -> None:

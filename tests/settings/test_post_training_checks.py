@@ -12,6 +12,7 @@ TOP_K = {
     "distillation.on_policy": 0, "distillation.conversations": "true",
 }  # fmt: skip
 STALE = {"grpo.rollout.max_staleness": 1, "grpo.rollout.workers": 1}
+SHARDED = {"layout.sampling": "sharded", "layout.pp_size": 2}
 TOKENS = {"distillation.loss": "cross_entropy", "distillation.on_policy": 0}
 
 
@@ -32,6 +33,9 @@ def d(**settings: object) -> dict[str, object]:
         ({"grpo.rewards": "{answer: 0.0}"}, "nothing would be rewarded"),
         ({"grpo.rollout.max_staleness": 1}, r"cannot train meanwhile\. Use --set grpo\.rollout\.workers=1"),
         ({"grpo.rollout.engine": "vllm"}, "engine=vllm: not offered.* can corrupt its experts.* Use engine=native"),
+        ({**SHARDED, "grpo.rollout.workers": 1}, r"layout\.sampling=sharded: grpo\.rollout\.workers=1: .* whole model"),
+        ({**SHARDED, "tools.names": "[calculator]"}, "every rank of a replica would call them.* Leave out the tools"),
+        ({**SHARDED, "grpo.speculative": "true"}, "grpo.speculative=true with pp_size=2 and ep_size=1.* Leave it out"),
         ({"grpo.loss_type": "bnpo"}, "over the tokens of each micro-batch.* Use dapo"),
         ({"grpo.updates_per_rollout": 5, "grpo.num_iterations": 3}, r"updates_per_rollout=5 x num_iterations=3.* 15\."),
         ({"grpo.updates_per_rollout": 999, "grpo.checkpoint_every": 999}, r"= 256 answers into mini.* at most 256"),

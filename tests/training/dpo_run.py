@@ -6,6 +6,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from model.config import ModelConfig
 from ray_pipeline.dag.ledger import RunFile
 from ray_pipeline.data.chat.tokenizer import load_tokenizer
 from ray_pipeline.data.forms.preference_records import Preference
@@ -34,9 +35,16 @@ def settings_of(*, layout: dict[str, Any] | None = None, **settings: Any) -> Pip
     )  # fmt: skip
 
 
-def preference_run(folder: Path, chosen: str = "the cat sat", rejected: str = "an owl and the moon") -> Path:
+def preference_run(
+    folder: Path,
+    chosen: str = "the cat sat",
+    rejected: str = "an owl and the moon",
+    *,
+    models: tuple[str, ...] = ("sft",),
+    toy: ModelConfig = MODEL,
+) -> Path:
     """A run folder whose SFT is finished, with pairs of these two answers to different questions."""
-    run_dir = make_run(folder, models=("sft",), toy=MODEL)
+    run_dir = make_run(folder, models=models, toy=toy)
     data = folder_of(run_dir, "data_prep")
 
     def said(text: str) -> tuple[dict[str, Any]]:

@@ -100,7 +100,7 @@ class Batch:
 
     def rows(self, start: int, stop: int) -> Batch:
         """Rows [start, stop) of every tensor."""
-        return self._each(lambda tensor: tensor[start:stop])
+        return self.each(lambda tensor: tensor[start:stop])
 
     def pad_rows(self, count: int) -> Batch:
         """At least `count` rows: added ones repeat the last row's tokens, without labels and extras, and are padding.
@@ -124,9 +124,9 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on `device`."""
-        return self._each(lambda tensor: tensor.to(device))
+        return self.each(lambda tensor: tensor.to(device))
 
-    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+    def each(self, change: Callable[[Tensor], Tensor]) -> Batch:
         """Every tensor changed in the same way."""
         real = None if self.real is None else change(self.real)
         return replace(

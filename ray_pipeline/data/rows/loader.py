@@ -90,14 +90,18 @@ class PackedRows:
         maps = self._maps[name]
         return np.stack([maps[s][i - self._starts[s]] for s, i in zip(shards, indices, strict=True)])
 
+    def check(self, indices: list[int]) -> None:
+        """Raise IndexError unless there are such rows, and one of them at least."""
+        if not indices or not all(0 <= i < len(self) for i in indices):
+            raise IndexError(f"rows {indices[:8]} of {len(self)} in {self.folder}")
+
     def fields(self, indices: list[int]) -> list[NDArray[Any]]:
         """Tokens, segments and mask of rows by index, each [len(indices), seq_len + 1].
 
         Raises:
             IndexError: an index is not within 0..len-1.
         """
-        if not indices or not all(0 <= i < len(self) for i in indices):
-            raise IndexError(f"rows {indices[:8]} of {len(self)} in {self.folder}")
+        self.check(indices)
         return [self._gather(name, indices) for name in FIELDS]
 
     def take(self, indices: list[int]) -> Batch:

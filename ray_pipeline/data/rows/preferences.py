@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -32,29 +33,46 @@ _CHOSEN, _REJECTED = 0, 1
 class PairRows(PackedRows):
     """A folder of pairs: a stored row is a pair, its segments the chosen and the rejected conversation."""
 
+    @functools.cached_property
+    def lengths(self) -> list[int]:
+        """Tokens of each stored pair, both conversations together: an index made once, of the segments alone."""
+        maps = self._maps["segments"]
+        return [int(np.searchsorted(row, _REJECTED, side="right")) for segments in maps for row in segments]
+
+    def rows_of(self, indices: list[int]) -> list[list[int]]:
+        """How pairs by index are packed into as few rows as best fit finds: places in `indices`, row by row."""
+        self.check(indices)
+        return best_fit([self.lengths[index] for index in indices], self.seq_len + 1)
+
     def take(self, indices: list[int]) -> Batch:
-        """Pairs by index, packed into as few rows as best fit finds; both answers of a pair share a row.
+        """Pairs by index as `packed` gives them, in the rows of `rows_of`.
+
+        Raises:
+            IndexError: an index is not within 0..len-1.
+        """
+        return self.packed(indices, self.rows_of(indices))
+
+    def packed(self, indices: list[int], rows: list[list[int]]) -> Batch:
+        """Pairs by index in these rows (places in `indices`); both answers of a pair share a row.
 
         Returns:
             Labels on the tokens of the answers alone. Extras, each [rows, seq_len]: "pair", the place in `indices` of
             the pair that a position belongs to, -1 on padding; "chosen", 1.0 in the chosen conversation, else 0.0.
-        Raises:
-            IndexError: an index is not within 0..len-1.
         """
         pairs = [_split(*fields) for fields in zip(*self.fields(indices), strict=True)]
-        rows, places = [], []
-        for group in best_fit([len(pair.tokens) for pair in pairs], self.seq_len + 1):
+        made, places = [], []
+        for members in rows:
             row = RowBuilder(self.seq_len, _PADDING)
             place = np.tile(np.array([[-1], [0]], np.float32), self.seq_len + 1)  # pair, chosen
-            for index in group:
+            for index in members:
                 pair, start = pairs[index], row.used
                 for part in (slice(0, pair.chosen), slice(pair.chosen, None)):
                     row.add(pair.tokens[part], pair.mask[part])
                 place[0, start : row.used] = index
                 place[1, start : start + pair.chosen] = 1
-            rows.append(row.finish())
+            made.append(row.finish())
             places.append(place)
-        batch = rows_to_batch(*(np.stack(field) for field in zip(*rows, strict=True)))
+        batch = rows_to_batch(*(np.stack(field) for field in zip(*made, strict=True)))
         found = torch.from_numpy(np.stack(places))[:, :, :-1]
         batch.extras = Extras(pair=found[:, 0].contiguous(), chosen=found[:, 1].contiguous())
         return batch

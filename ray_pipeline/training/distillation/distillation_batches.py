@@ -8,6 +8,7 @@ from model.layers.vocab import Head
 from ray_pipeline.data.rows.batch import Batch, join_rows
 from ray_pipeline.data.rows.loader import PackedRows, row_order
 from ray_pipeline.engine.engine import Engine
+from ray_pipeline.engine.own_rows import own_rows
 from ray_pipeline.rollouts.rollout import request_seed
 from ray_pipeline.training.distillation.student_answers import pack_answers, write_answers
 from ray_pipeline.training.rank import Rank
@@ -17,8 +18,8 @@ from ray_pipeline.training.sampling_model import SamplingModel
 class Rows(Protocol):
     """Rows drawn by step."""
 
-    def batch(self, seed: int, step: int, batch_size: int) -> Batch:
-        """Rows of one step; a pure function of its arguments."""
+    def batch(self, seed: int, step: int, batch_size: int, part: slice = slice(None)) -> Batch:
+        """Rows of one step, or a part of them; a pure function of its arguments."""
         ...
 
 
@@ -27,9 +28,11 @@ class Scorer(Protocol):
 
     Attributes:
         head: the teacher's, on the ranks that hold the student's.
+        reads_all: every rank has to bring the whole batch, as the teacher's replicas are others than the student's.
     """
 
     head: Head | None
+    reads_all: bool
 
     def score(self, batch: Batch) -> Batch:
         """The batch with what the objective reads of the teacher among its extras."""
@@ -46,9 +49,9 @@ class MixedRows:
     def __len__(self) -> int:
         return self.on_disk + (0 if self.extra is None else len(self.extra))
 
-    def batch(self, seed: int, step: int, batch_size: int) -> Batch:
-        """Rows of one step; a pure function of its arguments."""
-        return join_rows([self._row(index) for index in row_order(len(self), seed, step, batch_size)])
+    def batch(self, seed: int, step: int, batch_size: int, part: slice = slice(None)) -> Batch:
+        """As `Rows.batch`."""
+        return join_rows([self._row(index) for index in row_order(len(self), seed, step, batch_size, part)])
 
     def _row(self, index: int) -> Batch:
         if index < self.on_disk:
@@ -95,15 +98,23 @@ class DistillationSource:
         self._on_policy = False
 
     def batch(self, step: int) -> Batch:
-        """The batch of a step, the same on every rank but for the teacher's view, which the head's ranks alone have."""
+        """This replica's rows of a step, or all of them; with the teacher's view of them on the head's ranks alone."""
         settings, seed = self.rank.config.distillation, self.rank.config.seed
+        dp = self.rank.mesh.dp
+        all_rows = (self.teacher is not None and self.teacher.reads_all) or settings.batch_size % dp > 0
         self._on_policy = is_on_policy(seed, step, settings.on_policy)
         if self._on_policy:
             assert self.answers is not None
             batch = self.answers.batch(step)
+            if not all_rows:
+                batch = own_rows(self.answers.engine, batch)
         else:
             assert self.rows is not None
-            batch = self.rows.batch(seed, step, settings.batch_size)
+            index, count = (0, 1) if all_rows else self.rank.mesh.replica
+            share = settings.batch_size // count
+            part = slice(index * share, (index + 1) * share)
+            batch = self.rows.batch(seed, step, settings.batch_size, part)
+            batch.start = None if all_rows else part.start
         return batch if self.teacher is None else self.teacher.score(batch)
 
     def metrics(self) -> dict[str, float]:

@@ -11,6 +11,7 @@ from model.attention.kinds import meets_documents_alone
 from model.generate.decode import Completion
 from ray_pipeline.data.rows.batch import Batch
 from ray_pipeline.engine.engine import Engine
+from ray_pipeline.engine.own_rows import own_rows
 from ray_pipeline.rollouts.advantages import group_advantages
 from ray_pipeline.rollouts.collector import Group, is_informative
 from ray_pipeline.rollouts.packed_rows import pack_completions, row_length
@@ -63,7 +64,7 @@ class BatchBuilder:
         packed = self._packed(answers)
         if packed is None:
             return None
-        batch, settings = self.engine.fitted(packed), self.settings
+        batch, settings = own_rows(self.engine, packed), self.settings
         if self.reference is not None:
             batch.extras.ref_logprobs = self.reference.logprobs(batch)
         if not settings.recompute_logprobs:

@@ -123,6 +123,4 @@ class RolloutSource:
         place = self._place if self._place is not None else iteration * self.settings.prompts_per_step
         if self.settings.rollout.workers or not isinstance(self.model, ShardedModel):
             synchronise(self.sampling, self.policy.full_state(), iteration)
-        else:  # it answers with the policy's own weights
-            self.model.sync()
         return self.collector.ask(iteration, place)

@@ -71,14 +71,9 @@ def answers(
     if options:
         options = {**options, "optimizer": OptimizerConfig(name="sgd")}
     engine = Engine(config, mesh, EngineOptions(**options), initial=weights(config))
-    tensors = engine.shards()
     decoder = ShardedDecoder(
-        [part_over(part, mesh) for part in engine.parts], tensors, mesh, options.get("schedule", "1f1b")
+        [part_over(part, mesh) for part in engine.parts], engine.shards, mesh, options.get("schedule", "1f1b")
     )
-    if options.get("zero_stage", 0) < 3:
-        ours = {tensor.data_ptr() for tensor in engine.named_parameters().values()}
-        read = {p.data_ptr() for part in decoder.parts.values() for p in part.parameters()}
-        assert read == ours, "weights are read where they are"
     replicas = mesh.axis("replica")
     mine = [prompt for i, prompt in enumerate(PROMPTS) if i % replicas.size == replicas.index]
     given = {
@@ -86,8 +81,16 @@ def answers(
         for name, value in asked.items()
     }
     made = generate(decoder, mine, **given)
+    if options.get("zero_stage", 0) < 3:
+        ours = {tensor.data_ptr() for tensor in engine.named_parameters().values()}
+        assert {p.data_ptr() for p in weights_of(decoder)} == ours, "weights are read where they are"
     decoder.idle()
+    assert all(p.is_meta for p in weights_of(decoder)), "and let go of"
     return made
+
+
+def weights_of(decoder: ShardedDecoder) -> list[torch.nn.Parameter]:
+    return [parameter for part in decoder.parts.values() for parameter in part.parameters()]
 
 
 def all_layouts(rank: int, names: list[str], asked: list[dict[str, Any]]) -> dict[str, list[list[Completion]]]:
