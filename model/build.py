@@ -104,6 +104,13 @@ def use_fp8(model: Transformer) -> None:
             module.product = fp8_linear
 
 
+def use_fp8_dispatch(model: Transformer) -> None:
+    """Let routed experts read tokens in 8 bits, so that they can be sent so."""
+    for module in model.modules():
+        if isinstance(module, RoutedExperts):
+            module.fp8_dispatch = True
+
+
 def split_backward(model: nn.Module, split: BackwardSplit) -> None:
     """Let every layer with a matrix product put off its weight gradient while `split` says so."""
     for module in model.modules():

@@ -9,7 +9,7 @@ dropped. Tensor-parallel ranks, which all have the same tokens, send a share of 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.kernels.rows import Plan, collect, plan_rows, spread
+from model.layers.fp8 import Quantised, quantise_tiles
 from model.parallel.collectives import Arrivals, Axis, collective, exchange_rows
 
 
@@ -45,25 +46,74 @@ class Hop:
 
 @dataclass(frozen=True)
 class _Route:
-    """What one exchange sends: the rows that `plan` makes of tokens, so many to and from each rank."""
+    """What one exchange sends: the rows that `plan` makes of tokens, so many to and from each rank.
+
+    Attributes:
+        fp8: what goes there goes in E4M3, tokens and in backward the gradients of their results; what comes back, as it
+            is.
+    """
 
     plan: Plan
     sent: list[int]
     received: list[int]
     axis: Axis
+    fp8: bool = False
 
-    def there(self, rows: Tensor) -> Tensor:
-        return exchange_rows(rows, self.received, self.sent, self.axis)
+    def there(self, rows: Tensor, arrivals: Arrivals | None = None) -> Tensor:
+        message = _coded(rows) if self.fp8 else rows
+
+        def receive() -> Tensor:
+            return exchange_rows(message, self.received, self.sent, self.axis)
+
+        arrived = receive() if arrivals is None else arrivals.keep(receive)
+        return _decoded(arrived, rows) if self.fp8 else arrived
 
     def back(self, rows: Tensor) -> Tensor:
         return exchange_rows(rows, self.sent, self.received, self.axis)
+
+
+def _coded(rows: Tensor) -> Tensor:
+    """Bytes [rows, width + 4 * ceil(width / 128)]: each value in E4M3, then the scale of every tile."""
+    tiles = quantise_tiles(rows)
+    return torch.cat([tiles.values.view(torch.uint8), tiles.scale.contiguous().view(torch.uint8)], 1)
+
+
+def _decoded(message: Tensor, like: Tensor) -> Tensor:
+    """What `_coded` made such a message of: exactly, if it was rounded to E4M3 before."""
+    values, scale = (part.contiguous() for part in message.tensor_split([like.shape[1]], 1))
+    return Quantised(values.view(torch.float8_e4m3fn), scale.view(torch.float32)).dequantise().to(like.dtype)
+
+
+class _Rounded(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, forward: bool) -> Tensor:
+        ctx.forward = forward
+        return quantise_tiles(x).dequantise().to(x.dtype) if forward else x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        grad = grads[0]
+        return grad if ctx.forward else quantise_tiles(grad).dequantise().to(grad.dtype), None
+
+
+def round_tokens(x: Tensor) -> Tensor:
+    """To E4M3 with a scale for each 1 x 128 tile (arXiv:2412.19437, §3.3.3): what experts read; gradients as they are.
+
+    Done on every rank, whether it sends them or not: no layout changes a result by it, and no hop rounds again.
+    """
+    return _Rounded.apply(x, True)
+
+
+def round_gradients(out: Tensor) -> Tensor:
+    """The same for the gradient of what experts made."""
+    return _Rounded.apply(out, False)
 
 
 class _There(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, route: _Route, arrivals: Arrivals | None) -> Tensor:
         ctx.route = route
-        return route.there(rows) if arrivals is None else arrivals.keep(lambda: route.there(rows))
+        return route.there(rows, arrivals)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
@@ -82,7 +132,11 @@ class _Back(torch.autograd.Function):
 
 
 def through(
-    hops: Sequence[Hop], tokens: Tokens, compute: Callable[[Tensor, Tensor, Tensor], Tensor], arrivals: Arrivals | None
+    hops: Sequence[Hop],
+    tokens: Tokens,
+    compute: Callable[[Tensor, Tensor, Tensor], Tensor],
+    arrivals: Arrivals | None,
+    fp8: bool = False,
 ) -> Tensor:
     """Weighted sum of every token's experts, computed where the hops lead: [tokens, hidden].
 
@@ -91,11 +145,12 @@ def through(
         compute: the same of tokens that have arrived, whose experts are numbered from 0 on this rank.
         arrivals: of a layer that runs again in backward. What came over the first hop, the widest, is kept for that;
             over the second one, within a node, rows come again.
+        fp8: tokens went through `round_tokens`, and what comes back goes through `round_gradients`: rows in 8 bits.
     """
     routes, kept = list[_Route](), arrivals
     for hop in hops:
         if hop.axis.size > 1:
-            tokens, route = _send(hop, tokens, arrivals, kept)
+            tokens, route = _send(hop, tokens, arrivals, kept, fp8)
             routes, kept = [route, *routes], None
     made = compute(*tokens)
     for route in routes:
@@ -103,21 +158,23 @@ def through(
     return made
 
 
-def _send(hop: Hop, tokens: Tokens, arrivals: Arrivals | None, kept: Arrivals | None) -> tuple[Tokens, _Route]:
+def _send(
+    hop: Hop, tokens: Tokens, arrivals: Arrivals | None, kept: Arrivals | None, fp8: bool
+) -> tuple[Tokens, _Route]:
     """Tokens as they arrive at the other side, and the way they came."""
     plan, rank = _plan(hop, tokens.experts)
     counts = torch.stack([plan.counts, _exchanged_counts(plan.counts, hop.axis, arrivals)])
     sent, received = counts.tolist()
     route = _Route(plan, sent, received, hop.axis)
+    coded = replace(route, fp8=fp8)
     experts = tokens.experts.index_select(0, plan.source) - (rank // hop.copies * hop.held).unsqueeze(1)
     experts = torch.where((experts < 0) | (experts > hop.held), hop.held, experts)
     experts, order = experts.sort(dim=1, stable=True)  # those of the place first, then what is none
     experts, order = (given[:, : hop.held] for given in (experts, order))  # no token has more there
     weights = spread(tokens.weights, plan).gather(1, order).masked_fill(experts == hop.held, 0.0)
     arrived = _There.apply(experts.to(torch.int32), route, arrivals).long()
-    return Tokens(
-        _There.apply(spread(tokens.x, plan), route, kept), arrived, _There.apply(weights, route, arrivals)
-    ), route
+    x = _There.apply(spread(tokens.x, plan), coded, kept)
+    return Tokens(x, arrived, _There.apply(weights, route, arrivals)), coded
 
 
 def _exchanged_counts(counts: Tensor, axis: Axis, arrivals: Arrivals | None) -> Tensor:

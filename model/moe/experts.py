@@ -18,7 +18,7 @@ from model.kernels.weight_gradients import BackwardSplit
 from model.layers.auxiliary import EVERY_TOKEN, Counting
 from model.layers.feed_forward import FeedForward
 from model.layers.linear import as_operand
-from model.moe.dispatch import Hop, Tokens, plan_present, through
+from model.moe.dispatch import Hop, Tokens, plan_present, round_gradients, round_tokens, through
 from model.moe.router import Router
 from model.parallel.collectives import LOCAL, Arrivals, Axis, copy_to, reduce_from
 
@@ -30,6 +30,7 @@ class RoutedExperts(nn.Module):
 
     Attributes:
         ep_near, ep_far: the way to experts, within a node and between nodes (`MeshSizes.dispatch_groups`).
+        fp8_dispatch: tokens go there, and gradients of results, in 8 bits (arXiv:2412.19437, §3.3.3).
         product: another matrix product, (rows sorted by expert, weight parameter, rows of each expert, backward_split)
             -> output.
         backward_split: lets weight gradients be computed later.
@@ -39,6 +40,7 @@ class RoutedExperts(nn.Module):
     tp: Axis = LOCAL
     ep_near: Axis = LOCAL
     ep_far: Axis = LOCAL
+    fp8_dispatch: bool = False
     product: Callable[[Tensor, Tensor, Tensor, BackwardSplit | None], Tensor] | None = None
     backward_split: BackwardSplit | None = None
 
@@ -50,9 +52,12 @@ class RoutedExperts(nn.Module):
 
     def forward(self, x: Tensor, indices: Tensor, weights: Tensor, arrivals: Arrivals | None = None) -> Tensor:
         """Weighted sum of chosen experts; nothing is dropped. x [tokens, hidden]; others [tokens, k]."""
+        x = round_tokens(as_operand(x)) if self.fp8_dispatch else x
         if self.ep.size == 1:
-            return self._compute(x, indices, weights)
-        return self._elsewhere(x, indices, weights, arrivals)
+            out = self._compute(x, indices, weights)
+        else:
+            out = self._elsewhere(x, indices, weights, arrivals)
+        return round_gradients(out) if self.fp8_dispatch else out
 
     def _compute(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
         """My experts, by their numbers here: x [tokens, hidden]; others [tokens, k] -> [tokens, hidden]."""
@@ -79,7 +84,7 @@ class RoutedExperts(nn.Module):
             Hop(self.ep_near, held, copies=self.tp.size),
         )
         mine = Tokens(x[start:stop], indices[start:stop], weights[start:stop])
-        return F.pad(through(hops, mine, self._compute, arrivals), (0, 0, start, tokens - stop))
+        return F.pad(through(hops, mine, self._compute, arrivals, self.fp8_dispatch), (0, 0, start, tokens - stop))
 
 
 class MixtureOfExperts(nn.Module):

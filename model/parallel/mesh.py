@@ -25,7 +25,7 @@ class Mesh:
 
     def __init__(self, sizes: MeshSizes, *, timeout: timedelta = timedelta(minutes=10), node: int | None = None):
         distributed = dist.is_initialized()
-        self.sizes = sizes
+        self.sizes, self.node = sizes, node
         self.world = dist.get_world_size() if distributed else 1
         if sizes.world != self.world:
             raise ValueError(f"layout of {sizes.world} ranks ({sizes}) started with {self.world} processes")

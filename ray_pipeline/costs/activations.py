@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from model.config import ModelConfig
 from model.kernels.limits import row_step
 from ray_pipeline.costs.attention_costs import attention_pairs, attention_tokens, value_tokens
-from ray_pipeline.costs.dispatch import hops
+from ray_pipeline.costs.expert_rows import hops
 from ray_pipeline.costs.head_loss import INDEX, loss_tokens, makes_gradients_ahead, num_heads
 from ray_pipeline.costs.kernels import Kernels, block_norm_bytes, expected_rows, read_bytes
 from ray_pipeline.costs.weights import Weight, head_weight, layer_weights, mtp_projection

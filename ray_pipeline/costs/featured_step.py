@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ray_pipeline.costs.dispatch import reached
+from ray_pipeline.costs.expert_rows import reached
 from ray_pipeline.costs.features import (
     ATTENTION,
     GROUPED,

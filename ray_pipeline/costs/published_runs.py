@@ -53,16 +53,23 @@ class Run:
     def ours(self) -> tuple[float, Workload]:
         """What this engine takes in the same layout, and its work: bf16, and no more computed again than memory asks.
 
-        Experts are shared out among replicas here, not among tensor-parallel ranks too, so there may be fewer shares.
+        As many ranks hold all experts: here they are shared out among replicas, and cut over tensor-parallel ranks.
         """
         layout, hardware = self.work.layout, find_hardware(self.hardware)
         schedule = "interleaved_1f1b" if self.features.chunks > 1 else layout.schedule
-        plain = replace(layout, schedule=schedule, zero_stage=1, ep=min(layout.ep, layout.dp * layout.sp))
+        plain = replace(layout, schedule=schedule, zero_stage=1, ep=max(1, layout.ep // layout.tp))
+        lean = replace(self.work, node=hardware.node, fp8_dispatch=self.features.fp8_dispatch)
         for again in ("none", "selective", "full"):
-            work = replace(self.work, layout=replace(plain, activation_checkpointing=again))
+            work = replace(lean, layout=replace(plain, activation_checkpointing=again))
             if again == "full" or judge(work, hardware).fits_device:
                 break
         return step_timing(work, hardware).seconds, work
+
+    @property
+    def ours_in_8_bits(self) -> float:
+        """Seconds of the same with tokens sent to experts in FP8."""
+        work = replace(self.ours[1], fp8_dispatch=True)
+        return step_timing(work, find_hardware(self.hardware)).seconds
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON takes it, in seconds."""

@@ -13,7 +13,7 @@ from itertools import pairwise
 from model.config_rules import VALUE_GATE_FEATURES
 from model.parallel.placement import ranks_of
 from ray_pipeline.costs.attention_costs import entering, indexer_messages, key_heads
-from ray_pipeline.costs.dispatch import hops
+from ray_pipeline.costs.expert_rows import hops
 from ray_pipeline.costs.hardware_table import Hardware
 from ray_pipeline.costs.head_loss import computes_logits_again, num_heads
 from ray_pipeline.costs.weights import Weight, alike, part_weights, trained_weights

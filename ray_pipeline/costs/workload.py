@@ -45,6 +45,7 @@ class Workload:
         moments: fp32 numbers that the optimizer keeps per weight. muon: one less for each weight of a matrix product,
             unless it equalises the steps of neurons.
         lora: adapters that are trained in place of the weights.
+        fp8_dispatch: tokens go to experts, and gradients of what those made, in 8 bits.
         node: ranks of a node; by default all are on one.
         copies: whole models beside it. main: the model that `layout.pp_layout` is written for; None: this one.
     """
@@ -64,6 +65,7 @@ class Workload:
     equalises: bool = False
     lora: LoraConfig | None = None
     main: ModelConfig | None = None
+    fp8_dispatch: bool = False
     node: int = 1 << 20
     copies: WholeCopies = field(default_factory=WholeCopies)
 
@@ -143,7 +145,7 @@ def workload(config: PipelineFields, layout: Layout, stage: str, node: int = 1 <
         moments=0 if settings.optimizer.name == "sgd" else 2, muon=settings.optimizer.name == "muon",
         equalises=settings.optimizer.muon_equalise,
         lora=config.sft.lora if stage == "sft" and config.sft.lora.r else None, main=config.model,
-        node=node, copies=whole_copies(config, stage, model, layout),
+        fp8_dispatch=settings.fp8_dispatch, node=node, copies=whole_copies(config, stage, model, layout),
     )  # fmt: skip
 
 

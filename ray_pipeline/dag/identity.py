@@ -61,6 +61,7 @@ _AS_BEFORE: dict[str, Any] = {
 }  # fmt: skip
 for _stage in TRAINING_STAGES:
     _AS_BEFORE |= {
+        f"{_stage}.fp8_dispatch": False,
         f"{_stage}.optimizer.muon_iteration": "newton_schulz", f"{_stage}.optimizer.muon_equalise": False,
         f"{_stage}.optimizer.cautious_decay": False, f"{_stage}.optimizer.embedding_lr_factor": 1.0,
         f"{_stage}.optimizer.head_lr_factor": 1.0, f"{_stage}.optimizer.vector_lr_factor": 1.0,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from model.attention.sparse import set_warm_up
-from model.build import build_part, split_backward, use_fp8
+from model.build import build_part, split_backward, use_fp8, use_fp8_dispatch
 from model.config import ModelConfig
 from model.kernels.weight_gradients import BackwardSplit
 from model.moe.router import Router
@@ -296,4 +296,6 @@ def _build_parts(
         part.set_recompute(options.activation_checkpointing)
         if options.precision == "fp8":
             use_fp8(part)
+        if options.fp8_dispatch:
+            use_fp8_dispatch(part)
     return parts

@@ -27,6 +27,7 @@ class EngineOptions:
         offload_optimizer: keep the optimizer's state in CPU memory; ZeRO 1 and above.
         precision: "bf16" computes matmuls in bf16 under autocast; weights, gradients, residual stream and optimizer
             stay fp32. "fp8" is the same but for the linear layers of the blocks, which multiply in 8 bits.
+        fp8_dispatch: tokens go to experts in 8 bits.
         micro_batch: rows of one forward pass.
         row_length: tokens of a row that `micro_batch` counts; of shorter rows a forward pass has as many as make the
             same tokens. None: it counts rows of any length.
@@ -43,6 +44,7 @@ class EngineOptions:
     zero_stage: int = 0
     offload_optimizer: bool = False
     precision: str = "fp32"
+    fp8_dispatch: bool = False
     micro_batch: int = 8
     row_length: int | None = None
     device: torch.device | None = None

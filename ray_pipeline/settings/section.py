@@ -81,6 +81,9 @@ class TrainingConfig(Section):
     precision: Literal["fp32", "bf16", "fp8"] = Field(
         "fp32", description="of matrix products; fp8: bf16, and the blocks' linear layers in 8 bits (DeepSeek-V3, §3.3)"
     )
+    fp8_dispatch: bool = Field(
+        False, description="experts read tokens rounded to 8 bits, which is how they are sent (DeepSeek-V3, §3.3.3)"
+    )
     eval_every: PositiveInt = 100
     checkpoint_every: PositiveInt = 50
     keep_checkpoints: PositiveInt = 2

@@ -101,7 +101,10 @@ class EngineTeacher:
             return
         axes = {**given.model_dump(), "gpus": rank.mesh.world, "schedule": "1f1b", "pp_layout": None}
         layout = rank.config.layout.model_copy(update=axes)
-        mesh = Mesh(layout_of(layout).on_ranks(rank.mesh.world), timeout=timedelta(seconds=layout.timeout_seconds))
+        mesh = Mesh(
+            layout_of(layout).on_ranks(rank.mesh.world), timeout=timedelta(seconds=layout.timeout_seconds),
+            node=rank.mesh.node,
+        )  # fmt: skip
         there = replace(rank, mesh=mesh, config=rank.config.model_copy(update={"layout": layout}))
         self.engine = there.engine(config, initial=state)
         self.head = whole_head(state["lm_head.weight"], student)

@@ -84,7 +84,8 @@ class Rank:
         """What both kinds of engine have of the settings."""
         layout = self.config.layout
         return EngineOptions(
-            precision=self.settings.precision, micro_batch=layout.micro_batch, row_length=self.config.data.seq_len,
+            precision=self.settings.precision, fp8_dispatch=self.settings.fp8_dispatch,
+            micro_batch=layout.micro_batch, row_length=self.config.data.seq_len,
             device=self.device, seed=self.config.seed, schedule=layout.schedule,
             pp_layout=layers_by_hand(layout.pp_layout, self.config.model, model),
             activation_checkpointing=layout.activation_checkpointing, on_phase=self.status.at,
@@ -119,7 +120,7 @@ def start_rank(arguments: dict[str, Any]) -> Rank:
     folder, stage = Path(arguments["folder"]), arguments["stage"]
     rank = dist.get_rank() if dist.is_initialized() else 0
     status = RankStatus(folder, rank, layout.coordinate(rank), stage)
-    mesh = Mesh(layout, timeout=timedelta(seconds=config.layout.timeout_seconds))
+    mesh = Mesh(layout, timeout=timedelta(seconds=config.layout.timeout_seconds), node=ranks_of_a_node())
     upstream = {name: Path(path) for name, path in arguments["upstream"].items()}
     progress = None
     if mesh.rank == 0:
@@ -127,6 +128,17 @@ def start_rank(arguments: dict[str, Any]) -> Rank:
     return Rank(
         config, stage, folder, upstream["data_prep"], upstream, mesh, device, status, progress, arguments.get("profile")
     )  # fmt: skip
+
+
+def ranks_of_a_node() -> int | None:
+    """How many ranks every node has, by the launcher's word; None where nodes differ, or numbers of ranks mix them."""
+    if not dist.is_initialized():
+        return None
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
+    placed = [(0, 0)] * dist.get_world_size()
+    dist.all_gather_object(placed, (here, int(os.environ.get("LOCAL_RANK", "0"))))
+    alike = here > 0 and all(place == (here, rank % here) for rank, place in enumerate(placed))
+    return here if alike else None
 
 
 def _check_fp8(stage: str, device: torch.device) -> None:

@@ -147,7 +147,7 @@ def test_json_holds_the_whole_plan(published: Plan) -> None:
     for rank in found["memory"]:
         assert rank["total"] == sum(rank[kind] for kind in KINDS)
         assert rank["buffers"] == sum(rank["buffers_by_name"].values())
-    assert {message["axis"] for message in found["communication"]} == {"ep", "pp", "dp", "dp, experts"}
+    assert {message["axis"] for message in found["communication"]} == {"ep", "ep, nodes", "pp", "dp", "dp, experts"}
     assert found["timing"]["stage_seconds"] == found["timing"]["seconds"] * 235000
 
 

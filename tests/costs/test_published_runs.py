@@ -55,12 +55,13 @@ def test_what_an_overlap_was_seen_to_save_is_planned() -> None:
         assert without.planned.seconds - with_it.planned.seconds == pytest.approx(saved, rel=0.5)
 
 
-def test_without_its_features_the_aim_is_as_slow_as_this_engine_plans_to_be() -> None:
+def test_with_full_recomputing_the_aim_is_as_slow_as_this_engine_plans_to_be() -> None:
     """Two planners that share the bytes of neither agree on what is missing."""
     ours, work = AIM.ours
-    assert work.layout.sizes() == {"pp": 8, "dp": 64, "tp": 2, "sp": 1, "ep": 64}
-    assert AIM.with_features(**CHANGES["without all three"]) == pytest.approx(ours, rel=LIMIT)
-    assert AIM.with_features(**CHANGES["with both"]) < AIM.planned.seconds < ours / 2
+    assert work.layout.sizes() == {"pp": 8, "dp": 64, "tp": 2, "sp": 1, "ep": 32}  # as many ranks hold all experts
+    assert AIM.with_features(recomputes="all") == pytest.approx(ours, rel=LIMIT)
+    assert AIM.with_features(**CHANGES["with both"]) < AIM.planned.seconds < AIM.ours_in_8_bits < ours
+    assert ours < AIM.with_features(**CHANGES["without all three"]) / 2
 
 
 def test_every_run_names_its_source_and_is_json() -> None:
@@ -68,5 +69,7 @@ def test_every_run_names_its_source_and_is_json() -> None:
     assert all(run.source.startswith(("arXiv:", "github.com/")) for run in RUNS)
     for run in (run for run in RUNS if run.work.layout.pp <= 8):  # others take seconds to play
         found = json.loads(json.dumps(run.as_dict()))
-        assert found["published"] == run.seconds and found["ours"] > run.seconds
+        assert found["published"] == run.seconds
+        # Slower than all but the one that sends more.
+        assert (found["ours"] > run.seconds) is (run.features.dispatch == "by node")
         assert Features(**found["features"]) == run.features

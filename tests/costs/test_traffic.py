@@ -147,7 +147,11 @@ def _count(case: Counted) -> tuple[Sent, Sent]:
     engine.train_step(even_batch(case.model), CrossEntropy(), 1e-3)
     with SentBytes() as counted:
         engine.train_step(even_batch(case.model), CrossEntropy(), 1e-3)
-    given = replace(work(case.model, **case.sizes, **case.options), seq_len=EVEN, node=case.node or mesh.world)
+    layout = {key: value for key, value in case.options.items() if key != "fp8_dispatch"}
+    given = replace(
+        work(case.model, **case.sizes, **layout), seq_len=EVEN, node=case.node or mesh.world,
+        fp8_dispatch=case.options.get("fp8_dispatch", False),
+    )  # fmt: skip
     planned: Sent = Counter()
     for message in rank_traffic(given, mesh.pp_rank):
         planned[mesh.ranks(NAMES[message.axis]), message.operation] += message.bytes
@@ -174,6 +178,8 @@ COUNTED = {
         Counted({"dp": 2, "tp": 2, "ep": 2}), Counted({"dp": 2, "tp": 2, "ep": 2}, node=2),
         Counted({"dp": 2, "tp": 2, "ep": 2}, FULL, node=2), Counted({"pp": 2, "dp": 2, "ep": 2}),
         Counted({"dp": 4, "ep": 2}), Counted({"sp": 2, "tp": 2, "ep": 2}),
+        Counted({"dp": 4, "ep": 4}, {"fp8_dispatch": True}, node=2),
+        Counted({"dp": 2, "tp": 2, "ep": 2}, {"fp8_dispatch": True, **FULL}, node=2),
     ],
 }  # fmt: skip
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from typing import Any
 
@@ -34,18 +34,20 @@ STEPS = 4
 
 @dataclass(frozen=True)
 class Case:
-    """A layout and what runs on it."""
+    """A layout, on nodes of `node` ranks, and what runs on it."""
 
     sizes: MeshSizes = field(default_factory=MeshSizes)
     options: tuple[tuple[str, Any], ...] = ()
     optimizer: str = "adamw"
     precision: str = "fp32"
     micro_batch: int = 2
+    node: int | None = None
 
     def __str__(self) -> str:
         axes = "-".join(f"{axis}{size}" for axis, size in asdict(self.sizes).items() if size > 1)
         more = [f"{key}={value}" for key, value in self.options]
-        return "-".join([axes or "one", *more, self.optimizer, self.precision])
+        nodes = [f"node{self.node}"] if self.node else []
+        return "-".join([axes or "one", *nodes, *more, self.optimizer, self.precision])
 
 
 def case(pp=1, dp=1, sp=1, tp=1, ep=1, optimizer="adamw", precision="fp32", **options) -> Case:
@@ -75,7 +77,7 @@ def train(
     case: Case, timeout: timedelta = timedelta(minutes=10), batches: Callable[[int], Batch] = make_batch
 ) -> Outcome:
     torch.set_num_threads(1)
-    mesh = Mesh(case.sizes, timeout=timeout)
+    mesh = Mesh(case.sizes, timeout=timeout, node=case.node)
     settings = SETTINGS[case.optimizer]
     engine = Engine(
         CONFIG,
@@ -145,6 +147,9 @@ QUICK = {
         # The first stage has no experts, the second one has.
         case(pp=2, sp=2, ep=2, zero_stage=2, pp_layout="E+1|3+H", optimizer="sgd"),
         case(pp=2, dp=2, ep=2, zero_stage=3, pp_layout="E+1|3+H", optimizer="sgd"),
+        # Experts' tokens go between nodes and within them.
+        replace(case(dp=4, ep=4, zero_stage=2, optimizer="sgd"), node=2),
+        replace(case(dp=2, tp=2, ep=2, activation_checkpointing="full", optimizer="sgd"), node=2),
     ],
 }  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import pytest
@@ -10,7 +11,8 @@ from torch import Tensor
 
 from model.config import ModelConfig
 from model.kernels.rows import plan_rows
-from model.moe.dispatch import plan_present
+from model.layers.fp8 import quantise_tiles
+from model.moe.dispatch import _coded, _decoded, plan_present, round_gradients, round_tokens
 from model.moe.experts import MixtureOfExperts
 from model.parallel.collectives import Arrivals
 from model.parallel.mesh import Mesh, MeshSizes
@@ -29,9 +31,10 @@ CASES: list[tuple[dict[str, int], int | None]] = [
 TOKENS = [1, 7, 32]  # of a replica; of one token no more than two nodes hear
 
 
-def layer(mesh: Mesh | None = None) -> MixtureOfExperts:
+def layer(mesh: Mesh | None = None, *, fp8: bool = False) -> MixtureOfExperts:
     """The same weights in every layout."""
     made, generator = MixtureOfExperts(CONFIG), torch.Generator().manual_seed(0)
+    made.experts.fp8_dispatch = fp8
     ep, tp = ((0, 1), (0, 1)) if mesh is None else ((a.index, a.size) for a in (mesh.axis("ep"), mesh.axis("tp")))
     for name, parameter in made.named_parameters():
         whole = torch.randn(parameter.shape, generator=generator) * 0.2
@@ -65,10 +68,10 @@ def on_ranks(rank: int) -> list[dict[str, Any]]:
     found = []
     for sizes, node in CASES:
         mesh = Mesh(MeshSizes(**sizes), node=node)
-        for tokens in TOKENS:
+        for tokens, fp8 in product(TOKENS, (False, True)):
             x, grad = given(tokens)
             replica = mesh.axis("replica").index
-            got = outcome(layer(mesh), x[replica], grad[replica])
+            got = outcome(layer(mesh, fp8=fp8), x[replica], grad[replica])
             places = {name: (mesh.axis(name).index, mesh.axis(name).size) for name in ("ep", "tp")}
             group = mesh.axis("ep").size * (mesh.axis("replica").index // mesh.axis("ep").size)
             found.append({**got, "replica": replica, "first": group, "places": places})
@@ -82,17 +85,20 @@ def outcomes() -> list[list[dict[str, Any]]]:
 
 @pytest.mark.parametrize("case", range(len(CASES)), ids=[f"{sizes} node={node}" for sizes, node in CASES])
 @pytest.mark.parametrize("tokens", TOKENS)
-def test_spread_experts_equal_those_on_one_rank(outcomes: list[list[dict[str, Any]]], case: int, tokens: int) -> None:
+@pytest.mark.parametrize("fp8", [False, True])
+def test_spread_experts_equal_those_on_one_rank(
+    outcomes: list[list[dict[str, Any]]], case: int, tokens: int, fp8: bool
+) -> None:
     x, grad = given(tokens)
     x, grad = list(x), list(grad)
     for rank in outcomes:
-        got = rank[case * len(TOKENS) + TOKENS.index(tokens)]
+        got = rank[2 * (case * len(TOKENS) + TOKENS.index(tokens)) + fp8]
         ep, tp = got["places"]["ep"], got["places"]["tp"]
-        alone = outcome(layer(), x[got["replica"]], grad[got["replica"]])
+        alone = outcome(layer(fp8=fp8), x[got["replica"]], grad[got["replica"]])
         for name in ("out", "x", "router"):
             torch.testing.assert_close(got[name], alone[name], rtol=1e-5, atol=1e-6)
         members = range(got["first"], got["first"] + ep[1])  # an expert hears of every replica that shares it
-        whole = outcome(layer(), torch.cat([x[i] for i in members]), torch.cat([grad[i] for i in members]))
+        whole = outcome(layer(fp8=fp8), torch.cat([x[i] for i in members]), torch.cat([grad[i] for i in members]))
         for name, of in (("gate_up", "experts.gate_up_proj"), ("down", "experts.down_proj")):
             want = cut(whole[name], shard_of(of), tp=tp, ep=ep)
             torch.testing.assert_close(got[name], want, rtol=1e-5, atol=1e-6)
@@ -130,3 +136,37 @@ def test_what_arrived_is_given_out_again_in_its_order_and_needless_values_as_zer
         arrivals.again()
         assert layer_of(3.0, 4.0) == [1, 1, 0, 0]
     assert asked == [1.0, 2.0]
+
+
+def rounded_by_formula(x: Tensor) -> Tensor:
+    """Each 1 x 128 tile by the smallest power of two that brings it to 448 at most, to three bits of mantissa."""
+    out = torch.empty_like(x)
+    for row, start in product(range(x.shape[0]), range(0, x.shape[1], 128)):
+        tile = x[row, start : start + 128]
+        scale = 2.0 ** torch.ceil(torch.log2(tile.abs().max() / 448))
+        values = tile / scale
+        step = 2.0 ** (torch.floor(torch.log2(values.abs().clamp(min=2.0**-6))) - 3)
+        out[row, start : start + 128] = torch.round(values / step) * step * scale
+    return out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tokens_in_8_bits_are_those_of_the_formula_and_arrive_as_they_were_sent(dtype: torch.dtype) -> None:
+    x = (torch.randn(5, 300, generator=torch.Generator().manual_seed(0)) * 7).to(dtype)
+    rounded = round_tokens(x)
+    assert rounded.dtype == dtype and torch.equal(rounded.float(), rounded_by_formula(x.float()))
+    message = _coded(rounded)
+    assert message.shape == (5, 300 + 4 * 3) and message.dtype == torch.uint8
+    assert torch.equal(_decoded(message, rounded), rounded)
+    assert torch.equal(_decoded(_coded(_decoded(message, rounded)), rounded), rounded)
+
+
+def test_8_bits_round_what_goes_to_experts_and_not_what_comes_back() -> None:
+    x, grad = (torch.randn(3, 128, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    for function, forward in ((round_tokens, True), (round_gradients, False)):
+        given = x.clone().requires_grad_()
+        out = function(given)
+        out.backward(grad)
+        assert torch.equal(out, x) is not forward and torch.equal(given.grad, grad) is forward
+        changed = out if forward else given.grad
+        assert torch.equal(changed, quantise_tiles(x if forward else grad).dequantise())

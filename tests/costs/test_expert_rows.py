@@ -7,7 +7,7 @@ from itertools import combinations
 import pytest
 
 from model.config import ModelConfig
-from ray_pipeline.costs.dispatch import hops, reached
+from ray_pipeline.costs.expert_rows import hops, reached
 from ray_pipeline.costs.workload import Workload
 from ray_pipeline.layout.layout import Layout
 

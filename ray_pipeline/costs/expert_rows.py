@@ -13,6 +13,7 @@ from math import comb
 from model.config import ModelConfig
 from ray_pipeline.costs.workload import FP32, Workload
 
+TILE = 128  # values with a scale of their own, as in `model.layers.fp8`
 _EXPERT, INDEX = 4, 8  # bytes of an expert's number on its way, and of a row's
 
 
@@ -35,20 +36,26 @@ class Hop:
 
     def sent(self, work: Workload) -> tuple[float, float]:
         """Bytes to other ranks: forward, backward."""
-        away, row = self.rows * (1 - 1 / self.ranks), work.model.hidden_size * work.element
-        return away * (2 * row + self.width * (_EXPERT + FP32)), away * (2 * row + self.width * FP32)
+        away, rows = self.rows * (1 - 1 / self.ranks), _there(work) + work.model.hidden_size * work.element
+        return away * (rows + self.width * (_EXPERT + FP32)), away * (rows + self.width * FP32)
 
     def sent_again(self, work: Workload) -> float:
         """Bytes to other ranks if its rows come once more."""
-        return self.rows * (1 - 1 / self.ranks) * work.model.hidden_size * work.element
+        return self.rows * (1 - 1 / self.ranks) * _there(work)
 
     def arrived_bytes(self, work: Workload, *, rows: bool) -> float:
         """What came over it: experts and weights, and where that is asked for the rows themselves."""
-        return self.rows * (work.model.hidden_size * work.element * rows + self.width * (_EXPERT + FP32))
+        return self.rows * (_there(work) * rows + self.width * (_EXPERT + FP32))
 
     def route_bytes(self) -> float:
         """What backward has to know of the way: each token's rows, each row's token, the order of its experts."""
         return self.tokens * self.most * (INDEX + 1) + self.rows * (INDEX + self.width * (INDEX + 1))
+
+
+def _there(work: Workload) -> int:
+    """Bytes of one row on its way to experts, or of the gradient of what comes back."""
+    hidden = work.model.hidden_size
+    return hidden + FP32 * -(-hidden // TILE) if work.fp8_dispatch else hidden * work.element
 
 
 def hops(work: Workload) -> list[Hop]:
