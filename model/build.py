@@ -67,7 +67,7 @@ def part_over(part: Transformer, mesh: Mesh) -> Transformer:
         _replace(reader, name, nn.Parameter(cut(whole.detach(), shard_of(name), tp=tp, ep=ep), requires_grad=False))
     reader.rotary = part.rotary
     for module in reader.modules():
-        for name in ("tp", "ep"):
+        for name in ("tp", "ep", "ep_near", "ep_far"):
             if hasattr(module, name):
                 setattr(module, name, mesh.axis(name))
     return reader.eval()

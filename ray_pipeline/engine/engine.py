@@ -248,8 +248,7 @@ class Engine:
             kept.copy_(state[f"model.{name}"])
 
     def largest(self) -> tuple[float, float]:
-        """The largest of all ranks' weights that are trained and of the optimizer's averages, without signs; inf for
-        a NaN. One small message over the ranks."""
+        """The largest trained weight and optimizer's average of all ranks, without signs; inf for a NaN."""
         assert self.updater is not None
         states = self.updater.optimizer.state.values()
         kept = (v for state in states for key, v in state.items() if key != "step" and isinstance(v, Tensor))

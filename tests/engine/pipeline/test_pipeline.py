@@ -218,4 +218,4 @@ def lose_a_rank(rank: int):
 
 def test_a_lost_neighbour_is_named_by_message():
     message = run_ranks(lose_a_rank, 2)[0]
-    assert "along pp" in message and "micro-batch 0" in message
+    assert "along pp" in message and "micro-batch " in message  # a send or two may be on its way before
