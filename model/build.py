@@ -23,11 +23,13 @@ from model.parallel.mesh import Mesh
 from model.parallel.shard_plan import cut, shard_of
 from model.transformer import Block, Transformer
 
+_OF_WEIGHTS = ("tp", "ep", "ep_near", "ep_far")  # axes over which weights lie
 
-def attach_axes(model: nn.Module, mesh: Mesh) -> None:
+
+def attach_axes(model: nn.Module, mesh: Mesh, axes: tuple[str, ...] = (*_OF_WEIGHTS, "sp")) -> None:
     """Give every layer that splits work the axes it splits it over."""
     for module in model.modules():
-        for name in ("tp", "sp", "ep", "ep_near", "ep_far"):
+        for name in axes:
             if hasattr(module, name):
                 setattr(module, name, mesh.axis(name))
 
@@ -66,10 +68,7 @@ def part_over(part: Transformer, mesh: Mesh) -> Transformer:
     for name, whole in list(reader.named_parameters()):
         _replace(reader, name, nn.Parameter(cut(whole.detach(), shard_of(name), tp=tp, ep=ep), requires_grad=False))
     reader.rotary = part.rotary
-    for module in reader.modules():
-        for name in ("tp", "ep", "ep_near", "ep_far"):
-            if hasattr(module, name):
-                setattr(module, name, mesh.axis(name))
+    attach_axes(reader, mesh, _OF_WEIGHTS)
     return reader.eval()
 
 

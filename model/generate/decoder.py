@@ -29,14 +29,26 @@ PREFILL_TOKENS = 16384
 
 
 class DecoderLayer:
-    """One block for one new token a row."""
+    """One block for one new token a row.
+
+    Attributes:
+        in_place: weights are read where they are; else laid out anew for decoding.
+    """
+
+    in_place = False
 
     def __init__(self, block: Block):
         self.block, self.read, self.values = block, block.read, block.values
-        self.attention = build_decode_attention(block.self_attn, block.value_embedding is not None)
+        adds_values = block.value_embedding is not None
+        self.attention = build_decode_attention(block.self_attn, adds_values, in_place=self.in_place)
         self.input_norm, self.post_norm = prepared(block.input_layernorm), prepared(block.post_attention_layernorm)
         moe = block.mlp if isinstance(block.mlp, MixtureOfExperts) else None
         self.router = None if moe is None else moe.gate
+        if not self.in_place:
+            self._lay_out(block, moe)
+
+    def _lay_out(self, block: Block, moe: MixtureOfExperts | None) -> None:
+        """The second half's weights."""
         self.experts = None if moe is None else DecodeExperts(moe.experts.gate_up_proj, moe.experts.down_proj)
         dense = block.mlp if moe is None else moe.shared_experts
         self.gate_up: Factor | None = None

@@ -16,11 +16,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from model.build import point_at
-from model.generate.attention_steps import build_decode_attention
 from model.generate.cache import KVCache
 from model.generate.decoder import Decoder, DecoderLayer, LayerRun
 from model.layers.norm import prepared
 from model.moe.experts import MixtureOfExperts
+from model.moe.replay import columns, layer_columns
 from model.parallel.collectives import all_reduce, collective, gather_last
 from model.parallel.mesh import Mesh
 from model.parallel.placement import parts_of, ranks_of
@@ -30,11 +30,7 @@ from model.transformer import Block, Transformer
 class LayerInPlace(DecoderLayer):
     """One block for one new token a row, by the block's own weights and, behind attention, its own modules."""
 
-    def __init__(self, block: Block):
-        self.block, self.read, self.values = block, block.read, block.values
-        self.attention = build_decode_attention(block.self_attn, block.value_embedding is not None, in_place=True)
-        self.input_norm, self.post_norm = prepared(block.input_layernorm), prepared(block.post_attention_layernorm)
-        self.router = block.mlp.gate if isinstance(block.mlp, MixtureOfExperts) else None
+    in_place = True
 
     def feed_forward(self, x: Tensor) -> Tensor:
         out: Tensor = x + self.block.mlp(self.post_norm(x))
@@ -105,11 +101,10 @@ class ShardedDecoder(Decoder):
 
     @property
     def routing_columns(self) -> list[int]:
-        k, passes = self.config.num_experts_per_tok, range(self.config.recursion_depth)
-        first, routed = self.config.first_k_dense_replace, [i for part in self.parts.values() for i in part.layer_range]
-        once = self.config.num_hidden_layers - first
-        places = [index * once + i - first for index in passes for i in routed if self.config.is_moe_layer(i)]
-        return [place * k + j for place in places for j in range(k)]
+        mine = [layer for part in self.parts.values() for layer in part.layer_range]
+        every = range(columns(self.config))
+        passes = layer_columns(self.config, mine)
+        return [column for places in passes for place in places if place is not None for column in every[place]]
 
     def joined_routing(self, ids: Tensor) -> Tensor:
         return all_reduce(ids.int(), self.pp, dist.ReduceOp.MAX)  # FREE, below all ids, where another rank's layers are

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
 from model.kernels.rows import Plan, collect, plan_rows, spread
@@ -206,7 +205,8 @@ def plan_present(experts: Tensor, held: int, multiple: int) -> Plan:
     """As `plan_rows` for `held` experts, where that number stands for none: all those share one row of padding, whose
     weight is zero, with the last expert."""
     plan = plan_rows(experts, held + 1, multiple)
-    rows = int(plan.counts[:held].sum())
+    counts = plan.counts[:held].clone()
+    rows = int(counts.sum())
     spare = min(multiple, len(plan.source) - rows)
-    counts = F.pad(plan.counts[: held - 1], (0, 1), value=int(plan.counts[held - 1]) + spare)
+    counts[-1] += spare
     return Plan(plan.source[: rows + spare], plan.place.clamp(max=rows), counts)

@@ -6,7 +6,7 @@ several times has them once per pass. MTP modules are not part of it: they route
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
@@ -26,6 +26,17 @@ def columns(config: ModelConfig) -> int:
     return routed_layers(config) * config.num_experts_per_tok
 
 
+def layer_columns(config: ModelConfig, layers: Sequence[int]) -> Iterator[list[slice | None]]:
+    """Where each of `layers` has its experts in a recorded routing, for every pass; None for a dense one."""
+    k, once = config.num_experts_per_tok, routed_layers(config) // config.recursion_depth
+    for index in range(config.recursion_depth):
+        places = [index * once + layer - config.first_k_dense_replace for layer in layers]
+        yield [
+            slice(place * k, (place + 1) * k) if config.is_moe_layer(layer) else None
+            for place, layer in zip(places, layers, strict=True)
+        ]
+
+
 def split_routing(config: ModelConfig, layers: range, routing: Tensor | None) -> Iterator[list[Tensor | None]]:
     """What each of `layers` is given, for every pass through them.
 
@@ -36,18 +47,10 @@ def split_routing(config: ModelConfig, layers: range, routing: Tensor | None) ->
     Raises:
         ValueError: a routing of another model.
     """
-    k, once = config.num_experts_per_tok, routed_layers(config) // config.recursion_depth
     if routing is not None and routing.shape[-1] != columns(config):
         raise ValueError(
             f"a routing of {routing.shape[-1]} expert ids per token: this model's has {columns(config)}, "
-            f"{k} for each of {routed_layers(config)} routed layers"
+            f"{config.num_experts_per_tok} for each of {routed_layers(config)} routed layers"
         )
-    for index in range(config.recursion_depth):
-        given: list[Tensor | None] = []
-        for layer in layers:
-            if routing is None or not config.is_moe_layer(layer):
-                given.append(None)
-                continue
-            place = index * once + layer - config.first_k_dense_replace
-            given.append(routing[..., place * k : (place + 1) * k])
-        yield given
+    for places in layer_columns(config, layers):
+        yield [None if routing is None or place is None else routing[..., place] for place in places]

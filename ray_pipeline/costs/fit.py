@@ -68,11 +68,11 @@ def device_bytes(work: Workload, memory: Memory, device: str) -> int:
     return memory.total + sum(memory.host.values()) + sum(work.copies.once.values()) // work.layout.gpus
 
 
-def rank_bytes(config: PipelineFields, layout: Layout, stage: str) -> int:
+def rank_bytes(config: PipelineFields, layout: Layout, stage: str, node: int | None = None) -> int:
     """Bytes that the fullest rank of any stage needs where it computes, and its process: the figure in a run's plan."""
     if stage not in TRAINING_STAGES:
         return PROCESS + FP32 * config.model.num_params()
-    work = workload(config, layout, stage)
+    work = workload(config, layout, stage, node)
     return PROCESS + max(device_bytes(work, held, layout.device) for held in stage_memory(work, layout.device))
 
 
@@ -89,7 +89,7 @@ def with_sampling(config: PipelineFields, layout: Layout, stage: str, hardware: 
     if stage not in ANSWERING or hardware is None or sharded_sampling_problem(config) is not None:
         return whole
     there = replace(layout, device="cpu" if hardware.device == "cpu" else "cuda")
-    fits = judge(workload(whole, there, stage), for_ranks(hardware, layout.gpus)).fits
+    fits = judge(workload(whole, there, stage, hardware.node), for_ranks(hardware, layout.gpus)).fits
     return whole if fits else _set(config, "sharded")
 
 

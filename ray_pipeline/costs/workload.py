@@ -46,7 +46,7 @@ class Workload:
             unless it equalises the steps of neurons.
         lora: adapters that are trained in place of the weights.
         fp8_dispatch: tokens go to experts, and gradients of what those made, in 8 bits.
-        node: ranks of a node; by default all are on one.
+        node: ranks of a node; None: all are on one.
         copies: whole models beside it. main: the model that `layout.pp_layout` is written for; None: this one.
     """
 
@@ -66,7 +66,7 @@ class Workload:
     lora: LoraConfig | None = None
     main: ModelConfig | None = None
     fp8_dispatch: bool = False
-    node: int = 1 << 20
+    node: int | None = None
     copies: WholeCopies = field(default_factory=WholeCopies)
 
     @property
@@ -126,8 +126,8 @@ class Workload:
         return [self.parts[stage] for stage in parts_of(self.layout.schedule, self.layout.pp, pp_rank)]
 
 
-def workload(config: PipelineFields, layout: Layout, stage: str, node: int = 1 << 20) -> Workload:
-    """The work of training stage `stage` on nodes of `node` ranks; rollouts are taken to fill their rows."""
+def workload(config: PipelineFields, layout: Layout, stage: str, node: int | None = None) -> Workload:
+    """The work of training stage `stage`, `node` as `Workload` has it; rollouts are taken to fill their rows."""
     settings: TrainingConfig = getattr(config, stage)
     grpo, model, rows = config.grpo, config.model, settings.batch_size
     frozen: ModelConfig | None = None

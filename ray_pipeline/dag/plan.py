@@ -75,7 +75,8 @@ def plan(
         folder = stage_folder(run_dir, stage, identity.key)
         row = _decide(stage, upstream(config, stage), identity, folder, run, selection, rows)
         ranks = layout.gpus if stage in TRAINING_STAGES else 1
-        needs = rank_bytes(with_sampling(config, layout, stage, hardware), layout, stage)
+        node = None if hardware is None else hardware.node
+        needs = rank_bytes(with_sampling(config, layout, stage, hardware), layout, stage, node)
         rows[stage] = replace(row, ranks=ranks, estimated_memory_bytes=needs)
     return list(rows.values())
 

@@ -121,6 +121,6 @@ class RolloutSource:
 
     def _ask(self, iteration: int) -> Pending:
         place = self._place if self._place is not None else iteration * self.settings.prompts_per_step
-        if self.settings.rollout.workers or not isinstance(self.model, ShardedModel):
+        if not isinstance(self.model, ShardedModel):
             synchronise(self.sampling, self.policy.full_state(), iteration)
         return self.collector.ask(iteration, place)
